@@ -1,0 +1,40 @@
+"""reattend: make a pretrained model look somewhere else, without training.
+
+>>> import reattend
+>>> pipe = reattend.wrap(pipe)
+>>> with pipe.use("emphasise", text="in French"):
+...     print(pipe("Answer in French: ..."))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module; everything is loaded on first use, so `import reattend` imports no torch
+_LAZY = {
+    "apply": ".hooks",
+    "sites": ".hooks",
+    "wrap": ".comparison",
+    "compare": ".comparison",
+    "list_recipes": ".recipes",
+    "recipe": ".recipes",
+    "load_recipe": ".recipes",
+    "ReattendError": ".interventions",
+    "ReattendWarning": ".interventions",
+    "UnsupportedError": ".interventions",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,13 @@
+"""WHAT: the edits of attention and the engine that executes them. Pure tensors; knows no model."""
+
+from .call import Call, Clock, ImageGrid, Site, TokenMap
+from .edits import *  # noqa: F403
+from .edits import __all__ as _edits
+from .errors import ReattendError, ReattendWarning, UnsupportedError
+from .fused import fused, row_weights
+from .reference import reference, reference_with_weights
+
+__all__ = [
+    "Call", "Clock", "ImageGrid", "ReattendError", "ReattendWarning", "Site", "TokenMap", "UnsupportedError",
+    "fused", "reference", "reference_with_weights", "row_weights", *_edits,
+]

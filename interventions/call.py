@@ -1,0 +1,188 @@
+"""The nouns of reattend: where a call happens (Site), when (Clock), on which tokens (TokenMap), and its tensors (Call).
+
+Everything here is plain data. `hooks` fills it in; `interventions` and `recipes` read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import ReattendError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention computation of a model.
+
+    name: module path. layer: index inside its stack. stack: "decoder", "vision", "text_encoder", "denoiser", ...
+    kind: "self" | "cross" | "joint" | "temporal". Head counts are those of the whole model; None where unknown before a run.
+    """
+
+    name: str
+    layer: int
+    stack: str
+    kind: str
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    causal: bool
+    route: str = "attention_interface"
+    problem: str | None = None
+
+    @property
+    def supported(self) -> bool:
+        return self.problem is None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a call happens.
+
+    phase: "prefill" | "decode" | "denoise" | "encode". step counts decode or denoising steps from 0; steps is their number
+    if known. `branches` maps "conditional", "unconditional" and the names of guide branches to bool [batch] rows.
+    """
+
+    phase: str
+    step: int = 0
+    steps: int | None = None
+    timestep: float | None = None
+    branches: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, branch: str, batch: int) -> Tensor | None:
+        """Bool [batch] rows of a branch, repeated when a site folds frames or positions into the batch; None if absent."""
+        rows = self.branches.get(branch)
+        if rows is None or rows.shape[0] == batch:
+            return rows
+        if batch % rows.shape[0]:
+            raise ReattendError(f"a site's batch of {batch} is not a multiple of the model's batch of {rows.shape[0]}")
+        return rows.repeat_interleave(batch // rows.shape[0])
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """Where one image's tokens lie: `index` [rows, cols] long, positions in row `row` of the batch, in raster order."""
+
+    row: int
+    index: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.index.shape[0], self.index.shape[1]
+
+
+@dataclass
+class TokenMap:
+    """Named sets of token positions, bool [batch, length] each, over the whole sequence so far.
+
+    Roles found on a model are "image", "bos", "padding", "prompt", "generated", with a chat template also "system", "user",
+    "assistant"; a user's spans have their own names ("emphasis"). `length` grows with every decode step: roles are stored
+    for the prompt and read as False (generated: True) beyond it.
+    """
+
+    batch: int
+    prompt_length: int
+    length: int
+    roles: dict[str, Tensor] = field(default_factory=dict)
+    images: list[ImageGrid] = field(default_factory=list)
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.roles or role in ("prompt", "generated")
+
+    def positions(self, role: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        """Bool [batch, stop - start]: which of the absolute positions start..stop-1 carry the role."""
+        width = stop - start
+        if role == "generated":
+            places = torch.arange(start, stop, device=device)
+            return ((places >= self.prompt_length) & (places < self.length)).expand(self.batch, width)
+        if role not in self:
+            raise ReattendError(f"this input has no {role!r} tokens; it has: {', '.join(sorted(self.roles)) or 'none'}")
+        out = torch.zeros(self.batch, width, dtype=torch.bool, device=device)
+        if role == "prompt":
+            out[:, : max(0, min(self.prompt_length, stop) - start)] = True
+            if "padding" in self.roles:
+                out &= ~self.positions("padding", start, stop, device)
+            return out
+        stored = self.roles[role]
+        piece = stored[:, start : min(stop, stored.shape[1])]
+        out[:, : piece.shape[1]] = piece.to(device)
+        return out
+
+
+@dataclass(eq=False)
+class Call:
+    """What one execution of a site sees, after RoPE and cache update.
+
+    query [B, H, Tq, D]; key [B, Hkv, Tk, D]; value [B, Hkv, Tk, Dv]; mask None, bool (True = visible) or additive,
+    broadcastable to [B, H, Tq, Tk]. is_causal aligns the last query with the last key. softcap: Gemma-2's tanh cap.
+    sinks [H]: learned sink logits that join the softmax denominator (gpt-oss). `memory` is the intervention's own store,
+    one per sequence: what prefill learned, decode reads.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    site: Site | None = None
+    clock: Clock = field(default_factory=lambda: Clock("encode"))
+    tokens: TokenMap | None = None
+    memory: MutableMapping = field(default_factory=dict)
+    original: Callable[[], Tensor] | None = None
+    original_is_sdpa: bool = True
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            self.scale = self.query.shape[-1] ** -0.5
+        if self.is_causal and self.query.shape[2] == 1:
+            self.is_causal = False
+        if self.mask is not None and self.mask.dim() != 4:
+            raise ReattendError(f"mask must have 4 dimensions [batch, heads, queries, keys], got {tuple(self.mask.shape)}")
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def num_queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def total(self) -> int:
+        """Length of the sequence so far: the absolute position after the last query."""
+        return self.tokens.length if self.tokens is not None else self.num_keys
+
+    @property
+    def key_start(self) -> int:
+        """Absolute position of key column 0: above 0 where a sliding-window cache has dropped the oldest keys."""
+        return max(0, self.total - self.num_keys)
+
+    def columns(self, role: str) -> Tensor:
+        """Bool [B, Tk]: key columns of a token role. Raises ReattendError where the call has no token map."""
+        return self._role(role, self.key_start, self.key_start + self.num_keys)
+
+    def query_rows(self, role: str) -> Tensor:
+        """Bool [B, Tq]: query rows of a token role."""
+        return self._role(role, self.total - self.num_queries, self.total)
+
+    def _role(self, role: str, start: int, stop: int) -> Tensor:
+        if self.tokens is None:
+            where = f" at {self.site.name}" if self.site else ""
+            raise ReattendError(f"no token map{where}: call the whole model with input_ids, so that {role!r} tokens can be found")
+        if role == "all":
+            return torch.ones(self.batch, stop - start, dtype=torch.bool, device=self.query.device)
+        return self.tokens.positions(role, start, stop, self.query.device)

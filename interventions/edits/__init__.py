@@ -1,0 +1,13 @@
+"""The edit algebra: every change of attention that a recipe can ask for, each as its formula on the materialised matrix."""
+
+from .base import Edit, Rows
+from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, ReplaceKV, Reorder, ScaleQuery
+from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
+from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit
+from .weights import Gain, Mix, Transfer, WeightEdit, WeightMap
+
+__all__ = [
+    "AppendKV", "Band", "Edit", "Gain", "HeadGain", "HeadMix", "Keep", "KeyBias", "Mix", "MixValue", "OperandEdit",
+    "Operands", "OutputEdit", "PairBias", "PoolKV", "ProjectKey", "ReplaceKV", "Reorder", "Rows", "ScaleQuery",
+    "ScoreEdit", "Transfer", "WeightEdit", "WeightMap",
+]

@@ -1,0 +1,161 @@
+"""What all edits share: which heads and rows they name, how their tensors broadcast, and the rows they are applied to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ReattendError
+
+Columns = Tensor | Sequence[int]
+
+
+@dataclass
+class Rows:
+    """A chunk of query rows of one call (or of a group of its heads), as the formulas of edits see it.
+
+    index [R] long: the rows. visible: bool, broadcastable to [B, H, R, Tk], or None when every key is visible.
+    query [B, H, Tq, D], key and value [B, Hkv, Tk, *] are the whole operands. offset: the key column of query row 0's own token,
+    None where an operand edit has merged columns. appended: columns at the end that an operand edit added.
+    """
+
+    index: Tensor
+    visible: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    offset: int | None
+    appended: int = 0
+
+    @property
+    def own(self) -> Tensor:
+        """[R] long: the key column of each row's own token."""
+        if self.offset is None:
+            raise ReattendError("an edit needs each row's own column, but PoolKV has merged the columns of this call")
+        return self.index + self.offset
+
+    def columns(self, columns: Tensor) -> Tensor:
+        """A column set as bool [B, H, 1, Tk] (1 where shared). Columns that were appended belong to no set."""
+        return self.padded(column_mask(columns, self.key.shape[2] - self.appended, self.key.device))[:, :, None]
+
+    def padded(self, per_column: Tensor) -> Tensor:
+        """Adds False or 0 for appended columns on the last axis."""
+        return torch.nn.functional.pad(per_column, (0, self.appended)) if self.appended else per_column
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """A declarative change of one call's attention.
+
+    heads: query heads of the whole model it applies to (None = all). rows: bool [Tq] or [B, Tq] (or [B, 1] to choose batch
+    rows), None = all. Tensors broadcast over leading axes: [Tk], [B, Tk] and [B, heads, Tk] are all right for a column set.
+    """
+
+    heads: Sequence[int] | None = None
+    rows: Tensor | None = None
+
+    level: ClassVar[str] = ""
+    # name -> number of trailing axes; the two axes before them are batch and heads
+    broadcast: ClassVar[dict[str, int]] = {}
+
+    def __post_init__(self) -> None:
+        if self.heads is not None:
+            heads = tuple(int(h) for h in self.heads)
+            if any(h < 0 for h in heads) or len(set(heads)) != len(heads):
+                raise ReattendError(f"heads must be distinct and not negative, got {list(heads)}")
+            object.__setattr__(self, "heads", heads)
+        if self.rows is not None:
+            if self.rows.dtype != torch.bool or self.rows.dim() not in (1, 2):
+                raise ReattendError("rows must be a bool tensor [queries] or [batch, queries]")
+            if self.rows.dim() == 1:
+                object.__setattr__(self, "rows", self.rows[None])
+        for name, trailing in self.broadcast.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dtype != torch.long:
+                object.__setattr__(self, name, lead(value, trailing, name))
+
+    @property
+    def is_identity(self) -> bool:
+        """True where the edit provably changes nothing (strength 0): it is then dropped, so outputs stay bit-identical."""
+        return self.heads is not None and len(self.heads) == 0
+
+    def at_heads(self, positions: Sequence[int]) -> Edit:
+        """The same edit with its per-head tensors cut to these positions of its own head list."""
+        changes = {}
+        for name in self.broadcast:
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dtype != torch.long and value.shape[1] > 1:
+                changes[name] = value[:, list(positions)]
+        if not changes and self.heads is None:
+            return self
+        new = object.__new__(type(self))
+        for f in dataclasses.fields(self):
+            object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
+        object.__setattr__(new, "heads", None)
+        return new
+
+    def chosen(self, rows: Rows) -> Tensor | None:
+        """Bool [B, 1, R, 1]: the rows of this chunk that the edit names; None for all."""
+        if self.rows is None:
+            return None
+        chosen = self.rows if self.rows.shape[1] == 1 else self.rows[:, rows.index]
+        return chosen[:, None, :, None]
+
+
+def lead(value: Tensor, trailing: int, name: str) -> Tensor:
+    """Adds the missing batch and head axes in front: [*t] -> [1, 1, *t], [B, *t] -> [B, 1, *t]."""
+    missing = trailing + 2 - value.dim()
+    if missing < 0 or missing > 2:
+        raise ReattendError(f"{name} must have {trailing} to {trailing + 2} dimensions, got shape {tuple(value.shape)}")
+    if missing == 2:
+        return value[None, None]
+    return value[:, None] if missing == 1 else value
+
+
+def check_number(name: str, value: float | Tensor, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises ReattendError unless low <= value <= high and finite. Tensors on an accelerator are not read (that would stall it)."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.numel() == 0:
+            return
+        smallest, largest = value.min().item(), value.max().item()
+        ok = math.isfinite(smallest) and math.isfinite(largest) and low <= smallest and largest <= high
+    else:
+        ok = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+    if not ok:
+        raise ReattendError(f"{name} must be finite and in [{low}, {high}], got {value}")
+
+
+def as_columns(name: str, columns: Columns) -> Tensor:
+    """Column sets are bool tensors [..., Tk] or a list of column indices (kept as a long tensor until Tk is known)."""
+    if isinstance(columns, Tensor) and columns.dtype == torch.bool:
+        return columns
+    index = torch.as_tensor(columns, dtype=torch.long) if not isinstance(columns, Tensor) else columns
+    if index.dim() != 1 or index.dtype != torch.long:
+        raise ReattendError(f"{name} must be a bool tensor [..., keys] or a list of column indices")
+    return index
+
+
+def column_mask(columns: Tensor, num_keys: int, device: torch.device) -> Tensor:
+    """Bool [B, H, Tk] (1 where shared) from a column set; columns beyond the keys are an error."""
+    if columns.dtype == torch.bool:
+        if columns.shape[-1] != num_keys:
+            raise ReattendError(f"a column set has {columns.shape[-1]} columns, the call has {num_keys} keys")
+        return columns.to(device)
+    if columns.numel() and (int(columns.max()) >= num_keys or int(columns.min()) < 0):
+        raise ReattendError(f"column {int(columns.max())} is outside the {num_keys} keys of the call")
+    mask = torch.zeros(num_keys, dtype=torch.bool, device=device)
+    mask[columns.to(device)] = True
+    return mask[None, None]
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, Hkv, ...] -> [B, H, ...]: key/value heads repeated for the query heads that share them."""
+    times = num_heads // x.shape[1]
+    return x if times == 1 else x.repeat_interleave(times, dim=1)

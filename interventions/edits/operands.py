@@ -1,0 +1,240 @@
+"""Edits of q, k and v: `ProjectKey` on a projection's output, the others on a call's operands before its scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ReattendError
+from .base import Edit, check_number
+
+
+@dataclass
+class Operands:
+    """query [B, H, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv], their mask; offset and appended as in `Rows`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    offset: int | None
+    appended: int = 0
+
+    def dense_mask(self) -> Tensor | None:
+        """The mask as a tensor, with causality written out; needed by edits that change the number or order of keys."""
+        if not self.is_causal:
+            return self.mask
+        tq, tk = self.query.shape[2], self.key.shape[2]
+        causal = torch.ones(tq, tk, dtype=torch.bool, device=self.key.device).tril(tk - tq)[None, None]
+        if self.mask is None:
+            return causal
+        if self.mask.dtype == torch.bool:
+            return self.mask & causal
+        return self.mask.masked_fill(~causal, float("-inf"))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OperandEdit(Edit):
+    level = "operands"
+
+    def on_operands(self, x: Operands) -> Operands:
+        raise NotImplementedError
+
+    def at_kv_heads(self, index: Sequence[int]) -> OperandEdit:
+        """The same edit with its own keys and values cut to these key/value heads."""
+        cut = {}
+        for name in ("key", "value"):
+            own = getattr(self, name, None)
+            if isinstance(own, Tensor) and own.shape[1] > 1:
+                cut[name] = own[:, list(index)]
+        return dataclasses.replace(self, **cut) if cut else self
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScaleQuery(OperandEdit):
+    """S *= factor, by scaling q. factor: number or tensor broadcastable to [B, heads, Tq]; above 1 sharpens, 0 makes rows uniform."""
+
+    factor: float | Tensor
+    broadcast = {"factor": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("factor", self.factor)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.factor, Tensor) and self.factor == 1)
+
+    def on_operands(self, x: Operands) -> Operands:
+        factor = self.factor[..., None].to(x.query.dtype) if isinstance(self.factor, Tensor) else self.factor
+        scaled = x.query * factor
+        if self.rows is not None:
+            scaled = torch.where(self.rows[:, None, :, None], scaled, x.query)
+        return dataclasses.replace(x, query=scaled)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReplaceKV(OperandEdit):
+    """Puts other keys and/or values at some columns. columns [m] long; key [B, Hkv, m, D] and value [B, Hkv, m, Dv] or None."""
+
+    columns: Tensor
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows is not None or self.heads is not None:
+            raise ReattendError("ReplaceKV acts on all heads and rows: heads and rows must be None")
+        if self.columns.dtype != torch.long or self.columns.dim() != 1:
+            raise ReattendError("columns must be a 1-d long tensor of key columns")
+        if self.key is None and self.value is None:
+            raise ReattendError("ReplaceKV needs key, value or both")
+
+    @property
+    def is_identity(self) -> bool:
+        return self.columns.numel() == 0
+
+    def on_operands(self, x: Operands) -> Operands:
+        key, value = x.key, x.value
+        if self.key is not None:
+            key = key.index_copy(2, self.columns, self.key.to(key.dtype).expand(*key.shape[:2], -1, -1))
+        if self.value is not None:
+            value = value.index_copy(2, self.columns, self.value.to(value.dtype).expand(*value.shape[:2], -1, -1))
+        return dataclasses.replace(x, key=key, value=value)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AppendKV(OperandEdit):
+    """Adds m extra columns that every row sees: key [B, Hkv, m, D], value [B, Hkv, m, Dv]."""
+
+    key: Tensor
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows is not None or self.heads is not None:
+            raise ReattendError("AppendKV acts on all heads and rows: heads and rows must be None")
+        if self.key.dim() != 4 or self.key.shape[:3] != self.value.shape[:3]:
+            raise ReattendError("key and value must be [batch, key heads, m, dim] with the same m")
+
+    @property
+    def is_identity(self) -> bool:
+        return self.key.shape[2] == 0
+
+    def on_operands(self, x: Operands) -> Operands:
+        mask, extra = x.dense_mask(), self.key.shape[2]
+        if mask is not None:
+            fill = torch.ones if mask.dtype == torch.bool else torch.zeros
+            mask = torch.cat([mask, fill(*mask.shape[:3], extra, dtype=mask.dtype, device=mask.device)], dim=3)
+        key = torch.cat([x.key, self.key.to(x.key.dtype).expand(*x.key.shape[:2], -1, -1)], dim=2)
+        value = torch.cat([x.value, self.value.to(x.value.dtype).expand(*x.value.shape[:2], -1, -1)], dim=2)
+        return dataclasses.replace(
+            x, key=key, value=value, mask=mask, is_causal=False, appended=x.appended + extra
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PoolKV(OperandEdit):
+    """Merges groups of keys: columns of the same group become their mean key and mean value, standing for `size` keys (+log size).
+
+    groups [Tk] long: group of each column, numbered 0..m-1 in the order the pooled columns shall have. A row sees a pooled
+    column only when it sees all its members (so causality holds).
+    """
+
+    groups: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows is not None or self.heads is not None:
+            raise ReattendError("PoolKV acts on all heads and rows: heads and rows must be None")
+        if self.groups.dtype != torch.long or self.groups.dim() != 1:
+            raise ReattendError("groups must be a 1-d long tensor, one group number per key")
+
+    @property
+    def is_identity(self) -> bool:
+        return torch.equal(self.groups, torch.arange(self.groups.numel(), device=self.groups.device))
+
+    def on_operands(self, x: Operands) -> Operands:
+        if self.groups.numel() != x.key.shape[2]:
+            raise ReattendError(f"groups names {self.groups.numel()} columns, the call has {x.key.shape[2]} keys")
+        size = torch.bincount(self.groups).to(torch.float32)
+        member = torch.zeros(len(size), x.key.shape[2], device=x.key.device)
+        member[self.groups, torch.arange(x.key.shape[2], device=x.key.device)] = 1
+        mean = member / size[:, None]
+        key = (mean @ x.key.float()).to(x.key.dtype)
+        value = (mean @ x.value.float()).to(x.value.dtype)
+        bias = size.log()[None, None, None]
+        mask = x.dense_mask()
+        if mask is not None:
+            hidden = ~mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
+            pooled_hidden = (hidden.float() @ member.T) > 0
+            bias = bias.expand(*pooled_hidden.shape).masked_fill(pooled_hidden, float("-inf"))
+            if mask.dtype != torch.bool:
+                bias = bias + mask.masked_fill(hidden, 0).float() @ mean.T
+        return dataclasses.replace(x, key=key, value=value, mask=bias.to(x.query.dtype), is_causal=False, offset=None)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reorder(OperandEdit):
+    """Column j of the call becomes the key and value of column order[j]; the mask stays where it is. order [Tk] or [B, Tk] long."""
+
+    order: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows is not None or self.heads is not None:
+            raise ReattendError("Reorder acts on all heads and rows: heads and rows must be None")
+        if self.order.dtype != torch.long or self.order.dim() not in (1, 2):
+            raise ReattendError("order must be a long tensor [keys] or [batch, keys]")
+
+    def on_operands(self, x: Operands) -> Operands:
+        keys = x.key.shape[2]
+        if self.order.shape[-1] != keys - x.appended:
+            raise ReattendError(f"order names {self.order.shape[-1]} columns, the call has {keys - x.appended} keys")
+        order = self.order.view(-1, keys - x.appended)
+        tail = torch.arange(keys - x.appended, keys, device=order.device).expand(order.shape[0], -1)
+        order = torch.cat([order, tail], dim=1)[:, None, :, None]
+
+        def take(t: Tensor) -> Tensor:
+            return t.gather(2, order.expand(t.shape[0], t.shape[1], -1, t.shape[3]))
+
+        return dataclasses.replace(x, key=take(x.key), value=take(x.value))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProjectKey(Edit):
+    """k += strength * P k on the key projection's output of chosen new tokens, before RoPE and cache. P [D, D] or [Hkv, D, D].
+
+    `heads` are key/value heads, `rows` the tokens of this forward pass. Runs at the projection, not inside a call's attention.
+    """
+
+    projection: Tensor
+    strength: float = 1.0
+    level = "projection"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("strength", self.strength)
+        if self.projection.dim() not in (2, 3) or self.projection.shape[-1] != self.projection.shape[-2]:
+            raise ReattendError("projection must be [head_dim, head_dim] or [key heads, head_dim, head_dim]")
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or self.strength == 0
+
+    def on_key(self, key: Tensor) -> Tensor:
+        """key [B, Hkv, T, D] -> the same shape; computed in float32, cast back."""
+        change = self.strength * (key.float() @ self.projection.float().transpose(-1, -2))
+        keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device)
+        if self.rows is not None:
+            keep = keep & self.rows[:, None, :, None]
+        if self.heads is not None:
+            named = torch.zeros(key.shape[1], dtype=torch.bool, device=key.device)
+            named[list(self.heads)] = True
+            keep = keep & named[None, :, None, None]
+        return torch.where(keep, (key.float() + change).to(key.dtype), key)

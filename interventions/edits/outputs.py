@@ -1,0 +1,90 @@
+"""Edits of the per-head outputs O_h = A_h V_h, before the output projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Edit, Rows, check_number, repeat_heads
+from .weights import at_rows
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OutputEdit(Edit):
+    level = "output"
+
+    def on_output(self, output: Tensor, rows: Rows) -> Tensor:
+        """output [B, H, R, Dv] -> the same shape."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadGain(OutputEdit):
+    """O_h *= gain. gain: number or tensor broadcastable to [B, heads]."""
+
+    gain: float | Tensor
+    broadcast = {"gain": 0}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gain, Tensor) and self.gain.dim() == 1:
+            object.__setattr__(self, "gain", self.gain[None])
+        super().__post_init__()
+        check_number("gain", self.gain)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.gain, Tensor) and self.gain == 1)
+
+    def on_output(self, output: Tensor, rows: Rows) -> Tensor:
+        gain = self.gain[..., None, None].to(output.dtype) if isinstance(self.gain, Tensor) else self.gain
+        return output * gain
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadMix(OutputEdit):
+    """O_h = (1 - a) O_h + a t. target [heads, Dv] or [B, heads, Dv]; amount: number or broadcastable to [B, heads]."""
+
+    target: Tensor
+    amount: float | Tensor
+    broadcast = {"target": 1, "amount": 0}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.amount, Tensor) and self.amount.dim() == 1:
+            object.__setattr__(self, "amount", self.amount[None])
+        if self.target.dim() == 2:
+            object.__setattr__(self, "target", self.target[None])
+        super().__post_init__()
+        check_number("amount", self.amount, 0, 1)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.amount, Tensor) and self.amount == 0)
+
+    def on_output(self, output: Tensor, rows: Rows) -> Tensor:
+        amount = self.amount[..., None, None].to(output.dtype) if isinstance(self.amount, Tensor) else self.amount
+        return (1 - amount) * output + amount * self.target[:, :, None].to(output.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MixValue(OutputEdit):
+    """O_i = (1 - s) O_i + s v_i: each row moves towards its own token's value. strength in [0, 1], number or [B, heads, Tq]."""
+
+    strength: float | Tensor
+    broadcast = {"strength": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("strength", self.strength, 0, 1)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.strength, Tensor) and self.strength == 0)
+
+    def on_output(self, output: Tensor, rows: Rows) -> Tensor:
+        own = repeat_heads(rows.value[:, :, rows.own], output.shape[1]).to(output.dtype)
+        strength = self.strength[..., None] if isinstance(self.strength, Tensor) else self.strength
+        strength = at_rows(strength, rows)
+        if isinstance(strength, Tensor):
+            strength = strength.to(output.dtype)
+        return output + strength * (own - output)

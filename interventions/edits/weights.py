@@ -1,0 +1,194 @@
+"""Edits of the weights A = softmax(S). Rows that an edit would empty keep their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ReattendError
+from .base import Columns, Edit, Rows, as_columns, check_number, repeat_heads
+
+TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WeightEdit(Edit):
+    level = "weights"
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        """weights [B, H, R, Tk] -> the same shape."""
+        raise NotImplementedError
+
+
+def _factor(value: float | Tensor) -> float | Tensor:
+    return value[..., None] if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gain(WeightEdit):
+    """A[:, columns] *= factor; then rows get back their old sum over `renormalise`: "row", a column set, or None (they do not).
+
+    With a column set, the freed (or missing) weight is spread over that set in proportion to its weights.
+    columns: bool [..., Tk] or indices. factor >= 0: number or tensor broadcastable to [B, heads, Tq].
+    """
+
+    columns: Columns
+    factor: float | Tensor
+    renormalise: str | Columns | None = "row"
+    broadcast = {"columns": 1, "factor": 1, "renormalise": 1}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", as_columns("columns", self.columns))
+        if isinstance(self.renormalise, str):
+            if self.renormalise != "row":
+                raise ReattendError(f'renormalise must be "row", a column set or None, got {self.renormalise!r}')
+        elif self.renormalise is not None:
+            object.__setattr__(self, "renormalise", as_columns("renormalise", self.renormalise))
+        super().__post_init__()
+        check_number("factor", self.factor, 0)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.factor, Tensor) and self.factor == 1)
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        chosen = rows.columns(self.columns)
+        before = weights.sum(dim=-1, keepdim=True)
+        gained = torch.where(chosen, weights * at_rows(_factor(self.factor), rows), weights)
+        total = gained.sum(dim=-1, keepdim=True)
+        if self.renormalise is None:
+            return torch.where(total > TINY, gained, weights)
+        if isinstance(self.renormalise, str):
+            return torch.where(total > TINY, gained * (before / total.clamp_min(TINY)), weights)
+        spread = rows.columns(self.renormalise)
+        inside = (gained * spread).sum(dim=-1, keepdim=True)
+        target = inside + before - total
+        scaled = torch.where(spread, gained * (target / inside.clamp_min(TINY)), gained)
+        return torch.where((inside > TINY) & (target >= 0), scaled, weights)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transfer(WeightEdit):
+    """Takes `fraction` of the weight on `src` columns and gives it to `dst` (None: all others), "proportional" or "even".
+
+    Even shares go to the dst columns that the row can see. Rows with nothing to give to (no weight, or no visible column,
+    on dst) are left alone. src, dst: disjoint column sets; fraction in [0, 1], number or broadcastable to [B, heads, Tq].
+    """
+
+    src: Columns
+    dst: Columns | None = None
+    fraction: float | Tensor = 1.0
+    how: str = "proportional"
+    broadcast = {"src": 1, "dst": 1, "fraction": 1}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "src", as_columns("src", self.src))
+        object.__setattr__(self, "dst", None if self.dst is None else as_columns("dst", self.dst))
+        super().__post_init__()
+        check_number("fraction", self.fraction, 0, 1)
+        if self.how not in ("proportional", "even"):
+            raise ReattendError(f'how must be "proportional" or "even", got {self.how!r}')
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.fraction, Tensor) and self.fraction == 0)
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        src = rows.columns(self.src)
+        dst = ~src if self.dst is None else rows.columns(self.dst) & ~src
+        taken = torch.where(src, weights * at_rows(_factor(self.fraction), rows), 0)
+        budget = taken.sum(dim=-1, keepdim=True)
+        if self.how == "even":
+            dst = dst if rows.visible is None else dst & rows.visible
+            room = dst.sum(dim=-1, keepdim=True).to(weights.dtype)
+            given = torch.where(dst, budget / room.clamp_min(1), 0)
+        else:
+            room = (weights * dst).sum(dim=-1, keepdim=True)
+            given = torch.where(dst, weights * (budget / room.clamp_min(TINY)), 0)
+        return torch.where(room > TINY, weights - taken + given, weights)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mix(WeightEdit):
+    """A = (1 - s) A + s T with T "identity" (each row its own token), "uniform" (over visible keys), "mean_query" (the map of the
+    mean query, over visible keys), "argmax" (one-hot at the row's largest weight), or a given map [..., Tq, Tk] (made to respect
+    the mask, rows normalised). strength in [0, 1]: number or broadcastable to [B, heads, Tq].
+    """
+
+    target: str | Tensor
+    strength: float | Tensor
+    broadcast = {"strength": 1, "target": 2}
+
+    NAMES = ("identity", "uniform", "mean_query", "argmax")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, str) and self.target not in self.NAMES:
+            raise ReattendError(f"target must be one of {', '.join(self.NAMES)} or a tensor, got {self.target!r}")
+        super().__post_init__()
+        check_number("strength", self.strength, 0, 1)
+        if isinstance(self.target, Tensor):
+            check_number("target", self.target, 0)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.strength, Tensor) and self.strength == 0)
+
+    @property
+    def target_is_known(self) -> bool:
+        """True where T and its output follow without the row's own weights."""
+        return self.target in ("identity", "uniform", "mean_query") if isinstance(self.target, str) else False
+
+    def map(self, weights: Tensor, rows: Rows) -> Tensor:
+        """T [B, H, R, Tk] for these rows; all-zero rows mean "keep the row"."""
+        num_keys = weights.shape[3]
+        if self.target == "argmax":
+            return torch.zeros_like(weights).scatter_(3, weights.argmax(dim=-1, keepdim=True), 1.0)
+        if self.target == "identity":
+            columns = torch.arange(num_keys, device=weights.device)
+            return (columns[None] == rows.own[:, None]).to(weights.dtype).expand_as(weights)
+        if self.target == "uniform":
+            target = torch.ones_like(weights)
+        elif self.target == "mean_query":
+            mean = rows.query.to(weights.dtype).mean(dim=2, keepdim=True)
+            key = repeat_heads(rows.key, weights.shape[1]).to(weights.dtype)
+            scores = rows.scale * mean @ key.transpose(2, 3)
+            target = (scores - scores.amax(dim=-1, keepdim=True)).exp().expand_as(weights)
+        else:
+            assert isinstance(self.target, Tensor)
+            target = self.target if self.target.shape[2] == 1 else self.target[:, :, rows.index]
+            target = rows.padded(target).to(weights.dtype).expand_as(weights)
+        if rows.visible is not None:
+            target = target * rows.visible
+        return target / target.sum(dim=-1, keepdim=True).clamp_min(TINY)
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        target = self.map(weights, rows)
+        strength = at_rows(_factor(self.strength), rows)
+        alive = (target.sum(dim=-1, keepdim=True) > 0) & (weights.sum(dim=-1, keepdim=True) > TINY)
+        return torch.where(alive, (1 - strength) * weights + strength * target, weights)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WeightMap(WeightEdit):
+    """A = function(A, rows) on the chosen rows, which are materialised: name as few as possible. Non-finite or negative rows are refused
+    row by row (they keep their weights). function: (weights [B, heads, R, Tk], Rows) -> the same shape.
+    """
+
+    function: Callable[[Tensor, Rows], Tensor]
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        new = self.function(weights, rows)
+        if new.shape != weights.shape:
+            raise ReattendError(f"a WeightMap function changed the shape from {tuple(weights.shape)} to {tuple(new.shape)}")
+        sound = (new >= 0).all(dim=-1, keepdim=True) & (new.sum(dim=-1, keepdim=True) < float("inf"))
+        return torch.where(sound, new, weights)
+
+
+def at_rows(value: float | Tensor, rows: Rows) -> float | Tensor:
+    """A per-row parameter [B, H, Tq, 1] cut to the rows of a chunk; numbers and row-independent tensors pass."""
+    if not isinstance(value, Tensor) or value.shape[2] == 1:
+        return value
+    return value[:, :, rows.index]

@@ -1,0 +1,325 @@
+"""The fused executor: the same numbers as `reference`, without the n x n matrix.
+
+Heads with the same edits form a group; heads without edits take the model's own path. Per group the cheapest exact way is chosen:
+
+- key biases          one extra dimension of q and k inside the fused kernel (an additive row at decode)
+- bands (`Keep`)      query blocks over the sink and window columns only
+- known columns, mixes corrections of the fused output from its log-sum-exp (`correction`)
+- anything else       only the rows it names are materialised, in chunks; at decode, all rows are few
+- output edits        arithmetic on the output
+
+The order of meaning is that of `reference`: operands, scores, weights, output; inside a level as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .band import attend_band
+from .call import Call
+from .columns import plan_columns
+from .correction import column_weights, correct
+from .edits import Band, Edit, Gain, Keep, KeyBias, Mix, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, Transfer, WeightEdit
+from .edits.base import repeat_heads
+from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
+from .reference import at_chosen, check_edits
+
+# Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
+FEW_ROWS = 4
+
+
+def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
+    """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
+    edits = check_edits(call, list(edits))
+    groups = group_heads(call.num_heads, edits)
+    if not edits or groups == {(): list(range(call.num_heads))}:
+        return plain(call)
+    if len(groups) == 1:
+        (chosen, heads), *_ = groups.items()
+        return _Group(call, heads, [edits[i] for i in chosen]).run()
+    output = None
+    untouched = groups.pop((), None)
+    rest = list(untouched or [])
+    # groups that start from the untouched output share one pass over all heads where that is cheap
+    if call.num_queries <= FEW_ROWS or not call.original_is_sdpa:
+        output = plain(call).clone() if rest or any(_starts_from_output([edits[i] for i in c]) for c in groups) else None
+    elif rest:
+        output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
+        sub = _Group(call, rest, [])
+        output[:, rest] = attend(*sub.operands, call.is_causal, call.scale, call.softcap, sub.sinks)[0]
+    if output is None:
+        output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
+        have_all = False
+    else:
+        have_all = call.num_queries <= FEW_ROWS or not call.original_is_sdpa
+    for chosen, heads in groups.items():
+        group = _Group(call, heads, [edits[i] for i in chosen])
+        output[:, heads] = group.run(output[:, heads] if have_all else None)
+    return output
+
+
+def plain(call: Call) -> Tensor:
+    """The call without edits, through the model's own function where there is one."""
+    if call.original is not None:
+        return call.original()
+    return attend(
+        call.query, call.key, call.value, call.mask, call.is_causal, call.scale, call.softcap, call.sinks
+    )[0]
+
+
+def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
+    """Heads with the same edits: {indices of edits: heads}."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    if all(edit.heads is None for edit in edits):
+        return {tuple(range(len(edits))): list(range(num_heads))}
+    for head in range(num_heads):
+        groups.setdefault(tuple(i for i, e in enumerate(edits) if e.heads is None or head in e.heads), []).append(head)
+    return groups
+
+
+def _starts_from_output(edits: Sequence[Edit]) -> bool:
+    return all(isinstance(e, OutputEdit) for e in edits)
+
+
+class _Group:
+    """Heads of one call that share their edits."""
+
+    def __init__(self, call: Call, heads: list[int], edits: Sequence[Edit]) -> None:
+        self.call, self.heads = call, heads
+        self.edits = [e.at_heads(heads if e.heads is None else [e.heads.index(h) for h in heads]) for e in edits]
+        everything = len(heads) == call.num_heads
+        shared = call.num_heads // call.key.shape[1]
+        self.kv_heads = _key_heads(heads, shared)
+        query = call.query if everything else call.query[:, heads]
+        whole = self.kv_heads == list(range(call.key.shape[1]))
+        key = call.key if whole else call.key[:, self.kv_heads]
+        value = call.value if whole else call.value[:, self.kv_heads]
+        mask = call.mask
+        if mask is not None and mask.shape[1] > 1 and not everything:
+            mask = mask[:, heads]
+        self.operands = (query, key, value, mask)
+        self.sinks = call.sinks if call.sinks is None or everything else call.sinks[heads]
+
+    def run(self, output: Tensor | None = None) -> Tensor:
+        """Output [B, heads, Tq, Dv]. output: the untouched output of these heads if it is already known."""
+        call = self.call
+        operand_edits = [e for e in self.edits if isinstance(e, OperandEdit)]
+        score_edits = [e for e in self.edits if isinstance(e, ScoreEdit)]
+        weight_edits = [e for e in self.edits if isinstance(e, WeightEdit)]
+        x = Operands(*self.operands, call.is_causal, offset=call.num_keys - call.num_queries)
+        for edit in operand_edits:
+            x = edit.at_kv_heads(self.kv_heads).on_operands(x)
+        if operand_edits or score_edits:
+            output = None
+        result = self._attention(x, score_edits, weight_edits, output)
+        rows = Rows(
+            torch.arange(x.query.shape[2], device=x.query.device), None, x.query, x.key, x.value, call.scale, x.offset, x.appended
+        )
+        for edit in self.edits:
+            if isinstance(edit, OutputEdit):
+                result = at_chosen(edit, rows, edit.on_output(result, rows), result)
+        return result.to(call.query.dtype)
+
+    def _attention(self, x: Operands, scores: list[ScoreEdit], weights: list[WeightEdit], output: Tensor | None) -> Tensor:
+        call = self.call
+        few = x.query.shape[2] <= FEW_ROWS
+        if not scores and not weights:
+            return self._kernel(x, None, False)[0] if output is None else output
+        biases = [e for e in scores if isinstance(e, KeyBias) and e.rows is None]
+        others = [e for e in scores if e not in biases]
+        if not weights and call.softcap is None and call.sinks is None:
+            if not others:
+                return self._kernel(x, _sum_biases(biases, x), False)[0]
+            if len(others) == 1 and _is_band(others[0]):
+                return attend_band(x, others[0].pattern, _sum_biases(biases, x), call.scale)  # type: ignore[union-attr]
+        if few and (weights or others):
+            return self._materialise(x, torch.arange(x.query.shape[2], device=x.query.device))
+        dense = self._rows_to_materialise(x, others, weights)
+        if dense is not None and dense.numel() == x.query.shape[2]:
+            return self._materialise(x, dense)
+        corrected = [] if dense is not None else weights
+        bias = _sum_biases(biases, x)
+        plan = plan_columns(corrected, x, self.sinks is not None, call) if corrected else None
+        if corrected and plan is None:
+            dense, corrected = _named_rows(corrected, x), []
+            if dense.numel() == x.query.shape[2]:
+                return self._materialise(x, dense)
+        need_lse = plan is not None and plan.needs_statistics
+        if output is None or need_lse:
+            result, lse = self._kernel(x, bias, need_lse)
+        else:
+            result, lse = output, None
+        if plan is not None:
+            result, dense = self._correct(x, plan, result, lse, bias)
+        if dense is not None and dense.numel():
+            result = result.index_copy(2, dense, self._materialise(x, dense).to(result.dtype))
+        return result
+
+    def _kernel(self, x: Operands, bias: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+        call = self.call
+        if bias is None:
+            return attend(x.query, x.key, x.value, x.mask, x.is_causal, call.scale, call.softcap, self.sinks, need_lse)
+        if x.query.shape[2] <= FEW_ROWS or call.softcap is not None or x.query.shape[-1] != x.value.shape[-1]:
+            mask = x.dense_mask()
+            row = bias[:, :, None, :]
+            if mask is None:
+                mask = row
+            elif mask.dtype == torch.bool:
+                mask = row.masked_fill(~mask, float("-inf"))
+            else:
+                mask = row + mask.to(row.dtype)
+            mask = mask.to(x.query.dtype if call.softcap is None else row.dtype)
+            return attend(x.query, x.key, x.value, mask, False, call.scale, call.softcap, self.sinks, need_lse)
+        query, key, value = with_bias_dimensions(x.query, x.key, x.value, bias, call.scale)
+        output, lse = attend(query, key, value, x.mask, x.is_causal, call.scale, None, self.sinks, need_lse)
+        return output[..., : x.value.shape[3]], lse
+
+    def _materialise(self, x: Operands, index: Tensor) -> Tensor:
+        """Rows `index` [R] with every score and weight edit applied to their whole maps, in chunks: [B, heads, R, Dv]."""
+        call = self.call
+        dtype = statistics_dtype(x.query)
+        step = rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2])
+        value = x.value.to(dtype)
+        outputs = []
+        for start in range(0, index.numel(), step):
+            part = index[start : start + step]
+            outputs.append(grouped_values(edited_weights(x, part, self.edits, call, self.sinks), value))
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+    def _correct(self, x: Operands, plan, output: Tensor, lse: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Corrections in chunks of rows; returns the output and the rows [R] that need the materialised form."""
+        call = self.call
+        columns = plan.columns
+        key, value = x.key[:, :, columns], x.value[:, :, columns]
+        dtype = statistics_dtype(x.query)
+        pieces, unsafe = [], []
+        step = rows_per_chunk(x.query.shape[0], x.query.shape[1], max(64, columns.numel()) + 2 * x.value.shape[3])
+        for start in range(0, x.query.shape[2], step):
+            index = torch.arange(start, min(start + step, x.query.shape[2]), device=x.query.device)
+            rows = Rows(index, None, x.query, x.key, x.value, call.scale, x.offset, x.appended)
+            span = slice(start, start + index.numel())
+            visible = plan.visible_on_columns(index)
+            total = None
+            if lse is None:
+                weights = output.new_zeros(*output.shape[:2], index.numel(), 0, dtype=dtype)
+            else:
+                part = lse[:, :, span].to(dtype)
+                weights = column_weights(
+                    x.query[:, :, span], key, part, call.scale, None if visible is None else ~visible,
+                    plan.bias_on_columns(bias, index), call.softcap,
+                )
+                if self.sinks is not None:
+                    total = 1 - (self.sinks.to(dtype).view(1, -1, 1) - part).exp()[..., None]
+            items = plan.items(rows, visible)
+            result, bad = correct(output[:, :, span], weights, value, items, rows, total)
+            pieces.append(result.to(output.dtype))
+            unsafe.append(bad)
+        result = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+        flagged = torch.cat(unsafe, dim=2) if len(unsafe) > 1 else unsafe[0]
+        flagged = flagged.flatten(0, 1).any(dim=0)
+        return result, flagged.nonzero()[:, 0]
+
+    def _rows_to_materialise(self, x: Operands, others: list[ScoreEdit], weights: list[WeightEdit]) -> Tensor | None:
+        """Rows that no identity covers, or None when every weight edit can be tried as a correction."""
+        hard = list(others) + [
+            e for e in weights
+            if not isinstance(e, (Gain, Transfer, Mix)) or (isinstance(e, Mix) and not e.target_is_known)
+        ]
+        if not hard:
+            return None
+        return _named_rows([*others, *weights], x)
+
+
+def edited_weights(x: Operands, index: Tensor, edits: Sequence[Edit], call: Call, sinks: Tensor | None) -> Tensor:
+    """Weights [B, H, R, Tk] of the rows `index` after all score and weight edits."""
+    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scale, call.softcap, index)  # type: ignore[arg-type]
+    rows = Rows(index, visible, x.query, x.key, x.value, call.scale, x.offset, x.appended)  # type: ignore[arg-type]
+    for edit in edits:
+        if isinstance(edit, ScoreEdit):
+            scores = at_chosen(edit, rows, edit.on_scores(scores, rows), scores)
+    weights = softmax_rows(scores, sinks)
+    for edit in edits:
+        if isinstance(edit, WeightEdit):
+            weights = at_chosen(edit, rows, edit.on_weights(weights, rows), weights)
+    return weights
+
+
+def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
+    """Weights [B, H, R, Tk] of the query rows `index` [R], after the edits: the maps that observers and pictures need, row by row."""
+    edits = check_edits(call, list(edits))
+    parts: dict[int, Tensor] = {}
+    for chosen, heads in group_heads(call.num_heads, edits).items():
+        group = _Group(call, heads, [edits[i] for i in chosen])
+        x = Operands(*group.operands, call.is_causal, offset=call.num_keys - call.num_queries)
+        for edit in group.edits:
+            if isinstance(edit, OperandEdit):
+                x = edit.at_kv_heads(group.kv_heads).on_operands(x)
+        weights = edited_weights(x, index, group.edits, call, group.sinks)
+        if len(heads) == call.num_heads:
+            return weights
+        parts.update(dict(zip(heads, weights.unbind(dim=1), strict=True)))
+    return torch.stack([parts[h] for h in range(call.num_heads)], dim=1)
+
+
+def with_bias_dimensions(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with 8 more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
+
+    The constant on q's side is a power of two and the bias is split into three parts of the working dtype, so that half precision
+    loses nothing of it.
+    """
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    constant = 2.0 ** round(torch.tensor(1.0 / scale).log2().item())
+    rest = bias.to(torch.float32) / (scale * constant)
+    parts = []
+    for _ in range(3):
+        part = rest.to(query.dtype)
+        parts.append(part)
+        rest = rest - part.to(torch.float32)
+    extra_key = torch.zeros(*rest.shape, 8, dtype=key.dtype, device=key.device)
+    for i, part in enumerate(parts):
+        extra_key[..., i] = part
+    if rest.shape[1] > 1 and key.shape[1] != heads:
+        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    extra_query = torch.zeros(8, dtype=query.dtype, device=query.device)
+    extra_query[:3] = constant
+    query = torch.cat([query, extra_query.expand(batch, heads, rows, 8)], dim=3)
+    key = torch.cat([key, extra_key.expand(batch, key.shape[1], keys, 8)], dim=3)
+    return query, key, torch.nn.functional.pad(value, (0, 8))
+
+
+def _sum_biases(biases: Sequence[KeyBias], x: Operands) -> Tensor | None:
+    """All key biases of a group as one [B or 1, heads or 1, Tk] float32."""
+    if not biases:
+        return None
+    total = biases[0].bias.to(statistics_dtype(x.query))
+    for edit in biases[1:]:
+        total = total + edit.bias.to(total.dtype)
+    return torch.nn.functional.pad(total, (0, x.appended)) if x.appended else total
+
+
+def _is_band(edit: ScoreEdit) -> bool:
+    return isinstance(edit, Keep) and isinstance(edit.pattern, Band) and edit.rows is None
+
+
+def _named_rows(edits: Sequence[Edit], x: Operands) -> Tensor:
+    """Rows [R] that any of the edits names, in any batch row."""
+    num_queries = x.query.shape[2]
+    named = torch.zeros(num_queries, dtype=torch.bool, device=x.query.device)
+    for edit in edits:
+        if edit.rows is None:
+            return torch.arange(num_queries, device=x.query.device)
+        named |= edit.rows.to(named.device).any(dim=0)
+    return named.nonzero()[:, 0]
+
+
+def _key_heads(heads: list[int], shared: int) -> list[int]:
+    """Key heads for a group of query heads such that query head i of the group reads key head i // (len(heads) / len(kv)) of the list."""
+    kv = sorted({h // shared for h in heads})
+    per_kv = [sum(1 for h in heads if h // shared == k) for k in kv]
+    if len(set(per_kv)) == 1:
+        return kv
+    return [h // shared for h in heads]

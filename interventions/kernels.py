@@ -1,0 +1,208 @@
+"""Plain attention: the fused kernel with its log-sum-exp where the device has one, and exact row chunks everywhere.
+
+Masks follow torch: bool True = visible, or additive. Statistics are float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .edits.base import repeat_heads
+
+# Values of one temporary [B, H, R, Tk] when rows are materialised in chunks: 4 Mi float32 = 16 MiB.
+CHUNK_VALUES = 1 << 22
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rows_per_chunk(batch: int, heads: int, keys: int) -> int:
+    return max(16, CHUNK_VALUES // max(1, batch * heads * keys))
+
+
+def grouped_matmul(query: Tensor, key: Tensor) -> Tensor:
+    """query [B, H, R, D] x key [B, Hkv, Tk, D] -> [B, H, R, Tk] without repeating keys: heads that share a key head are stacked as rows."""
+    batch, heads, rows, dim = query.shape
+    shared = key.shape[1]
+    if heads == shared:
+        return query @ key.transpose(2, 3)
+    stacked = query.reshape(batch, shared, heads // shared * rows, dim)
+    return (stacked @ key.transpose(2, 3)).reshape(batch, heads, rows, key.shape[2])
+
+
+def grouped_values(weights: Tensor, value: Tensor) -> Tensor:
+    """weights [B, H, R, Tk] x value [B, Hkv, Tk, Dv] -> [B, H, R, Dv], key heads shared as in `grouped_matmul`."""
+    batch, heads, rows, keys = weights.shape
+    shared = value.shape[1]
+    if heads == shared:
+        return weights @ value
+    stacked = weights.reshape(batch, shared, heads // shared * rows, keys)
+    return (stacked @ value).reshape(batch, heads, rows, value.shape[3])
+
+
+def visible_rows(mask: Tensor | None, is_causal: bool, index: Tensor, num_queries: int, num_keys: int) -> Tensor | None:
+    """Bool, broadcastable to [B, H, R, Tk]: what the rows `index` may see; None when everything is visible."""
+    visible = None
+    if mask is not None:
+        part = mask if mask.shape[2] == 1 else mask[:, :, index]
+        visible = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+    if is_causal:
+        columns = torch.arange(num_keys, device=index.device)
+        causal = (columns[None] <= index[:, None] + (num_keys - num_queries))[None, None]
+        visible = causal if visible is None else visible & causal
+    return visible
+
+
+def score_rows(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None, index: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(scores, visible) of the query rows `index`: scores [B, H, R, Tk] in statistics dtype, hidden pairs at -inf."""
+    dtype = statistics_dtype(query)
+    part = query if index.shape[0] == query.shape[2] else query[:, :, index]
+    scores = grouped_matmul(part.to(dtype) * scale, key.to(dtype))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, index]).to(dtype)
+    visible = visible_rows(mask, is_causal, index, query.shape[2], key.shape[2])
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores, visible
+
+
+def softmax_rows(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over keys; learned sink logits [H] take their share of the denominator; rows without a visible key become zero."""
+    top = scores.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        logit = sinks.to(scores.dtype).view(1, -1, 1, 1)
+        top = torch.maximum(top, logit)
+    top = top.clamp_min(torch.finfo(scores.dtype).min)
+    weights = (scores - top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + (logit - top).exp()
+    return weights / total.clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    need_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, H, Tq, Dv] and, on request, the log-sum-exp [B, H, Tq] of each row's scores over the keys (sink logits included)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if softcap is not None:
+        return _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks)
+    if is_causal and query.shape[2] != key.shape[2]:
+        # torch aligns its causal flag with the first key; a cache needs it aligned with the last one
+        mask, is_causal = _with_causal(mask, query.shape[2], key.shape[2], query.device), False
+    if is_causal and mask is not None:
+        mask, is_causal = _with_causal(mask, query.shape[2], key.shape[2], query.device), False
+    if not need_lse and sinks is None:
+        return _sdpa(query, key, value, mask, is_causal, scale), None
+    result = _fused_with_lse(query, key, value, mask, is_causal, scale)
+    if result is None:
+        return _attend_in_chunks(query, key, value, mask, is_causal, scale, None, sinks)
+    output, lse = result
+    if sinks is None:
+        return output, lse
+    joint = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
+    return output * (lse - joint).exp()[..., None].to(output.dtype), joint
+
+
+def _with_causal(mask: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)[None, None]
+    if mask is None:
+        return causal
+    return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, float("-inf"))
+
+
+def _pack(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """One query row and shared key heads: the heads of a group become rows of their key head, so keys are read once."""
+    batch, heads, rows, dim = query.shape
+    shared = key.shape[1]
+    if rows != 1 or heads == shared:
+        return None
+    packed = query.reshape(batch, shared, heads // shared, dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], shared, heads // shared, mask.shape[3])
+    return packed, mask
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    if mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype:
+        mask = mask.to(query.dtype)
+    packed = _pack(query, key, mask)
+    if packed is not None:
+        output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=scale)
+        return output.reshape(*query.shape[:3], value.shape[3])
+    shared = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared)
+
+
+def _fused_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """The same kernel that torch's SDPA picks, called so that it also returns the log-sum-exp; None where there is none."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None  # the kernels' log-sum-exp carries no gradient
+    if query.shape[-1] != value.shape[-1]:
+        return None
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask = mask.to(query.dtype)
+    packed = _pack(query, key, mask)
+    q, bias = (query, mask) if packed is None else packed
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
+        )
+    elif query.device.type == "cuda":
+        output, lse = _cuda_with_lse(q, key, value, bias, is_causal, scale)
+    else:
+        return None
+    return output.reshape(*query.shape[:3], value.shape[3]), lse.reshape(query.shape[:3])
+
+
+def _cuda_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    rows = query.shape[2]
+    if bias is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+        return out[0], out[1][..., :rows]
+    if bias is not None:
+        # the kernel wants rows of the bias to start at multiples of 16 bytes
+        keys = key.shape[2]
+        padded = F.pad(bias, (0, -keys % 8)).expand(query.shape[0], query.shape[1], rows, -1)
+        bias = padded[..., :keys]
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, is_causal, scale=scale)
+    return out[0], out[1][..., :rows]
+
+
+def _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
+    """Exact attention with lse in O(chunk * Tk) memory, for soft-capped scores and devices without a kernel that returns the lse."""
+    dtype = statistics_dtype(query)
+    outputs, statistics = [], []
+    step = rows_per_chunk(query.shape[0], query.shape[1], key.shape[2])
+    for start in range(0, query.shape[2], step):
+        index = torch.arange(start, min(start + step, query.shape[2]), device=query.device)
+        scores, _ = score_rows(query, key, mask, is_causal, scale, softcap, index)
+        lse = torch.logsumexp(scores, dim=-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.to(dtype).view(1, -1, 1))
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
+        weights = (scores - lse[..., None]).exp_()
+        outputs.append(grouped_values(weights, value.to(dtype)).to(query.dtype))
+        statistics.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(statistics, dim=2)
+

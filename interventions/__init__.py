@@ -4,8 +4,8 @@ from .call import Call, Clock, ImageGrid, Site, TokenMap
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
 from .errors import ReattendError, ReattendWarning, UnsupportedError
-from .fused import fused, row_weights
-from .reference import reference, reference_with_weights
+from .fused_executor import fused, row_weights
+from .reference_executor import reference, reference_with_weights
 
 __all__ = [
     "Call", "Clock", "ImageGrid", "ReattendError", "ReattendWarning", "Site", "TokenMap", "UnsupportedError",

@@ -16,29 +16,47 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     num_queries, num_keys = x.query.shape[2], x.key.shape[2]
     offset = num_keys - num_queries if x.offset is None else x.offset
     device = x.query.device
+    everything = torch.arange(num_keys, device=device)
     pieces = []
     for start in range(0, num_queries, BLOCK):
-        stop = min(start + BLOCK, num_queries)
-        index = torch.arange(start, stop, device=device)
+        index = torch.arange(start, min(start + BLOCK, num_queries), device=device)
         columns = _columns(band, index + offset, num_keys, x.is_causal, x.appended, device)
-        keep = band.keep(index + offset, columns)
-        if x.appended:
-            keep = keep | (columns >= num_keys - x.appended)
-        visible = visible_rows(x.mask, x.is_causal, index, num_queries, num_keys)
-        if visible is not None:
-            visible = visible if visible.shape[3] == 1 else visible[..., columns]
-            kept = keep & visible
-            # rows that the band would empty keep what they could see
-            keep = torch.where(kept.any(dim=-1, keepdim=True), kept, visible)
-        row_bias = torch.zeros((), dtype=torch.float32, device=device)
-        if x.mask is not None and x.mask.dtype != torch.bool:
-            additive = x.mask if x.mask.shape[2] == 1 else x.mask[:, :, index]
-            row_bias = row_bias + additive[..., columns].float()
-        if bias is not None:
-            row_bias = row_bias + bias[:, :, None, columns]
-        mask = row_bias.masked_fill(~keep, float("-inf")).to(x.query.dtype) if row_bias.dim() else keep
-        pieces.append(attend(x.query[:, :, start:stop], x.key[:, :, columns], x.value[:, :, columns], mask, False, scale)[0])
+        keep, emptied = _keep(x, band, index, offset, columns)
+        if emptied:
+            # some row's visible keys all lie outside the band, perhaps outside these columns: it keeps what it could see
+            columns = everything
+            keep, _ = _keep(x, band, index, offset, columns)
+        added = _added(x, bias, index, columns)
+        mask = keep if added is None else added.masked_fill(~keep, float("-inf")).to(x.query.dtype)
+        query = x.query[:, :, start : start + BLOCK]
+        pieces.append(attend(query, x.key[:, :, columns], x.value[:, :, columns], mask, False, scale)[0])
     return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+
+def _keep(x: Operands, band: Band, index: Tensor, offset: int, columns: Tensor) -> tuple[Tensor, bool]:
+    """(bool [B, 1 or H, R, C] pairs that stay, whether the band leaves some row without a key)."""
+    keep = band.keep(index + offset, columns)
+    if x.appended:
+        keep = keep | (columns >= x.key.shape[2] - x.appended)
+    visible = visible_rows(x.mask, x.is_causal, index, x.query.shape[2], x.key.shape[2])
+    if visible is None:
+        return keep, False
+    visible = visible if visible.shape[3] == 1 else visible[..., columns]
+    kept = keep & visible
+    if x.mask is None:
+        return kept, False
+    alive = kept.any(dim=-1, keepdim=True)
+    return torch.where(alive, kept, visible), not bool(alive.all())
+
+
+def _added(x: Operands, bias: Tensor | None, index: Tensor, columns: Tensor) -> Tensor | None:
+    """What is added to the scores of these rows and columns: an additive mask and key biases, float32."""
+    added = None if bias is None else bias[:, :, None, columns]
+    if x.mask is not None and x.mask.dtype != torch.bool:
+        part = x.mask if x.mask.shape[2] == 1 else x.mask[:, :, index]
+        part = (part if part.shape[3] == 1 else part[..., columns]).float()
+        added = part if added is None else added + part
+    return added
 
 
 def _columns(band: Band, places: Tensor, num_keys: int, is_causal: bool, appended: int, device: torch.device) -> Tensor:

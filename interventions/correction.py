@@ -26,7 +26,7 @@ from .kernels import grouped_matmul, grouped_values
 
 # A denominator below this, or a factor above LARGEST_FACTOR on the kernel's output, would amplify the kernel's rounding: such rows are unsafe.
 SMALLEST_DENOMINATOR = 1e-3
-LARGEST_FACTOR = {torch.float32: 16.0, torch.float64: 1e6, torch.bfloat16: 2.0, torch.float16: 2.0}
+LARGEST_FACTOR = {torch.float32: 8.0, torch.float64: 1e6, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 
 @dataclass

@@ -25,7 +25,7 @@ from .correction import column_weights, correct
 from .edits import Band, Edit, Gain, Keep, KeyBias, Mix, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, Transfer, WeightEdit
 from .edits.base import repeat_heads
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
-from .reference import at_chosen, check_edits
+from .reference_executor import at_chosen, check_edits
 
 # Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
 FEW_ROWS = 4

@@ -1,0 +1,311 @@
+"""Finds every attention computation of a model and says how it can be intercepted, without running it.
+
+A module is a site when its forward (or, in diffusers, its processor) is where softmax(Q K^T) V is dispatched: transformers'
+attention interface, `F.scaled_dot_product_attention` or diffusers' `dispatch_attention_fn`. That is read from the functions'
+own code objects, so new model classes need no table.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from ..interventions import ReattendError, Site, UnsupportedError
+from .diffusers_facts import describe as describe_denoiser_site
+
+SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+NATIVE_BACKENDS = {None, "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"}
+
+
+class SiteTable(Sequence):
+    """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down."""
+
+    def __init__(self, sites: Sequence[Site], modules: dict[str, nn.Module], model_name: str = "model") -> None:
+        self.sites = list(sites)
+        self.modules = modules
+        self.model_name = model_name
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return self.sites[index] if isinstance(index, int) else self._with(self.sites[index])
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __add__(self, other: SiteTable) -> SiteTable:
+        return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name)
+
+    def _with(self, sites: Sequence[Site]) -> SiteTable:
+        return SiteTable(sites, self.modules, self.model_name)
+
+    def where(self, condition: Callable[[Site], bool]) -> SiteTable:
+        return self._with([s for s in self.sites if condition(s)])
+
+    def stack(self, *names: str) -> SiteTable:
+        """Sites of these stacks; "denoiser" also takes "denoiser.double" and the like."""
+        return self.where(lambda s: any(s.stack == n or s.stack.startswith(n + ".") for n in names))
+
+    def kind(self, *kinds: str) -> SiteTable:
+        return self.where(lambda s: s.kind in kinds)
+
+    def layers(self, first: int = 0, last: int | None = None) -> SiteTable:
+        """Layers first..last inclusive; negative numbers count from the end of each stack, None = the last one."""
+        size = {s.stack: 1 + max(o.layer for o in self.sites if o.stack == s.stack) for s in self.sites}
+
+        def inside(site: Site) -> bool:
+            n = size[site.stack]
+            low = first + n if first < 0 else first
+            high = n - 1 if last is None else last + n if last < 0 else last
+            return low <= site.layer <= high
+
+        return self.where(inside)
+
+    def only(self, layers: Sequence[int]) -> SiteTable:
+        return self.where(lambda s: s.layer in set(layers))
+
+    @property
+    def num_layers(self) -> int:
+        return len({(s.stack, s.layer) for s in self.sites})
+
+    @property
+    def problems(self) -> list[Site]:
+        return [s for s in self.sites if s.problem]
+
+    def module(self, site: Site) -> nn.Module:
+        return self.modules[site.name]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per site, for JSON."""
+        keys = ("name", "layer", "stack", "kind", "num_heads", "num_kv_heads", "head_dim", "causal", "route", "problem")
+        return [{k: getattr(s, k) for k in keys} for s in self.sites]
+
+    def __str__(self) -> str:
+        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "")
+        lines = [head]
+        for s in self.sites:
+            known = [("?" if v is None else str(v)) for v in (s.num_heads, s.num_kv_heads, s.head_dim)]
+            lines.append((s.name, s.stack, str(s.layer), s.kind, *known, "yes" if s.causal else "no", s.problem or ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
+        return "\n".join([f"{self.model_name}: {len(self)} attention sites", *text])
+
+    __repr__ = __str__
+
+
+def sites(model: Any) -> SiteTable:
+    """Lists the attention sites of a transformers model or pipeline, a diffusers pipeline or denoiser, or any nn.Module.
+
+    Sites that cannot be intercepted are listed with their reason in `problem`. Raises ReattendError if there is no module in `model`.
+    """
+    found: list[Site] = []
+    modules: dict[str, nn.Module] = {}
+    for component, root in components(model).items():
+        prefix = f"{component}." if component else ""
+        part = _module_sites(root, prefix, component)
+        for site, module in part:
+            found.append(site)
+            modules[site.name] = module
+    name = type(unwrapped_model(model)).__name__
+    return SiteTable(found, modules, name)
+
+
+def unwrapped_model(model: Any) -> Any:
+    """The model inside a transformers pipeline; anything else as it is."""
+    inner = getattr(model, "model", None)
+    return inner if not isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
+
+
+def pretrained_root(model: nn.Module) -> nn.Module:
+    """The outermost transformers model in a module (inside torch.compile's or PEFT's wrapper), or the module itself."""
+    return next((m for m in model.modules() if hasattr(m, "set_attn_implementation") and hasattr(m, "config")), model)
+
+
+def components(model: Any) -> dict[str, nn.Module]:
+    """{name: module} of the parts of a model or pipeline that may hold attention; a bare model has the one name ""."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    inner = unwrapped_model(model)
+    if isinstance(inner, nn.Module):
+        return {"": inner}
+    parts = getattr(model, "components", None)
+    if isinstance(parts, dict):
+        modules = {k: v for k, v in parts.items() if isinstance(v, nn.Module)}
+        if modules:
+            return modules
+    raise ReattendError(
+        f"expected a transformers model or pipeline, a diffusers pipeline or denoiser, or an nn.Module, got {type(model).__name__}"
+    )
+
+
+def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Site, nn.Module]]:
+    counters: dict[str, dict[str, int]] = {}
+    result: list[tuple[Site, nn.Module]] = []
+    inside_site: list[str] = []
+    for path, module in root.named_modules():
+        if any(path.startswith(p + ".") for p in inside_site):
+            continue
+        how = _dispatch(module)
+        if how is None:
+            continue
+        inside_site.append(path)
+        route, problem = how
+        stack = _stack(root, path, component, module)
+        layer = _layer(module, path, counters.setdefault(stack, {}))
+        heads, kv, dim = _heads(module)
+        kind = _kind(path, module, stack)
+        causal = bool(getattr(module, "is_causal", False)) and stack == "decoder" and kind == "self"
+        site = Site(prefix + path, layer, stack, kind, heads, kv, dim, causal, route, problem)
+        result.append((describe_denoiser_site(root, module, site) if hasattr(module, "processor") else site, module))
+    return result
+
+
+def _dispatch(module: nn.Module) -> tuple[str, str | None] | None:
+    """(route, problem) if attention happens in this very module, else None."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "sdpa", "nn.MultiheadAttention: its fast path calls a kernel that cannot be intercepted"
+    processor = getattr(module, "processor", None)
+    if processor is not None and not isinstance(processor, nn.Module) and hasattr(type(processor), "__call__"):
+        names = _names(type(processor).__call__)
+        if names & SDPA_NAMES:
+            backend = getattr(processor, "_attention_backend", None)
+            backend = getattr(backend, "value", backend)
+            if backend not in NATIVE_BACKENDS:
+                return "sdpa", f"attention backend {backend!r} never reaches torch's SDPA: call set_attention_backend('native')"
+            return "sdpa", None
+        if hasattr(module, "to_q") or hasattr(module, "to_qkv"):
+            name = type(processor).__name__
+            reason = "linear attention has no softmax" if "Linear" in name else "it never calls torch's SDPA"
+            return "sdpa", f"processor {name}: {reason}"
+        return None
+    names = _names(type(module).forward)
+    if "ALL_ATTENTION_FUNCTIONS" in names:
+        return "attention_interface", None
+    if names & SDPA_NAMES:
+        return "sdpa", None
+    named = type(module).__name__
+    if "Attention" in named and "softmax" in names and not any(_dispatch(child) for child in module.children()):
+        return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(function: Callable) -> frozenset[str]:
+    """Global and attribute names that a function's code uses, nested functions included."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    names: set[str] = set()
+    todo = [code] if isinstance(code, CodeType) else []
+    while todo:
+        current = todo.pop()
+        names.update(current.co_names)
+        todo.extend(c for c in current.co_consts if isinstance(c, CodeType))
+    return frozenset(names)
+
+
+def _stack(root: nn.Module, path: str, component: str, module: nn.Module) -> str:
+    lowered = f"{component}.{path}".lower()
+    if component == "vae":
+        return "vae"
+    if hasattr(module, "processor") and _is_denoiser(root):
+        return "denoiser"
+    if any(word in lowered for word in ("vision", "visual", "image_encoder", "vit.", "image_tower")):
+        return "vision"
+    config = getattr(root, "config", None)
+    if "audio" in lowered:
+        return "audio"
+    if any(word in lowered for word in ("resampler", "perceiver", "qformer", "abstractor", "projector")):
+        return "connector"
+    if component.startswith("text_encoder"):
+        return "text_encoder"
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    if encoder_decoder and ".encoder." in f".{lowered}":
+        return "encoder"
+    own = getattr(module, "config", config)
+    if not encoder_decoder and (hasattr(own, "patch_size") or hasattr(own, "image_size")) and not hasattr(own, "vocab_size"):
+        return "vision"
+    if not encoder_decoder and not getattr(module, "is_causal", False) and getattr(own, "is_decoder", False) is False:
+        return "encoder" if "cross" not in lowered else "decoder"
+    return "decoder"
+
+
+def _is_denoiser(root: nn.Module) -> bool:
+    return hasattr(root, "in_channels") or "UNet" in type(root).__name__ or "Transformer" in type(root).__name__
+
+
+def _layer(module: nn.Module, path: str, seen: dict[str, int]) -> int:
+    index = getattr(module, "layer_idx", None)
+    if isinstance(index, int):
+        return index
+    numbers = [p for p in path.split(".") if p.isdigit()]
+    block = path.rsplit(".", 1)[0] if numbers else path
+    return seen.setdefault(block, len(seen))
+
+
+def _kind(path: str, module: nn.Module, stack: str) -> str:
+    last = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
+    if any(word in last for word in ("cross", "encoder_attn", "encdec")):
+        return "cross"
+    return "self"
+
+
+def _heads(module: nn.Module) -> tuple[int | None, int | None, int | None]:
+    config = getattr(module, "config", None)
+
+    def first(owner: Any, *names: str) -> int | None:
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        return None
+
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+    heads = first(module, *names) or first(config, *names, "encoder_attention_heads")
+    dim = first(module, "head_dim", "attention_head_size", "dim_head") or first(config, "head_dim")
+    if dim is None and heads:
+        width = first(module, "embed_dim", "hidden_size", "inner_dim") or first(config, "hidden_size")
+        dim = width // heads if width else None
+    groups = first(module, "num_key_value_groups")
+    kv = first(module, "num_key_value_heads") or (heads // groups if heads and groups else heads)
+    return heads, kv, dim
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a recipe fits a model; `reason` says why not, or what to know."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def require_supported(table: SiteTable) -> None:
+    """Raises UnsupportedError that names the first site which cannot be intercepted, and why."""
+    bad = table.problems
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UnsupportedError(f"{bad[0].name}{more} cannot be intercepted: {bad[0].problem}")
+
+
+def layer_module(root: nn.Module, site_path: str) -> nn.Module:
+    """The layer (item of a ModuleList) that holds a site. Raises UnsupportedError where there is none."""
+    parts = site_path.split(".")
+    best: nn.Module | None = None
+    module = root
+    for part in parts:
+        parent, module = module, getattr(module, part)
+        if isinstance(parent, nn.ModuleList):
+            best = module
+    if best is None:
+        raise UnsupportedError(f"{site_path} does not lie in a list of layers, so the input of its layer cannot be observed")
+    return best
+

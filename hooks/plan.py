@@ -1,0 +1,102 @@
+"""What a recipe hands to a session: which door, at which sites, with which function.
+
+edits       `Act`: an intervention at selected sites
+observe     `Observe`: a read-only tap on a layer's input
+guide       `Guide`: a further denoiser branch with edits of its own (see `denoise`)
+projection  `Project`: an edit of the key projection's output of new tokens
+spans       `Spans`: token sets that the user named by text or position
+
+The other doors of the design (branch, rotary, rewrite, tokens, share) get their dataclass here and their room beside `denoise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..interventions import Call, Clock, Edit, ProjectKey, Site, TokenMap
+from .discovery import SiteTable
+
+Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
+
+
+@dataclass
+class Act:
+    """At every call of `sites`: intervention(call) -> edits. `label` names it in the session's counters."""
+
+    sites: SiteTable
+    intervention: Intervention
+    label: str = ""
+
+
+@dataclass
+class Observation:
+    """What a tap sees: hidden [B, T, width] entering the layer of `site`; clock, tokens and memory as in a Call."""
+
+    hidden: Tensor
+    site: Site
+    clock: Clock
+    tokens: TokenMap | None
+    memory: dict[Any, Any]
+
+
+@dataclass
+class Observe:
+    """Read-only: tap(Observation) before the layer that holds each of `sites` runs."""
+
+    sites: SiteTable
+    tap: Callable[[Observation], None]
+
+
+@dataclass
+class Project:
+    """edit(tokens, clock) -> ProjectKey | None, applied to the key projection's output of new tokens, before RoPE and cache."""
+
+    sites: SiteTable
+    edit: Callable[[TokenMap | None, Clock], ProjectKey | None]
+    label: str = ""
+
+
+@dataclass
+class Guide:
+    """One more denoiser branch per conditional row, in the same batch, with the edits that name its rows.
+
+    prediction' = prediction + scale * (conditional - branch), added to both halves under classifier-free guidance, so that the
+    pipeline's own formula gives eps_u + s (eps_c - eps_u) + scale (eps_c - branch).
+    """
+
+    name: str
+    scale: float
+    start: float = 0.0
+    stop: float = 1.0
+
+
+@dataclass
+class Spans:
+    """A token set of the user's: `name` becomes a role of the TokenMap.
+
+    texts: for every prompt a list of passages to find in it (one inner list = the same for every prompt). ranges: or token
+    ranges [start, stop) per prompt, counted without padding. occurrence: which match when a passage occurs more than once
+    (None: that is an error).
+    """
+
+    name: str
+    texts: list[list[str]] | None = None
+    ranges: list[list[tuple[int, int]]] | None = None
+    occurrence: int | None = None
+    official: bool = False
+
+
+Step = Act | Observe | Project | Guide | Spans
+
+
+@dataclass
+class Plan:
+    """The steps of one recipe on one model, with the name they are counted under."""
+
+    recipe: str
+    steps: list[Step] = field(default_factory=list)
+    memory_key: object = field(default_factory=object)

@@ -1,0 +1,121 @@
+"""The route for modules that call torch's SDPA themselves: diffusers' processors, timm, remote code.
+
+Forward hooks mark the module; while its forward runs, a `TorchFunctionMode` sees `F.scaled_dot_product_attention` with q, k, v
+after projection, norm and RoPE. The function itself is never replaced, and the mode is on only inside marked modules.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..interventions import Call, ReattendError, fused
+from .diffusers_facts import token_roles
+
+if TYPE_CHECKING:
+    from .session import Attachment, Session
+
+_local = threading.local()
+
+
+class SdpaRoute:
+    """Marks the modules that sessions edit."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.handles: dict[int, list[Any]] = {}
+
+    def install(self, session: Session) -> None:
+        for _, step in session.act_steps():
+            for site in step.sites:
+                module = step.sites.module(site)
+                if site.route == "sdpa" and id(module) not in self.handles:
+                    self.handles[id(module)] = [
+                        module.register_forward_pre_hook(self._mark, with_kwargs=True),
+                        module.register_forward_hook(self._unmark, with_kwargs=True, always_call=True),
+                    ]
+
+    def uninstall(self) -> None:
+        clear_marks()
+        for pair in self.handles.values():
+            for handle in pair:
+                handle.remove()
+        self.handles = {}
+
+    @torch.compiler.disable
+    def _mark(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sessions = [s for s in self.attachment.active() if s.acts_at(module)]
+        mode = _Interception(self.attachment, module, sessions) if sessions else None
+        _marks().append(mode)
+        if mode is not None:
+            mode.__enter__()
+
+    @torch.compiler.disable
+    def _unmark(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        marks = _marks()
+        mode = marks.pop() if marks else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+def _marks() -> list[_Interception | None]:
+    if not hasattr(_local, "marks"):
+        _local.marks = []
+    return _local.marks
+
+
+def clear_marks() -> None:
+    """Leaves every mode that an interrupt (which runs no forward hooks) left behind in this thread."""
+    marks = _marks()
+    while marks:
+        mode = marks.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+class _Interception(TorchFunctionMode):
+    def __init__(self, attachment: Attachment, module: nn.Module, sessions: list[Session]) -> None:
+        super().__init__()
+        self.attachment, self.module, self.sessions = attachment, module, sessions
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        def run() -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+
+        attachment = self.attachment
+        site = attachment.site_of[id(self.module)]
+        if dropout_p and self.module.training:
+            raise ReattendError(f"{site.name}: attention dropout is on; call eval() on the model before using a recipe")
+        if query.dim() != 4:
+            raise ReattendError(f"{site.name}: expected attention over [batch, heads, tokens, dim], got {tuple(query.shape)}")
+        mask = attn_mask
+        if mask is not None and mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        if is_causal and query.shape[2] != key.shape[2]:
+            # torch aligns its flag with the first key, a Call with the last one
+            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            mask, is_causal_here = causal[None, None], False
+        else:
+            is_causal_here = is_causal
+        forward = attachment.denoiser.current() or attachment.tracker.current()
+        call = Call(query, key, value, mask, is_causal_here, scale, site=site, clock=forward.clock, original=run)
+        call.tokens = token_roles(call, forward)
+        edits = [e for session in self.sessions for e in session.edits(self.module, call, forward)]
+        edits = [e for e in edits if not e.is_identity]
+        return fused(call, edits) if edits else run()

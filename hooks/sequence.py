@@ -1,0 +1,226 @@
+"""Knows, for every forward pass of a token model, where it stands: prefill or decode, which step, which tokens.
+
+One forward pre-hook on the whole model reads its arguments; what it learns is kept per sequence (per cache object, so threads that
+generate at the same time on one model do not mix), for as long as the cache lives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..interventions import Clock, ReattendError, TokenMap
+from .discovery import pretrained_root, unwrapped_model
+from .tokens import build_roles
+
+if TYPE_CHECKING:
+    from .session import Attachment
+
+
+@dataclass
+class Sequence:
+    """What is known of one batch of sequences: its prompt's roles, how long it is, and what interventions remember."""
+
+    ids: Tensor | None
+    tokens: TokenMap
+    step: int = -1
+    prompt_ids: Tensor | None = None
+    memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Forward:
+    """The forward pass under way in this thread."""
+
+    clock: Clock
+    tokens: TokenMap | None = None
+    sequence: Sequence | None = None
+    encoder_tokens: TokenMap | None = None
+    loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
+
+    def memory(self, key: object) -> dict[Any, Any]:
+        """The store of one plan for this sequence."""
+        store = self.loose_memory if self.sequence is None else self.sequence.memory
+        return store.setdefault(key, {})
+
+
+OUTSIDE = Clock("encode")
+
+
+class SequenceTracker:
+    """Installed on the outermost pretrained model (or on any other module that is wrapped)."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.handles: list[Any] = []
+        self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
+        self.local = threading.local()
+        model = unwrapped_model(attachment.model)
+        self.root = pretrained_root(model) if isinstance(model, nn.Module) else None
+        self.in_flight: set[int] = set()
+        self.after: list[Callable[[], None]] = []
+        self.lock = threading.Lock()
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        if self.root is None:
+            return
+        self.signature = inspect.signature(type(self.root).forward)
+        self.handles = [
+            self.root.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        ]
+
+    def uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def when_idle(self, then: Callable[[], None]) -> None:
+        """Runs `then` now, or when the last pass that another thread has under way is over."""
+        self.local.stack = []
+        with self.lock:
+            self.in_flight.discard(threading.get_ident())
+            if self.in_flight:
+                self.after.append(then)
+                return
+        then()
+
+    def current(self) -> Forward:
+        """The forward pass of this thread; outside of one (a vision tower run by `generate` beforehand) an "encode" clock."""
+        stack = getattr(self.local, "stack", None)
+        return stack[-1] if stack else Forward(OUTSIDE)
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sessions = self.attachment.active()
+        # one forward pass of a model never starts inside another one of itself: anything left here was interrupted
+        self.local.stack = []
+        self.in_flight.add(threading.get_ident())
+        if not sessions:
+            return
+        given = self.signature.bind_partial(module, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        self.local.stack.append(self._forward(given, sessions))
+        for session in sessions:
+            session.forwards += 1
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        stack = getattr(self.local, "stack", None)
+        forward = stack.pop() if stack else None
+        self._land()
+        cache = getattr(output, "past_key_values", None)
+        if forward is not None and forward.sequence is not None and cache is not None and not isinstance(cache, tuple):
+            self.by_cache[cache] = forward.sequence
+
+    def _land(self) -> None:
+        with self.lock:
+            self.in_flight.discard(threading.get_ident())
+            todo, self.after = ([], self.after) if self.in_flight else (self.after, [])
+        for then in todo:
+            then()
+
+    # -- reading one forward pass --------------------------------------------------------------------------------------
+
+    def _forward(self, given: dict[str, Any], sessions: list) -> Forward:
+        config = getattr(self.root, "config", None)
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        ids = given.get("decoder_input_ids" if encoder_decoder else "input_ids")
+        embeds = given.get("decoder_inputs_embeds" if encoder_decoder else "inputs_embeds")
+        mask = given.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+        encoder_tokens = None
+        if encoder_decoder and given.get("input_ids") is not None:
+            encoder_tokens = self._new_map(given["input_ids"], None, given.get("attention_mask"), given, sessions)
+        source = ids if ids is not None else embeds
+        if not isinstance(source, Tensor) or source.dim() < 2:
+            return Forward(OUTSIDE, encoder_tokens=encoder_tokens)
+        batch, width = source.shape[:2]
+        cache = given.get("past_key_values")
+        past = _seen(cache)
+        sequence = self._known(cache, past, ids, batch)
+        if sequence is None or sequence.tokens.batch != batch:
+            prompt = width - _drafted(given, width)
+            tokens = self._new_map(ids, embeds, mask, given, sessions, prompt)
+            sequence = Sequence(ids, tokens, prompt_ids=ids)
+            if cache is not None and not isinstance(cache, tuple):
+                self.by_cache[cache] = sequence
+            self.local.uncached = sequence if cache is None else None
+            clock = Clock("prefill" if self._generates() or past else "encode")
+        elif past + width <= sequence.tokens.prompt_length:
+            # a model without a cache that is called with the same prompt again, or a chunk of it
+            clock = Clock("prefill")
+        elif width == 1 or _drafted(given, width) or cache is None:
+            sequence.step += 1
+            sequence.ids = ids if cache is None else sequence.ids
+            sequence.tokens.length = past + width
+            clock = Clock("decode", sequence.step)
+        else:
+            self._extend(sequence, ids, mask, past, width, given, sessions)
+            clock = Clock("prefill")
+        sequence.tokens.length = past + width
+        return Forward(clock, sequence.tokens, sequence, encoder_tokens)
+
+    def _generates(self) -> bool:
+        can = getattr(self.root, "can_generate", None)
+        return bool(can()) if callable(can) else True
+
+    def _known(self, cache: Any, past: int, ids: Tensor | None, batch: int) -> Sequence | None:
+        """The sequence that this pass goes on with, or None if it starts one."""
+        if cache is not None and not isinstance(cache, tuple):
+            return self.by_cache.get(cache) if past else None
+        last = getattr(self.local, "uncached", None)
+        if last is None or ids is None or last.ids is None or last.ids.shape[0] != ids.shape[0]:
+            return None
+        before = last.ids
+        grown = ids.shape[1] == before.shape[1] + 1 and torch.equal(ids[:, :-1], before)
+        return last if grown else None
+
+    def _extend(self, sequence: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, given: dict, sessions: list) -> None:
+        """More prompt after a cache: the next chunk of a chunked prefill, or the next turn of a conversation."""
+        if ids is not None and sequence.prompt_ids is not None:
+            known = sequence.prompt_ids
+            filler = known.new_full((known.shape[0], max(0, past - known.shape[1])), -1)
+            ids = torch.cat([known, filler, ids], dim=1)
+            sequence.prompt_ids = ids
+            sequence.tokens.roles = self._new_map(ids, None, mask, given, sessions).roles
+        sequence.tokens.prompt_length = past + width
+        sequence.step = -1
+
+    def _new_map(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any], sessions: list, prompt: int | None = None
+    ) -> TokenMap:
+        source = ids if ids is not None else embeds
+        assert source is not None
+        batch, width = source.shape[:2]
+        prompt = width if prompt is None else prompt
+        tokens = TokenMap(batch, prompt, width)
+        build_roles(tokens, self.root, ids if ids is None else ids[:, :prompt], mask, given, sessions)
+        return tokens
+
+
+def _seen(cache: Any) -> int:
+    """Tokens already in a cache."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    if isinstance(cache, (tuple, list)) and cache and cache[0] is not None:
+        return int(cache[0][0].shape[2])
+    raise ReattendError(f"past_key_values of type {type(cache).__name__} does not tell its length: pass a transformers Cache")
+
+
+def _drafted(given: dict[str, Any], width: int) -> int:
+    """Drafted tokens among this pass's tokens: assisted decoding asks for the logits of its drafts and of the token before them."""
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, int) and 1 < keep <= width:
+        return keep - 1
+    return 0

@@ -1,0 +1,237 @@
+"""Sessions: recipes attached to one model, for every caller or for one thread or task, and removed without a trace.
+
+An `Attachment` holds the hooks of one model. It is made with the model's first session and taken away with its last; sessions
+come and go in any order in between.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
+from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
+from .plan import Act, Guide, Observe, Plan, Project, Spans
+from .sequence import Forward, SequenceTracker
+
+_isolated: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("reattend_sessions", default=())
+_attachments: dict[int, Attachment] = {}
+_lock = threading.RLock()
+
+
+class Session:
+    """Recipes at work on one model. A context manager and a handle: `with apply(...) as session:` or `session.remove()`.
+
+    stats: {recipe label: {site name: how often its edits were applied}}. A recipe that never acted although the model ran
+    warns (ReattendWarning) when the session ends.
+    """
+
+    def __init__(self, model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> None:
+        self.model, self.plans, self.isolated = model, list(plans), isolated
+        self.tokenizer = tokenizer
+        self.counts: dict[str, Counter[str]] = {}
+        self.forwards = 0
+        self.active = False
+        self._token: contextvars.Token | None = None
+        self._acts: dict[int, list[tuple[Plan, Act]]] = {}
+        self.guides: list[tuple[Plan, Guide]] = []
+        self.spans: list[Spans] = []
+        self.handles: list[Any] = []
+        self._prepare()
+
+    def _prepare(self) -> None:
+        for plan in self.plans:
+            for step in plan.steps:
+                if isinstance(step, (Act, Observe, Project)):
+                    require_supported(step.sites)
+                    if not len(step.sites):
+                        raise ReattendError(f"recipe {plan.recipe!r} selects no attention site of this model")
+                if isinstance(step, Act):
+                    step.label = step.label or plan.recipe
+                    self.counts.setdefault(step.label, Counter())
+                    for site in step.sites:
+                        self._acts.setdefault(id(step.sites.module(site)), []).append((plan, step))
+                elif isinstance(step, Project):
+                    step.label = step.label or plan.recipe
+                    self.counts.setdefault(step.label, Counter())
+                elif isinstance(step, Guide):
+                    self.guides.append((plan, step))
+                elif isinstance(step, Spans):
+                    self.spans.append(step)
+
+    # -- lifecycle ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> Session:
+        """Starts the session; already called by `apply`."""
+        if self.active:
+            return self
+        with _lock:
+            attachment = attachment_of(self.model)
+            attachment.add(self)
+        self.active = True
+        if self.isolated:
+            _isolated.set((*_isolated.get(), self))
+        return self
+
+    def remove(self) -> None:
+        """Ends the session and restores the model; safe to call twice. Warns about recipes that never acted."""
+        if not self.active:
+            return
+        self.active = False
+        if self.isolated:
+            _isolated.set(tuple(s for s in _isolated.get() if s is not self))
+        with _lock:
+            attachment = _attachments.get(id(key_module(self.model)))
+            if attachment is not None:
+                attachment.discard(self)
+        for label, counter in self.counts.items():
+            if self.forwards and not counter:
+                warnings.warn(
+                    f"recipe {label!r} never acted in {self.forwards} forward passes: no call met its conditions", ReattendWarning, 2
+                )
+
+    def __enter__(self) -> Session:
+        return self.attach()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ReattendWarning)
+                self.remove()
+        else:
+            self.remove()
+
+    @property
+    def stats(self) -> dict[str, dict[str, int]]:
+        return {label: dict(counter) for label, counter in self.counts.items()}
+
+    @property
+    def applied(self) -> int:
+        """How often edits were applied, over all recipes and sites."""
+        return sum(sum(c.values()) for c in self.counts.values())
+
+    # -- what happens at a call --------------------------------------------------------------------------------------
+
+    def act_steps(self) -> list[tuple[Plan, Act]]:
+        return [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, Act)]
+
+    def acts_at(self, module: nn.Module) -> bool:
+        return id(module) in self._acts
+
+    def edits(self, module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
+        """The edits of this session's recipes for one call, in the order of the recipes."""
+        result: list[Edit] = []
+        for plan, act in self._acts.get(id(module), ()):
+            call.memory = forward.memory(plan.memory_key)
+            wanted = act.intervention(call)
+            if wanted is None:
+                continue
+            new = [wanted] if isinstance(wanted, Edit) else list(wanted)
+            if any(not e.is_identity for e in new):
+                assert call.site is not None
+                self.counts[act.label][call.site.name] += 1
+            result += new
+        return result
+
+
+class Attachment:
+    """The hooks of one model, shared by its sessions."""
+
+    def __init__(self, model: Any) -> None:
+        from .denoise import DenoiserDoor
+        from .interface_route import InterfaceRoute
+        from .sdpa_route import SdpaRoute
+
+        self.model = model
+        self.key = key_module(model)
+        self.table: SiteTable = sites(model)
+        self.site_of: dict[int, Site] = {id(self.table.module(s)): s for s in self.table}
+        self.sessions: list[Session] = []
+        self.tracker = SequenceTracker(self)
+        self.routes = [InterfaceRoute(self), SdpaRoute(self)]
+        self.denoiser = DenoiserDoor(self)
+
+    def add(self, session: Session) -> None:
+        first = not self.sessions
+        for _, step in session.act_steps():
+            self.site_of.update({id(step.sites.module(site)): site for site in step.sites})
+        try:
+            if first:
+                self.tracker.install()
+                self.denoiser.install()
+            for route in self.routes:
+                route.install(session)
+            self._install_taps(session)
+        except BaseException:
+            self._drop_taps(session)
+            if first:
+                self.uninstall()
+                _attachments.pop(id(self.key), None)
+            raise
+        self.sessions = [*self.sessions, session]
+
+    def discard(self, session: Session) -> None:
+        self.sessions = [s for s in self.sessions if s is not session]
+        self._drop_taps(session)
+        if not self.sessions:
+            self.uninstall()
+            _attachments.pop(id(self.key), None)
+
+    def uninstall(self) -> None:
+        for route in self.routes:
+            route.uninstall()
+        self.denoiser.uninstall()
+        self.tracker.uninstall()
+
+    def active(self) -> list[Session]:
+        """Sessions that the current thread or task runs under, in the order of their start."""
+        if not self.sessions:
+            return []
+        mine = _isolated.get()
+        return [s for s in self.sessions if not s.isolated or s in mine]
+
+    def _install_taps(self, session: Session) -> None:
+        from .taps import install_observation, install_projection
+
+        for plan in session.plans:
+            for step in plan.steps:
+                if isinstance(step, Observe):
+                    session.handles += install_observation(self, session, plan, step)
+                elif isinstance(step, Project):
+                    session.handles += install_projection(self, session, plan, step)
+
+    def _drop_taps(self, session: Session) -> None:
+        while session.handles:
+            session.handles.pop().remove()
+
+
+def key_module(model: Any) -> Any:
+    """The object whose identity stands for a model: the first pretrained model inside, or the pipeline's first component."""
+    inner = unwrapped_model(model)
+    if not isinstance(inner, nn.Module):
+        parts = components(model)
+        for name in ("transformer", "unet"):
+            if name in parts:
+                return parts[name]
+        return next(iter(parts.values()))
+    return pretrained_root(inner)
+
+
+def attachment_of(model: Any) -> Attachment:
+    key = key_module(model)
+    attachment = _attachments.get(id(key))
+    if attachment is None:
+        attachment = Attachment(model)
+        _attachments[id(key)] = attachment
+    return attachment
+
+
+def attach(model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> Session:
+    """Starts a session of these plans on a model or pipeline. Raises UnsupportedError for sites that cannot be intercepted."""
+    return Session(model, plans, isolated=isolated, tokenizer=tokenizer).attach()

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # name -> module; everything is loaded on first use, so `import reattend` imports no torch
 _LAZY = {
-    "apply": ".hooks",
+    "apply": ".recipes",
     "sites": ".hooks",
     "wrap": ".comparison",
     "compare": ".comparison",

@@ -5,5 +5,16 @@ from .plan import Act, Guide, Observation, Observe, Plan, Project, Spans
 from .session import Session, attach
 
 __all__ = [
-    "Act", "Guide", "Observation", "Observe", "Plan", "Project", "Session", "SiteTable", "Spans", "Support", "attach", "sites",
+    "Act",
+    "Guide",
+    "Observation",
+    "Observe",
+    "Plan",
+    "Project",
+    "Session",
+    "SiteTable",
+    "Spans",
+    "Support",
+    "attach",
+    "sites",
 ]

@@ -26,10 +26,13 @@ NATIVE_BACKENDS = {None, "native", "_native_math", "_native_flash", "_native_eff
 class SiteTable(Sequence):
     """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down."""
 
-    def __init__(self, sites: Sequence[Site], modules: dict[str, nn.Module], model_name: str = "model") -> None:
+    def __init__(
+        self, sites: Sequence[Site], modules: dict[str, nn.Module], model_name: str = "model", config: Any = None
+    ) -> None:
         self.sites = list(sites)
         self.modules = modules
         self.model_name = model_name
+        self.config = config
 
     def __getitem__(self, index):  # type: ignore[override]
         return self.sites[index] if isinstance(index, int) else self._with(self.sites[index])
@@ -41,10 +44,10 @@ class SiteTable(Sequence):
         return iter(self.sites)
 
     def __add__(self, other: SiteTable) -> SiteTable:
-        return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name)
+        return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name, self.config)
 
     def _with(self, sites: Sequence[Site]) -> SiteTable:
-        return SiteTable(sites, self.modules, self.model_name)
+        return SiteTable(sites, self.modules, self.model_name, self.config)
 
     def where(self, condition: Callable[[Site], bool]) -> SiteTable:
         return self._with([s for s in self.sites if condition(s)])
@@ -113,8 +116,9 @@ def sites(model: Any) -> SiteTable:
         for site, module in part:
             found.append(site)
             modules[site.name] = module
-    name = type(unwrapped_model(model)).__name__
-    return SiteTable(found, modules, name)
+    inner = unwrapped_model(model)
+    root = pretrained_root(inner) if isinstance(inner, nn.Module) else inner
+    return SiteTable(found, modules, type(root).__name__, getattr(root, "config", None))
 
 
 def unwrapped_model(model: Any) -> Any:
@@ -308,4 +312,3 @@ def layer_module(root: nn.Module, site_path: str) -> nn.Module:
     if best is None:
         raise UnsupportedError(f"{site_path} does not lie in a list of layers, so the input of its layer cannot be observed")
     return best
-

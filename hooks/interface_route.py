@@ -136,14 +136,23 @@ def _original(name: str, module: nn.Module) -> Any:
 
 @torch.compiler.disable
 def _edited(
-    owner: Attachment, name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    owner: Attachment,
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None] | None:
     sessions = [s for s in owner.active() if s.acts_at(module)]
     if not sessions:
         return None
     site = owner.site_of[id(module)]
     if kwargs.get("cache") is not None:
-        raise ReattendError(f"{site.name}: paged caches (continuous batching) are not supported; use generate() with an ordinary cache")
+        raise ReattendError(
+            f"{site.name}: paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
+        )
     if module.training and kwargs.get("dropout", 0.0):
         raise ReattendError(f"{site.name}: attention dropout is on; call model.eval() before using a recipe")
     forward = owner.tracker.current()

@@ -95,7 +95,14 @@ class _Interception(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         def run() -> Tensor:
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
 
         attachment = self.attachment

@@ -184,7 +184,9 @@ class SequenceTracker:
         grown = ids.shape[1] == before.shape[1] + 1 and torch.equal(ids[:, :-1], before)
         return last if grown else None
 
-    def _extend(self, sequence: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, given: dict, sessions: list) -> None:
+    def _extend(
+        self, sequence: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, given: dict, sessions: list
+    ) -> None:
         """More prompt after a cache: the next chunk of a chunked prefill, or the next turn of a conversation."""
         if ids is not None and sequence.prompt_ids is not None:
             known = sequence.prompt_ids
@@ -196,7 +198,13 @@ class SequenceTracker:
         sequence.step = -1
 
     def _new_map(
-        self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any], sessions: list, prompt: int | None = None
+        self,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        mask: Any,
+        given: dict[str, Any],
+        sessions: list,
+        prompt: int | None = None,
     ) -> TokenMap:
         source = ids if ids is not None else embeds
         assert source is not None

@@ -93,7 +93,9 @@ class Session:
         for label, counter in self.counts.items():
             if self.forwards and not counter:
                 warnings.warn(
-                    f"recipe {label!r} never acted in {self.forwards} forward passes: no call met its conditions", ReattendWarning, 2
+                    f"recipe {label!r} never acted in {self.forwards} forward passes: no call met its conditions",
+                    ReattendWarning,
+                    2,
                 )
 
     def __enter__(self) -> Session:

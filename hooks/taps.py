@@ -26,7 +26,9 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
                 return
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor):
-                raise UnsupportedError(f"the layer of {site.name} is called without hidden_states, so its input cannot be observed")
+                raise UnsupportedError(
+                    f"the layer of {site.name} is called without hidden_states, so its input cannot be observed"
+                )
             forward = attachment.tracker.current()
             step.tap(Observation(hidden.detach(), site, forward.clock, forward.tokens, forward.memory(plan.memory_key)))
 

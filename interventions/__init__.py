@@ -8,6 +8,17 @@ from .fused_executor import fused, row_weights
 from .reference_executor import reference, reference_with_weights
 
 __all__ = [
-    "Call", "Clock", "ImageGrid", "ReattendError", "ReattendWarning", "Site", "TokenMap", "UnsupportedError",
-    "fused", "reference", "reference_with_weights", "row_weights", *_edits,
+    "Call",
+    "Clock",
+    "ImageGrid",
+    "ReattendError",
+    "ReattendWarning",
+    "Site",
+    "TokenMap",
+    "UnsupportedError",
+    "fused",
+    "reference",
+    "reference_with_weights",
+    "row_weights",
+    *_edits,
 ]

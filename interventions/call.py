@@ -182,7 +182,9 @@ class Call:
     def _role(self, role: str, start: int, stop: int) -> Tensor:
         if self.tokens is None:
             where = f" at {self.site.name}" if self.site else ""
-            raise ReattendError(f"no token map{where}: call the whole model with input_ids, so that {role!r} tokens can be found")
+            raise ReattendError(
+                f"no token map{where}: call the whole model with input_ids, so that {role!r} tokens can be found"
+            )
         if role == "all":
             return torch.ones(self.batch, stop - start, dtype=torch.bool, device=self.query.device)
         return self.tokens.positions(role, start, stop, self.query.device)

@@ -44,7 +44,9 @@ class Plan:
         mask = self.operands.mask
         if mask is not None and mask.dtype != torch.bool:
             part = mask if mask.shape[2] == 1 else mask[:, :, index]
-            part = part.expand(*part.shape[:3], self.operands.key.shape[2])[..., self.columns].to(statistics_dtype(self.operands.query))
+            part = part.expand(*part.shape[:3], self.operands.key.shape[2])[..., self.columns].to(
+                statistics_dtype(self.operands.query)
+            )
             total = part if total is None else total + part
         return total
 

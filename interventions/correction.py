@@ -63,8 +63,13 @@ class ColumnEdit:
 
 
 def column_weights(
-    query: Tensor, key_cols: Tensor, lse: Tensor, scale: float, hidden: Tensor | None = None,
-    bias: Tensor | None = None, softcap: float | None = None,
+    query: Tensor,
+    key_cols: Tensor,
+    lse: Tensor,
+    scale: float,
+    hidden: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Weights [B, H, R, m] of m columns: exp(scale * q k + bias - lse), zero where `hidden` (bool, broadcastable).
 
@@ -138,7 +143,9 @@ class _State:
 
     def _scale_rest(self, factor: Tensor, where: Tensor) -> None:
         for i, c in enumerate(self.components):
-            self.components[i] = Component(torch.where(where, c.coefficient * factor, c.coefficient), c.output, c.weights, c.total)
+            self.components[i] = Component(
+                torch.where(where, c.coefficient * factor, c.coefficient), c.output, c.weights, c.total
+            )
 
     def _check(self, denominator: Tensor, used: Tensor) -> None:
         self.unsafe = self.unsafe | (used & (denominator < SMALLEST_DENOMINATOR))

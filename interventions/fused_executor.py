@@ -22,7 +22,21 @@ from .band import attend_band
 from .call import Call
 from .columns import plan_columns
 from .correction import column_weights, correct
-from .edits import Band, Edit, Gain, Keep, KeyBias, Mix, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, Transfer, WeightEdit
+from .edits import (
+    Band,
+    Edit,
+    Gain,
+    Keep,
+    KeyBias,
+    Mix,
+    OperandEdit,
+    Operands,
+    OutputEdit,
+    Rows,
+    ScoreEdit,
+    Transfer,
+    WeightEdit,
+)
 from .edits.base import repeat_heads
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import at_chosen, check_edits
@@ -65,9 +79,7 @@ def plain(call: Call) -> Tensor:
     """The call without edits, through the model's own function where there is one."""
     if call.original is not None:
         return call.original()
-    return attend(
-        call.query, call.key, call.value, call.mask, call.is_causal, call.scale, call.softcap, call.sinks
-    )[0]
+    return attend(call.query, call.key, call.value, call.mask, call.is_causal, call.scale, call.softcap, call.sinks)[0]
 
 
 def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
@@ -116,7 +128,14 @@ class _Group:
             output = None
         result = self._attention(x, score_edits, weight_edits, output)
         rows = Rows(
-            torch.arange(x.query.shape[2], device=x.query.device), None, x.query, x.key, x.value, call.scale, x.offset, x.appended
+            torch.arange(x.query.shape[2], device=x.query.device),
+            None,
+            x.query,
+            x.key,
+            x.value,
+            call.scale,
+            x.offset,
+            x.appended,
         )
         for edit in self.edits:
             if isinstance(edit, OutputEdit):
@@ -208,8 +227,13 @@ class _Group:
             else:
                 part = lse[:, :, span].to(dtype)
                 weights = column_weights(
-                    x.query[:, :, span], key, part, call.scale, None if visible is None else ~visible,
-                    plan.bias_on_columns(bias, index), call.softcap,
+                    x.query[:, :, span],
+                    key,
+                    part,
+                    call.scale,
+                    None if visible is None else ~visible,
+                    plan.bias_on_columns(bias, index),
+                    call.softcap,
                 )
                 if self.sinks is not None:
                     total = 1 - (self.sinks.to(dtype).view(1, -1, 1) - part).exp()[..., None]
@@ -225,8 +249,7 @@ class _Group:
     def _rows_to_materialise(self, x: Operands, others: list[ScoreEdit], weights: list[WeightEdit]) -> Tensor | None:
         """Rows that no identity covers, or None when every weight edit can be tried as a correction."""
         hard = list(others) + [
-            e for e in weights
-            if not isinstance(e, (Gain, Transfer, Mix)) or (isinstance(e, Mix) and not e.target_is_known)
+            e for e in weights if not isinstance(e, (Gain, Transfer, Mix)) or (isinstance(e, Mix) and not e.target_is_known)
         ]
         if not hard:
             return None
@@ -264,7 +287,9 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     return torch.stack([parts[h] for h in range(call.num_heads)], dim=1)
 
 
-def with_bias_dimensions(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def with_bias_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v with 8 more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
 
     The constant on q's side is a power of two and the bias is split into three parts of the working dtype, so that half precision

@@ -146,7 +146,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
         output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=scale)
         return output.reshape(*query.shape[:3], value.shape[3])
     shared = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared
+    )
 
 
 def _fused_with_lse(
@@ -205,4 +207,3 @@ def _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks)
         outputs.append(grouped_values(weights, value.to(dtype)).to(query.dtype))
         statistics.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(statistics, dim=2)
-

@@ -1,0 +1,19 @@
+"""WHICH: one published method per file, found by name."""
+
+from .apply import apply
+from .base import Info, Recipe, decoder_sites
+from .profile import Profile
+from .registry import list_recipes, load_recipe, recipe, recipe_class, save_recipe
+
+__all__ = [
+    "Info",
+    "Profile",
+    "Recipe",
+    "apply",
+    "decoder_sites",
+    "list_recipes",
+    "load_recipe",
+    "recipe",
+    "recipe_class",
+    "save_recipe",
+]

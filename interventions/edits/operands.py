@@ -133,9 +133,7 @@ class AppendKV(OperandEdit):
             mask = torch.cat([mask, fill(*mask.shape[:3], extra, dtype=mask.dtype, device=mask.device)], dim=3)
         key = torch.cat([x.key, self.key.to(x.key.dtype).expand(*x.key.shape[:2], -1, -1)], dim=2)
         value = torch.cat([x.value, self.value.to(x.value.dtype).expand(*x.value.shape[:2], -1, -1)], dim=2)
-        return dataclasses.replace(
-            x, key=key, value=value, mask=mask, is_causal=False, appended=x.appended + extra
-        )
+        return dataclasses.replace(x, key=key, value=value, mask=mask, is_causal=False, appended=x.appended + extra)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,54 @@
+"""`apply`: recipes by name, checked against the model, turned into a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..hooks import Plan, Session, attach, sites
+from ..interventions import ReattendError, UnsupportedError
+from .base import Recipe
+from .registry import load_recipe, recipe
+
+Choice = str | Recipe | Path | dict | tuple[str, dict[str, Any]]
+
+
+def resolve(choices: Sequence[Choice], parameters: dict[str, Any]) -> list[Recipe]:
+    """Recipes from names, (name, parameters) pairs, YAML files, dicts or Recipe objects; keyword parameters belong to a single one."""
+    if not choices:
+        raise ReattendError("name at least one recipe, for example apply(model, 'emphasise', text='...')")
+    if parameters and (len(choices) > 1 or not isinstance(choices[0], str) or choices[0].endswith((".yaml", ".yml"))):
+        raise ReattendError('parameters by keyword go with one recipe name; with several, pass ("name", {parameters}) pairs')
+    result = []
+    for choice in choices:
+        if isinstance(choice, Recipe):
+            result.append(choice)
+        elif isinstance(choice, tuple):
+            result.append(recipe(choice[0], **choice[1]))
+        elif isinstance(choice, (Path, dict)) or choice.endswith((".yaml", ".yml")):
+            result.append(load_recipe(choice))
+        else:
+            result.append(recipe(choice, **parameters))
+    return result
+
+
+def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any = None, **parameters: Any) -> Session:
+    """Starts a session: `with reattend.apply(model, "streaming", window=512) as session: model.generate(...)`.
+
+    model: a transformers model or pipeline, or a diffusers pipeline or denoiser. Several recipes compose in the order given.
+    isolated: only the current thread or task runs under the session. tokenizer: needed with a bare model where a recipe finds
+    tokens by text (a pipeline brings its own). Raises ReattendError before anything runs: unknown recipe, bad parameter,
+    or a model that a recipe does not fit (with the site and the reason).
+    """
+    chosen = resolve(recipes, parameters)
+    table = sites(model)
+    plans = []
+    for item in chosen:
+        support = item.supports(table)
+        if not support:
+            raise UnsupportedError(f"recipe {item.slug!r} does not fit this model: {support.reason}")
+        plans.append(Plan(item.slug, item.plan(table)))
+    if tokenizer is None:
+        tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
+    return attach(model, plans, isolated=isolated, tokenizer=tokenizer)

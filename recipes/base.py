@@ -1,0 +1,110 @@
+"""What a recipe is: a published method with its own parameters, turned into interventions on sites. One file per method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..hooks import SiteTable, Support
+from ..hooks.plan import Step
+from ..interventions import ReattendError
+from .profile import Profile
+
+Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
+Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Machine-readable facts about a method, shown by `reattend list` and `reattend show`.
+
+    does: one line for somebody who has not read the paper. paper, year, arxiv: the source. code, licence: the official code where
+    known. families: the first is the primary one. profiling: what has to be learned about a model before use, or "".
+    cost: "free", "decode" (every step), "prefill", "forward" (a further forward pass). status: "ready" or "experiment".
+    """
+
+    does: str
+    paper: str
+    year: int
+    arxiv: str
+    families: Sequence[Family]
+    kinds: Sequence[Kind]
+    cost: str
+    code: str = ""
+    licence: str = ""
+    profiling: str = ""
+    status: str = "ready"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Recipe(BaseModel):
+    """Base of all recipes. A subclass sets `slug` and `info`, adds its parameters as fields, and fills in `supports` and `plan`.
+
+    Parameters out of range raise ReattendError with the field's name and the allowed values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    slug: ClassVar[str] = ""
+    info: ClassVar[Info]
+    version: ClassVar[int] = 1
+
+    def __init__(self, **parameters: Any) -> None:
+        try:
+            super().__init__(**parameters)
+        except ValidationError as error:
+            raise ReattendError(_one_line(self.slug, self.field_help(), error)) from None
+
+    @classmethod
+    def field_help(cls) -> dict[str, str]:
+        return {name: f.description or "" for name, f in cls.model_fields.items()}
+
+    def supports(self, sites: SiteTable) -> Support:
+        """Whether the recipe fits a model with these sites, and if not, why."""
+        raise NotImplementedError
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        """The steps that a session takes on this model: `Act`, `Observe`, `Project`, `Guide`, `Spans`."""
+        raise NotImplementedError
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+        """Learns what the method must know about a model. Raises ReattendError where the method has no profiling step."""
+        raise ReattendError(f"recipe {cls.slug!r} has no profiling step")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as data: what a YAML file of it holds."""
+        return {"name": self.slug, "version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
+
+
+def decoder_sites(sites: SiteTable, slug: str) -> tuple[SiteTable, Support]:
+    """Self-attention sites of a causal decoder, or the reason why there are none."""
+    chosen = sites.stack("decoder").kind("self").where(lambda s: s.causal)
+    if not len(chosen):
+        stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
+        return chosen, Support(
+            False, f"{slug} needs a language model with a causal decoder; {sites.model_name} has attention in: {stacks}"
+        )
+    if chosen.problems:
+        return chosen, Support(False, f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}")
+    return chosen, Support(True)
+
+
+def _one_line(slug: str, fields: dict[str, str], error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(p) for p in item["loc"]) or slug
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(fields) or "none"
+            parts.append(f"{name} is not a parameter of {slug!r}; its parameters are: {known}")
+        elif item["type"] == "missing":
+            parts.append(f"{name} is required: {fields.get(name, '')}")
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            parts.append(f"{name}: {message.removeprefix('value error, ')}, got {item['input']!r}")
+    return f"recipe {slug!r}: " + "; ".join(parts)

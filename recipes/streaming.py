@@ -1,0 +1,61 @@
+"""Attention sinks plus a sliding window (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
+
+Fixes: a pure sliding window collapses once the first tokens leave it, because models park attention on them. Keeping a few first
+tokens (sinks) and the recent window bounds the work per token; it gives no access to what lies between.
+Acts on: the scores of every decoder layer, prefill and decode. Positions stay the original ones, right for prompts within the
+trained length; the paper's mode for endless text (positions inside the cache) needs the rotary door and is not here yet.
+`last_rows` is the tri-shape of MInference: the prompt's last rows see everything. `start_layer`: layers below stay dense (TriangleMix).
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from ..hooks import Act, SiteTable, Support
+from ..hooks.plan import Step
+from ..interventions import Band, Call, Keep
+from .base import Info, Recipe, decoder_sites
+
+
+class Streaming(Recipe):
+    slug = "streaming"
+    info = Info(
+        does="Keeps only the first few tokens and a recent window visible, so that long prompts cost less.",
+        paper="Efficient Streaming Language Models with Attention Sinks",
+        year=2023,
+        arxiv="2309.17453",
+        families=("sparsity", "sinks"),
+        kinds=("llm",),
+        cost="free",
+        code="mit-han-lab/streaming-llm",
+    )
+
+    sinks: int = Field(4, ge=0, le=4096, description="how many of each sequence's first tokens stay visible to all later ones")
+    window: int = Field(1020, ge=1, description="how many recent tokens, the current one included, stay visible")
+    last_rows: int = Field(0, ge=0, description="how many of the prompt's last rows see everything (tri-shape: 100); 0 = none")
+    start_layer: int = Field(0, ge=0, description="first layer with the window; the layers below see everything")
+
+    def supports(self, sites: SiteTable) -> Support:
+        chosen, support = decoder_sites(sites, self.slug)
+        if support and not len(chosen.layers(self.start_layer)):
+            return Support(False, f"start_layer {self.start_layer} lies beyond the model's {chosen.num_layers} layers")
+        return support
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        chosen, _ = decoder_sites(sites, self.slug)
+        return [Act(chosen.layers(self.start_layer), self.window_with_sinks)]
+
+    def window_with_sinks(self, call: Call) -> Keep | None:
+        """keep(i, j) = j <= i and (j < sinks or i - j < window), counted from each sequence's first real token."""
+        if call.num_keys <= self.sinks + self.window:
+            return None
+        first = None
+        if call.key_start:
+            first = torch.tensor([-call.key_start])  # a sliding-window cache has dropped the sinks already
+        elif call.tokens is not None and bool(call.columns("padding").any()):
+            first = call.columns("bos").long().argmax(dim=1)
+        dense_after = None
+        if self.last_rows and call.clock.phase == "prefill":
+            dense_after = call.num_keys - self.last_rows
+        return Keep(pattern=Band(self.sinks, self.window, first, dense_after))

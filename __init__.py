@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "apply": ".recipes",
     "sites": ".hooks",
+    "capture": ".hooks",
     "wrap": ".comparison",
     "compare": ".comparison",
     "list_recipes": ".recipes",

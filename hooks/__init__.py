@@ -1,20 +1,25 @@
 """WHERE: finds every attention site of a model, attaches, knows tokens and steps, restores exactly."""
 
+from .capture import Reading, Recording, capture
 from .discovery import SiteTable, Support, sites
-from .plan import Act, Guide, Observation, Observe, Plan, Project, Spans
+from .plan import Act, Capture, Guide, Observation, Observe, Plan, Project, Spans
 from .session import Session, attach
 
 __all__ = [
     "Act",
+    "Capture",
     "Guide",
     "Observation",
     "Observe",
     "Plan",
     "Project",
+    "Reading",
+    "Recording",
     "Session",
     "SiteTable",
     "Spans",
     "Support",
     "attach",
+    "capture",
     "sites",
 ]

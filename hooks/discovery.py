@@ -121,8 +121,14 @@ def sites(model: Any) -> SiteTable:
     return SiteTable(found, modules, type(root).__name__, getattr(root, "config", None))
 
 
+def original_of(model: Any) -> Any:
+    """What `reattend.wrap` was given, so that a wrapped object and its original count as one; anything else as it is."""
+    return getattr(type(model), "_reattend_original", model)
+
+
 def unwrapped_model(model: Any) -> Any:
     """The model inside a transformers pipeline; anything else as it is."""
+    model = original_of(model)
     inner = getattr(model, "model", None)
     return inner if not isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
 
@@ -134,6 +140,7 @@ def pretrained_root(model: nn.Module) -> nn.Module:
 
 def components(model: Any) -> dict[str, nn.Module]:
     """{name: module} of the parts of a model or pipeline that may hold attention; a bare model has the one name ""."""
+    model = original_of(model)
     if isinstance(model, nn.Module):
         return {"": model}
     inner = unwrapped_model(model)

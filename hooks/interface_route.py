@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Call, ReattendError, UnsupportedError, fused, reference_with_weights
+from .session import edits_of
 
 if TYPE_CHECKING:
     from .session import Attachment, Session
@@ -166,8 +167,7 @@ def _edited(
 
     call = _call(name, module, query, key, value, mask, kwargs)
     call.site, call.clock, call.tokens, call.original = site, forward.clock, tokens, run
-    edits = [edit for session in sessions for edit in session.edits(module, call, forward)]
-    edits = [edit for edit in edits if not edit.is_identity]
+    edits = edits_of(sessions, module, call, forward)
     if not edits:
         return None
     config = getattr(module, "config", None)

@@ -2,6 +2,7 @@
 
 edits       `Act`: an intervention at selected sites
 observe     `Observe`: a read-only tap on a layer's input
+capture     `Capture`: a reader of the edited attention of each call (see `capture`)
 guide       `Guide`: a further denoiser branch with edits of its own (see `denoise`)
 projection  `Project`: an edit of the key projection's output of new tokens
 spans       `Spans`: token sets that the user named by text or position
@@ -52,6 +53,14 @@ class Observe:
 
 
 @dataclass
+class Capture:
+    """Read-only: reader(call, edits) at every call of `sites`, with the edits of all sessions; the outputs stay bit-identical."""
+
+    sites: SiteTable
+    reader: Callable[[Call, Sequence[Edit]], None]
+
+
+@dataclass
 class Project:
     """edit(tokens, clock) -> ProjectKey | None, applied to the key projection's output of new tokens, before RoPE and cache."""
 
@@ -90,7 +99,7 @@ class Spans:
     official: bool = False
 
 
-Step = Act | Observe | Project | Guide | Spans
+Step = Act | Observe | Capture | Project | Guide | Spans
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..interventions import Call, ReattendError, fused
 from .diffusers_facts import token_roles
+from .session import edits_of
 
 if TYPE_CHECKING:
     from .session import Attachment, Session
@@ -123,6 +124,5 @@ class _Interception(TorchFunctionMode):
         forward = attachment.denoiser.current() or attachment.tracker.current()
         call = Call(query, key, value, mask, is_causal_here, scale, site=site, clock=forward.clock, original=run)
         call.tokens = token_roles(call, forward)
-        edits = [e for session in self.sessions for e in session.edits(self.module, call, forward)]
-        edits = [e for e in edits if not e.is_identity]
+        edits = edits_of(self.sessions, self.module, call, forward)
         return fused(call, edits) if edits else run()

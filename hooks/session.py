@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
 from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
-from .plan import Act, Guide, Observe, Plan, Project, Spans
+from .plan import Act, Capture, Guide, Observe, Plan, Project, Spans
 from .sequence import Forward, SequenceTracker
 
 _isolated: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("reattend_sessions", default=())
@@ -40,6 +41,7 @@ class Session:
         self.active = False
         self._token: contextvars.Token | None = None
         self._acts: dict[int, list[tuple[Plan, Act]]] = {}
+        self._captures: dict[int, list[Capture]] = {}
         self.guides: list[tuple[Plan, Guide]] = []
         self.spans: list[Spans] = []
         self.handles: list[Any] = []
@@ -48,7 +50,7 @@ class Session:
     def _prepare(self) -> None:
         for plan in self.plans:
             for step in plan.steps:
-                if isinstance(step, (Act, Observe, Project)):
+                if isinstance(step, (Act, Observe, Capture, Project)):
                     require_supported(step.sites)
                     if not len(step.sites):
                         raise ReattendError(f"recipe {plan.recipe!r} selects no attention site of this model")
@@ -57,6 +59,9 @@ class Session:
                     self.counts.setdefault(step.label, Counter())
                     for site in step.sites:
                         self._acts.setdefault(id(step.sites.module(site)), []).append((plan, step))
+                elif isinstance(step, Capture):
+                    for site in step.sites:
+                        self._captures.setdefault(id(step.sites.module(site)), []).append(step)
                 elif isinstance(step, Project):
                     step.label = step.label or plan.recipe
                     self.counts.setdefault(step.label, Counter())
@@ -120,11 +125,15 @@ class Session:
 
     # -- what happens at a call --------------------------------------------------------------------------------------
 
-    def act_steps(self) -> list[tuple[Plan, Act]]:
-        return [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, Act)]
+    def act_steps(self) -> list[tuple[Plan, Act | Capture]]:
+        """The steps for which calls have to be intercepted."""
+        return [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Act, Capture))]
 
     def acts_at(self, module: nn.Module) -> bool:
-        return id(module) in self._acts
+        return id(module) in self._acts or id(module) in self._captures
+
+    def captures_at(self, module: nn.Module) -> list[Capture]:
+        return self._captures.get(id(module), [])
 
     def edits(self, module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
         """The edits of this session's recipes for one call, in the order of the recipes."""
@@ -140,6 +149,17 @@ class Session:
                 self.counts[act.label][call.site.name] += 1
             result += new
         return result
+
+
+def edits_of(sessions: Sequence[Session], module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
+    """What all sessions do to one call, identities left out; their capture steps then read the call with these edits."""
+    edits = [edit for session in sessions for edit in session.edits(module, call, forward)]
+    edits = [edit for edit in edits if not edit.is_identity]
+    for session in sessions:
+        for step in session.captures_at(module):
+            with torch.no_grad():
+                step.reader(call, edits)
+    return edits
 
 
 class Attachment:

@@ -80,7 +80,8 @@ class TokenMap:
 
     Roles found on a model are "image", "bos", "padding", "prompt", "generated", with a chat template also "system", "user",
     "assistant"; a user's spans have their own names ("emphasis"). `length` grows with every decode step: roles are stored
-    for the prompt and read as False (generated: True) beyond it.
+    for the prompt and read as False (generated: True) beyond it. blind: only embeddings were given, so roles that are found by
+    token id are unknown, which is not the same as absent.
     """
 
     batch: int
@@ -88,6 +89,7 @@ class TokenMap:
     length: int
     roles: dict[str, Tensor] = field(default_factory=dict)
     images: list[ImageGrid] = field(default_factory=list)
+    blind: bool = False
 
     def __contains__(self, role: str) -> bool:
         return role in self.roles or role in ("prompt", "generated")
@@ -98,6 +100,8 @@ class TokenMap:
         if role == "generated":
             places = torch.arange(start, stop, device=device)
             return ((places >= self.prompt_length) & (places < self.length)).expand(self.batch, width)
+        if role not in self and self.blind:
+            raise ReattendError(f"{role!r} tokens cannot be found in inputs_embeds: pass input_ids instead")
         if role not in self:
             raise ReattendError(f"this input has no {role!r} tokens; it has: {', '.join(sorted(self.roles)) or 'none'}")
         out = torch.zeros(self.batch, width, dtype=torch.bool, device=device)
@@ -138,12 +142,15 @@ class Call:
     original_is_sdpa: bool = True
 
     def __post_init__(self) -> None:
-        if self.scale is None:
-            self.scale = self.query.shape[-1] ** -0.5
         if self.is_causal and self.query.shape[2] == 1:
             self.is_causal = False
         if self.mask is not None and self.mask.dim() != 4:
             raise ReattendError(f"mask must have 4 dimensions [batch, heads, queries, keys], got {tuple(self.mask.shape)}")
+
+    @property
+    def scaling(self) -> float:
+        """The factor on q k: `scale`, or 1 / sqrt(D) where none was given."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     @property
     def batch(self) -> int:

@@ -28,28 +28,6 @@ class Plan:
     uniform_output: Tensor | None
     mean_query: tuple[Tensor, Tensor] | None
 
-    def visible_on_columns(self, index: Tensor) -> Tensor | None:
-        visible = self._visible(index)
-        if visible is None:
-            return None
-        return visible.expand(*visible.shape[:3], self.operands.key.shape[2])[..., self.columns]
-
-    def _visible(self, index: Tensor) -> Tensor | None:
-        x = self.operands
-        return visible_rows(x.mask, x.is_causal, index, x.query.shape[2], x.key.shape[2])
-
-    def bias_on_columns(self, bias: Tensor | None, index: Tensor) -> Tensor | None:
-        """Everything that was added to the scores of the columns besides q k: key biases and an additive mask."""
-        total = None if bias is None else bias[:, :, None, self.columns]
-        mask = self.operands.mask
-        if mask is not None and mask.dtype != torch.bool:
-            part = mask if mask.shape[2] == 1 else mask[:, :, index]
-            part = part.expand(*part.shape[:3], self.operands.key.shape[2])[..., self.columns].to(
-                statistics_dtype(self.operands.query)
-            )
-            total = part if total is None else total + part
-        return total
-
     def items(self, rows: Rows, visible: Tensor | None) -> list[ColumnEdit]:
         """The edits restated for the rows of one chunk."""
         x = self.operands
@@ -98,6 +76,51 @@ class Plan:
         output, weights = self.mean_query
         ones = self._ones(index, dtype)
         return Component(ones, output.to(dtype).expand(*ones.shape[:3], -1), weights.expand(*ones.shape[:3], -1), ones)
+
+
+def visible_on_columns(x: Operands, index: Tensor, columns: Tensor) -> Tensor | None:
+    """Bool [B or 1, H or 1, R, m]: whether the rows `index` see the columns; None if they see every key."""
+    visible = visible_rows(x.mask, False, index, x.query.shape[2], x.key.shape[2])
+    if visible is not None:
+        visible = visible.expand(*visible.shape[:3], x.key.shape[2])[..., columns]
+    if x.is_causal:
+        causal = (columns[None] <= index[:, None] + (x.key.shape[2] - x.query.shape[2]))[None, None]
+        visible = causal if visible is None else visible & causal
+    return visible
+
+
+def bias_on_columns(x: Operands, bias: Tensor | None, index: Tensor, columns: Tensor) -> Tensor | None:
+    """Everything added to the scores of the columns besides q k: key biases [B or 1, H or 1, Tk] and an additive mask."""
+    total = None if bias is None else bias[:, :, None, columns]
+    if x.mask is not None and x.mask.dtype != torch.bool:
+        part = x.mask if x.mask.shape[2] == 1 else x.mask[:, :, index]
+        part = part.expand(*part.shape[:3], x.key.shape[2])[..., columns].to(statistics_dtype(x.query))
+        total = part if total is None else total + part
+    return total
+
+
+def single_factor(edits: Sequence[Edit], x: Operands) -> tuple[Gain | Transfer, Tensor, Tensor] | None:
+    """(edit, columns [m] long, chosen bool [B, H, 1, m]) if the edits are one factor on few columns (see `correct_factor`), else None."""
+    if len(edits) != 1 or edits[0].rows is not None or x.appended:
+        return None
+    edit = edits[0]
+    if isinstance(edit, Gain) and edit.renormalise == "row":
+        columns = edit.columns
+    elif isinstance(edit, Transfer) and edit.dst is None and edit.how == "proportional":
+        columns = edit.src
+    else:
+        return None
+    num_keys, device = x.key.shape[2], x.key.device
+
+    def find() -> tuple[Tensor, Tensor] | None:
+        mask = column_mask(columns, num_keys, device)  # type: ignore[arg-type]
+        index = mask.flatten(0, 1).any(dim=0).nonzero()[:, 0]
+        if index.numel() > max(64, int(LARGEST_SHARE * num_keys)):
+            return None
+        return index, mask[:, :, None, index]
+
+    found = edit.remember(("columns", num_keys, device), find)
+    return None if found is None else (edit, *found)
 
 
 def plan_columns(edits: Sequence[Edit], x: Operands, has_sinks: bool, call: Call) -> Plan | None:
@@ -168,9 +191,9 @@ def plan_columns(edits: Sequence[Edit], x: Operands, has_sinks: bool, call: Call
     if needs_mean:
         query = x.query.to(statistics_dtype(x.query)).mean(dim=2, keepdim=True)
         key, value = x.key.to(query.dtype), x.value.to(query.dtype)
-        output, lse = attend(query, key, value, scale=call.scale, need_lse=True)
+        output, lse = attend(query, key, value, scale=call.scaling, need_lse=True)
         assert lse is not None
-        mean = output, column_weights(query, key[:, :, index], lse, call.scale)  # type: ignore[arg-type]
+        mean = output, column_weights(query, key[:, :, index], lse, call.scaling)  # type: ignore[arg-type]
     return Plan(
         columns=index,
         sets=restated,

@@ -84,6 +84,32 @@ def column_weights(
     return weights if hidden is None else weights.masked_fill_(hidden, 0.0)
 
 
+def correct_factor(
+    output: Tensor, weights: Tensor, value_cols: Tensor, edit: Gain | Transfer, chosen: Tensor, rows: Rows, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`correct` for the one edit that most recipes need: a factor on the chosen columns, the others scaled so that rows keep their sum.
+
+    edit: a Gain with row renormalisation, or a Transfer from the chosen columns to all others in proportion.
+    chosen: bool, broadcastable to [B, H, R, m].
+    """
+    value = edit.factor if isinstance(edit, Gain) else 1 - edit.fraction
+    factor = at_rows(value[..., None], rows) if isinstance(value, Tensor) else value
+    held = weights * chosen
+    mass = held.sum(dim=-1, keepdim=True)
+    whole = 1.0 if total is None else total
+    if isinstance(edit, Gain):
+        denominator = whole + (factor - 1) * mass
+        scale = whole / denominator.clamp_min(TINY)
+        change = held * ((factor - 1) * scale)
+    else:
+        denominator = whole - mass
+        scale = 1 + (1 - factor) * mass / denominator.clamp_min(TINY)
+        change = held * (factor - scale)
+    unsafe = (denominator < SMALLEST_DENOMINATOR) | (scale > LARGEST_FACTOR.get(output.dtype, 2.0))
+    result = output.to(weights.dtype) * scale + grouped_values(change, value_cols.to(weights.dtype))
+    return result, unsafe[..., 0]
+
+
 def correct(
     output: Tensor, weights: Tensor, value_cols: Tensor, edits: Sequence[ColumnEdit], rows: Rows, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,15 @@ The order of meaning is that of `reference`: operands, scores, weights, output; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .band import attend_band
 from .call import Call
-from .columns import plan_columns
-from .correction import column_weights, correct
+from .columns import bias_on_columns, plan_columns, single_factor, visible_on_columns
+from .correction import column_weights, correct, correct_factor
 from .edits import (
     Band,
     Edit,
@@ -29,6 +30,7 @@ from .edits import (
     Keep,
     KeyBias,
     Mix,
+    MixValue,
     OperandEdit,
     Operands,
     OutputEdit,
@@ -43,35 +45,80 @@ from .reference_executor import at_chosen, check_edits
 
 # Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
 FEW_ROWS = 4
+# Up to this many weights, a dozen passes over them cost less than the small operations of a correction.
+FEW_WEIGHTS = 1 << 15
 
 
 def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
     edits = check_edits(call, list(edits))
-    groups = group_heads(call.num_heads, edits)
-    if not edits or groups == {(): list(range(call.num_heads))}:
+    if not edits:
         return plain(call)
+    groups = group_heads(call.num_heads, edits)
     if len(groups) == 1:
         (chosen, heads), *_ = groups.items()
         return _Group(call, heads, [edits[i] for i in chosen]).run()
-    output = None
-    untouched = groups.pop((), None)
-    rest = list(untouched or [])
-    # groups that start from the untouched output share one pass over all heads where that is cheap
-    if call.num_queries <= FEW_ROWS or not call.original_is_sdpa:
-        output = plain(call).clone() if rest or any(_starts_from_output([edits[i] for i in c]) for c in groups) else None
-    elif rest:
-        output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
-        sub = _Group(call, rest, [])
-        output[:, rest] = attend(*sub.operands, call.is_causal, call.scale, call.softcap, sub.sinks)[0]
+    untouched = groups.pop((), [])
+    few = call.num_queries <= FEW_ROWS
+    if few and _can_share_scores(edits, groups):
+        return _few_rows(call, edits, untouched)
+    if few or (untouched and not call.original_is_sdpa):
+        # the model's own function on all heads, overwritten where heads have edits
+        output = plain(call).clone() if untouched else None
+    else:
+        output = _split(call, untouched) if untouched else None
     if output is None:
         output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
-        have_all = False
-    else:
-        have_all = call.num_queries <= FEW_ROWS or not call.original_is_sdpa
     for chosen, heads in groups.items():
-        group = _Group(call, heads, [edits[i] for i in chosen])
-        output[:, heads] = group.run(output[:, heads] if have_all else None)
+        output[:, heads] = _Group(call, heads, [edits[i] for i in chosen]).run()
+    return output
+
+
+def _split(call: Call, untouched: list[int]) -> Tensor:
+    """An output with the untouched heads filled in: SDPA gives a head the same bits whichever others run beside it."""
+    output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
+    group = _Group(call, untouched, [])
+    output[:, untouched] = attend(*group.operands, call.is_causal, call.scaling, call.softcap, group.sinks)[0]
+    return output
+
+
+def _can_share_scores(edits: Sequence[Edit], groups: dict[tuple[int, ...], list[int]]) -> bool:
+    """Whether one pass over all heads serves the edited ones: no edit changes operands or reads the heads' own q, k, v."""
+    for edit in edits:
+        if isinstance(edit, OperandEdit) or edit.level == "output":
+            return False
+        if isinstance(edit, Mix) and edit.target == "mean_query":
+            return False
+    return len(groups) > 0
+
+
+def _few_rows(call: Call, edits: Sequence[Edit], untouched: list[int]) -> Tensor:
+    """Decode with different edits on different heads: the rows of all heads at once, each edit on its heads' slice."""
+    x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=call.num_keys - call.num_queries)
+    index = torch.arange(call.num_queries, device=call.query.device)
+    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
+    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
+
+    def each(values: Tensor, level: type[Edit], method: str) -> Tensor:
+        for edit in edits:
+            if not isinstance(edit, level):
+                continue
+            if edit.heads is None:
+                values = at_chosen(edit, rows, getattr(edit, method)(values, rows), values)
+            else:
+                heads = list(edit.heads)
+                part = values[:, heads]
+                shown = rows if visible is None or visible.shape[1] == 1 else replace(rows, visible=visible[:, heads])
+                values = values.index_copy(
+                    1, torch.tensor(heads, device=values.device), at_chosen(edit, shown, getattr(edit, method)(part, shown), part)
+                )
+        return values
+
+    scores = each(scores, ScoreEdit, "on_scores")
+    weights = each(softmax_rows(scores, call.sinks), WeightEdit, "on_weights")
+    output = grouped_values(weights, x.value.to(weights.dtype)).to(call.query.dtype)
+    if untouched:
+        output = output.index_copy(1, torch.tensor(untouched, device=output.device), plain(call)[:, untouched])
     return output
 
 
@@ -79,7 +126,7 @@ def plain(call: Call) -> Tensor:
     """The call without edits, through the model's own function where there is one."""
     if call.original is not None:
         return call.original()
-    return attend(call.query, call.key, call.value, call.mask, call.is_causal, call.scale, call.softcap, call.sinks)[0]
+    return attend(call.query, call.key, call.value, call.mask, call.is_causal, call.scaling, call.softcap, call.sinks)[0]
 
 
 def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
@@ -92,68 +139,61 @@ def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], 
     return groups
 
 
-def _starts_from_output(edits: Sequence[Edit]) -> bool:
-    return all(isinstance(e, OutputEdit) for e in edits)
-
-
 class _Group:
     """Heads of one call that share their edits."""
 
     def __init__(self, call: Call, heads: list[int], edits: Sequence[Edit]) -> None:
         self.call, self.heads = call, heads
+        self.whole = len(heads) == call.num_heads
+        if self.whole:
+            self.edits = [e if e.heads is None else e.at_heads([e.heads.index(h) for h in heads]) for e in edits]
+            self.kv_heads = list(range(call.key.shape[1]))
+            self.operands = (call.query, call.key, call.value, call.mask)
+            self.sinks = call.sinks
+            return
         self.edits = [e.at_heads(heads if e.heads is None else [e.heads.index(h) for h in heads]) for e in edits]
-        everything = len(heads) == call.num_heads
-        shared = call.num_heads // call.key.shape[1]
-        self.kv_heads = _key_heads(heads, shared)
-        query = call.query if everything else call.query[:, heads]
-        whole = self.kv_heads == list(range(call.key.shape[1]))
-        key = call.key if whole else call.key[:, self.kv_heads]
-        value = call.value if whole else call.value[:, self.kv_heads]
-        mask = call.mask
-        if mask is not None and mask.shape[1] > 1 and not everything:
-            mask = mask[:, heads]
-        self.operands = (query, key, value, mask)
-        self.sinks = call.sinks if call.sinks is None or everything else call.sinks[heads]
+        self.kv_heads = _key_heads(heads, call.num_heads // call.key.shape[1])
+        key, value = _take_heads(call.key, self.kv_heads), _take_heads(call.value, self.kv_heads)
+        mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
+        self.operands = (_take_heads(call.query, heads), key, value, mask)
+        self.sinks = None if call.sinks is None else call.sinks[heads]
 
-    def run(self, output: Tensor | None = None) -> Tensor:
-        """Output [B, heads, Tq, Dv]. output: the untouched output of these heads if it is already known."""
+    def run(self) -> Tensor:
+        """Output [B, heads, Tq, Dv]."""
         call = self.call
-        operand_edits = [e for e in self.edits if isinstance(e, OperandEdit)]
-        score_edits = [e for e in self.edits if isinstance(e, ScoreEdit)]
-        weight_edits = [e for e in self.edits if isinstance(e, WeightEdit)]
-        x = Operands(*self.operands, call.is_causal, offset=call.num_keys - call.num_queries)
-        for edit in operand_edits:
-            x = edit.at_kv_heads(self.kv_heads).on_operands(x)
-        if operand_edits or score_edits:
-            output = None
-        result = self._attention(x, score_edits, weight_edits, output)
-        rows = Rows(
-            torch.arange(x.query.shape[2], device=x.query.device),
-            None,
-            x.query,
-            x.key,
-            x.value,
-            call.scale,
-            x.offset,
-            x.appended,
-        )
+        levels: dict[str, list] = {"operands": [], "scores": [], "weights": [], "output": []}
         for edit in self.edits:
-            if isinstance(edit, OutputEdit):
+            levels[edit.level].append(edit)
+        x = Operands(*self.operands, call.is_causal, offset=call.num_keys - call.num_queries)
+        for edit in levels["operands"]:
+            x = edit.at_kv_heads(self.kv_heads).on_operands(x)
+        if levels["scores"] or levels["weights"]:
+            result = self._attention(x, levels["scores"], levels["weights"])
+        else:
+            result = self._kernel(x, None, False)[0]
+        if levels["output"]:
+            rows = self._rows(x, torch.arange(x.query.shape[2], device=x.query.device))
+            for edit in levels["output"]:
                 result = at_chosen(edit, rows, edit.on_output(result, rows), result)
         return result.to(call.query.dtype)
 
-    def _attention(self, x: Operands, scores: list[ScoreEdit], weights: list[WeightEdit], output: Tensor | None) -> Tensor:
+    def _attention(self, x: Operands, scores: list[ScoreEdit], weights: list[WeightEdit]) -> Tensor:
         call = self.call
         few = x.query.shape[2] <= FEW_ROWS
-        if not scores and not weights:
-            return self._kernel(x, None, False)[0] if output is None else output
         biases = [e for e in scores if isinstance(e, KeyBias) and e.rows is None]
         others = [e for e in scores if e not in biases]
         if not weights and call.softcap is None and call.sinks is None:
             if not others:
                 return self._kernel(x, _sum_biases(biases, x), False)[0]
             if len(others) == 1 and _is_band(others[0]):
-                return attend_band(x, others[0].pattern, _sum_biases(biases, x), call.scale)  # type: ignore[union-attr]
+                return attend_band(x, others[0].pattern, _sum_biases(biases, x), call.scaling)  # type: ignore[union-attr]
+        if not others and not x.query.requires_grad:
+            if all(isinstance(e, Mix) and e.target == "identity" for e in weights) and x.mask is None and x.offset is not None:
+                return self._towards_values(x, _sum_biases(biases, x), weights)
+            small = few and x.query.shape[0] * x.query.shape[1] * x.key.shape[2] <= FEW_WEIGHTS
+            single = None if small else single_factor(weights, x)
+            if single is not None:
+                return self._factor(x, _sum_biases(biases, x), *single)
         if few and (weights or others):
             return self._materialise(x, torch.arange(x.query.shape[2], device=x.query.device))
         dense = self._rows_to_materialise(x, others, weights)
@@ -167,12 +207,9 @@ class _Group:
             if dense.numel() == x.query.shape[2]:
                 return self._materialise(x, dense)
         need_lse = plan is not None and plan.needs_statistics
-        if output is None or need_lse:
-            result, lse = self._kernel(x, bias, need_lse)
-        else:
-            result, lse = output, None
+        result, lse = self._kernel(x, bias, need_lse)
         if plan is not None:
-            result, dense = self._correct(x, plan, result, lse, bias)
+            return self._correct(x, plan, result, lse, bias)
         if dense is not None and dense.numel():
             result = result.index_copy(2, dense, self._materialise(x, dense).to(result.dtype))
         return result
@@ -180,7 +217,10 @@ class _Group:
     def _kernel(self, x: Operands, bias: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         call = self.call
         if bias is None:
-            return attend(x.query, x.key, x.value, x.mask, x.is_causal, call.scale, call.softcap, self.sinks, need_lse)
+            untouched = self.whole and all(new is old for new, old in zip((x.query, x.key, x.value, x.mask), self.operands))
+            if untouched and not need_lse:
+                return plain(call), None
+            return attend(x.query, x.key, x.value, x.mask, x.is_causal, call.scaling, call.softcap, self.sinks, need_lse)
         if x.query.shape[2] <= FEW_ROWS or call.softcap is not None or x.query.shape[-1] != x.value.shape[-1]:
             mask = x.dense_mask()
             row = bias[:, :, None, :]
@@ -191,9 +231,9 @@ class _Group:
             else:
                 mask = row + mask.to(row.dtype)
             mask = mask.to(x.query.dtype if call.softcap is None else row.dtype)
-            return attend(x.query, x.key, x.value, mask, False, call.scale, call.softcap, self.sinks, need_lse)
-        query, key, value = with_bias_dimensions(x.query, x.key, x.value, bias, call.scale)
-        output, lse = attend(query, key, value, x.mask, x.is_causal, call.scale, None, self.sinks, need_lse)
+            return attend(x.query, x.key, x.value, mask, False, call.scaling, call.softcap, self.sinks, need_lse)
+        query, key, value = with_bias_dimensions(x.query, x.key, x.value, bias, call.scaling)
+        output, lse = attend(query, key, value, x.mask, x.is_causal, call.scaling, None, self.sinks, need_lse)
         return output[..., : x.value.shape[3]], lse
 
     def _materialise(self, x: Operands, index: Tensor) -> Tensor:
@@ -208,8 +248,52 @@ class _Group:
             outputs.append(grouped_values(edited_weights(x, part, self.edits, call, self.sinks), value))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
-    def _correct(self, x: Operands, plan, output: Tensor, lse: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Corrections in chunks of rows; returns the output and the rows [R] that need the materialised form."""
+    def _towards_values(self, x: Operands, bias: Tensor | None, mixes: Sequence[WeightEdit]) -> Tensor:
+        """Mixes with the identity need no weights: (1 - s) o + s v."""
+        result = self._kernel(x, bias, False)[0]
+        rows = self._rows(x, torch.arange(x.query.shape[2], device=x.query.device))
+        for mix in mixes:
+            towards = mix.remember("as values", lambda mix=mix: MixValue(strength=mix.strength, rows=mix.rows))
+            result = at_chosen(mix, rows, towards.on_output(result, rows), result)
+        return result
+
+    def _factor(self, x: Operands, bias: Tensor | None, edit: Gain | Transfer, columns: Tensor, chosen: Tensor) -> Tensor:
+        """One factor on few columns, in chunks of rows; rows where the correction is not accurate enough are materialised."""
+        call, dtype = self.call, statistics_dtype(x.query)
+        result, lse = self._kernel(x, bias, True)
+        assert lse is not None
+        key, value = x.key[:, :, columns].to(dtype), x.value[:, :, columns].to(dtype)
+        num_queries = x.query.shape[2]
+        step = rows_per_chunk(x.query.shape[0], x.query.shape[1], 64 + columns.numel() + 2 * x.value.shape[3])
+        pieces, unsafe = [], []
+        for start in range(0, num_queries, step):
+            stop = min(start + step, num_queries)
+            index = torch.arange(start, stop, device=x.query.device)
+            rows = self._rows(x, index)
+            visible = visible_on_columns(x, index, columns)
+            part = lse[:, :, start:stop].to(dtype)
+            hidden = None if visible is None else ~visible
+            added = bias_on_columns(x, bias, index, columns)
+            weights = column_weights(x.query[:, :, start:stop], key, part, call.scaling, hidden, added, call.softcap)
+            total = None if self.sinks is None else 1 - (self.sinks.to(dtype).view(1, -1, 1) - part).exp()[..., None]
+            corrected, bad = correct_factor(result[:, :, start:stop], weights, value, edit, chosen, rows, total)
+            pieces.append(corrected.to(result.dtype))
+            unsafe.append(bad)
+        result = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+        return self._mend(x, result, torch.cat(unsafe, dim=2) if len(unsafe) > 1 else unsafe[0])
+
+    def _mend(self, x: Operands, result: Tensor, unsafe: Tensor) -> Tensor:
+        """Materialises the rows that are flagged [B, H, Tq] in any batch row or head."""
+        if not bool(unsafe.any()):
+            return result
+        index = unsafe.flatten(0, 1).any(dim=0).nonzero()[:, 0]
+        return result.index_copy(2, index, self._materialise(x, index).to(result.dtype))
+
+    def _rows(self, x: Operands, index: Tensor) -> Rows:
+        return Rows(index, None, x.query, x.key, x.value, self.call.scaling, x.offset, x.appended)
+
+    def _correct(self, x: Operands, plan, output: Tensor, lse: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Any planned column edits, in chunks of rows; unsafe rows are materialised."""
         call = self.call
         columns = plan.columns
         key, value = x.key[:, :, columns], x.value[:, :, columns]
@@ -218,9 +302,9 @@ class _Group:
         step = rows_per_chunk(x.query.shape[0], x.query.shape[1], max(64, columns.numel()) + 2 * x.value.shape[3])
         for start in range(0, x.query.shape[2], step):
             index = torch.arange(start, min(start + step, x.query.shape[2]), device=x.query.device)
-            rows = Rows(index, None, x.query, x.key, x.value, call.scale, x.offset, x.appended)
+            rows = self._rows(x, index)
             span = slice(start, start + index.numel())
-            visible = plan.visible_on_columns(index)
+            visible = visible_on_columns(x, index, columns)
             total = None
             if lse is None:
                 weights = output.new_zeros(*output.shape[:2], index.numel(), 0, dtype=dtype)
@@ -230,9 +314,9 @@ class _Group:
                     x.query[:, :, span],
                     key,
                     part,
-                    call.scale,
+                    call.scaling,
                     None if visible is None else ~visible,
-                    plan.bias_on_columns(bias, index),
+                    bias_on_columns(x, bias, index, columns),
                     call.softcap,
                 )
                 if self.sinks is not None:
@@ -242,9 +326,7 @@ class _Group:
             pieces.append(result.to(output.dtype))
             unsafe.append(bad)
         result = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
-        flagged = torch.cat(unsafe, dim=2) if len(unsafe) > 1 else unsafe[0]
-        flagged = flagged.flatten(0, 1).any(dim=0)
-        return result, flagged.nonzero()[:, 0]
+        return self._mend(x, result, torch.cat(unsafe, dim=2) if len(unsafe) > 1 else unsafe[0])
 
     def _rows_to_materialise(self, x: Operands, others: list[ScoreEdit], weights: list[WeightEdit]) -> Tensor | None:
         """Rows that no identity covers, or None when every weight edit can be tried as a correction."""
@@ -258,8 +340,8 @@ class _Group:
 
 def edited_weights(x: Operands, index: Tensor, edits: Sequence[Edit], call: Call, sinks: Tensor | None) -> Tensor:
     """Weights [B, H, R, Tk] of the rows `index` after all score and weight edits."""
-    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scale, call.softcap, index)  # type: ignore[arg-type]
-    rows = Rows(index, visible, x.query, x.key, x.value, call.scale, x.offset, x.appended)  # type: ignore[arg-type]
+    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)  # type: ignore[arg-type]
+    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)  # type: ignore[arg-type]
     for edit in edits:
         if isinstance(edit, ScoreEdit):
             scores = at_chosen(edit, rows, edit.on_scores(scores, rows), scores)
@@ -339,6 +421,13 @@ def _named_rows(edits: Sequence[Edit], x: Operands) -> Tensor:
             return torch.arange(num_queries, device=x.query.device)
         named |= edit.rows.to(named.device).any(dim=0)
     return named.nonzero()[:, 0]
+
+
+def _take_heads(x: Tensor, heads: list[int]) -> Tensor:
+    """Key heads [B, len(heads), ...] as a view where they are neighbours."""
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return x[:, heads[0] : heads[-1] + 1]
+    return x[:, heads]
 
 
 def _key_heads(heads: list[int], shared: int) -> list[int]:

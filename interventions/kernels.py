@@ -74,17 +74,12 @@ def score_rows(
 
 
 def softmax_rows(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over keys; learned sink logits [H] take their share of the denominator; rows without a visible key become zero."""
-    top = scores.amax(dim=-1, keepdim=True)
-    if sinks is not None:
-        logit = sinks.to(scores.dtype).view(1, -1, 1, 1)
-        top = torch.maximum(top, logit)
-    top = top.clamp_min(torch.finfo(scores.dtype).min)
-    weights = (scores - top).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    if sinks is not None:
-        total = total + (logit - top).exp()
-    return weights / total.clamp_min(torch.finfo(scores.dtype).tiny)
+    """Softmax over keys; learned sink logits [H] take their share of the denominator. Rows without a visible key become uniform."""
+    scores = scores.clamp_min(torch.finfo(scores.dtype).min)  # a row at -inf would give NaN
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    logit = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, logit], dim=3).softmax(dim=-1)[..., :-1]
 
 
 def attend(

@@ -64,8 +64,8 @@ def _one_head(call: Call, head: int, edits: list[Edit]) -> tuple[Tensor, Tensor]
         if isinstance(edit, OperandEdit):
             x = edit.at_kv_heads([head // (call.num_heads // call.key.shape[1])]).on_operands(x)
     index = torch.arange(x.query.shape[2], device=x.query.device)
-    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scale, call.softcap, index)
-    rows = Rows(index, visible, x.query, x.key, x.value, call.scale, x.offset, x.appended)
+    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
+    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
     for edit in edits:
         if isinstance(edit, ScoreEdit):
             scores = at_chosen(edit, rows, edit.on_scores(scores, rows), scores)

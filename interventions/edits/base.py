@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,13 +88,30 @@ class Edit:
 
     def at_heads(self, positions: Sequence[int]) -> Edit:
         """The same edit with its per-head tensors cut to these positions of its own head list."""
+        if self.heads is None and not self._has_head_axis():
+            return self
+        return self.remember(("heads", tuple(positions)), lambda: self._cut(positions))
+
+    def remember(self, key: object, make: Callable[[], Any]) -> Any:
+        """make(), kept with this edit: recipes share one edit between the layers of a step, so what follows from it is found once."""
+        store = self.__dict__.get("_remembered")
+        if store is None:
+            store = {}
+            object.__setattr__(self, "_remembered", store)
+        if key not in store:
+            store[key] = make()
+        return store[key]
+
+    def _has_head_axis(self) -> bool:
+        values = (getattr(self, name) for name in self.broadcast)
+        return any(isinstance(v, Tensor) and v.dtype != torch.long and v.shape[1] > 1 for v in values)
+
+    def _cut(self, positions: Sequence[int]) -> Edit:
         changes = {}
         for name in self.broadcast:
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.dtype != torch.long and value.shape[1] > 1:
                 changes[name] = value[:, list(positions)]
-        if not changes and self.heads is None:
-            return self
         new = object.__new__(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))

@@ -96,19 +96,22 @@ class Transfer(WeightEdit):
     def is_identity(self) -> bool:
         return super().is_identity or (not isinstance(self.fraction, Tensor) and self.fraction == 0)
 
-    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+    def _sets(self, rows: Rows) -> tuple[Tensor, Tensor]:
         src = rows.columns(self.src)
-        dst = ~src if self.dst is None else rows.columns(self.dst) & ~src
-        taken = torch.where(src, weights * at_rows(_factor(self.fraction), rows), 0)
+        return src, ~src if self.dst is None else rows.columns(self.dst) & ~src
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        src, dst = self.remember(("sets", rows.key.shape[2], rows.appended, rows.key.device), lambda: self._sets(rows))
+        share = src * at_rows(_factor(self.fraction), rows)
+        taken = weights * share
         budget = taken.sum(dim=-1, keepdim=True)
         if self.how == "even":
             dst = dst if rows.visible is None else dst & rows.visible
             room = dst.sum(dim=-1, keepdim=True).to(weights.dtype)
-            given = torch.where(dst, budget / room.clamp_min(1), 0)
-        else:
-            room = (weights * dst).sum(dim=-1, keepdim=True)
-            given = torch.where(dst, weights * (budget / room.clamp_min(TINY)), 0)
-        return torch.where(room > TINY, weights - taken + given, weights)
+            return torch.where(room > TINY, weights - taken + dst * (budget / room.clamp_min(1)), weights)
+        room = (weights * dst).sum(dim=-1, keepdim=True)
+        grown = torch.where(dst, 1 + budget / room.clamp_min(TINY), 1 - share)
+        return torch.where(room > TINY, weights * grown, weights)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

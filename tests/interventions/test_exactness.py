@@ -218,7 +218,7 @@ def test_order_inside_a_level_is_the_order_given_and_levels_have_their_own():
     bias = KeyBias(bias=torch.randn(5))
     torch.testing.assert_close(fused(call, [move, bias]), fused(call, [bias, move]), atol=0, rtol=0)
     # by hand: scores first, then the weights in the order given
-    scores = call.query @ call.key.transpose(2, 3) * call.scale + bias.bias[:, :, None]
+    scores = call.query @ call.key.transpose(2, 3) * call.scaling + bias.bias[:, :, None]
     weights = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
     moved = weights.clone()
     moved[..., 1:, 1] += moved[..., 1:, 0]

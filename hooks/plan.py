@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..interventions import Call, Clock, Edit, ProjectKey, Site, TokenMap
+from ..interventions import Call, Clock, Edit, ProjectKey, ReattendError, Site, TokenMap
 from .discovery import SiteTable
 
 Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
@@ -89,7 +89,8 @@ class Spans:
 
     texts: for every prompt a list of passages to find in it (one inner list = the same for every prompt). ranges: or token
     ranges [start, stop) per prompt, counted without padding. occurrence: which match when a passage occurs more than once
-    (None: that is an error).
+    (from 0, -1 = the last; None: that is an error). official: PASTA's rule for the first and last token instead of strict overlap.
+    Raises ReattendError for an empty passage or range.
     """
 
     name: str
@@ -97,6 +98,16 @@ class Spans:
     ranges: list[list[tuple[int, int]]] | None = None
     occurrence: int | None = None
     official: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.texts and not self.ranges:
+            raise ReattendError("spans need texts (passages to find in the prompt) or ranges (token positions)")
+        for text in (t for row in self.texts or () for t in row):
+            if not isinstance(text, str) or not text:
+                raise ReattendError(f"a passage to find in the prompt must be a text that is not empty, got {text!r}")
+        for start, stop in (r for row in self.ranges or () for r in row):
+            if not 0 <= start < stop:
+                raise ReattendError(f"a range of tokens must have 0 <= start < stop, got ({start}, {stop})")
 
 
 Step = Act | Observe | Capture | Project | Guide | Spans

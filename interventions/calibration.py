@@ -1,7 +1,7 @@
 """Calibration: which columns draw attention, measured over all rows without ever holding the n x n matrix.
 
-The weights of a chunk of rows are exp(S - lse) with the log-sum-exp of the fused kernel; a causal chunk is computed on the columns it can
-see only, and each chunk is reduced to one sum per column before the next one starts: O(chunk * n) memory.
+The weights of a chunk of rows are exp(S - lse) with the log-sum-exp of the fused kernel. A causal chunk is computed only on the
+columns that it can see, and is reduced to one sum per column before the next one starts: O(chunk * n) memory.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ CHUNK_WEIGHTS = 1 << 18
 
 @dataclass
 class ColumnStatistics:
-    """What rows gave to columns, at absolute positions: sums [B, heads, n] of weights, counts [B, 1 or heads, n] of rows that see a column.
+    """What rows gave to columns, at absolute positions.
 
-    rows: the absolute position after the last row counted. Sums and counts are kept apart so that the chunks of a prefill add up.
+    sums [B, heads, n]: weights. counts [B, 1 or heads, n]: rows that see the column. rows: the absolute position
+    after the last row counted. Sums and counts are kept apart so that the chunks of a prefill add up.
     """
 
     sums: Tensor
@@ -101,8 +102,8 @@ def hidden_sinks(
 ) -> Tensor:
     """Bool [B, heads, n]: columns whose mean weight is over the threshold, except the useful sink at the start of each sequence.
 
-    threshold: a number, or [B, 1, 1]. first: bool [B, n], each sequence's first real token (None: column 0). exempt_first_over: spare the
-    first column over the threshold instead, whichever it is. min_rows: columns that fewer rows see are never sinks.
+    threshold: a number, or [B, 1, 1]. first: bool [B, n], each sequence's first real token (None: column 0). exempt_first_over:
+    spare the first column over the threshold instead, whichever it is. min_rows: columns that fewer rows see are never sinks.
     """
     over = (statistics.means > threshold) & (statistics.counts >= min_rows)
     if exempt_first_over:
@@ -111,6 +112,50 @@ def hidden_sinks(
         over[..., 0] = False
         return over
     return over & ~first[:, None]
+
+
+@dataclass
+class KnownSinks:
+    """What a prompt taught about some heads of one site. heads: those with a sink. sinks: bool [B, heads, n], absolute positions."""
+
+    statistics: ColumnStatistics
+    heads: list[int]
+    sinks: Tensor
+
+    def columns(self, call: Call) -> Tensor:
+        """The sinks as key columns [B, heads, Tk] of a call. Tokens that came later are none."""
+        part = self.sinks[..., call.key_start : call.key_start + call.num_keys]
+        return pad(part, (0, call.num_keys - part.shape[2]))
+
+
+def learn_sinks(
+    call: Call,
+    heads: Sequence[int],
+    known: KnownSinks | None = None,
+    *,
+    threshold: float,
+    alpha: float | None = None,
+    exempt_first_over: bool = False,
+    min_rows: int = 1,
+) -> KnownSinks:
+    """Hidden sinks of these heads after this part of a prompt. known: what earlier parts taught; dropped where this part starts over.
+
+    alpha: the threshold is alpha / the number of the row's real prompt tokens instead. The rest is that of `hidden_sinks`.
+    """
+    found = column_statistics(call, heads)
+    if known is not None and known.statistics.rows <= call.total - call.num_queries:
+        found = known.statistics.plus(found)
+    length, device = found.sums.shape[2], found.sums.device
+    first = None if call.tokens is None else call.tokens.positions("bos", 0, length, device)
+    limit: float | Tensor = threshold
+    if alpha is not None:
+        if call.tokens is None:
+            limit = alpha / length
+        else:
+            limit = alpha / call.tokens.positions("prompt", 0, length, device).sum(dim=1).clamp_min(1)[:, None, None]
+    sinks = hidden_sinks(found, limit, first, exempt_first_over, min_rows)
+    keep = [i for i, has in enumerate(sinks.any(dim=2).any(dim=0).tolist()) if has]
+    return KnownSinks(found, [list(heads)[i] for i in keep], sinks[:, keep])
 
 
 def _operands(call: Call, heads: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

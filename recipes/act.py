@@ -1,0 +1,141 @@
+"""Attention calibration of hidden sinks (ACT, Yu et al. 2024, arXiv 2406.15765).
+
+Fixes: besides the first token, heads park large weights on later tokens without meaning (punctuation, articles, line breaks).
+The sink on the first token is useful; the hidden ones cost accuracy in many heads of the middle layers.
+Acts on: the weights of listed heads, every row of the prompt and of what is generated. A prompt column is a hidden sink of a
+head if the mean weight of the rows that see it is over a threshold. Its weight is scaled by beta; what is freed goes to all
+other columns in proportion. Which heads gain from that depends on model and task: `profile` searches, published lists come
+along by name.
+Ours: sinks are found per batch row, without padding; generated tokens are never sinks; a chunked prefill adds up its chunks,
+so that the rows of a chunk follow the sinks known by then. The official code handles one unpadded prompt and a single
+generated token.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator, Field
+
+from ..hooks import Act, SiteTable, Support
+from ..hooks.plan import Step
+from ..interventions import Call, ReattendError, Transfer
+from ..interventions.calibration import learn_sinks
+from .base import Info, Recipe, decoder_sites
+from .head_choice import Head, as_heads, by_layer, missing_heads
+from .profile import Profile, table_fingerprint
+
+REMEDY = (
+    "name heads=[[layer, head], ...], a published list (see ACT.published()), heads='all', or a profile_path made by "
+    "recipe_class('act').profile(model, tokenizer).save(path) or `reattend profile act MODEL`"
+)
+
+
+class ACT(Recipe):
+    slug = "act"
+    info = Info(
+        does="Takes weight from meaningless tokens that attract attention inside the prompt and gives it to the others.",
+        paper="Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through "
+        "Attention Calibration",
+        year=2024,
+        arxiv="2406.15765",
+        families=("sinks", "calibration"),
+        kinds=("llm",),
+        cost="prefill",
+        code="GATECH-EIC/ACT",
+        licence="Apache-2.0",
+        profiling="which heads gain from calibration, on labelled prompts of the task",
+    )
+
+    beta: float = Field(0.4, ge=0, le=1, description="factor on the weight of hidden sinks; 1 changes nothing, 0 removes it")
+    threshold: float = Field(
+        0.1, gt=0, lt=1, description="a column is a sink if the mean weight of the rows that see it exceeds this"
+    )
+    threshold_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="the paper's rule instead: the threshold is this number over the prompt's length; 5 in the paper",
+    )
+    heads: Annotated[tuple[Head, ...] | str | None, BeforeValidator(as_heads)] = Field(
+        None, description="heads to calibrate: [[layer, head], ...], {layer: [heads]}, a published list's name, or 'all'"
+    )
+    profile_path: str | None = Field(None, description="file with the heads that a profiling run selected, instead of heads")
+    official_exempt: bool = Field(
+        False, description="spare the first column over the threshold, as the official code does, instead of the first token"
+    )
+    min_rows: int = Field(
+        1, ge=1, description="rows that must see a column before it can be a sink; 4 to 8 spares the prompt's last tokens"
+    )
+
+    def supports(self, sites: SiteTable) -> Support:
+        chosen, support = decoder_sites(sites, self.slug)
+        if not support:
+            return support
+        if self.heads is not None and self.profile_path is not None:
+            return Support(False, "heads and profile_path both name heads: give one of them")
+        heads = self.chosen_heads(sites)
+        if heads is None:
+            return Support(False, f"act must be told which heads to calibrate: {REMEDY}")
+        if not heads:
+            return Support(False, f"no head is left to calibrate ({'the profile' if self.profile_path else 'heads'} is empty)")
+        reason = missing_heads(heads, chosen)
+        return Support(not reason, reason)
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        chosen, _ = decoder_sites(sites, self.slug)
+        heads = by_layer(self.chosen_heads(sites) or ())
+        return [Act(chosen.only(list(heads)), functools.partial(self.calibrate, heads))]
+
+    def chosen_heads(self, sites: SiteTable) -> tuple[Head, ...] | None:
+        """The heads that parameters or profile name on this model, or None. Raises ReattendError for an unknown list or profile."""
+        if self.profile_path is not None:
+            profile = Profile.load(self.profile_path)
+            profile.check(self.slug, table_fingerprint(sites))
+            return tuple((int(layer), int(head)) for layer, head in profile.tensors["selected"].tolist())
+        if self.heads == "all":
+            chosen, _ = decoder_sites(sites, self.slug)
+            return tuple((s.layer, h) for s in chosen.layers(2, -2) for h in range(s.num_heads or 0))
+        if isinstance(self.heads, str):
+            lists = self.published()
+            if self.heads not in lists:
+                raise ReattendError(f"heads: no published list {self.heads!r}; there are: all, {', '.join(lists)}")
+            return lists[self.heads]
+        return self.heads
+
+    def calibrate(self, heads: dict[int, list[int]], call: Call) -> Transfer | None:
+        """A'[i, k] = beta A[i, k] on the sinks k of a head; the other columns share the rest in proportion to their weights."""
+        assert call.site is not None
+        if self.beta == 1:
+            return None
+        known = call.memory.get(call.site.name)
+        if call.clock.phase != "decode":
+            known = call.memory[call.site.name] = learn_sinks(
+                call,
+                heads[call.site.layer],
+                known,
+                threshold=self.threshold,
+                alpha=self.threshold_alpha,
+                exempt_first_over=self.official_exempt,
+                min_rows=self.min_rows,
+            )
+        if known is None or not known.heads:
+            return None
+        return Transfer(heads=known.heads, src=known.columns(call), fraction=1 - self.beta)
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+        """Searches the heads whose calibration raises accuracy on labelled prompts; see `act_profile.search_heads` for the options."""
+        from .act_profile import search_heads
+
+        return search_heads(cls, model, tokenizer, **options)
+
+    @staticmethod
+    @functools.cache
+    def published() -> dict[str, tuple[Head, ...]]:
+        """Head lists of the official repository, by model and task."""
+        text = resources.files(__package__ or __name__).joinpath("act_heads.json").read_text(encoding="utf-8")
+        data = cast("dict[str, dict[str, list[int]]]", json.loads(text))
+        return {name: as_heads(layers) for name, layers in data.items()}

@@ -1,0 +1,291 @@
+"""ACT: the official code's numbers, its invariants, and that it holds on batches, chunks, decode steps and shared key heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference_with_weights
+from reattend.interventions.calibration import column_statistics, hidden_sinks
+from reattend.recipes import Profile, recipe, recipe_class
+from safetensors import safe_open
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "act"
+SITE = Site("layer", 2, "decoder", "self", None, None, None, True)
+
+
+def golden(name: str):
+    with safe_open(str(GOLDEN / f"{name}.safetensors"), "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def call_with_weights(weights: torch.Tensor) -> Call:
+    """A causal call whose softmax weights are the given ones: queries hold their logarithms, keys and values unit vectors."""
+    eye = torch.eye(weights.shape[-1]).expand_as(weights).contiguous()
+    return Call(weights.clamp_min(1e-37).log(), eye, eye, is_causal=True, scale=1.0, site=SITE, clock=Clock("prefill"))
+
+
+def random_call(heads=4, kv=2, n=40, batch=1, pads=(0,), sharp=3.0, seed=0) -> Call:
+    torch.manual_seed(seed)
+    query, key, value = (torch.randn(batch, h, n, 8) for h in (heads, kv, kv))
+    padding = torch.arange(n)[None] < torch.tensor(pads)[:, None]
+    mask = None
+    if any(pads):
+        mask = (torch.ones(n, n, dtype=torch.bool).tril()[None] & ~padding[:, None])[:, None]
+    real = ~padding
+    bos = real & (real.cumsum(1) == 1)
+    tokens = TokenMap(batch, n, n, {"padding": padding, "bos": bos})
+    return Call(query * sharp, key, value, mask, mask is None, site=SITE, clock=Clock("prefill"), tokens=tokens)
+
+
+def tiny(kv=2, layers=5) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=kv, max_position_embeddings=256,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data *= 15
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("name", ["prefill_sinks", "first_not_sink", "no_sink", "beta_one", "beta_zero"])
+@pytest.mark.parametrize("executor", [fused, lambda call, edits: reference_with_weights(call, edits)[0]])
+def test_official_numbers(name, executor):
+    data, facts = golden(name)
+    heads = data["heads"].tolist()
+    call = call_with_weights(data["attn_in"])
+    act = recipe(
+        "act",
+        heads=[(2, h) for h in heads],
+        beta=float(facts["beta"]),
+        threshold=float(facts["threshold"]),
+        official_exempt=True,
+    )
+    edit = act.calibrate({2: heads}, call)
+    output = executor(call, [] if edit is None else [edit])
+    torch.testing.assert_close(output, data["attn_out"], atol=1e-6, rtol=1e-5)
+    statistics = column_statistics(call, range(call.num_heads))
+    assert torch.equal((statistics.means[0] > float(facts["threshold"])).to(torch.uint8), data["over_threshold"])
+    if name in ("prefill_sinks", "first_not_sink", "beta_zero"):
+        assert edit is not None and (data["attn_out"] - data["attn_in"]).abs().max() > 0.01
+
+
+def test_our_exemption_spares_the_first_token_only():
+    data, facts = golden("first_not_sink")
+    call = call_with_weights(data["attn_in"])
+    statistics = column_statistics(call, range(call.num_heads))
+    ours = hidden_sinks(statistics, float(facts["threshold"]))
+    official = hidden_sinks(statistics, float(facts["threshold"]), exempt_first_over=True)
+    over = data["over_threshold"].bool()
+    assert torch.equal(ours[0], over & (torch.arange(over.shape[1]) > 0))
+    spared = (ours & ~official)[0]
+    assert spared.any() and torch.equal(spared.sum(1) <= 1, torch.ones(len(spared), dtype=torch.bool))
+
+
+def test_a_mean_equal_to_the_threshold_is_no_sink():
+    call = call_with_weights(torch.full((1, 1, 8, 8), 0.125).tril() + torch.diag(torch.linspace(0.875, 0, 8)))
+    statistics = column_statistics(call, [0])
+    column = float(statistics.means[0, 0, 5])
+    assert not hidden_sinks(statistics, column)[0, 0, 5]
+    assert hidden_sinks(statistics, column * 0.999)[0, 0, 5]
+
+
+@pytest.mark.parametrize("heads", [[0], [1, 3], [0, 1, 2], [3, 0], [0, 1, 2, 3]])
+@pytest.mark.parametrize("pads", [(0, 0), (5, 0)])
+@pytest.mark.parametrize("chunk", [16, 4096])
+def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chunk):
+    monkeypatch.setattr("reattend.interventions.calibration.CHUNK_WEIGHTS", chunk)
+    call = random_call(batch=2, pads=pads)
+    weights = reference_with_weights(call, [])[1][:, heads]
+    real = call.query_rows("prompt").float()
+    sums = (weights * real[:, None, :, None]).sum(2) * real[:, None]
+    found = column_statistics(call, heads)
+    torch.testing.assert_close(found.sums, sums, atol=1e-5, rtol=1e-5)
+    counts = (torch.arange(40, 0, -1)[None] * real).expand(2, -1)
+    torch.testing.assert_close(found.counts[:, 0], counts, atol=0, rtol=0)
+    with pytest.raises(ReattendError, match="heads 0 to 3"):
+        column_statistics(call, [4])
+
+
+def test_invariants_on_random_inputs():
+    call = random_call()
+    act = recipe("act", heads=[(2, 1), (2, 2)], threshold=0.08)
+    edit = act.calibrate({2: [1, 2]}, call)
+    before, (output, after) = reference_with_weights(call, [])[1], reference_with_weights(call, [edit])
+    torch.testing.assert_close(fused(call, [edit]), output, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(after.sum(-1), torch.ones_like(after.sum(-1)))
+    assert (after >= 0).all() and torch.equal(after[:, [0, 3]], before[:, [0, 3]])
+    for position, head in enumerate(edit.heads):
+        sinks = edit.src[0, position]
+        assert sinks.any()
+        torch.testing.assert_close(after[0, head][:, sinks], 0.4 * before[0, head][:, sinks], atol=1e-7, rtol=1e-5)
+        rest, old = after[0, head][:, ~sinks], before[0, head][:, ~sinks]
+        torch.testing.assert_close(rest / rest.sum(-1, keepdim=True), old / old.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
+def test_identity_without_sinks_and_with_beta_one():
+    call = random_call()
+    assert recipe("act", heads=[(2, 1)], threshold=0.99).calibrate({2: [1]}, call) is None
+    assert recipe("act", heads=[(2, 1)], beta=1.0).calibrate({2: [1]}, call) is None
+    model = tiny()
+    ids = torch.randint(3, 64, (1, 20))
+    plain = model(ids).logits
+    session = reattend.apply(model, "act", heads="all", threshold=0.99)
+    assert torch.equal(model(ids).logits, plain)
+    assert session.applied == 0
+    with pytest.warns(reattend.ReattendWarning, match="never acted"):
+        session.remove()
+
+
+def test_rows_that_see_only_sinks_keep_their_weights():
+    weights = torch.full((1, 1, 6, 6), 0.0)
+    weights[..., 0, 0] = 1
+    weights[..., 1:, 1] = 1  # all the weight of every later row lies on column 1
+    call = call_with_weights(weights)
+    edit = recipe("act", heads=[(2, 0)]).calibrate({2: [0]}, call)
+    assert edit is not None and edit.src[0, 0].tolist() == [False, True, False, False, False, False]
+    torch.testing.assert_close(fused(call, [edit]), weights, atol=1e-6, rtol=0)
+
+
+def test_padding_changes_nothing_for_the_real_tokens():
+    torch.manual_seed(3)
+    model = tiny()
+    long, short = torch.randint(3, 64, (1, 30)), torch.randint(3, 64, (1, 21))
+    ids = torch.cat([long, torch.nn.functional.pad(short, (9, 0))])
+    mask = (ids != 0).long()
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    for options in ({}, {"threshold_alpha": 3.0}, {"min_rows": 4}, {"official_exempt": True}):
+        with reattend.apply(model, "act", heads="all", beta=0.2, **options) as session:
+            alone = model(short).logits
+            both = model(ids, attention_mask=mask, position_ids=places).logits
+            assert session.applied > 0
+        torch.testing.assert_close(both[1:, 9:], alone, atol=1e-4, rtol=1e-4)
+    assert (model(short).logits - alone).abs().max() > 1e-3
+
+
+def test_the_alpha_rule_is_a_threshold_of_alpha_over_n():
+    call = random_call(n=40)
+    by_alpha = recipe("act", heads=[(2, 1)], threshold_alpha=4.0).calibrate({2: [1]}, call)
+    call.memory.clear()
+    fixed = recipe("act", heads=[(2, 1)], threshold=0.1).calibrate({2: [1]}, call)
+    assert torch.equal(by_alpha.src, fixed.src)
+
+
+def test_min_rows_spares_the_last_columns():
+    call = random_call()
+    edit = recipe("act", heads=[(2, h) for h in range(4)], min_rows=6, threshold=0.05).calibrate({2: [0, 1, 2, 3]}, call)
+    call.memory.clear()
+    every = recipe("act", heads=[(2, h) for h in range(4)], threshold=0.05).calibrate({2: [0, 1, 2, 3]}, call)
+    assert every.src[..., -5:].any() and not edit.src[..., -5:].any()
+
+
+def test_sinks_stay_those_of_the_prompt_while_generating():
+    model, ids = tiny(), torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(4))
+    seen = []
+    act = recipe("act", heads="all", beta=0.2)
+    original = type(act).calibrate
+
+    def watched(self, heads, call):
+        edit = original(self, heads, call)
+        if call.site.layer == 2 and edit is not None:
+            seen.append((call.clock.phase, edit.src))
+        return edit
+
+    type(act).calibrate, restore = watched, original
+    try:
+        with reattend.apply(model, act) as session:
+            steered = model.generate(ids, max_new_tokens=6, do_sample=False)
+            assert session.stats["act"] and all(count == 6 for count in session.stats["act"].values())
+    finally:
+        type(act).calibrate = restore
+    assert [phase for phase, _ in seen] == ["prefill"] + ["decode"] * 5
+    for step, (_, columns) in enumerate(seen):
+        assert torch.equal(columns[..., :20], seen[0][1]) and columns.shape[2] == 20 + step and not columns[..., 20:].any()
+    # the same without a cache, where every row is computed anew with the prompt's sinks
+    with reattend.apply(model, act):
+        again = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(steered, again)
+    assert not torch.equal(steered, model.generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def test_a_chunked_prefill_adds_up_its_chunks():
+    model, ids = tiny(), torch.randint(3, 64, (1, 24), generator=torch.Generator().manual_seed(5))
+    act = recipe("act", heads=[(2, 0), (2, 1), (2, 2), (2, 3)], beta=0.2)
+    learned = {}
+
+    def watch(session):
+        store = next(iter(session.plans)).memory_key
+        from reattend.hooks.session import _attachments
+
+        return [s.memory[store] for a in _attachments.values() for s in a.tracker.by_cache.values()]
+
+    for name, cuts in {"whole": [24], "chunks": [10, 18, 24]}.items():
+        cache = DynamicCache(config=model.config)
+        with reattend.apply(model, act) as session:
+            for start, stop in zip([0, *cuts], cuts):
+                model(ids[:, start:stop], past_key_values=cache)
+            learned[name] = next(iter(watch(session)[0].values()))
+            assert session.applied
+            after = model(ids[:, :1], past_key_values=cache).logits
+            assert after.isfinite().all()
+    # layer 2 is the first one edited: its inputs are the same, so sums and counts must be
+    whole, chunks = learned["whole"].statistics, learned["chunks"].statistics
+    torch.testing.assert_close(whole.sums, chunks.sums, atol=1e-5, rtol=1e-5)
+    assert torch.equal(whole.counts, chunks.counts) and whole.rows == chunks.rows == 24
+    assert torch.equal(learned["whole"].sinks, learned["chunks"].sinks)
+
+
+def test_which_heads_and_what_is_refused(tmp_path):
+    model = tiny()
+    with pytest.raises(UnsupportedError, match="profile_path"):
+        reattend.apply(model, "act")
+    with pytest.raises(UnsupportedError, match="layer 7"):
+        reattend.apply(model, "act", heads=[[7, 0]])
+    with pytest.raises(UnsupportedError, match="head 4 of layer 2"):
+        reattend.apply(model, "act", heads={2: [4]})
+    with pytest.raises(ReattendError, match="no published list 'llama'.*llama-2-7b-chat/classification"):
+        reattend.apply(model, "act", heads="llama")
+    with pytest.raises(ReattendError, match="twice"):
+        recipe("act", heads=[[2, 1], [2, 1]])
+    with pytest.raises(ReattendError, match=r"\[\[layer, head\], ...\] or"):
+        recipe("act", heads=[3, 4])
+    with pytest.raises(ReattendError, match="beta"):
+        recipe("act", heads="all", beta=1.5)
+    with reattend.apply(model, "act", heads="all", threshold=0.05) as session:
+        model(torch.randint(3, 64, (1, 30)))
+        assert {int(name.split(".")[2]) for name in session.stats["act"]} == {2, 3}
+    lists = recipe_class("act").published()
+    assert {name: len(heads) for name, heads in lists.items()} == {
+        "llama-2-7b-chat/classification": 184,
+        "llama-2-7b-chat/multiple-choice": 74,
+        "mistral-7b-instruct-v0.2/classification": 16,
+        "mistral-7b-instruct-v0.2/multiple-choice": 104,
+        "llama-2-7b-chat/mt-bench": 25,
+    }
+    with pytest.raises(ReattendError, match="no profile file"):
+        reattend.apply(model, "act", profile_path=str(tmp_path / "none.safetensors"))
+
+
+def test_profiles_load_and_other_models_are_refused(tmp_path):
+    from reattend.recipes.profile import fingerprint
+
+    model = tiny()
+    profile = Profile("act", fingerprint(model), {"selected": torch.tensor([[2, 1], [3, 0]])})
+    path = profile.save(tmp_path / "heads.safetensors")
+    ids = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(6))
+    with reattend.apply(model, "act", profile_path=str(path), threshold=0.03):
+        by_profile = model(ids).logits
+    with reattend.apply(model, "act", heads=[(2, 1), (3, 0)], threshold=0.03) as session:
+        assert torch.equal(model(ids).logits, by_profile) and session.applied == 2
+    with pytest.raises(ReattendError, match="another model"):
+        reattend.apply(tiny(layers=6), "act", profile_path=str(path))
+    with pytest.raises(UnsupportedError, match="one of them"):
+        reattend.apply(model, "act", profile_path=str(path), heads="all")

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..interventions import ReattendError, Site, UnsupportedError
+from .diffusers_facts import STACKS, denoiser_in, stack_of
 from .diffusers_facts import describe as describe_denoiser_site
 
 SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
@@ -135,7 +136,7 @@ def unwrapped_model(model: Any) -> Any:
 
 def pretrained_root(model: nn.Module) -> nn.Module:
     """The outermost transformers model in a module (inside torch.compile's or PEFT's wrapper), or the module itself."""
-    return next((m for m in model.modules() if hasattr(m, "set_attn_implementation") and hasattr(m, "config")), model)
+    return next((m for m in model.modules() if hasattr(type(m), "set_attn_implementation")), model)
 
 
 def components(model: Any) -> dict[str, nn.Module]:
@@ -160,6 +161,7 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
     counters: dict[str, dict[str, int]] = {}
     result: list[tuple[Site, nn.Module]] = []
     inside_site: list[str] = []
+    denoiser = denoiser_in(root)
     for path, module in root.named_modules():
         if any(path.startswith(p + ".") for p in inside_site):
             continue
@@ -168,13 +170,15 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
             continue
         inside_site.append(path)
         route, problem = how
-        stack = _stack(root, path, component, module)
+        stack = _stack(root, path, component, module) if denoiser is None else stack_of(denoiser, path)
         layer = _layer(module, path, counters.setdefault(stack, {}))
         heads, kv, dim = _heads(module)
         kind = _kind(path, module, stack)
         causal = bool(getattr(module, "is_causal", False)) and stack == "decoder" and kind == "self"
         site = Site(prefix + path, layer, stack, kind, heads, kv, dim, causal, route, problem)
         result.append((describe_denoiser_site(root, module, site) if hasattr(module, "processor") else site, module))
+    if denoiser is not None:
+        result.sort(key=lambda item: STACKS.index(item[0].stack))
     return result
 
 
@@ -225,8 +229,8 @@ def _stack(root: nn.Module, path: str, component: str, module: nn.Module) -> str
     lowered = f"{component}.{path}".lower()
     if component == "vae":
         return "vae"
-    if hasattr(module, "processor") and _is_denoiser(root):
-        return "denoiser"
+    if component == "controlnet":
+        return "controlnet"
     if any(word in lowered for word in ("vision", "visual", "image_encoder", "vit.", "image_tower")):
         return "vision"
     config = getattr(root, "config", None)
@@ -243,12 +247,15 @@ def _stack(root: nn.Module, path: str, component: str, module: nn.Module) -> str
     if not encoder_decoder and (hasattr(own, "patch_size") or hasattr(own, "image_size")) and not hasattr(own, "vocab_size"):
         return "vision"
     if not encoder_decoder and not getattr(module, "is_causal", False) and getattr(own, "is_decoder", False) is False:
+        if hasattr(own, "vocab_size") and _writes_text(root):
+            return "decoder"  # PaliGemma: the image and the question see each other, the answer is still causal
         return "encoder" if "cross" not in lowered else "decoder"
     return "decoder"
 
 
-def _is_denoiser(root: nn.Module) -> bool:
-    return hasattr(root, "in_channels") or "UNet" in type(root).__name__ or "Transformer" in type(root).__name__
+def _writes_text(root: nn.Module) -> bool:
+    can = getattr(root, "can_generate", None)
+    return bool(can()) if callable(can) else False
 
 
 def _layer(module: nn.Module, path: str, seen: dict[str, int]) -> int:

@@ -85,7 +85,13 @@ def column_weights(
 
 
 def correct_factor(
-    output: Tensor, weights: Tensor, value_cols: Tensor, edit: Gain | Transfer, chosen: Tensor, rows: Rows, total: Tensor | None = None
+    output: Tensor,
+    weights: Tensor,
+    value_cols: Tensor,
+    edit: Gain | Transfer,
+    chosen: Tensor,
+    rows: Rows,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`correct` for the one edit that most recipes need: a factor on the chosen columns, the others scaled so that rows keep their sum.
 

@@ -110,7 +110,9 @@ def _few_rows(call: Call, edits: Sequence[Edit], untouched: list[int]) -> Tensor
                 part = values[:, heads]
                 shown = rows if visible is None or visible.shape[1] == 1 else replace(rows, visible=visible[:, heads])
                 values = values.index_copy(
-                    1, torch.tensor(heads, device=values.device), at_chosen(edit, shown, getattr(edit, method)(part, shown), part)
+                    1,
+                    torch.tensor(heads, device=values.device),
+                    at_chosen(edit, shown, getattr(edit, method)(part, shown), part),
                 )
         return values
 

@@ -1,0 +1,44 @@
+# make demo   sets up .venv, runs the offline demo and says where its report lies
+# make test   sets up .venv and runs every test (make test ARGS="-k streaming" for some)
+# make style  formats and checks the code
+# make bench  prints the cost tables of docs/performance.md
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test style bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/reattend demo
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+style: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/overhead.py
+
+# torch first and pinned: without the pin pip may pull another build with gigabytes of CUDA libraries
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,report]"
+	touch $@
+
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,diffusion,report,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,92 @@
+"""The wheel works in an empty environment without the repository in sight, and importing stays light."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("interventions", "interventions/edits", "hooks", "recipes", "comparison")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    copy = tmp_path_factory.mktemp("source") / "reattend"
+    # built from a copy of what git knows, so that build folders of the working tree play no part
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), str(copy)]
+    subprocess.run(command, check=True, cwd=out)
+    return next(out.glob("reattend-*.whl"))
+
+
+def test_wheel_holds_every_room_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for room in ROOMS:
+        for path in (ROOT / room).iterdir():
+            if path.suffix in (".py", ".html", ".json", ".yaml", ".txt"):
+                assert f"reattend/{room}/{path.name}" in names, f"{path} is missing from the wheel"
+    assert {"reattend/__init__.py", "reattend/__main__.py", "reattend/py.typed"} <= set(names)
+    assert not [
+        n for n in names if n.endswith("setup.py") or "/tests/" in n or n.startswith(("tests", "benchmarks", "examples"))
+    ]
+
+
+@pytest.mark.slow
+def test_wheel_runs_in_an_empty_environment(wheel, tmp_path):
+    # the heavy dependencies come from this environment; reattend itself only from the wheel
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, cwd=tmp_path)
+    import torch
+
+    site_packages = Path(torch.__file__).resolve().parents[1]
+    probe = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    )
+    # a .pth line puts the dependencies on the path, but not the editable finder of this working tree
+    (Path(probe.stdout.strip()) / "dependencies.pth").write_text(f"import sys; sys.path.append({str(site_packages)!r})\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    listed = subprocess.run(
+        [python, "-m", "reattend", "list"], cwd=empty, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "streaming" in listed and "emphasise" in listed
+    where = subprocess.run(
+        [python, "-c", "import reattend; print(reattend.__file__)"],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert str(tmp_path) in where
+
+
+def test_import_is_light():
+    code = "import sys, reattend; assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_language_users_need_no_diffusers():
+    code = (
+        "import sys; sys.modules['diffusers'] = None; import reattend; reattend.list_recipes(); reattend.sites; reattend.apply"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

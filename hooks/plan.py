@@ -12,6 +12,7 @@ The other doors of the design (branch, rotary, rewrite, tokens, share) get their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,13 +75,23 @@ class Guide:
     """One more denoiser branch per conditional row, in the same batch, with the edits that name its rows.
 
     prediction' = prediction + scale * (conditional - branch), added to both halves under classifier-free guidance, so that the
-    pipeline's own formula gives eps_u + s (eps_c - eps_u) + scale (eps_c - branch).
+    pipeline's own formula gives eps_u + s (eps_c - eps_u) + scale (eps_c - branch). Interventions find the branch's rows in
+    `call.clock` under `name`. start, stop: the part of the schedule it acts in, start <= step / steps < stop.
+    Raises ReattendError for a name that is taken or a part that is empty.
     """
 
     name: str
     scale: float
     start: float = 0.0
     stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in ("conditional", "unconditional"):
+            raise ReattendError(f"a guide's name must not be empty, 'conditional' or 'unconditional', got {self.name!r}")
+        if not math.isfinite(self.scale):
+            raise ReattendError(f"guide {self.name!r}: scale must be a finite number, got {self.scale}")
+        if not 0 <= self.start < self.stop <= 1:
+            raise ReattendError(f"guide {self.name!r}: 0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
 
 
 @dataclass

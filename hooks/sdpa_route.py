@@ -6,7 +6,9 @@ after projection, norm and RoPE. The function itself is never replaced, and the 
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..interventions import Call, ReattendError, fused
-from .diffusers_facts import token_roles
+from .denoiser_tokens import locate
 from .session import edits_of
 
 if TYPE_CHECKING:
@@ -79,16 +81,35 @@ def clear_marks() -> None:
             mode.__exit__(None, None, None)
 
 
+def _module_call() -> FrameType | None:
+    """The frame of the module call that runs the hooks: on the stack exactly as long as the module's forward is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != nn.modules.module.__file__:
+        frame = frame.f_back
+    return frame
+
+
 class _Interception(TorchFunctionMode):
     def __init__(self, attachment: Attachment, module: nn.Module, sessions: list[Session]) -> None:
         super().__init__()
         self.attachment, self.module, self.sessions = attachment, module, sessions
+        self.calls = 0
+        self.frame = _module_call()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention or self._left_behind():
             return func(*args, **kwargs)
         return self._attention(*args, **kwargs)
+
+    def _left_behind(self) -> bool:
+        """True when the module's forward was interrupted (KeyboardInterrupt runs no hooks): what runs now is somebody else's."""
+        if self.frame is None or torch.compiler.is_compiling():
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is None
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -123,6 +144,7 @@ class _Interception(TorchFunctionMode):
             is_causal_here = is_causal
         forward = attachment.denoiser.current() or attachment.tracker.current()
         call = Call(query, key, value, mask, is_causal_here, scale, site=site, clock=forward.clock, original=run)
-        call.tokens = token_roles(call, forward)
+        locate(call, forward, self.calls)
+        self.calls += 1
         edits = edits_of(self.sessions, self.module, call, forward)
         return fused(call, edits) if edits else run()

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Clock, ReattendError, TokenMap
+from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, unwrapped_model
+from .images import join_images
 from .tokens import build_roles
 
 if TYPE_CHECKING:
@@ -63,7 +65,9 @@ class SequenceTracker:
         self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.local = threading.local()
         model = unwrapped_model(attachment.model)
-        self.root = pretrained_root(model) if isinstance(model, nn.Module) else None
+        # a denoiser has no sequence: the denoiser door follows it
+        followed = isinstance(model, nn.Module) and denoiser_in(model) is None
+        self.root = pretrained_root(model) if followed else None
         self.in_flight: set[int] = set()
         self.after: list[Callable[[], None]] = []
         self.lock = threading.Lock()
@@ -193,7 +197,9 @@ class SequenceTracker:
             filler = known.new_full((known.shape[0], max(0, past - known.shape[1])), -1)
             ids = torch.cat([known, filler, ids], dim=1)
             sequence.prompt_ids = ids
-            sequence.tokens.roles = self._new_map(ids, None, mask, given, sessions).roles
+            extended = self._new_map(ids, None, mask, given, sessions)
+            sequence.tokens.roles = extended.roles
+            sequence.tokens.images = join_images(sequence.tokens.images, extended.images, past)
         sequence.tokens.prompt_length = past + width
         sequence.step = -1
 

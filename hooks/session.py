@@ -186,7 +186,7 @@ class Attachment:
         try:
             if first:
                 self.tracker.install()
-                self.denoiser.install()
+            self.denoiser.install(session)
             for route in self.routes:
                 route.install(session)
             self._install_taps(session)

@@ -81,7 +81,7 @@ class TokenMap:
     Roles found on a model are "image", "bos", "padding", "prompt", "generated", with a chat template also "system", "user",
     "assistant"; a user's spans have their own names ("emphasis"). `length` grows with every decode step: roles are stored
     for the prompt and read as False (generated: True) beyond it. blind: only embeddings were given, so roles that are found by
-    token id are unknown, which is not the same as absent.
+    token id are unknown, which is not the same as absent. unknown: why roles could not be found at all, "" where they could.
     """
 
     batch: int
@@ -90,6 +90,7 @@ class TokenMap:
     roles: dict[str, Tensor] = field(default_factory=dict)
     images: list[ImageGrid] = field(default_factory=list)
     blind: bool = False
+    unknown: str = ""
 
     def __contains__(self, role: str) -> bool:
         return role in self.roles or role in ("prompt", "generated")
@@ -100,6 +101,8 @@ class TokenMap:
         if role == "generated":
             places = torch.arange(start, stop, device=device)
             return ((places >= self.prompt_length) & (places < self.length)).expand(self.batch, width)
+        if role not in self and self.unknown:
+            raise ReattendError(f"{role!r} tokens cannot be told apart: {self.unknown}")
         if role not in self and self.blind:
             raise ReattendError(f"{role!r} tokens cannot be found in inputs_embeds: pass input_ids instead")
         if role not in self:
@@ -122,8 +125,9 @@ class Call:
 
     query [B, H, Tq, D]; key [B, Hkv, Tk, D]; value [B, Hkv, Tk, Dv]; mask None, bool (True = visible) or additive,
     broadcastable to [B, H, Tq, Tk]. is_causal aligns the last query with the last key. softcap: Gemma-2's tanh cap.
-    sinks [H]: learned sink logits that join the softmax denominator (gpt-oss). `memory` is the intervention's own store,
-    one per sequence: what prefill learned, decode reads.
+    sinks [H]: learned sink logits that join the softmax denominator (gpt-oss). tokens: the map of the keys, and of the queries too
+    unless those are other tokens (cross attention between an image and a text): `query_tokens` is theirs. `memory` is the
+    intervention's own store, one per sequence: what prefill learned, decode reads.
     """
 
     query: Tensor
@@ -137,6 +141,7 @@ class Call:
     site: Site | None = None
     clock: Clock = field(default_factory=lambda: Clock("encode"))
     tokens: TokenMap | None = None
+    query_tokens: TokenMap | None = None
     memory: MutableMapping = field(default_factory=dict)
     original: Callable[[], Tensor] | None = None
     original_is_sdpa: bool = True
@@ -184,6 +189,8 @@ class Call:
 
     def query_rows(self, role: str) -> Tensor:
         """Bool [B, Tq]: query rows of a token role."""
+        if self.query_tokens is not None and role != "all":
+            return self.query_tokens.positions(role, 0, self.num_queries, self.query.device)
         return self._role(role, self.total - self.num_queries, self.total)
 
     def _role(self, role: str, start: int, stop: int) -> Tensor:

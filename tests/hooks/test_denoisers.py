@@ -1,0 +1,263 @@
+"""Every denoiser family: its sites, pass-through, one edit against the reference, and a restore that leaves nothing behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import Act, Plan, attach
+from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack as modes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_denoisers import DENOISERS, TEXT, build, unet
+
+FOUND = {  # {family: {(stack, kind): sites}}
+    "UNet2DConditionModel": {
+        ("denoiser.down", "self"): 1, ("denoiser.down", "cross"): 1, ("denoiser.mid", "self"): 1, ("denoiser.mid", "cross"): 1,
+        ("denoiser.up", "self"): 2, ("denoiser.up", "cross"): 2,
+    },
+    "UNetMotionModel": {
+        ("denoiser.down", "self"): 1, ("denoiser.down", "cross"): 1, ("denoiser.mid", "self"): 1, ("denoiser.mid", "cross"): 1,
+        ("denoiser.up", "self"): 2, ("denoiser.up", "cross"): 2, ("denoiser.down.motion", "temporal"): 4,
+        ("denoiser.mid.motion", "temporal"): 2, ("denoiser.up.motion", "temporal"): 8,
+    },
+    "SD3Transformer2DModel": {("denoiser", "joint"): 3},
+    "SD3Transformer2DModel (3.5)": {("denoiser", "joint"): 3, ("denoiser.dual", "self"): 2},
+    "FluxTransformer2DModel": {("denoiser.double", "joint"): 2, ("denoiser.single", "joint"): 2},
+    "PixArtTransformer2DModel": {("denoiser", "self"): 2, ("denoiser", "cross"): 2},
+    "HunyuanDiT2DModel": {("denoiser", "self"): 2, ("denoiser", "cross"): 2},
+    "SanaTransformer2DModel": {("denoiser", "self"): 2, ("denoiser", "cross"): 2},
+    "Lumina2Transformer2DModel": {
+        ("denoiser.text_refiner", "self"): 1, ("denoiser.image_refiner", "self"): 1, ("denoiser", "joint"): 2,
+    },
+    "AuraFlowTransformer2DModel": {("denoiser.double", "joint"): 2, ("denoiser.single", "joint"): 2},
+    "CogVideoXTransformer3DModel": {("denoiser", "joint"): 2},
+    "HunyuanVideoTransformer3DModel": {
+        ("denoiser.text_refiner", "self"): 1, ("denoiser.double", "joint"): 2, ("denoiser.single", "joint"): 2,
+    },
+    "LTXVideoTransformer3DModel": {("denoiser", "self"): 2, ("denoiser", "cross"): 2},
+    "WanTransformer3DModel": {("denoiser", "self"): 2, ("denoiser", "cross"): 2},
+    "MochiTransformer3DModel": {("denoiser.pool", "self"): 1, ("denoiser", "joint"): 3},
+    "QwenImageTransformer2DModel": {("denoiser", "joint"): 2},
+}  # fmt: skip
+
+# number of image tokens where image and text share a stream, and which part comes first
+STREAMS = {
+    "SD3Transformer2DModel": (16, "image"), "SD3Transformer2DModel (3.5)": (16, "image"), "FluxTransformer2DModel": (16, "text"),
+    "Lumina2Transformer2DModel": (16, "text"), "AuraFlowTransformer2DModel": (16, "text"),
+    "CogVideoXTransformer3DModel": (48, "text"), "HunyuanVideoTransformer3DModel": (32, "image"),
+    "MochiTransformer3DModel": (32, "image"), "QwenImageTransformer2DModel": (16, "text"),
+}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def assert_restored(model: nn.Module, inputs: dict[str, Any], before: Tensor) -> None:
+    assert hooks_of(model) == 0
+    assert modes() == []
+    assert torch.equal(run(model, inputs), before)
+
+
+def usable(model: nn.Module) -> Any:
+    return reattend.sites(model).where(lambda s: s.supported)
+
+
+def test_every_family_has_a_row() -> None:
+    assert set(FOUND) == set(DENOISERS)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_sites(name: str) -> None:
+    table = reattend.sites(build(name)[0])
+    found: dict[tuple[str, str], int] = {}
+    for site in table:
+        found[site.stack, site.kind] = found.get((site.stack, site.kind), 0) + 1
+        assert site.num_heads and site.num_kv_heads and site.route == "sdpa" and not site.causal
+    assert found == FOUND[name]
+    for stack in {s.stack for s in table}:
+        layers = [s.layer for s in table if s.stack == stack]
+        assert layers == sorted(layers) and set(layers) == set(range(max(layers) + 1))
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_pass_through_edit_and_restore(name: str) -> None:
+    model, inputs = build(name)
+    before = run(model, inputs)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def nothing(call: Call) -> None:
+        assert call.site is not None
+        seen.setdefault(call.site.name, [])
+
+    table = usable(model)
+    with pytest.warns(ReattendWarning, match="never acted"), attach(model, [Plan("watch", [Act(table, nothing)])]):
+        assert torch.equal(run(model, inputs), before)
+    assert set(seen) == {s.name for s in table}, "a site was never reached"
+    assert_restored(model, inputs, before)
+
+    for site in table:
+        seen = {}
+
+        def halve(call: Call, site: Any = site, seen: dict[str, Any] = seen) -> HeadGain:
+            edit = HeadGain(heads=[0], gain=0.5)
+            plain = reference(call, [])
+            seen.setdefault(site.name, []).append((plain, reference(call, [edit])))
+            torch.testing.assert_close(call.original(), plain, atol=1e-5, rtol=1e-5)  # type: ignore[misc]
+            return edit
+
+        with attach(model, [Plan("halve", [Act(table.where(lambda s, site=site: s.name == site.name), halve)])]) as session:
+            changed = run(model, inputs)
+            calls = 2 if name.startswith("Mochi") and site.stack == "denoiser" else 1
+            assert session.stats == {"halve": {site.name: calls}}
+        plain, edited = seen[site.name][0]
+        torch.testing.assert_close(edited[:, 0], plain[:, 0] / 2)
+        torch.testing.assert_close(edited[:, 1:], plain[:, 1:])
+        assert changed.isfinite().all() and not torch.equal(changed, before)
+    assert_restored(model, inputs, before)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_restored_after_an_exception_in_mid_forward(name: str) -> None:
+    model, inputs = build(name)
+    before = run(model, inputs)
+
+    def fail(call: Call) -> None:
+        raise ValueError("from inside")
+
+    with pytest.raises(ValueError, match="from inside"), attach(model, [Plan("fail", [Act(usable(model), fail)])]):
+        run(model, inputs)
+    assert_restored(model, inputs, before)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "MochiTransformer3DModel"])
+def test_restored_after_an_interrupt(name: str) -> None:
+    model, inputs = build(name)
+    before = run(model, inputs)
+    stop = True
+
+    def interrupt(call: Call) -> HeadGain | None:
+        if stop:
+            raise KeyboardInterrupt
+        return HeadGain(gain=0.5)
+
+    query = torch.randn(2, 2, 6, 4)
+    expected = nn.functional.scaled_dot_product_attention(query, query, query)
+    session = attach(model, [Plan("interrupt", [Act(usable(model)[:1], interrupt)])])
+    with pytest.raises(KeyboardInterrupt):
+        run(model, inputs)
+    assert len(modes()) == 1, "torch runs no hooks on an interrupt; if that has changed, the clearing can go"
+    stop = False
+    assert torch.equal(nn.functional.scaled_dot_product_attention(query, query, query), expected), "a stale mark took a call"
+    assert not torch.equal(run(model, inputs), before)
+    assert modes() == [], "the next forward must clear what the interrupt left"
+    session.remove()
+    assert_restored(model, inputs, before)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_token_roles(name: str) -> None:
+    model, inputs = build(name)
+    maps: dict[str, list[tuple[Any, ...]]] = {}
+
+    def note(call: Call) -> None:
+        assert call.site is not None and call.tokens is not None
+        found = call.query_rows("image"), call.columns("image"), call.columns("text"), call.columns("padding")
+        maps.setdefault(call.site.name, []).append((call, *found))
+
+    table = usable(model)
+    with pytest.warns(ReattendWarning), attach(model, [Plan("note", [Act(table, note)])]):
+        run(model, inputs)
+    for site in table:
+        for index, (call, rows, image, text, padding) in enumerate(maps[site.name]):
+            assert not (image & text).any() and not (image & padding).any() and not (text & padding).any()
+            if site.kind == "cross":
+                assert rows.all() and not image.any() and (text | padding).all()
+            elif site.kind in ("self", "temporal"):
+                is_text = site.stack in ("denoiser.text_refiner", "denoiser.pool")
+                assert (text | padding).all() if is_text else image.all()
+            else:
+                count, first = STREAMS[name]
+                assert image.sum(dim=1).tolist() == [count] * call.batch and torch.equal(rows, image)
+                assert (image | text | padding).all()
+                starts = [int(row.long().argmax()) for row in (image if first == "text" else text)]
+                if name.startswith("Lumina2"):
+                    assert starts == [3, 5] and padding.sum(dim=1).tolist() == [2, 0]
+                elif name.startswith("Mochi"):
+                    assert starts == [count] and int(text.sum()) == (3, 5)[index]
+                elif first == "text":
+                    registers = 8 if name.startswith("AuraFlow") else 0
+                    assert starts == [TEXT + registers] * 2
+                else:
+                    assert starts == [count] * 2
+            for grid in call.tokens.images:
+                assert grid.index.flatten().tolist() == image[grid.row].nonzero()[:, 0].tolist()
+
+
+def test_unknown_token_order_is_an_error_only_where_a_role_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reattend.hooks import diffusers_facts
+
+    model, inputs = build("SD3Transformer2DModel")
+    monkeypatch.setitem(diffusers_facts.FAMILIES, "SD3Transformer2DModel", diffusers_facts.Family())
+    with attach(model, [Plan("all", [Act(usable(model), lambda call: HeadGain(gain=0.5, rows=call.query_rows("all")))])]):
+        run(model, inputs)
+    with (
+        pytest.raises(ReattendError, match="the order of image and text tokens in SD3Transformer2DModel is not known"),
+        attach(model, [Plan("image", [Act(usable(model), lambda call: HeadGain(gain=0.5, rows=call.query_rows("image")))])]),
+    ):
+        run(model, inputs)
+
+
+def test_linear_attention_is_reported() -> None:
+    model, _ = build("SanaTransformer2DModel")
+    bad = reattend.sites(model).problems
+    assert [s.name for s in bad] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    assert all("linear attention has no softmax" in (s.problem or "") for s in bad)
+    with pytest.raises(UnsupportedError, match="transformer_blocks.0.attn1.*linear attention"):
+        attach(model, [Plan("any", [Act(reattend.sites(model), lambda call: None)])])
+    assert hooks_of(model) == 0
+
+
+def test_other_backends_are_reported() -> None:
+    model, inputs = build("FluxTransformer2DModel")
+    before = run(model, inputs)
+    processor = reattend.sites(model).module(reattend.sites(model)[1]).processor
+    processor._attention_backend = "flash"  # what set_attention_backend("flash") leaves; that call itself needs the package
+    bad = reattend.sites(model).problems
+    assert [s.name for s in bad] == ["transformer_blocks.1.attn"]
+    assert "'flash' never reaches torch's SDPA: call set_attention_backend('native')" in (bad[0].problem or "")
+    with pytest.raises(UnsupportedError, match="flash"):
+        attach(model, [Plan("any", [Act(reattend.sites(model), lambda call: None)])])
+    processor._attention_backend = None
+    model.set_attention_backend("native")  # type: ignore[operator]
+    assert not reattend.sites(model).problems
+    assert_restored(model, inputs, before)
+
+
+@pytest.mark.parametrize("kind", ["SlicedAttnProcessor", "XFormersAttnProcessor", "AttnProcessor"])
+def test_processors_that_bypass_sdpa_are_reported(kind: str) -> None:
+    from diffusers.models import attention_processor
+
+    torch.manual_seed(0)
+    model, _ = unet()
+    if kind == "SlicedAttnProcessor":
+        model.set_attention_slice(1)  # type: ignore[operator]
+    else:
+        model.set_attn_processor(getattr(attention_processor, kind)())  # type: ignore[operator]
+    table = reattend.sites(model)
+    assert len(table) == len(table.problems) == 8
+    assert all(kind in (s.problem or "") and "never calls torch's SDPA" in (s.problem or "") for s in table)

@@ -106,5 +106,7 @@ def _one_line(slug: str, fields: dict[str, str], error: ValidationError) -> str:
             parts.append(f"{name} is required: {fields.get(name, '')}")
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
-            parts.append(f"{name}: {message.removeprefix('value error, ')}, got {item['input']!r}")
+            message = message.removeprefix("value error, ")
+            # an error about several parameters names them itself
+            parts.append(f"{name}: {message}, got {item['input']!r}" if item["loc"] else message)
     return f"recipe {slug!r}: " + "; ".join(parts)

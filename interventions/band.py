@@ -63,7 +63,7 @@ def _columns(band: Band, places: Tensor, num_keys: int, is_causal: bool, appende
     """Long [C]: columns that some row of the block may keep, in ascending order."""
     low, high = int(places[0]), int(places[-1])
     last = min(high + 1 if is_causal else num_keys, num_keys)
-    sinks = band.sinks + (0 if band.first is None else int(band.first.max()))
+    sinks = max(0, band.sinks + (0 if band.first is None else int(band.first.max())))
     dense = band.dense_after is not None and high >= band.dense_after
     start = 0 if dense else max(0, low - band.window + 1)
     parts = [torch.arange(start, last, device=device)]

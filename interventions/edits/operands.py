@@ -141,7 +141,7 @@ class PoolKV(OperandEdit):
     """Merges groups of keys: columns of the same group become their mean key and mean value, standing for `size` keys (+log size).
 
     groups [Tk] long: group of each column, numbered 0..m-1 in the order the pooled columns shall have. A row sees a pooled
-    column only when it sees all its members (so causality holds).
+    column only when it sees all its members (so causality holds); a row that sees no complete group is an error.
     """
 
     groups: Tensor
@@ -171,6 +171,12 @@ class PoolKV(OperandEdit):
         if mask is not None:
             hidden = ~mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
             pooled_hidden = (hidden.float() @ member.T) > 0
+            emptied = pooled_hidden.all(dim=-1) & ~hidden.all(dim=-1)
+            if bool(emptied.any()):
+                row = int(emptied.nonzero()[0, -1])
+                raise ReattendError(
+                    f"query row {row} sees no complete group of keys: leave its most recent columns in groups of one"
+                )
             bias = bias.expand(*pooled_hidden.shape).masked_fill(pooled_hidden, float("-inf"))
             if mask.dtype != torch.bool:
                 bias = bias + mask.masked_fill(hidden, 0).float() @ mean.T

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..interventions import ReattendError, TokenMap
+from ..interventions import TokenMap
+from .chat import add_chat_roles, has_template
+from .images import add_images
+from .spans import add_spans, tokenizer_of
+from .transcript import Transcript, transcripts
 
 
 def build_roles(tokens: TokenMap, model: Any, ids: Tensor | None, mask: Any, given: dict[str, Any], sessions: list) -> None:
@@ -23,4 +28,36 @@ def build_roles(tokens: TokenMap, model: Any, ids: Tensor | None, mask: Any, giv
     real = ~padding
     tokens.roles["bos"] = real & (real.cumsum(dim=1) == 1)
     if ids is None:
-        return
+        tokens.blind = True
+    else:
+        add_images(tokens, model, ids, given)
+    if not _is_decoder_side(model, ids, given):
+        add_text_roles(tokens, ids, sessions)
+
+
+def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None:
+    """The roles that follow from the prompt's text: who speaks, and each session's own spans."""
+    texts: dict[int, list[Transcript]] = {}
+
+    def read(tokenizer: Any) -> list[Transcript] | None:
+        if tokenizer is None or ids is None:
+            return None
+        if id(tokenizer) not in texts:
+            texts[id(tokenizer)] = transcripts(ids, tokens.roles["padding"], tokenizer)
+        return texts[id(tokenizer)]
+
+    speaker = next((s.tokenizer for s in sessions if has_template(s.tokenizer)), None)
+    rows = read(tokenizer_of(speaker))
+    if rows is not None:
+        add_chat_roles(tokens, speaker, rows)
+    for session in sessions:
+        for spans in session.spans:
+            add_spans(tokens, ids, spans, functools.partial(read, tokenizer_of(session.tokenizer)))
+
+
+def _is_decoder_side(model: Any, ids: Tensor | None, given: dict[str, Any]) -> bool:
+    """Whether these are the decoder's tokens of an encoder-decoder model, whose prompt is what the encoder reads."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    read = given.get("input_ids")
+    return ids is None or not isinstance(read, Tensor) or ids.data_ptr() != read.data_ptr()

@@ -43,7 +43,8 @@ def tokenizer(template: str | None = CHATML, side: str = "left") -> PreTrainedTo
 def language_model(kind: str = "Llama", **changes: Any) -> Any:
     """A random causal language model with 4 layers, 4 heads and 2 key heads, whose weights attend unevenly enough for edits to show."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
+    config_class = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
+    config = config_class(
         **{
             "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,

@@ -1,0 +1,472 @@
+"""emphasise (PASTA): golden data of the official code, its invariants, and whole models against hooks that edit the mask."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import Act, SiteTable, Spans
+from reattend.hooks.spans import add_spans
+from reattend.interventions import (
+    Call,
+    Clock,
+    ReattendError,
+    ReattendWarning,
+    Site,
+    TokenMap,
+    UnsupportedError,
+    fused,
+    reference,
+)
+from reattend.recipes import Profile, load_recipe, recipe, save_recipe
+from reattend.recipes.profile import fingerprint
+from safetensors import safe_open
+from torch import nn
+from transformers import pipeline
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS))
+from tiny_language import language_model, tokenizer  # noqa: E402
+
+PROMPTS = [
+    "The capital of France is Paris. Answer in French. What is the capital?",
+    "Anna has a red house. Answer in one word.",
+]
+PASSAGES = [["Answer in French."], ["red house", "one word"]]
+
+
+def site(heads):
+    return Site("decoder", 0, "decoder", "self", heads, heads, 8, True)
+
+
+def weights_of(scores, mask, ranges, pads, prompt, execute=fused, **parameters):
+    """Weights [B, H, Tq, Tk] of a call with these scores under the recipe: keys and values are unit vectors, so outputs are weights."""
+    batch, heads, _, keys = scores.shape
+    unit = torch.eye(keys).expand(batch, heads, keys, keys)
+    tokens = TokenMap(batch, prompt, keys)
+    places = torch.arange(prompt)
+    tokens.roles["padding"] = places < torch.tensor(pads)[:, None]
+    tokens.roles["bos"] = places == torch.tensor(pads)[:, None]
+    call = Call(scores, unit, unit, mask, scale=1.0, site=site(heads), clock=Clock("prefill"), tokens=tokens)
+    table = SiteTable([site(heads)], {"decoder": nn.Module()})
+    edits = []
+    for step in recipe("emphasise", ranges=ranges, **parameters).plan(table):
+        if isinstance(step, Spans):
+            add_spans(tokens, None, step, lambda: None)
+        elif isinstance(step, Act):
+            edit = step.intervention(call)
+            edits += [] if edit is None else [edit]
+    return execute(call, edits)
+
+
+@pytest.mark.parametrize("execute", [fused, reference])
+@pytest.mark.parametrize("name", ["alpha_one", "exclude_one", "exclude_decode", "exclude_two_sections", "include"])
+def test_golden_weights_of_the_official_code(name, execute):
+    with safe_open(TESTS / f"golden/pasta/{name}.safetensors", "pt") as file:
+        facts, data = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    pads = [int(p) for p in facts["left_pads"].strip("[]").split(",")]
+    ranges = [[(a - pad, b - pad) for a, b in sections] for sections, pad in zip(data["sections"].tolist(), pads)]
+    found = weights_of(
+        data["scores"], data["mask"], ranges, pads, int(facts["input_len"]), execute,
+        alpha=float(facts["alpha"]), position=facts["scale_position"], official_multi=True,
+        heads={0: data["heads"].tolist()},
+    )  # fmt: skip
+    offset = found.shape[3] - found.shape[2] if found.shape[2] == 1 else 0
+    for row, pad in enumerate(pads):
+        first = max(0, pad - offset)
+        torch.testing.assert_close(found[row, :, first:], data["weights_steered"][row, :, first:], atol=1e-6, rtol=0)
+    assert name == "alpha_one" or (found - data["weights_plain"]).abs().max() > 0.1
+
+
+def random_call(batch=2, heads=4, queries=12, keys=15):
+    torch.manual_seed(1)
+    scores = 2 * torch.randn(batch, heads, queries, keys)
+    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return scores, torch.zeros(1, 1, queries, keys).masked_fill(~visible, float("-inf"))
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.3])
+def test_ratios_change_only_between_the_passage_and_the_rest_of_the_prompt(alpha):
+    scores, mask = random_call()
+    inside, outside, new = [3, 4, 5], [0, 1, 2, 6, 7, 8, 9, 10, 11], [12, 13, 14]
+    ranges = [[(3, 6)], [(3, 6)]]
+    plain = weights_of(scores, mask, ranges, [0, 0], 12, alpha=1.0)
+    found = weights_of(scores, mask, ranges, [0, 0], 12, alpha=alpha, heads={0: [1, 2]})
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:3]))
+    assert torch.equal(found[:, [0, 3]], plain[:, [0, 3]])
+    before, after = plain[:, 1:3, -1].double(), found[:, 1:3, -1].double()
+
+    def ratio(weights, a, b):
+        return weights[..., a] / weights[..., b]
+
+    for group in (inside, outside, new, inside + new):
+        for a, b in zip(group, group[1:]):
+            torch.testing.assert_close(ratio(after, a, b), ratio(before, a, b), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio(after, 4, 7), ratio(before, 4, 7) / alpha, rtol=1e-4, atol=0)
+    # rows before the passage see only tokens that all get the same factor
+    scores, mask = random_call(queries=15)
+    plain = weights_of(scores, mask, ranges, [0, 0], 12, alpha=1.0)
+    found = weights_of(scores, mask, ranges, [0, 0], 12, alpha=alpha)
+    torch.testing.assert_close(found[:, :, :3], plain[:, :, :3], atol=1e-6, rtol=0)
+    assert (found[:, :, 6:] - plain[:, :, 6:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "want"),
+    [
+        (dict(alpha=0.1), [-1, -1, 0, -1, 0, -1, 0]),
+        (dict(alpha=0.1, official_multi=True), [-2, -2, -1, -2, -1, -2, 0]),
+        (dict(alpha=10, position="include"), [-1, -1, 0, -1, 0, -1, 0]),
+        (dict(alpha=10, position="include", official_multi=True), [-1, -1, 0, -1, 0, -1, 0]),
+        (dict(alpha=0.1, position="generation"), [-1, -1, -1, -1, -1, -1, 0]),
+        (dict(alpha=0.1, position="generation", official_multi=True), [-2, -2, -2, -2, -2, -2, 0]),
+        (dict(alpha=0.1, keep_sink=True), [0, -1, 0, -1, 0, -1, 0]),
+    ],
+)
+def test_bias_of_two_passages_in_powers_of_ten(parameters, want):
+    scores = torch.zeros(1, 1, 1, 7)
+    found = weights_of(scores, None, [(2, 3), (4, 5)], [0], 6, **parameters)
+    expected = 10.0 ** torch.tensor(want)
+    torch.testing.assert_close(found[0, 0, 0], expected / expected.sum())
+
+
+def test_a_prompt_without_passages_and_padding_are_left_alone():
+    scores, mask = random_call(queries=12, keys=12)
+    ranges = [[(1, 3)], []]
+    found = weights_of(scores, mask, ranges, [2, 0], 12, alpha=0.1)
+    plain = weights_of(scores, mask, ranges, [2, 0], 12, alpha=1.0)
+    torch.testing.assert_close(found[1], plain[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0, :, -1, 0] / found[0, :, -1, 3], plain[0, :, -1, 0] / plain[0, :, -1, 3])
+    torch.testing.assert_close(found[0, :, -1, 0] / found[0, :, -1, 2], 10 * plain[0, :, -1, 0] / plain[0, :, -1, 2])
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def edited_masks(model, biases, heads):
+    """The official way on an eager model: a hook on each attention module adds the bias [B, prompt] to the mask of its heads."""
+    total = [0]
+    handles = []
+
+    def begin(module, args, kwargs):
+        cache, ids = kwargs.get("past_key_values"), kwargs["input_ids"]
+        total[0] = (cache.get_seq_length() if cache is not None else 0) + ids.shape[1]
+
+    def edit(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        keys, layer = mask.shape[-1], module.layer_idx
+        batch = mask.shape[0]
+        mask = mask.expand(batch, 4, -1, keys).clone()
+        start = max(0, total[0] - keys)
+        piece = biases.repeat_interleave(batch // biases.shape[0], dim=0)[:, start : start + keys]
+        mask[:, heads.get(layer, []), :, : piece.shape[1]] += piece[:, None, None]
+        return args, {**kwargs, "attention_mask": mask}
+
+    handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+    handles += [layer.self_attn.register_forward_pre_hook(edit, with_kwargs=True) for layer in model.model.layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def batch_and_bias(alpha, passages=PASSAGES, prompts=PROMPTS):
+    """Inputs, and log alpha on the real prompt tokens outside the passages, found by hand from the offsets of the padded encoding."""
+    chars = tokenizer()
+    x = chars(prompts, return_tensors="pt", padding=True, return_offsets_mapping=True)
+    offsets, real = x.pop("offset_mapping"), x["attention_mask"].bool()
+    marked = torch.zeros_like(real)
+    for row, texts in enumerate(passages):
+        for text in texts:
+            c0 = prompts[row].index(text)
+            marked[row] |= (offsets[row, :, 0] < c0 + len(text)) & (offsets[row, :, 1] > c0)
+    return x, math.log(alpha) * (real & ~marked), marked
+
+
+HEADS = {0: [1, 2], 2: [0, 3], 3: [2]}
+ALL = {layer: [0, 1, 2, 3] for layer in range(4)}
+WAYS = {
+    "greedy": dict(do_sample=False),
+    "sampling": dict(do_sample=True, temperature=1.5),
+    "beams": dict(do_sample=False, num_beams=2),
+    "several": dict(do_sample=True, num_return_sequences=3),
+    "static": dict(do_sample=False, cache_implementation="static"),
+    "chunked": dict(do_sample=False, prefill_chunk_size=24),
+}
+KINDS = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Gemma2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+
+
+def generate(model, x, way):
+    torch.manual_seed(3)
+    out = model.generate(
+        **x, max_new_tokens=8, return_dict_in_generate=True, output_logits=True, disable_compile=True, **WAYS[way]
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "heads"),
+    [
+        *[("Llama", way, HEADS) for way in WAYS],
+        *[(k, w, ALL) for k in ("Mistral", "Gemma2", "Gemma3") for w in ("greedy", "static")],
+    ],
+)
+def test_generation_equals_hooks_on_the_masks(kind, way, heads):
+    """Left padding, other passages in each row, GQA, beams and repeated rows, static and sliding caches."""
+    alpha = 0.05
+    x, bias, _ = batch_and_bias(alpha)
+    model = language_model(kind, **KINDS[kind])
+    plain = generate(model, x, way)
+    with reattend.apply(model, "emphasise", text=PASSAGES, alpha=alpha, heads=heads, tokenizer=tokenizer()) as session:
+        found = generate(model, x, way)
+    eager = language_model(kind, **KINDS[kind], attn_implementation="eager")
+    with edited_masks(eager, bias, heads):
+        wanted = generate(eager, x, way)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], atol=2e-5, rtol=1e-4)
+    assert (plain[1][0] - found[1][0]).abs().amax(dim=1).min() > 1e-3, "every row must be steered"
+    # as many calls as forward passes at every steered site, none elsewhere
+    counts = session.stats["emphasise"]
+    assert set(counts) == {f"model.layers.{i}.self_attn" for i in heads} and set(counts.values()) == {session.forwards}
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, x, way), plain))
+
+
+def test_all_rows_of_two_beams_are_steered_alike():
+    x, _, _ = batch_and_bias(0.05)
+    wide = {k: v.repeat_interleave(2, dim=0) for k, v in x.items()}
+    model = language_model()
+    with reattend.apply(model, "emphasise", text=PASSAGES, alpha=0.05, tokenizer=tokenizer()):
+        one, two = model(**x).logits, model(**wide).logits
+    torch.testing.assert_close(two, one.repeat_interleave(2, dim=0))
+
+
+def test_only_the_chosen_layers_and_heads_change():
+    x, _, _ = batch_and_bias(0.01)
+    model = language_model()
+    outputs = {}
+
+    def keep(key):
+        return [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args, i=i: outputs.setdefault((key, i), args[0].clone()))
+            for i, layer in enumerate(model.model.layers)
+        ]
+
+    for key, heads in (("plain", None), ("steered", {2: [1]})):
+        handles = keep(key)
+        if heads is None:
+            model(**x)
+        else:
+            with reattend.apply(model, "emphasise", text=PASSAGES, heads=heads, tokenizer=tokenizer()):
+                model(**x)
+        for handle in handles:
+            handle.remove()
+    for layer in (0, 1):
+        assert torch.equal(outputs["plain", layer], outputs["steered", layer])
+    real = x["attention_mask"].bool()
+    before, after = (outputs[key, 2].unflatten(2, (4, 8))[real] for key in ("plain", "steered"))
+    assert torch.equal(before[:, [0, 2, 3]], after[:, [0, 2, 3]])
+    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-2
+
+
+def test_alpha_one_and_a_passage_that_is_the_whole_prompt_change_no_bit():
+    x, _, _ = batch_and_bias(0.01)
+    model = language_model()
+    plain = model(**x).logits
+    with reattend.apply(model, "emphasise", text=PASSAGES, alpha=1, tokenizer=tokenizer()):
+        assert torch.equal(model(**x).logits, plain)
+    session = reattend.apply(model, "emphasise", text=[[p] for p in PROMPTS], tokenizer=tokenizer())
+    assert torch.equal(model(**x).logits, plain)
+    with pytest.warns(ReattendWarning, match="never acted"):
+        session.remove()
+    assert torch.equal(model(**x).logits, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_factors_stay_finite(dtype):
+    x, _, _ = batch_and_bias(0.01)
+    model = language_model().to(dtype)
+    for alpha in (1e-30, 1e4):
+        with reattend.apply(model, "emphasise", text=PASSAGES, alpha=alpha, tokenizer=tokenizer()):
+            assert torch.isfinite(model(**x).logits[x["attention_mask"].bool()]).all()
+
+
+def test_sessions_with_different_passages_add_up():
+    x, first, _ = batch_and_bias(0.3, [["France"], ["Anna"]])
+    _, second, _ = batch_and_bias(0.2, [["capital?"], ["Answer"]])
+    model = language_model()
+    outer = reattend.apply(model, "emphasise", text=[["France"], ["Anna"]], tokenizer=tokenizer())
+    inner = reattend.apply(model, "emphasise", text=[["capital?"], ["Answer"]], alpha=0.2, tokenizer=tokenizer())
+    both = model(**x).logits
+    outer.remove()
+    only = model(**x).logits
+    inner.remove()
+    eager = language_model(attn_implementation="eager")
+    real = x["attention_mask"].bool()
+    for bias, found in ((first + second, both), (second, only)):
+        with edited_masks(eager, bias, ALL):
+            torch.testing.assert_close(found[real], eager(**x).logits[real], atol=2e-5, rtol=1e-4)
+
+
+def test_a_conversation_goes_on_with_its_passages():
+    """A second turn after the cache: passages of the first turn keep their emphasis, new tokens join the prompt."""
+    chars, model = tokenizer(), language_model()
+    first, second = (chars(t, return_tensors="pt")["input_ids"] for t in ("Answer in French. The capital?", " And of Italy?"))
+    whole = torch.cat([first, second], dim=1)
+    with reattend.apply(model, "emphasise", text="Answer in French.", alpha=0.05, tokenizer=chars):
+        cache = model(first, use_cache=True).past_key_values
+        step = model(second, past_key_values=cache, use_cache=True).logits
+        together = model(whole).logits[:, first.shape[1] :]
+    torch.testing.assert_close(step, together, atol=2e-5, rtol=1e-4)
+
+
+def test_the_pipeline_brings_its_own_tokenizer():
+    model, chars = language_model(), tokenizer()
+    pipe = pipeline("text-generation", model=model, tokenizer=chars, device="cpu")
+    options = dict(max_new_tokens=6, do_sample=False, return_full_text=False)
+    before = pipe(PROMPTS, **options, batch_size=2)
+    with reattend.apply(pipe, "emphasise", text="Answer in", alpha=1e-3) as session:
+        after = pipe(PROMPTS, **options, batch_size=2)
+    assert session.applied == 4 * 6 and before != after
+    assert pipe(PROMPTS, **options, batch_size=2) == before
+    talk = [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": "The capital?"}]
+    with reattend.apply(pipe, "emphasise", text="Answer in French.") as session:
+        pipe(talk, **options)
+    assert session.applied == 4 * 6
+
+
+def test_errors_come_before_any_layer_runs_and_leave_the_pipeline_clean():
+    model = language_model()
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
+    before = pipe(PROMPTS[0], max_new_tokens=3, do_sample=False)
+    ran = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    with reattend.apply(pipe, "emphasise", text="Berlin"), pytest.raises(ReattendError, match="'Berlin' is not in prompt 0"):
+        pipe(PROMPTS[0], max_new_tokens=3)
+    with reattend.apply(model, "emphasise", text="Paris") as session, pytest.raises(ReattendError, match="tokenizer"):
+        model(**tokenizer()(PROMPTS[:1], return_tensors="pt"))
+    handle.remove()
+    assert not ran and not session.active
+    assert pipe(PROMPTS[0], max_new_tokens=3, do_sample=False) == before
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        (dict(), "text is required"),
+        (dict(text=[]), "names no passage"),
+        (dict(text=[[], []]), "names no passage"),
+        (dict(text=""), "not empty"),
+        (dict(text="a", ranges=[(0, 1)]), "not both"),
+        (dict(ranges=[(3, 2)]), "start < stop"),
+        (dict(text="a", alpha=0), "alpha.*greater than 0"),
+        (dict(text="a", alpha=float("nan")), "alpha"),
+        (dict(text="a", position="before"), "position"),
+        (dict(text="a", heads={}), "heads is empty"),
+        (dict(text="a", heads="best"), "heads must be"),
+        (dict(text="a", heads=[(0, 1), (0, 1)]), "twice"),
+        (dict(text="a", heads=[0], profile_path="p"), "not both"),
+        (dict(text="a", top=3), "profile_path"),
+        (dict(text="a", profile_path="nowhere.safetensors"), "no profile file"),
+        (dict(text=[["a"], ["b", "c"]], official_multi=True), "as many passages"),
+    ],
+)
+def test_bad_parameters_are_named(parameters, problem):
+    with pytest.raises(ReattendError, match=problem):
+        reattend.apply(language_model(), "emphasise", **parameters)
+
+
+@pytest.mark.parametrize(("heads", "problem"), [([4], "layers 0 to 3"), ({0: [4]}, "heads 0 to 3"), ([(9, 0)], "layer 9")])
+def test_heads_that_the_model_lacks_are_refused(heads, problem):
+    with pytest.raises(UnsupportedError, match=problem):
+        reattend.apply(language_model(), "emphasise", text="a", heads=heads)
+
+
+def test_models_that_do_not_read_their_prompt_with_a_decoder_are_refused():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=50, max_position_embeddings=32,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="reads its prompt with an encoder"):
+        reattend.apply(BartForConditionalGeneration(config), "emphasise", text="a")
+
+
+def test_the_three_forms_of_heads_agree_and_the_default_alpha_follows_them():
+    x, _, _ = batch_and_bias(0.01)
+    model = language_model()
+
+    def logits(**parameters):
+        with reattend.apply(model, "emphasise", text=PASSAGES, tokenizer=tokenizer(), **parameters):
+            return model(**x).logits
+
+    assert torch.equal(logits(heads={1: [0, 1, 2, 3]}), logits(heads=[1]))
+    assert torch.equal(logits(heads={1: [2], 3: [0]}), logits(heads=[(1, 2), (3, 0)], alpha=0.01))
+    assert torch.equal(logits(), logits(heads=[0, 1, 2, 3], alpha=0.3))
+
+
+def test_a_profiles_best_heads_are_steered(tmp_path):
+    x, _, _ = batch_and_bias(0.01)
+    model = language_model()
+    scores = torch.zeros(4, 4)
+    scores[2, 1], scores[0, 3], scores[3, 0] = 0.9, 0.5, 0.1
+    path = Profile("retrieval-heads", fingerprint(model), {"score": scores}).save(tmp_path / "heads.safetensors")
+    results = {}
+    for name, parameters in {
+        "two": dict(profile_path=str(path), top=2),
+        "same": dict(heads=[(2, 1), (0, 3)]),
+        "all": dict(profile_path=str(path), top=16),
+        "scored": dict(heads=[(2, 1), (0, 3), (3, 0)]),
+        "default": dict(profile_path=str(path)),
+        "best": dict(heads=[(2, 1)]),
+    }.items():
+        with reattend.apply(model, "emphasise", text=PASSAGES, tokenizer=tokenizer(), **parameters):
+            results[name] = model(**x).logits
+    assert torch.equal(results["two"], results["same"])
+    assert torch.equal(results["all"], results["scored"])  # heads with score 0 are none of the method's
+    assert torch.equal(results["default"], results["best"])  # one in twenty of 16
+    with pytest.raises(ReattendError, match="another model"):
+        reattend.apply(language_model(num_hidden_layers=2), "emphasise", text="a", profile_path=str(path))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        dict(text="a b", heads={1: [0, 2]}),
+        dict(text=[["a"], ["b"]], heads=[2]),
+        dict(ranges=[[(0, 2)], [(1, 3), (4, 5)]], alpha=0.5),
+    ],
+)
+def test_a_recipe_file_keeps_the_parameters(tmp_path, parameters):
+    original = recipe("emphasise", **parameters)
+    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original
+
+
+# -- a real model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_marked_one_of_two_facts_wins(smollm2):
+    """The log-probability of the marked fact's answer, against the other's, rises as alpha falls, whichever fact is marked."""
+    model, chars = smollm2
+    facts = ["The key of Anna's house is in the kitchen.", "The key of Anna's house is in the garden."]
+    prompt = f"{facts[0]} {facts[1]}\nQuestion: Where is the key of Anna's house? Answer: It is in the"
+    x = chars(prompt, return_tensors="pt")
+    answers = [chars(word)["input_ids"][0] for word in (" kitchen", " garden")]
+    for marked in (0, 1):
+        values = []
+        for alpha in (1.0, 0.3, 0.1):
+            with torch.no_grad(), reattend.apply(model, "emphasise", text=facts[marked], alpha=alpha, tokenizer=chars):
+                values.append(model(**x).logits[0, -1].log_softmax(-1)[answers[marked]].item())
+        assert values[0] < values[1] < values[2], values

@@ -144,18 +144,20 @@ def capture(
     maps: Iterable[int] = (),
     max_steps: int = 256,
     isolated: bool = False,
+    tokenizer: Any = None,
 ) -> Recording:
     """Reads a model's attention while the returned context manager is open, after the edits of whatever recipes are at work.
 
     where: the sites to read, default all that can be. rows: which query rows stand for a call: "last" (the one that predicts the next
     token), "all", a number of evenly spaced ones, or "auto" (last in causal decoders, 256 elsewhere). maps: absolute positions of
-    rows whose full maps are kept. Outputs stay bit-identical. Raises ReattendError for a model without readable attention.
+    rows whose full maps are kept. tokenizer: of a bare model, for roles that its chat template marks. Outputs stay bit-identical. Raises ReattendError for a model without readable attention.
     """
     table = sites(model).where(lambda s: s.supported) if where is None else where
     if not len(table):
         raise ReattendError(f"no attention site of this {type(model).__name__} can be read")
     recording = Recording(table, rows, top, maps, max_steps)
-    recording._session = Session(model, [Plan("capture", list(recording.steps()))], isolated=isolated)
+    tokenizer = tokenizer or getattr(model, "processor", None) or getattr(model, "tokenizer", None)
+    recording._session = Session(model, [Plan("capture", list(recording.steps()))], isolated=isolated, tokenizer=tokenizer)
     return recording
 
 

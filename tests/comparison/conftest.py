@@ -123,8 +123,8 @@ def image_pipe():
         max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text).eval(), tokenizer=words, unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=CLIPTextModel(text).eval(), tokenizer=words, unet=unet, feature_extractor=None,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe

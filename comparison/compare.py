@@ -1,0 +1,182 @@
+"""`compare`: the same input and seed without and with recipes, measured and put side by side."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..hooks import Session, capture, sites
+from ..hooks.discovery import original_of, pretrained_root
+from ..interventions import ReattendError
+from ..recipes import Recipe, apply, recipe_class
+from ..recipes.apply import Choice, resolve
+from .cost import Meter
+from .inputs import job_for
+from .job import Job, Tick
+from .report import Report, Side
+
+
+def compare(
+    model: Any,
+    *recipes: Choice,
+    text: Any = None,
+    prompt: Any = None,
+    image: Any = None,
+    inputs: Any = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    attention: bool = True,
+    title: str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Runs a model or pipeline twice on the same input and seed, without and with the recipes, and reports both.
+
+    model: a transformers pipeline (text-generation, image-text-to-text, fill-mask, text- and image-classification), a diffusers
+    pipeline, or a bare model. recipes: as for `apply`. text or prompt: the input text, or a list of chat messages; image: a picture;
+    inputs: prepared tensors for a bare model. tokenizer: the tokenizer or processor of a bare model. attention: also look at the
+    attention, in a short run of its own. progress: None shows a bar where somebody is watching.
+
+    options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. A recipe
+    whose parameters have the name of an argument here is given as a pair: ("emphasise", {"text": "in French"}).
+
+    Each variant runs once for warming up (one token or step) and once timed. Raises ReattendError for bad input before anything runs.
+    """
+    model = original_of(model)
+    chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
+    job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
+    table = sites(model)
+    with apply(model, *chosen, tokenizer=job.tokenizer):
+        pass  # a recipe that does not fit says so before anything runs
+
+    slugs = " + ".join(item.slug for item in chosen)
+    facts = model_facts(model, job, len(table))
+    report = Report(job.kind, title or f"{slugs} on {facts['name'] or facts['class']}", model=facts, seed=seed)
+    report.recipes = [recipe_facts(item) for item in chosen]
+    report.request = job.request()
+    report.environment = environment()
+    # the last step of each variant's bar is the look at its attention
+    with _progress(progress, 2 * (job.ticks + 1 + attention)) as tick:
+        before = _run(job, report, report.before, None, attention, tick)
+        with apply(model, *chosen, tokenizer=job.tokenizer) as session:
+            after = _run(job, report, report.after, session, attention, tick)
+    job.fill(report, before, after)
+    for label, counts in report.stats.items():
+        if not counts:
+            report.notes.append(
+                f"Recipe {label!r} never acted in this run: no call met its conditions, so nothing was changed."
+            )
+    return report
+
+
+def _run(job: Job, report: Report, side: Side, session: Session | None, attention: bool, tick: Tick) -> Any:
+    """Warm-up, timed run, look at the attention; fills in the side's cost and masses, and the session's counters."""
+    job.warm()
+    tick()
+    counted = {} if session is None else session.stats
+    with Meter(job.device) as meter:
+        result = job.run(lambda: (meter.tick(), tick())[1])
+    side.cost = meter.cost
+    side.cost.steps = job.steps(result)
+    if session is not None:
+        report.stats = _difference(session.stats, counted)
+    if attention:
+        watched = job.watched(sites(job.model))
+        if len(watched):
+            with capture(job.model, where=watched, tokenizer=job.tokenizer) as seen:
+                job.glance()
+            side.mass, side.entropy = seen.mass_by_role(), seen.entropy()
+            stacks = {s.stack for s in watched}
+            side.mass_by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}
+        tick()
+    return result
+
+
+def _difference(now: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    return {
+        label: {
+            site: n - before.get(label, {}).get(site, 0) for site, n in counts.items() if n > before.get(label, {}).get(site, 0)
+        }
+        for label, counts in now.items()
+    }
+
+
+def _recipes(
+    recipes: Sequence[Choice], text: Any, prompt: Any, inputs: Any, options: dict[str, Any]
+) -> tuple[list[Recipe], Any, dict[str, Any]]:
+    """(recipes with their parameters, the input text, options of the run)."""
+    parameters: dict[str, Any] = {}
+    if len(recipes) == 1 and isinstance(recipes[0], str) and not recipes[0].endswith((".yaml", ".yml")):
+        cls = recipe_class(recipes[0])
+        fields = cls.model_fields
+        parameters = {name: options[name] for name in options if name in fields}
+        options = {name: value for name, value in options.items() if name not in fields}
+        if "text" in fields and text is not None and (prompt is not None or inputs is not None):
+            parameters["text"], text = text, None
+        if "text" in fields and fields["text"].is_required() and "text" not in parameters:
+            raise ReattendError(
+                f'recipe {cls.slug!r} has a text of its own: give it as compare(..., ("{cls.slug}", {{"text": ...}}), text=...) '
+                "or give the input as prompt= and the recipe's as text="
+            )
+    return resolve(recipes, parameters), text, options
+
+
+@contextmanager
+def _progress(wanted: bool | None, total: int) -> Iterator[Tick]:
+    """A bar on stderr that goes away when done; silent where nobody watches."""
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("comparing"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:
+    module = job.module
+    config = getattr(pretrained_root(module), "config", None)
+    name = getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "")
+    first = next(module.parameters(), None)
+    return {
+        "class": type(model).__name__ if job.kind == "image" else type(module).__name__,
+        "name": str(name),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "dtype": str(first.dtype).removeprefix("torch.") if first is not None else "",
+        "device": str(job.device),
+        "attention": str(getattr(config, "_attn_implementation", None) or "native"),
+        "sites": num_sites,
+    }
+
+
+def recipe_facts(item: Recipe) -> dict[str, Any]:
+    """Name, parameters and source of a recipe, as JSON values."""
+    from pydantic_core import to_jsonable_python
+
+    parameters = {}
+    for name in type(item).model_fields:
+        value = getattr(item, name)
+        parameters[name] = to_jsonable_python(value, fallback=lambda v: f"{type(v).__name__}")
+    chosen = sorted(item.model_fields_set)
+    return {"name": item.slug, "parameters": parameters, "chosen": chosen, **item.info.as_dict()}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they matter to the numbers."""
+    from .. import __version__
+
+    found = {"reattend": __version__, "torch": torch.__version__}
+    for name in ("transformers", "diffusers"):
+        if name in sys.modules:
+            found[name] = sys.modules[name].__version__
+    found["python"] = platform.python_version()
+    found["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return found

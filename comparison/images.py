@@ -1,0 +1,175 @@
+"""Generated pictures before and after: PSNR, SSIM, pixel difference and the difference as a picture. Needs no trained metric."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..hooks import SiteTable
+from ..hooks.discovery import components
+from ..interventions import ReattendError
+from .job import Job, Tick
+from .report import Report
+
+# A clip shows this many of its frames; the metrics are means over all of them.
+SHOWN_FRAMES = 4
+
+
+class ImageJob(Job):
+    """A diffusers pipeline with the arguments of its call."""
+
+    kind = "image"
+
+    def __init__(self, pipe: Any, options: dict[str, Any], seed: int) -> None:
+        super().__init__(pipe, getattr(pipe, "tokenizer", None), seed)
+        self.options = dict(options)
+        self.accepted = inspect.signature(type(pipe).__call__).parameters
+        unknown = [k for k in self.options if k not in self.accepted]
+        # diffusers' own pipelines swallow what they do not know; a pipeline of somebody else's may use it
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in self.accepted.values())
+        if unknown and (not takes_any or type(pipe).__module__.startswith("diffusers.")):
+            raise ReattendError(
+                f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes: {', '.join(list(self.accepted)[1:])}"
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        parts = components(self.model)
+        return next((parts[k] for k in ("transformer", "unet") if k in parts), next(iter(parts.values())))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(getattr(self.model, "_execution_device", None) or super().device)
+
+    @property
+    def ticks(self) -> int:
+        default = self.accepted.get("num_inference_steps")
+        steps = self.options.get("num_inference_steps", default.default if default else 1)
+        return steps if isinstance(steps, int) else 1
+
+    def watched(self, table: SiteTable) -> SiteTable:
+        return super().watched(table).stack("denoiser")
+
+    def warm(self) -> None:
+        self._call(1, None)
+
+    def glance(self) -> None:
+        self._call(2, None)
+
+    def run(self, tick: Tick) -> list[Any]:
+        return self._call(None, tick)
+
+    def steps(self, result: Any) -> int:
+        return self.ticks
+
+    def _call(self, steps: int | None, tick: Tick | None) -> list[Any]:
+        options = dict(self.options)
+        if steps is not None and "num_inference_steps" in self.accepted:
+            options["num_inference_steps"] = min(steps, self.ticks)
+        if "generator" in self.accepted:
+            options.setdefault("generator", torch.Generator("cpu").manual_seed(self.seed))
+        if "output_type" in self.accepted:
+            options["output_type"] = "pil"
+        if tick is not None and "callback_on_step_end" in self.accepted and "callback_on_step_end" not in options:
+            options["callback_on_step_end"] = lambda pipe, step, time, values: (tick(), values)[1]
+        self.reseed()
+        output = self.model(**options)
+        pictures = getattr(output, "images", None)
+        if pictures is None:
+            pictures = getattr(output, "frames", None)
+        if pictures is None:
+            raise ReattendError(
+                f"{type(self.model).__name__} returns neither images nor frames, so there is nothing to compare"
+            )
+        pictures = list(pictures)
+        return list(pictures[0]) if pictures and isinstance(pictures[0], (list, tuple)) else pictures
+
+    def request(self) -> dict[str, Any]:
+        shown = {k: v for k, v in self.options.items() if isinstance(v, (str, int, float, bool, list, tuple)) and k != "prompt"}
+        prompt = self.options.get("prompt")
+        return {"prompt": prompt if prompt is None else str(prompt), "prompt_tokens": None, "settings": shown}
+
+    def fill(self, report: Report, before: list[Any], after: list[Any]) -> None:
+        pairs = [(to_tensor(a), to_tensor(b)) for a, b in zip(before, after, strict=True)]
+        values = [picture_metrics(a, b) for a, b in pairs]
+        for name in values[0]:
+            numbers = [v[name] for v in values]
+            report.metrics[name] = all(numbers) if name == "identical" else sum(numbers) / len(numbers)
+        chosen = sorted({round(i * (len(pairs) - 1) / max(1, SHOWN_FRAMES - 1)) for i in range(SHOWN_FRAMES)})
+        report.before.pictures = [before[i] for i in chosen]
+        report.after.pictures = [after[i] for i in chosen]
+        largest = max(float((a - b).abs().max()) for a, b in pairs)
+        report.difference = [difference_picture(*pairs[i], largest) for i in chosen]
+        report.metrics["largest_difference"] = largest
+        given = self.options.get("image")
+        report.inputs = [given] if given is not None and hasattr(given, "save") else []
+
+
+def to_tensor(picture: Any) -> Tensor:
+    """A PIL picture, array or tensor [h, w], [h, w, c] or [c, h, w] as float64 [c, h, w] in [0, 1]."""
+    if isinstance(picture, Tensor):
+        tensor = picture.detach().cpu()
+    else:
+        import numpy as np
+
+        array = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+        tensor = torch.from_numpy(np.array(array))
+    scale = 1.0 if tensor.is_floating_point() else 255.0
+    tensor = tensor.to(torch.float64) / scale
+    if tensor.dim() == 2:
+        return tensor[None]
+    return tensor if tensor.shape[0] in (1, 3) else tensor.permute(2, 0, 1)
+
+
+def picture_metrics(before: Tensor, after: Tensor) -> dict[str, float]:
+    """PSNR in dB (infinite for equal pictures), SSIM and mean absolute difference of two pictures [c, h, w] in [0, 1]."""
+    if before.shape != after.shape:
+        raise ReattendError(f"pictures of different sizes cannot be compared: {tuple(before.shape)} and {tuple(after.shape)}")
+    return {
+        "psnr": psnr(before, after),
+        "ssim": ssim(before, after),
+        "mean_absolute_difference": float((before - after).abs().mean()),
+        "identical": bool(torch.equal(before, after)),
+    }
+
+
+def psnr(before: Tensor, after: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB for values in [0, 1]."""
+    error = float((before.double() - after.double()).square().mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim(before: Tensor, after: Tensor, size: int = 11, sigma: float = 1.5) -> float:
+    """Structural similarity (Wang et al. 2004) of [c, h, w] in [0, 1]: Gaussian window, K1 = 0.01, K2 = 0.03, mean over channels.
+
+    Only windows that lie wholly inside count; for pictures smaller than the window it shrinks to the largest odd size that fits.
+    """
+    size = min(size, *before.shape[1:])
+    size -= 1 - size % 2
+    places = torch.arange(size, dtype=torch.float64) - size // 2
+    line = (-places.square() / (2 * sigma**2)).exp()
+    line = line / line.sum()
+    window = (line[:, None] * line[None, :])[None, None]
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(x[:, None], window)[:, 0]
+
+    x, y = before.double(), after.double()
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return float(value.mean())
+
+
+def difference_picture(before: Tensor, after: Tensor, largest: float) -> Any:
+    """Absolute difference, mean over channels, as a grey PIL picture in which white is `largest`."""
+    from PIL import Image
+
+    grey = (before - after).abs().mean(dim=0) / max(largest, 1e-12)
+    return Image.fromarray((grey.clamp(0, 1) * 255).round().to(torch.uint8).numpy())

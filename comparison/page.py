@@ -1,0 +1,159 @@
+"""What the HTML page shows of a report, computed here so that the template only places it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+from .report import Report, Side, png
+from .words import duration, number, percent, role_words, size, summary, tiles
+
+# A prompt longer than this is folded away; tokens beyond this many are counted, not shown.
+LONG_PROMPT = 600
+MOST_TOKENS = 400
+# KL of a step at which the colour is full: two distributions that share almost nothing are some nats apart.
+FULL_KL = 2.0
+
+
+def views(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    return [view(report, place) for place, report in enumerate(reports)]
+
+
+def view(report: Report, place: int) -> dict[str, Any]:
+    """Plain values for the template."""
+    return {
+        "id": f"report-{place + 1}",
+        "report": report,
+        "summary": summary(report),
+        "tiles": tiles(report),
+        "recipes": [{**r, "shown": _parameters(r)} for r in report.recipes],
+        "settings": {k: _short(v) for k, v in report.request.get("settings", {}).items() if v is not None},
+        "prompt_long": len(report.request.get("prompt") or "") > LONG_PROMPT,
+        "sides": [_side(report, report.before, "before", "Before"), _side(report, report.after, "after", "After")],
+        "strip": _strip(report),
+        "roles": _roles(report),
+        "layers": _layers(report),
+        "pictures": _pictures(report),
+        "inputs": [png(p) for p in report.inputs],
+        "cost": _cost(report),
+        "stats": [(label, sum(sites.values()), len(sites)) for label, sites in report.stats.items()],
+    }
+
+
+def _side(report: Report, side: Side, key: str, label: str) -> dict[str, Any]:
+    place = report.first_difference
+    tokens = side.tokens[:MOST_TOKENS]
+    if report.kind != "text":
+        shared, marked, rest = [], "", []
+    elif place is None:
+        shared, marked, rest = tokens, "", []
+    else:
+        shared, marked, rest = tokens[:place], "".join(tokens[place : place + 1]), tokens[place + 1 :]
+    ended = report.kind == "text" and place is not None and place >= len(side.tokens)
+    return {
+        "key": key,
+        "label": label,
+        "shared": "".join(shared),
+        "marked": marked or ("(ends here)" if ended else ""),
+        "rest": "".join(rest),
+        "more": max(0, len(side.tokens) - MOST_TOKENS),
+        "predictions": [{"label": name, "share": p, "text": percent(p)} for name, p in side.predictions],
+    }
+
+
+def _strip(report: Report) -> list[dict[str, Any]]:
+    """One cell per token of the shared prefix, the first difference last: its KL and how strongly to colour it."""
+    if report.kind != "text":
+        return []
+    cells = []
+    for place, value in enumerate(report.kl[:MOST_TOKENS]):
+        differs = place == report.first_difference
+        before = report.before.tokens[place] if place < len(report.before.tokens) else "(end)"
+        after = report.after.tokens[place] if place < len(report.after.tokens) else "(end)"
+        level = math.sqrt(min(1.0, value / FULL_KL))
+        cells.append(
+            {
+                "token": _visible(before),
+                "other": _visible(after) if differs else "",
+                "kl": number(value),
+                "level": round(100 * level),
+                "differs": differs,
+            }
+        )
+    return cells
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎").strip(" ") or "␣"
+
+
+def _roles(report: Report) -> list[dict[str, Any]]:
+    """Attention mass per token role, before and after, heaviest first."""
+    names = {**report.before.mass, **report.after.mass}
+    rows = []
+    for name in names:
+        a, b = report.before.mass.get(name, 0.0), report.after.mass.get(name, 0.0)
+        if max(a, b) >= 0.0005:
+            rows.append({"name": role_words(name), "role": name, "before": a, "after": b, "text": (percent(a), percent(b))})
+    return sorted(rows, key=lambda row: -max(row["before"], row["after"]))
+
+
+def _layers(report: Report) -> list[dict[str, Any]]:
+    """For the roles that matter: the mass per layer as two polylines in a 300 x 80 box."""
+    before, after = report.before.mass_by_layer, report.after.mass_by_layer
+    if len(before) < 3 or len(after) < 3:
+        return []
+    layers = sorted(set(before) | set(after))
+    charts = []
+    for row in _roles(report)[:6]:
+        role = row["role"]
+        series = [[data.get(layer, {}).get(role, 0.0) for layer in layers] for data in (before, after)]
+        top = max(max(s) for s in series) or 1.0
+
+        def line(values: list[float], top: float = top) -> str:
+            step = 300 / (len(values) - 1)
+            return " ".join(f"{i * step:.1f},{78 - 76 * v / top:.1f}" for i, v in enumerate(values))
+
+        lines = {"before": line(series[0]), "after": line(series[1])}
+        charts.append({"name": row["name"], "top": percent(top), **lines, "first": layers[0], "last": layers[-1]})
+    return charts
+
+
+def _pictures(report: Report) -> list[dict[str, str]]:
+    rows = zip_longest(report.before.pictures, report.after.pictures, report.difference)
+    return [{"before": png(a), "after": png(b), "difference": png(d) if d is not None else ""} for a, b, d in rows]
+
+
+def _cost(report: Report) -> list[dict[str, str]]:
+    rows = []
+    for label, side in (("Before", report.before), ("After", report.after)):
+        cost = side.cost
+        rows.append(
+            {
+                "label": label,
+                "seconds": duration(cost.seconds),
+                "steps": "" if cost.steps is None else str(cost.steps),
+                "first": "" if cost.first is None else duration(cost.first),
+                "per_step": "" if cost.per_step is None else duration(cost.per_step),
+                "memory": size(cost.memory),
+            }
+        )
+    return rows
+
+
+def _parameters(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "value": _short(value), "chosen": name in recipe["chosen"]}
+        for name, value in recipe["parameters"].items()
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 160 else text[:150] + " …"
+
+
+FILTERS = {"number": number, "percent": percent, "duration": duration, "size": size}

@@ -1,0 +1,174 @@
+"""A comparison's result, and its four forms: terminal, notebook, one self-contained HTML file, JSON."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cost import Cost
+
+TEMPLATE = "report.html"
+
+
+@dataclass
+class Side:
+    """One of the two runs. Only what fits the kind of comparison is filled in."""
+
+    text: str | None = None
+    tokens: list[str] = field(default_factory=list)
+    predictions: list[tuple[str, float]] = field(default_factory=list)
+    pictures: list[Any] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+    mass: dict[str, float] = field(default_factory=dict)
+    mass_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)
+    entropy: float | None = None
+
+    @property
+    def output(self) -> Any:
+        return self.text if self.text is not None else self.pictures or self.predictions
+
+
+@dataclass
+class Report:
+    """Before and after of one comparison. Shows itself in a terminal (`print()`), a notebook, as `html(path)` and as `json()`.
+
+    metrics: numbers by name. kl: nats per token, up to and including the first difference. stats: how often each recipe's edits were
+    applied in the timed run, by site. notes: what a reader must know.
+    """
+
+    kind: str
+    title: str
+    model: dict[str, Any] = field(default_factory=dict)
+    recipes: list[dict[str, Any]] = field(default_factory=list)
+    request: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    before: Side = field(default_factory=Side)
+    after: Side = field(default_factory=Side)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    kl: list[float] = field(default_factory=list)
+    first_difference: int | None = None
+    difference: list[Any] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    stats: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    intro: str = ""
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """{"before": ..., "after": ...}: texts, lists of pictures, or lists of (label, probability)."""
+        return {"before": self.before.output, "after": self.after.output}
+
+    @property
+    def applied(self) -> int:
+        return sum(sum(sites.values()) for sites in self.stats.values())
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Seconds after / seconds before: of the whole run, until the first step, and per further step, as far as they are known."""
+        a, b = self.before.cost, self.after.cost
+        pairs = {"total": (a.seconds, b.seconds), "first_step": (a.first, b.first), "further_step": (a.per_step, b.per_step)}
+        return {name: after / before for name, (before, after) in pairs.items() if before and after}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as JSON values."""
+
+        def side(s: Side) -> dict[str, Any]:
+            return {
+                "text": s.text,
+                "tokens": s.tokens,
+                "predictions": [{"label": label, "probability": p} for label, p in s.predictions],
+                "pictures": len(s.pictures),
+                "cost": s.cost.as_dict(),
+                "attention_by_role": s.mass,
+                "attention_by_layer": s.mass_by_layer,
+                "entropy": s.entropy,
+            }
+
+        data = {
+            "kind": self.kind,
+            "title": self.title,
+            "model": self.model,
+            "recipes": self.recipes,
+            "request": self.request,
+            "seed": self.seed,
+            "before": side(self.before),
+            "after": side(self.after),
+            "metrics": {**self.metrics, "time_ratios": self.ratios, "edits_applied": self.applied},
+            "kl_per_token": self.kl,
+            "stats": self.stats,
+            "notes": self.notes,
+            "environment": self.environment,
+        }
+        return _finite(data)
+
+    def json(self, indent: int | None = 2) -> str:
+        """`as_dict()` as a JSON text. Infinite numbers (the PSNR of equal pictures) are null."""
+        return json.dumps(self.as_dict(), indent=indent, ensure_ascii=False)
+
+    def html(self, path: str | os.PathLike) -> Path:
+        """Writes one self-contained HTML file and returns its path."""
+        return write_page([self], path, self.title)
+
+    def print(self) -> None:
+        """Shows the report in the terminal."""
+        from rich.console import Console
+
+        Console().print(self)
+
+    def _repr_html_(self) -> str:
+        return render([self], self.title, page=False)
+
+    def __rich__(self) -> Any:
+        from .terminal import renderable
+
+        return renderable(self)
+
+
+def write_page(reports: Sequence[Report], path: str | os.PathLike, title: str, intro: str = "") -> Path:
+    """Writes several reports into one self-contained HTML file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(reports, title, intro=intro), encoding="utf-8")
+    return path
+
+
+def render(reports: Sequence[Report], title: str, *, page: bool = True, intro: str = "") -> str:
+    """HTML of reports: a whole page, or a fragment for a notebook cell. Every text in it is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from .page import FILTERS, views
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS)
+    return environment.get_template(TEMPLATE).render(views=views(reports), title=title, intro=intro, page=page)
+
+
+def png(picture: Any) -> str:
+    """A PIL picture as a data URI."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

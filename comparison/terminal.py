@@ -1,0 +1,86 @@
+"""A report in the terminal, drawn with rich."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .report import Report, Side
+from .words import duration, number, percent, role_words, size, summary, times_of
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def renderable(report: Report) -> Any:
+    parts: list[Any] = [Text(report.title, style="bold")]
+    for recipe in report.recipes:
+        chosen = ", ".join(f"{name}={recipe['parameters'][name]!r}" for name in recipe["chosen"])
+        line = Text(f"{recipe['name']}({chosen})", style="cyan")
+        parts.append(line.append(f"  {recipe['does']}  arXiv {recipe['arxiv']}", style="dim"))
+    if report.intro:
+        parts.append(Text(report.intro))
+    parts.append(_outputs(report))
+    parts.append(Text(summary(report), style="bold"))
+    if report.kind == "text" and report.kl:
+        parts.append(Text("KL per token  ").append(_sparkline(report.kl)).append(f"  max {number(max(report.kl))} nats"))
+    if report.before.mass or report.after.mass:
+        parts.append(_mass(report))
+    parts.append(_cost(report))
+    parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
+    return Group(*parts)
+
+
+def _outputs(report: Report) -> Any:
+    grid = Table.grid(expand=True, padding=(0, 1))
+    grid.add_column(ratio=1)
+    grid.add_column(ratio=1)
+    panels = []
+    for label, side in (("before", report.before), ("after", report.after)):
+        panels.append(Panel(_output(report, side), title=label, title_align="left"))
+    grid.add_row(*panels)
+    return grid
+
+
+def _output(report: Report, side: Side) -> Text:
+    if report.kind == "prediction":
+        return Text("\n".join(f"{percent(p):>8}  {label.strip()}" for label, p in side.predictions))
+    if report.kind == "image":
+        sizes = ", ".join(f"{p.width} x {p.height}" for p in side.pictures)
+        return Text(f"{len(side.pictures)} picture(s): {sizes}\n(shown on the HTML page)")
+    place = report.first_difference
+    if place is None:
+        return Text(side.text or "")
+    text = Text("".join(side.tokens[:place]), style="dim")
+    text.append("".join(side.tokens[place : place + 1]) or "(ends here)", style="bold reverse")
+    return text.append("".join(side.tokens[place + 1 :]), style="not dim")
+
+
+def _mass(report: Report) -> Table:
+    table = Table("attention on", "before", "after", "", box=None, pad_edge=False, header_style="dim")
+    names = {**report.before.mass, **report.after.mass}
+    for name in sorted(names, key=lambda n: -max(report.before.mass.get(n, 0), report.after.mass.get(n, 0))):
+        a, b = report.before.mass.get(name, 0.0), report.after.mass.get(name, 0.0)
+        if max(a, b) >= 0.0005:
+            table.add_row(role_words(name), percent(a), percent(b), Text("█" * round(20 * b), style="cyan"))
+    return table
+
+
+def _cost(report: Report) -> Text:
+    def one(side: Side) -> str:
+        return f"{duration(side.cost.seconds)}, +{size(side.cost.memory)}"
+
+    ratios = "".join(f", {ratio:.2f}x {words}" for words, ratio in times_of(report))
+    line = f"before {one(report.before)}; after {one(report.after)}{ratios}; edits applied {report.applied:,} times"
+    return Text(line, style="dim")
+
+
+def _sparkline(values: list[float], width: int = 60) -> str:
+    """Each value as one block character, scaled to the largest; long lists show the largest of each group."""
+    group = max(1, -(-len(values) // width))
+    cut = [max(values[i : i + group]) for i in range(0, len(values), group)]
+    top = max(cut) or 1.0
+    return "".join(BARS[round((len(BARS) - 1) * v / top)] for v in cut)

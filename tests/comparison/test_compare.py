@@ -1,0 +1,213 @@
+"""compare on tiny models of every kind: the numbers it reports are those of two runs by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import reattend
+import torch
+from PIL import Image
+from reattend.comparison import Report
+from reattend.comparison.text import first_difference, kl_divergence, shared_kl
+from reattend.hooks import Act, Support
+from reattend.interventions import KeyBias
+from reattend.recipes import Info, Recipe
+
+PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
+WINDOW = ("streaming", {"sinks": 1, "window": 3})
+
+
+class Tilt(Recipe):
+    """A recipe for sites of every kind: a bias on column 0."""
+
+    slug = ""
+    info = Info("Tilts.", "None", 2026, "0000.00000", ("calibration",), ("llm",), "free")
+    strength: float = 3.0
+
+    def supports(self, sites):
+        return Support(True)
+
+    def plan(self, sites):
+        def bias(call):
+            row = torch.zeros(call.num_keys)
+            row[0] = self.strength
+            return KeyBias(bias=row)
+
+        return [Act(sites.where(lambda s: s.supported and s.stack not in ("vae", "text_encoder")), bias, "tilt")]
+
+
+def run(pipe, ids, **kwargs):
+    return pipe.model.generate(ids, output_logits=True, return_dict_in_generate=True, do_sample=False, **kwargs)
+
+
+def test_text_equals_two_runs_by_hand(text_pipe, tokenizer):
+    report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=8, do_sample=False)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    plain = run(text_pipe, ids, max_new_tokens=8)
+    with reattend.apply(text_pipe, WINDOW) as session:
+        steered = run(text_pipe, ids, max_new_tokens=8)
+    a, b = plain.sequences[0, ids.shape[1] :].tolist(), steered.sequences[0, ids.shape[1] :].tolist()
+    assert report.outputs == {
+        "before": tokenizer.decode(a, skip_special_tokens=True),
+        "after": tokenizer.decode(b, skip_special_tokens=True),
+    }
+    place = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    assert report.first_difference == report.metrics["first_difference_token"] == place
+    p, q = plain.logits[place][0].double().log_softmax(-1), steered.logits[place][0].double().log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum())
+    assert len(report.kl) == place + 1 and report.kl[place] == pytest.approx(expected, rel=1e-9) and expected > 0
+    assert report.stats == session.stats and report.applied == 16
+    assert "".join(report.before.tokens).split() == tokenizer.decode(a).split()
+
+
+def test_attention_moves_as_the_recipe_says(text_pipe):
+    report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=4, do_sample=False)
+    for side in (report.before, report.after):
+        assert sum(side.mass.values()) == pytest.approx(1, abs=1e-5)
+        assert set(side.mass_by_layer) == {0, 1}
+    # the window of 3 holds at most 3 prompt tokens, the sink stays: the first token's share must grow
+    assert report.after.mass["bos"] > report.before.mass["bos"]
+    assert report.after.mass["prompt"] < report.before.mass["prompt"]
+    assert report.before.cost.seconds > 0 and report.before.cost.steps == 4
+    assert set(report.ratios) == {"total", "first_step", "further_step"}
+
+
+def test_a_recipe_that_does_nothing_is_said_to_do_nothing(text_pipe):
+    with pytest.raises(reattend.ReattendWarning, match="never acted"):
+        reattend.compare(text_pipe, "streaming", text=PROMPT, max_new_tokens=4, do_sample=False)
+    with pytest.warns(reattend.ReattendWarning, match="never acted"):
+        report = reattend.compare(text_pipe, "streaming", text=PROMPT, max_new_tokens=4, do_sample=False)
+    assert report.metrics["identical"] and report.first_difference is None and report.kl == [0.0] * 4
+    assert "never acted" in report.notes[0]
+
+
+def test_sampling_is_seeded(text_pipe):
+    options = dict(text=PROMPT, max_new_tokens=6, do_sample=True, temperature=2.0)
+    first, second = (reattend.compare(text_pipe, WINDOW, seed=3, **options) for _ in range(2))
+    assert first.outputs == second.outputs and first.kl == second.kl
+    assert reattend.compare(text_pipe, WINDOW, seed=4, **options).outputs != first.outputs
+    tilt = reattend.compare(text_pipe, Tilt(strength=0.0), text=PROMPT, max_new_tokens=6, do_sample=True)
+    assert tilt.metrics["identical"], "the same seed must give the same text where attention is unchanged"
+
+
+def test_beams_are_compared_without_kl(text_pipe):
+    report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=4, num_beams=2, do_sample=False)
+    assert report.kl == [] and "beam search" in report.notes[0]
+    json.loads(report.json())
+
+
+def test_bare_models_take_tensors_or_text(llama, tokenizer, text_pipe):
+    by_pipe = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=5, do_sample=False)
+    by_text = reattend.compare(llama, WINDOW, text=PROMPT, tokenizer=tokenizer, max_new_tokens=5, do_sample=False)
+    assert by_text.outputs == by_pipe.outputs and by_text.kl == by_pipe.kl
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    by_ids = reattend.wrap(llama).compare(WINDOW, inputs={"input_ids": ids}, max_new_tokens=5, do_sample=False)
+    assert by_ids.kl == by_pipe.kl
+    assert [tokenizer.decode([int(i)]) for i in by_ids.before.tokens] == [t.strip() for t in by_pipe.before.tokens]
+    assert by_ids.first_difference == by_pipe.first_difference
+
+
+def test_recipe_parameters_and_generation_options_are_told_apart(text_pipe):
+    wrapped = reattend.wrap(text_pipe)
+    report = wrapped.compare("streaming", sinks=1, window=3, text=PROMPT, max_new_tokens=4, do_sample=False)
+    assert report.recipes[0]["parameters"] == {"sinks": 1, "window": 3, "last_rows": 0, "start_layer": 0}
+    assert report.recipes[0]["chosen"] == ["sinks", "window"]
+    assert len(report.before.tokens) == 4
+
+
+def test_chat_messages_need_a_template(text_pipe):
+    with pytest.raises(reattend.ReattendError, match="no chat template"):
+        reattend.compare(text_pipe, WINDOW, text=[{"role": "user", "content": "the dog"}])
+
+
+def test_fill_mask(fill_pipe):
+    text = "the red <mask> sat on a house"
+    report = reattend.compare(fill_pipe, Tilt(), text=text)
+    inputs = fill_pipe.preprocess(text)
+    with torch.no_grad():
+        logits = fill_pipe.model(**inputs).logits[0, 2]
+    top = logits.softmax(-1).topk(5)
+    assert [p for _, p in report.outputs["before"]] == pytest.approx(top.values.tolist(), abs=1e-6)
+    assert [w for w, _ in report.outputs["before"]] == [fill_pipe.tokenizer.decode([i]) for i in top.indices.tolist()]
+    assert report.metrics["kl"] > 0 and 0 < report.metrics["total_variation"] < 1
+    assert report.applied == 2
+    same = reattend.compare(fill_pipe, Tilt(strength=0.0), text=text)
+    assert same.metrics["kl"] == pytest.approx(0, abs=1e-9) and same.metrics["same_top_prediction"]
+
+
+def test_image_classification(class_pipe):
+    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    report = reattend.wrap(class_pipe).compare(Tilt(), image=picture)
+    assert len(report.outputs["before"]) == 5 and report.outputs["before"][0][0].startswith("LABEL_")
+    assert report.metrics["kl"] > 0 and report.applied == 2
+    assert report.before.entropy is not None
+    assert report.inputs == [picture]
+
+
+def test_diffusion(image_pipe):
+    options = dict(prompt="the red dog", num_inference_steps=3, height=8, width=8, guidance_scale=2.0)
+    report = reattend.wrap(image_pipe).compare(Tilt(), seed=5, **options)
+    by_hand = image_pipe(**options, generator=torch.Generator().manual_seed(5)).images[0]
+    assert report.outputs["before"][0].tobytes() == by_hand.tobytes()
+    assert not report.metrics["identical"] and report.metrics["ssim"] < 1 and report.metrics["psnr"] > 0
+    assert report.applied > 0 and len(report.difference) == 1
+    assert report.before.cost.steps == 3
+    with pytest.raises(reattend.ReattendError, match="takes no 'max_new_tokens'"):
+        reattend.compare(image_pipe, Tilt(), prompt="dog", max_new_tokens=3)
+
+
+def test_the_model_is_untouched_afterwards(text_pipe):
+    ids = torch.arange(5, 25)[None]
+    before, keys = text_pipe.model(ids).logits, set(text_pipe.__dict__) | set(text_pipe.model.__dict__)
+    reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=3)
+    assert torch.equal(before, text_pipe.model(ids).logits)
+    assert keys == set(text_pipe.__dict__) | set(text_pipe.model.__dict__)
+    assert not text_pipe.model._forward_hooks and text_pipe.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "text= is missing"),
+        ({"text": "a", "prompt": "b"}, "both name the input"),
+        ({"text": 5}, "must be a string"),
+        ({"text": "a dog", "window": 0}, "window"),
+        ({"text": "a dog", "image": "cat.png"}, "takes no picture"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(text_pipe, options, message, monkeypatch):
+    monkeypatch.setattr(text_pipe.model, "generate", None)
+    with pytest.raises(reattend.ReattendError, match=message):
+        reattend.compare(text_pipe, "streaming", **options)
+
+
+def test_bad_models_and_recipes(text_pipe, fill_pipe, llama):
+    with pytest.raises(reattend.ReattendError, match="did you mean 'streaming'"):
+        reattend.compare(text_pipe, "streeming", text="a dog")
+    with pytest.raises(reattend.UnsupportedError, match="causal decoder"):
+        reattend.compare(fill_pipe, "streaming", text="a <mask>")
+    with pytest.raises(reattend.ReattendError, match="tokenizer="):
+        reattend.compare(llama, "streaming", text="a dog")
+    with pytest.raises(reattend.ReattendError, match="batch of 2"):
+        reattend.compare(llama, "streaming", inputs=torch.ones(2, 4, dtype=torch.long))
+    with pytest.raises(reattend.ReattendError, match="expected a transformers model"):
+        reattend.compare(object(), "streaming", text="a dog")
+
+
+def test_first_difference_and_kl():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 9, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    assert kl_divergence(p, q) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-7)
+    masked = torch.tensor([0.0, float("-inf")])
+    assert kl_divergence(masked, masked) == 0
+    assert len(shared_kl([p] * 4, [q] * 6, None)) == 4 and len(shared_kl([p] * 4, [q] * 6, 2)) == 3
+
+
+def test_report_is_what_compare_returns(text_pipe):
+    report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=3, attention=False, title="A title")
+    assert isinstance(report, Report) and report.title == "A title"
+    assert report.before.mass == {} and report.before.entropy is None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .band import attend_band
+from .batch import acting_rows, call_at, edit_at
 from .call import Call
 from .columns import bias_on_columns, plan_columns, single_factor, visible_on_columns
 from .correction import column_weights, correct, correct_factor
@@ -54,6 +55,9 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     edits = check_edits(call, list(edits))
     if not edits:
         return plain(call)
+    acting = acting_rows(call, edits) if call.num_queries > FEW_ROWS else None
+    if acting is not None:
+        return _on_batch_rows(call, edits, acting)
     groups = group_heads(call.num_heads, edits)
     if len(groups) == 1:
         (chosen, heads), *_ = groups.items()
@@ -71,6 +75,16 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
         output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
     for chosen, heads in groups.items():
         output[:, heads] = _Group(call, heads, [edits[i] for i in chosen]).run()
+    return output
+
+
+def _on_batch_rows(call: Call, edits: Sequence[Edit], acting: Tensor) -> Tensor:
+    """Batch rows that no edit names keep the model's own output, bit for bit; the edits run on the others alone."""
+    if acting.numel() == 0:
+        return plain(call)
+    output = plain(call).clone()
+    own = output[acting]
+    output[acting] = fused(call_at(call, acting, lambda: own), [edit_at(edit, acting) for edit in edits])
     return output
 
 

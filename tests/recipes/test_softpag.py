@@ -1,0 +1,310 @@
+"""SoftPAG against golden data of PAG, its variants against their formulas on the materialised matrix, and its parameters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import Act, Guide, Plan, attach
+from reattend.hooks.denoise import Run
+from reattend.hooks.denoiser_tokens import read_forward
+from reattend.hooks.guidance import Guided, grow, settle
+from reattend.interventions import (
+    Call,
+    Clock,
+    ReattendError,
+    ReattendWarning,
+    Site,
+    TokenMap,
+    UnsupportedError,
+    fused,
+    reference,
+)
+from safetensors import safe_open
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_denoisers import build
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pag"
+SELF = Site("mid_block.attn1", 0, "denoiser.mid", "self", 2, 2, 4, False, "sdpa")
+JOINT = Site("transformer_blocks.0.attn", 0, "denoiser", "joint", 2, 2, 4, False, "sdpa")
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(str(GOLDEN / f"{name}.safetensors"), framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def linear(x: Tensor, data: dict[str, Tensor], name: str) -> Tensor:
+    return x @ data[f"w.{name}.weight"].T + data[f"w.{name}.bias"]
+
+
+def branch_clock(batch: int, chunks: int) -> Clock:
+    rows = torch.zeros(batch, dtype=torch.bool)
+    rows[batch - batch // chunks :] = True
+    return Clock("denoise", branches={"softpag": rows})
+
+
+@pytest.mark.parametrize("run", [fused, reference])
+@pytest.mark.parametrize("name", ["unet_selfattn_cfg", "unet_selfattn_nocfg"])
+def test_whole_layer_at_full_strength_is_pag(name: str, run: Any) -> None:
+    data, facts = golden(name)
+    heads, chunks = int(facts["heads"]), int(facts["chunks"])
+    q, k, v = (split_heads(linear(data["x"], data, f"to_{n}"), heads) for n in "qkv")
+    call = Call(q, k, v, site=SELF, clock=branch_clock(len(q), chunks))
+    edit = reattend.recipe("softpag", strength=1.0).weaken(None, call)
+    output = linear(run(call, [edit]).transpose(1, 2).flatten(2), data, "to_out.0")
+    torch.testing.assert_close(output, data["out"], atol=1e-5, rtol=0)
+    plain = linear(fused(call, []).transpose(1, 2).flatten(2), data, "to_out.0")
+    torch.testing.assert_close(plain, data["out_plain"], atol=1e-5, rtol=0)
+    untouched = len(q) - len(q) // chunks
+    assert torch.equal(fused(call, [edit])[:untouched], fused(call, [])[:untouched])
+
+
+def joint_call(name: str) -> tuple[Call, dict[str, Tensor], int]:
+    data, facts = golden(name)
+    heads, chunks = int(facts["heads"]), int(facts["chunks"])
+    parts = [
+        torch.cat([split_heads(linear(data["x"], data, f"to_{n}"), heads), split_heads(linear(data["ctx"], data, t), heads)], 2)
+        for n, t in (("q", "add_q_proj"), ("k", "add_k_proj"), ("v", "add_v_proj"))
+    ]
+    image, total = data["x"].shape[1], parts[0].shape[2]
+    is_image = (torch.arange(total) < image).expand(len(parts[0]), -1)
+    tokens = TokenMap(len(parts[0]), total, total, {"image": is_image, "text": ~is_image})
+    return Call(*parts, site=JOINT, clock=branch_clock(len(parts[0]), chunks), tokens=tokens), data, image
+
+
+@pytest.mark.parametrize("run", [fused, reference])
+@pytest.mark.parametrize("name", ["mmdit_joint_cfg", "mmdit_joint_nocfg"])
+def test_masked_scope_is_the_joint_form_of_diffusers(name: str, run: Any) -> None:
+    call, data, image = joint_call(name)
+    edit = reattend.recipe("softpag", strength=1.0, scope="masked").weaken(None, call)
+    output = run(call, [edit]).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(linear(output[:, :image], data, "to_out.0"), data["out_img"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(linear(output[:, image:], data, "to_add_out"), data["out_txt"], atol=1e-5, rtol=0)
+
+
+def test_scopes_of_a_joint_stream() -> None:
+    call, _, image = joint_call("mmdit_joint_cfg")
+    plain = fused(call, [])
+    for scope, rows in (("image", slice(0, image)), ("all", slice(None))):
+        output = fused(call, [reattend.recipe("softpag", strength=1.0, scope=scope).weaken(None, call)])
+        expected = plain.clone()
+        expected[-1, :, rows] = call.value[-1, :, rows]
+        torch.testing.assert_close(output, expected)
+
+
+def a_call(tokens: int = 7) -> Call:
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(3, 4, tokens, 8) for _ in range(3))
+    return Call(q, k, v, site=SELF, clock=branch_clock(3, 3))
+
+
+def perturbed(call: Call, **parameters: Any) -> Tensor:
+    return fused(call, [reattend.recipe("softpag", **parameters).weaken([1, 3], call)])
+
+
+def target(call: Call, kind: str) -> Tensor:
+    scores = call.query @ call.key.transpose(2, 3) * call.scaling
+    if kind == "identity":
+        return torch.eye(call.num_keys).expand_as(scores)
+    if kind == "uniform":
+        return torch.full_like(scores, 1 / call.num_keys)
+    if kind == "mean_query":
+        mean = call.query.mean(dim=2, keepdim=True) @ call.key.transpose(2, 3) * call.scaling
+        return mean.softmax(dim=-1).expand_as(scores)
+    if kind == "argmax":
+        return torch.nn.functional.one_hot(scores.argmax(dim=-1), call.num_keys).float()
+    return (scores / 2.5).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("kind", ["identity", "uniform", "mean_query", "argmax", "temperature"])
+def test_perturbations_against_their_formula(kind: str, strength: float) -> None:
+    call = a_call()
+    weights = (call.query @ call.key.transpose(2, 3) * call.scaling).softmax(dim=-1)
+    mixed = (1 - strength) * weights + strength * target(call, kind)
+    expected = weights @ call.value
+    expected[2, [1, 3]] = (mixed @ call.value)[2, [1, 3]]
+    output = perturbed(call, perturbation=kind, strength=strength, temperature=2.5)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    plain = fused(call, [])
+    assert torch.equal(output[:2], plain[:2]) and torch.equal(output[:, [0, 2]], plain[:, [0, 2]])
+
+
+@pytest.mark.parametrize("kind", ["identity", "uniform", "mean_query", "argmax", "temperature"])
+def test_perturbations_that_can_change_nothing(kind: str) -> None:
+    call = a_call()
+    call.value = call.value[:, :, :1].expand_as(call.value).contiguous()
+    torch.testing.assert_close(perturbed(call, perturbation=kind, strength=0.7), fused(call, []), atol=1e-5, rtol=1e-5)
+    assert torch.equal(perturbed(call, perturbation=kind, strength=0.0), fused(call, []))
+    single = a_call(tokens=1)
+    torch.testing.assert_close(perturbed(single, perturbation=kind), fused(single, []))
+    if kind == "temperature":
+        torch.testing.assert_close(perturbed(a_call(), perturbation=kind, temperature=1.0), fused(a_call(), []))
+
+
+def test_linear_in_its_strength() -> None:
+    call = a_call()
+    none, half, full = (perturbed(call, strength=u) for u in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (none + full) / 2)
+
+
+@pytest.mark.parametrize("name", ["combine_cfg", "combine_nocfg"])
+def test_combination_is_that_of_pag(name: str) -> None:
+    data, facts = golden(name)
+    chunks = data["noise_pred"].chunk(3 if facts["cfg"] == "True" else 2)
+    batch = sum(len(c) for c in chunks[:-1])
+    branches = {"conditional": torch.arange(batch) >= batch - len(chunks[-1])}
+    if len(chunks) == 3:
+        branches["unconditional"] = ~branches["conditional"]
+    guided = Guided(Clock("denoise", branches=branches), [Guide("softpag", float(facts["pag_scale"]))], batch, Run())
+    grow((torch.zeros(batch, 1),), {}, ["sample"], guided)
+    (result,) = settle((data["noise_pred"],), guided)
+    if len(chunks) == 3:
+        unconditional, conditional = result.chunk(2)
+        result = unconditional + float(facts["guidance_scale"]) * (conditional - unconditional)
+    torch.testing.assert_close(result, data["guided"], atol=1e-5, rtol=0)
+
+
+def test_golden_identity_of_guided_diffusion() -> None:
+    data, facts = golden("identity_guided_diffusion")
+    heads = int(facts["n_heads"])
+    q, k, v = data["qkv"].unflatten(1, (heads, 3, -1)).unbind(dim=2)
+    call = Call(*(x.transpose(2, 3) for x in (q, k, v)), site=SELF, clock=branch_clock(len(q), 1))
+    output = fused(call, [reattend.recipe("softpag", strength=1.0).weaken(None, call)])
+    torch.testing.assert_close(output.transpose(2, 3).flatten(1, 2), data["out_perturbed"], atol=1e-5, rtol=0)
+
+
+# -- on whole denoisers ----------------------------------------------------------------------------------------------
+
+
+def predict(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def by_hand(model: Any, inputs: dict[str, Any], layers: dict[int, Any], heads: list[int] | None, rows: str) -> Tensor:
+    """The weak prediction from a run of its own: u = 0.5 of the identity in every row of the batch."""
+    from reattend.interventions import MixValue
+
+    tables = list(layers.values())
+    act = [Act(t, lambda c: MixValue(strength=0.5, heads=heads, rows=c.query_rows(rows))) for t in tables]
+    with attach(model, [Plan("weak", list(act))]):
+        return predict(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "name", ["UNet2DConditionModel", "UNetMotionModel", "SD3Transformer2DModel (3.5)", "FluxTransformer2DModel",
+             "PixArtTransformer2DModel", "HunyuanDiT2DModel", "Lumina2Transformer2DModel", "AuraFlowTransformer2DModel",
+             "CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel",
+             "WanTransformer3DModel", "MochiTransformer3DModel", "QwenImageTransformer2DModel"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_equal_to_two_calls_on_every_denoiser(name: str) -> None:
+    from reattend.recipes.denoiser import default_layers, image_layers
+
+    model, inputs = build(name)
+    before = predict(model, inputs)
+    table = reattend.sites(model)
+    layers = {n: t for n, t in image_layers(table).items() if n in default_layers(table)}
+    weak = by_hand(model, inputs, layers, None, "image")
+    with reattend.apply(model, "softpag", scale=3.0) as session:
+        guided = predict(model, inputs)
+        assert session.applied > 0
+    scale = before.abs().max()
+    torch.testing.assert_close(guided / scale, (before + 3.0 * (before - weak)) / scale, atol=1e-4, rtol=1e-4)
+    assert (guided - before).abs().max() > 1e-4 * scale
+    assert torch.equal(predict(model, inputs), before)
+
+
+def test_single_heads() -> None:
+    model, inputs = build("FluxTransformer2DModel")
+    from reattend.recipes.denoiser import image_layers
+
+    before = predict(model, inputs)
+    layers = image_layers(reattend.sites(model))
+    assert [t[0].stack for t in layers.values()] == ["denoiser.double"] * 2 + ["denoiser.single"] * 2
+    weak = by_hand(model, inputs, {3: layers[3]}, [1], "image")
+    with reattend.apply(model, "softpag", heads=[(3, 1)]) as session:
+        guided = predict(model, inputs)
+    assert session.stats == {"softpag": {"single_transformer_blocks.1.attn": 1}}
+    torch.testing.assert_close(guided, before + 5.0 * (before - weak), atol=1e-4, rtol=1e-4)
+
+
+def test_difference_grows_with_the_scale() -> None:
+    model, inputs = build("SD3Transformer2DModel")
+    before = predict(model, inputs)
+    far = []
+    for scale in (1.0, 2.0, 4.0):
+        with reattend.apply(model, "softpag", scale=scale):
+            far.append((predict(model, inputs) - before).norm().item())
+    assert 0 < far[0] < far[1] < far[2]
+
+
+@pytest.mark.parametrize("off", [{"scale": 0.0}, {"strength": 0.0}])
+def test_nothing_asked_for_is_bit_identical_and_warns(off: dict[str, float]) -> None:
+    model, inputs = build("UNet2DConditionModel")
+    before = predict(model, inputs)
+    with pytest.warns(ReattendWarning, match="never acted"), reattend.apply(model, "softpag", **off):
+        assert torch.equal(predict(model, inputs), before)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"strength": 1.5}, "strength"),
+        ({"layers": [1], "heads": [(0, 1)]}, "layers or heads, not both"),
+        ({"heads": []}, "must not be empty"),
+        ({"scope": "masked", "perturbation": "uniform"}, "identity"),
+        ({"start": 0.6, "stop": 0.5}, "start 0.6 must lie below stop 0.5"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_bad_parameters(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReattendError, match=message):
+        reattend.recipe("softpag", **parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("SD3Transformer2DModel", {"layers": [3]}, "layer 3 does not exist: .* has layers 0 to 2"),
+        ("SD3Transformer2DModel", {"heads": [(0, 2)]}, "head 2 does not exist: layer 0 has heads 0 to 1"),
+        ("SanaTransformer2DModel", {}, "transformer_blocks.1.attn1 cannot be intercepted: .*linear attention"),
+        ("SD3Transformer2DModel", {"start": 0.5}, "a bare denoiser has none"),
+    ],
+)
+def test_models_that_do_not_fit(name: str, parameters: dict[str, Any], message: str) -> None:
+    model, _ = build(name)
+    with pytest.raises((UnsupportedError, ReattendError), match=message):
+        reattend.apply(model, "softpag", **parameters)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_two_at_once_are_refused() -> None:
+    model, _ = build("SD3Transformer2DModel")
+    with reattend.apply(model, "softpag", layers=[0]), pytest.raises(ReattendError, match="two guides are called 'softpag'"):
+        reattend.apply(model, "softpag", layers=[1])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_round_trip_as_data() -> None:
+    chosen = reattend.recipe("softpag", heads=[(3, 1), (4, 0)], strength=0.25)
+    assert reattend.load_recipe(chosen.as_dict()) == chosen
+
+
+def test_read_forward_counts_registers_and_masks() -> None:
+    model, inputs = build("AuraFlowTransformer2DModel")
+    assert read_forward(model, inputs, Clock("denoise"), {}).text_length == 5 + 8
+    model, inputs = build("HunyuanDiT2DModel")
+    assert read_forward(model, inputs, Clock("denoise"), {}).text_length == 3 + 2

@@ -159,7 +159,7 @@ def _features(given: dict[str, Any]) -> list[Tensor] | None:
     """Per image the features [n, D] that `generate` computed beforehand."""
     outputs = given.get("mm_encoder_outputs")
     image = outputs.get("image") if isinstance(outputs, dict) else None
-    pooled = getattr(image, "pooler_output", None)
+    pooled: Any = getattr(image, "pooler_output", None)
     if isinstance(pooled, Tensor):
         return list(pooled) if pooled.dim() == 3 else None
     if isinstance(pooled, (list, tuple)) and all(isinstance(p, Tensor) and p.dim() == 2 for p in pooled):

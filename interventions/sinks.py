@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .call import Call, TokenMap
 from .edits import Rows
 from .errors import ReattendError
 
@@ -30,54 +31,73 @@ def sink_tokens(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:
 
 
 class VisualSinks:
-    """The column groups of one layer that `give_back` needs, prepared once at prefill and read at every decode step.
+    """Which prompt tokens are sinks at one layer, as the column groups that `give_back` needs: learned at prefill, read at decode.
 
-    sinks, image: bool [B, T] over the prompt. Later columns (generated tokens) belong to no group.
+    any: whether some sample has a sink on an image. on_first: whether some sample's first token is one, as it should be.
     """
 
-    def __init__(self, sinks: Tensor, image: Tensor) -> None:
+    def __init__(self, sinks: Tensor, tokens: TokenMap) -> None:
+        self.sinks = sinks
+        prompt, device = sinks.shape[1], sinks.device
+        image = tokens.positions("image", 0, prompt, device)
         visual = sinks & image
-        self.any = bool(visual.any())
-        # float32 [B, 3, T]: visual sinks, other sinks, image tokens that are no sinks
+        first = sinks & tokens.positions("bos", 0, prompt, device)
+        self.any, self.on_first = torch.stack([visual.any(), first.any()]).tolist()
+        # float32 [B, 3, T]: visual sinks, other sinks, image tokens that are no sinks; generated tokens are in no group
         self.groups = torch.stack([visual, sinks & ~image, image & ~sinks], dim=1).float()
         # the share of visual sinks is taken of (mass + count * 1e-6), as in the official code
-        self.floor = image.sum(dim=1).mul(1e-6)[:, None, None].float()
+        self.floor = image.sum(dim=1).mul(1e-6)[:, None, None]
         self.has = visual.any(dim=1)[:, None, None]
 
-    def columns(self, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Groups [B, 3, stop - start] at absolute columns start..stop-1."""
+    @classmethod
+    def learn(cls, known: VisualSinks | None, hidden: Tensor, tokens: TokenMap, dims: Tensor, tau: float) -> VisualSinks:
+        """From hidden states [B, T, D] entering the layer at prefill; `known` is what earlier chunks or turns of the prompt gave."""
+        start = tokens.length - hidden.shape[1]
+        stop = max(start, tokens.prompt_length)
+        sinks = sink_tokens(hidden[:, : stop - start], dims, tau)
+        sinks &= ~tokens.positions("padding", start, stop, hidden.device)
+        if known is not None and start:
+            before = known.sinks[:, :start]
+            sinks = torch.cat([pad(before, (0, start - before.shape[1])), sinks], dim=1)
+        return cls(pad(sinks, (stop - sinks.shape[1], 0)), tokens)
+
+    def columns(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Groups [B, 3, stop - start] of the absolute columns start..stop-1, in the dtype and on the device of `like`."""
         if stop > self.groups.shape[2]:
             self.groups = pad(self.groups, (0, stop + SPARE_COLUMNS - self.groups.shape[2]))
-        return self.groups[:, :, start:stop].to(device, dtype)
+        return self.groups[:, :, start:stop].to(like)
+
+    def redistribute(self, weights: Tensor, rows: Rows, *, key_start: int, move: float, rho: float, summ: float) -> Tensor:
+        """`give_back` on the rows of a call whose key column 0 lies at the absolute position key_start."""
+        if rows.offset is None:
+            raise ReattendError("weight cannot be moved between image tokens whose columns another edit has merged")
+        groups = self.columns(key_start, key_start + weights.shape[3], weights)
+        return give_back(weights, groups, self.floor.to(weights), self.has.to(weights.device), move=move, rho=rho, summ=summ)
 
 
-def give_back(
-    weights: Tensor, groups: Tensor, floor: Tensor, has: Tensor, *, move: float, most_sink: float, least_image: float
-) -> Tensor:
+def rows_after(call: Call, role: str) -> Tensor:
+    """Bool [B, Tq]: query rows behind the last token of a role, in samples that have such tokens; padding is left out."""
+    tokens = call.tokens
+    assert tokens is not None
+    marked = tokens.positions(role, 0, call.total, call.query.device)
+    behind = marked.flip(1).cumsum(dim=1).flip(1) == 0
+    behind &= marked.any(dim=1, keepdim=True)
+    return (behind & ~tokens.positions("padding", 0, call.total, call.query.device))[:, call.total - call.num_queries :]
+
+
+def give_back(weights: Tensor, groups: Tensor, floor: Tensor, has: Tensor, *, move: float, rho: float, summ: float) -> Tensor:
     """VAR's redistribution (ICLR 2025): sinks give `move` of their weight to the image tokens that are no sinks, by what these have.
 
     weights [B, H, R, Tk]; groups [B, 3, Tk], floor and has [B, 1, 1] from `VisualSinks`. A row is changed if its image mass is at
-    least `least_image` and at most `most_sink` of it lies on visual sinks; then its sum stays what it was. Rows without image weight
-    beside the sinks, and samples without a visual sink, are left alone.
+    least `summ` and at most `rho` of that lies on visual sinks; its sum stays what it was. Rows without image weight beside the
+    sinks, and samples without a visual sink, are left alone.
     """
     batch, heads, rows, keys = weights.shape
     flat = weights.reshape(batch, heads * rows, keys)
     visual, other, rest = (flat @ groups.transpose(1, 2)).split(1, dim=2)
     total = visual + rest
-    chosen = (visual <= most_sink * (total + floor)) & (total >= least_image) & (rest > 0) & has
-    taken = torch.where(chosen, move, 0.0).to(flat.dtype)
+    chosen = (visual <= rho * (total + floor)) & (total >= summ) & (rest > 0) & has
+    taken = chosen.to(flat.dtype) * move
     given = taken * (visual + other) / rest.clamp_min(torch.finfo(flat.dtype).tiny)
     change = torch.cat([-taken, -taken, given], dim=2)
-    return (flat + flat * (change @ groups)).reshape(weights.shape)
-
-
-def redistribution(sinks: VisualSinks, key_start: int, *, move: float, most_sink: float, least_image: float):
-    """`give_back` as the function of a `WeightMap`; key_start: absolute position of key column 0."""
-
-    def function(weights: Tensor, rows: Rows) -> Tensor:
-        if rows.offset is None:
-            raise ReattendError("weight cannot be moved between image tokens whose columns another edit has merged")
-        groups = sinks.columns(key_start, key_start + weights.shape[3], weights.dtype, weights.device)
-        return give_back(weights, groups, sinks.floor, sinks.has, move=move, most_sink=most_sink, least_image=least_image)
-
-    return function
+    return torch.addcmul(flat, flat, change @ groups).reshape(weights.shape)

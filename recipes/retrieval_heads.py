@@ -1,0 +1,161 @@
+"""Retrieval heads: detection, masking and reinforcement (Wu et al. 2024, arXiv 2404.15574).
+
+A few heads copy tokens from the context into the answer. `profile` finds them: a needle sentence is planted in filler text, and a head
+scores for every needle token that is generated while its heaviest key is exactly that token.
+Modes "mask" and "zero" switch heads off at decode steps, to see what they do: masked heads attend evenly to all keys, as in the
+official code. Modes "sharpen", "sink_down" and "gain" strengthen them; these are ours, not the paper's, and measured gains are
+not reliable: always compare with `random_heads=True`, which treats as many other heads the same way.
+Acts on: listed heads of the decoder, at decode steps (masking) or in every row (strengthening).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
+
+from ..hooks import Act, SiteTable, Support
+from ..hooks.plan import Step
+from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
+from .base import Info, Recipe, decoder_sites
+from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked
+from .profile import Profile, table_fingerprint
+
+REMEDY = (
+    "name heads=[[layer, head], ...], or a profile_path made by recipe_class('retrieval-heads').profile(model, tokenizer).save(path) "
+    "or `reattend profile retrieval-heads MODEL`"
+)
+Mode = Literal["mask", "zero", "sharpen", "sink_down", "gain"]
+
+
+class RetrievalHeads(Recipe):
+    slug = "retrieval-heads"
+    info = Info(
+        does="Masks or strengthens the few heads that copy facts from the context into the answer.",
+        paper="Retrieval Head Mechanistically Explains Long-Context Factuality",
+        year=2024,
+        arxiv="2404.15574",
+        families=("heads",),
+        kinds=("llm",),
+        cost="decode",
+        code="nightdessert/Retrieval_Head",
+        profiling="which heads copy a planted sentence from the context",
+        status="experiment",
+    )
+
+    mode: Mode = Field(
+        "sharpen",
+        description="mask: attend evenly to all keys; zero: no output; sharpen: larger scores; sink_down: less weight on the first "
+        "token; gain: larger output",
+    )
+    strength: float | None = Field(
+        None, ge=0, le=8, description="how much; 0 = nothing; None = 1 to mask or zero (completely), 0.2 otherwise"
+    )
+    top: int = Field(10, ge=1, description="how many of the profile's best heads")
+    heads: Annotated[tuple[Head, ...] | None, BeforeValidator(as_heads)] = Field(
+        None,
+        description="heads instead of a profile: [[layer, head], ...] or {layer: [heads]}, all treated with the full strength",
+    )
+    profile_path: str | None = Field(None, description="file with the head scores of a profiling run")
+    where: Literal["auto", "decode", "last_row", "all"] = Field(
+        "auto",
+        description="decode: steps after the prompt; last_row: the prompt's last row too, which chooses the first new token; "
+        "all: every row; auto: decode to mask or zero, all otherwise",
+    )
+    random_heads: bool = Field(False, description="control: as many heads drawn outside the best 100, with the same strengths")
+    seed: int = Field(0, ge=0, description="which random heads")
+
+    @model_validator(mode="after")
+    def _check_strength(self) -> RetrievalHeads:
+        if self.mode in ("mask", "zero", "sink_down") and self.strength is not None and self.strength > 1:
+            raise ValueError(f"strength must be at most 1 with mode {self.mode!r}, got {self.strength}")
+        if self.heads is not None and self.profile_path is not None:
+            raise ValueError("give heads or profile_path, not both")
+        return self
+
+    @property
+    def amount(self) -> float:
+        """The strength, or the mode's default for None."""
+        if self.strength is not None:
+            return self.strength
+        return 1.0 if self.mode in ("mask", "zero") else 0.2
+
+    def supports(self, sites: SiteTable) -> Support:
+        chosen, support = decoder_sites(sites, self.slug)
+        if not support:
+            return support
+        if self.heads is None and self.profile_path is None:
+            return Support(False, f"retrieval-heads must be told which heads those are: {REMEDY}")
+        reason = missing_heads([head for head, _ in self.weighted_heads(sites)], chosen)
+        return Support(not reason, reason)
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        chosen, _ = decoder_sites(sites, self.slug)
+        weights = dict(self.weighted_heads(sites))
+        layers = by_layer(weights)
+        make = functools.cache(functools.partial(self.edit, weights, layers))
+        # an empty list of heads acts nowhere and is the identity
+        return [Act(chosen.only(list(layers)), functools.partial(self.intervene, make))] if layers else []
+
+    def weighted_heads(self, sites: SiteTable) -> list[tuple[Head, float]]:
+        """The heads on this model with their relative score (best = 1). Raises ReattendError for a profile of another model."""
+        chosen, _ = decoder_sites(sites, self.slug)
+        every = [(s.layer, h) for s in chosen for h in range(s.num_heads or 0)]
+        if self.profile_path is not None:
+            profile = Profile.load(self.profile_path)
+            profile.check(self.slug, table_fingerprint(sites))
+            order = ranked(head_scores(profile))
+            ranking, outside = [head for head, _ in order], 100
+            best = max(order[0][1], 1e-9)
+            weights = [score / best for _, score in order[: self.top]]
+        else:
+            listed = list(self.heads or ())
+            ranking, outside = [*listed, *(h for h in every if h not in set(listed))], 0
+            weights = [1.0] * len(listed)
+        heads = ranking[: len(weights)]
+        if self.random_heads:
+            heads = random_control(ranking, len(weights), self.seed, outside)
+        return list(zip(heads, weights, strict=True))
+
+    def intervene(self, make: Callable[[int, torch.device], Callable[..., Edit]], call: Call) -> Edit | None:
+        """The mode's edit on the listed heads of this layer, in the rows that `where` names."""
+        assert call.site is not None
+        where = self.where
+        if where == "auto":
+            where = "decode" if self.mode in ("mask", "zero") else "all"
+        rows = None
+        if where != "all" and call.clock.phase != "decode":
+            if where == "decode":
+                return None
+            prompt = call.query_rows("prompt")
+            rows = prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1)
+        return make(call.site.layer, call.query.device)(call, rows)
+
+    def edit(
+        self, weights: dict[Head, float], layers: dict[int, list[int]], layer: int, device: torch.device
+    ) -> Callable[[Call, Tensor | None], Edit]:
+        """A function (call, rows) -> Edit for the heads of one layer."""
+        heads, s = layers[layer], self.amount
+        share = torch.tensor([weights[layer, h] for h in heads], device=device)[None, :, None]
+        fixed: dict[str, Callable[..., Edit]] = {
+            "mask": functools.partial(Mix, target="uniform", strength=s),
+            "zero": functools.partial(HeadGain, gain=1 - s),
+            "sharpen": functools.partial(ScaleQuery, factor=1.0 if s == 0 else 1 + s * share),
+            "gain": functools.partial(HeadGain, gain=1.0 if s == 0 else 1 + s * share[..., 0]),
+        }
+        if self.mode == "sink_down":
+            factor = 1.0 if s == 0 else 1 - s * share
+            return lambda call, rows: Gain(columns=call.columns("bos"), factor=factor, heads=heads, rows=rows)
+        whole = fixed[self.mode](heads=heads)
+        return lambda call, rows: whole if rows is None else fixed[self.mode](heads=heads, rows=rows)
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+        """Scores every head by the share of planted sentences that it copies; see `retrieval_profile.detect` for the options."""
+        from .retrieval_profile import detect
+
+        return detect(cls.slug, model, tokenizer, **options)

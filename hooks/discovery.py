@@ -206,7 +206,8 @@ def _dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if names & SDPA_NAMES:
         return "sdpa", None
     named = type(module).__name__
-    if "Attention" in named and "softmax" in names and not any(_dispatch(child) for child in module.children()):
+    own = frozenset().union(*(_names(f) for f in vars(type(module)).values() if callable(f) and hasattr(f, "__code__")))
+    if "Attention" in named and "softmax" in own and not any(_dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
 

@@ -66,7 +66,7 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     few = call.num_queries <= FEW_ROWS
     if few and _can_share_scores(edits, groups):
         return _few_rows(call, edits, untouched)
-    if few or (untouched and not call.original_is_sdpa):
+    if few or (untouched and not _splits_exactly(call)):
         # the model's own function on all heads, overwritten where heads have edits
         output = plain(call).clone() if untouched else None
     else:
@@ -86,6 +86,11 @@ def _on_batch_rows(call: Call, edits: Sequence[Edit], acting: Tensor) -> Tensor:
     own = output[acting]
     output[acting] = fused(call_at(call, acting, lambda: own), [edit_at(edit, acting) for edit in edits])
     return output
+
+
+def _splits_exactly(call: Call) -> bool:
+    """Whether SDPA on some heads gives the bits of SDPA on all: unless the memory layout would choose another kernel for a copy of them."""
+    return call.original_is_sdpa and all(x.stride(-1) == 1 for x in (call.query, call.key, call.value))
 
 
 def _split(call: Call, untouched: list[int]) -> Tensor:

@@ -158,6 +158,9 @@ def _fused_with_lse(
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         mask = mask.to(query.dtype)
+    # called directly, the kernels take the last axis to be contiguous without checking it
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
     packed = _pack(query, key, mask)
     q, bias = (query, mask) if packed is None else packed
     if query.device.type == "cpu":

@@ -39,6 +39,9 @@ def make_call(rng: random.Random, dtype=torch.float32, self_attention: bool | No
     keys = queries + (0 if self_attention else extra)
     query, key, value = (torch.randn(batch, h, n, dim) for h, n in ((kv * shared, queries), (kv, keys), (kv, keys)))
     query = query * rng.choice([1.0, 3.0])
+    if rng.random() < 0.3:  # memory layouts as models produce them: heads inside tokens, or channels last
+        order = rng.choice([(0, 2, 1, 3), (0, 1, 3, 2)])
+        query, key, value = (x.permute(order).contiguous().permute(order) for x in (query, key, value))
     mask, causal = None, rng.random() < 0.6
     kind = rng.choice(["none", "none", "bool", "additive", "padding"])
     if kind == "bool":

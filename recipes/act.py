@@ -105,6 +105,16 @@ class ACT(Recipe):
             return lists[self.heads]
         return self.heads
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What makes a column a sink, as `learn_sinks` takes it."""
+        return {
+            "threshold": self.threshold,
+            "alpha": self.threshold_alpha,
+            "exempt_first_over": self.official_exempt,
+            "min_rows": self.min_rows,
+        }
+
     def calibrate(self, heads: dict[int, list[int]], call: Call) -> Transfer | None:
         """A'[i, k] = beta A[i, k] on the sinks k of a head; the other columns share the rest in proportion to their weights."""
         assert call.site is not None
@@ -112,15 +122,8 @@ class ACT(Recipe):
             return None
         known = call.memory.get(call.site.name)
         if call.clock.phase != "decode":
-            known = call.memory[call.site.name] = learn_sinks(
-                call,
-                heads[call.site.layer],
-                known,
-                threshold=self.threshold,
-                alpha=self.threshold_alpha,
-                exempt_first_over=self.official_exempt,
-                min_rows=self.min_rows,
-            )
+            known = learn_sinks(call, heads[call.site.layer], known, **self.rule)
+            call.memory[call.site.name] = known
         if known is None or not known.heads:
             return None
         return Transfer(heads=known.heads, src=known.columns(call), fraction=1 - self.beta)

@@ -34,9 +34,9 @@ NEEDLES = (
         "a spoon of burnt honey mixed with dried lemon peel",
     ),
     Needle(
-        "Before she left the house, Ingrid hid the silver key under the third flowerpot beside the cellar door.",
-        "Where did Ingrid hide the silver key?",
-        "under the third flowerpot beside the cellar door",
+        "The captain of the Blue Heron always keeps eleven green marbles and a torn map of Norway in his coat.",
+        "What does the captain of the Blue Heron always keep in his coat?",
+        "eleven green marbles and a torn map of Norway",
     ),
     Needle(
         "The password of the observatory at Cape Morrow is seven yellow lanterns and a broken violin.",
@@ -44,9 +44,9 @@ NEEDLES = (
         "seven yellow lanterns and a broken violin",
     ),
     Needle(
-        "Doctor Venn's cure for the hiccups is to hum a slow waltz while holding a cold copper spoon.",
-        "What is Doctor Venn's cure for the hiccups?",
-        "hum a slow waltz while holding a cold copper spoon",
+        "The favourite meal of the mayor of Quillon is fried plums with black rice and a glass of cold buttermilk.",
+        "What is the favourite meal of the mayor of Quillon?",
+        "fried plums with black rice and a glass of cold buttermilk",
     ),
 )
 

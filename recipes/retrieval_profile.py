@@ -77,7 +77,7 @@ def answers(
     tokenizer: Any,
     samples: Sequence[Sample],
     batch_size: int = 9,
-    extra_tokens: int = 10,
+    extra_tokens: int = 20,
     label: str = "needles",
     after: Callable[[list[Answer], Tensor], None] | None = None,
 ) -> list[Answer]:
@@ -117,7 +117,7 @@ def detect(
     needles: int | Sequence[Needle] = NEEDLES,
     count: str = "official",
     batch_size: int = 9,
-    extra_tokens: int = 10,
+    extra_tokens: int = 20,
     seed: int = 0,
 ) -> Profile:
     """A profile with score [layers, heads] (mean share of a needle that a head copied) and count [layers, heads] (samples measured).

@@ -289,3 +289,78 @@ def test_profiles_load_and_other_models_are_refused(tmp_path):
         reattend.apply(tiny(layers=6), "act", profile_path=str(path))
     with pytest.raises(UnsupportedError, match="one of them"):
         reattend.apply(model, "act", profile_path=str(path), heads="all")
+
+
+# -- profiling ---------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [3 + ord(c) % 60 for c in text]}
+
+
+DATA = [(f"{'ab' * (5 + i)} {c}:", label) for i in range(4) for c, label in (("x", "p"), ("y", "q"))]
+
+
+def test_the_search_tries_heads_with_sinks_and_keeps_the_better_ones(tmp_path):
+    from reattend.recipes.act_profile import accuracy
+
+    model = tiny()
+    before = model(torch.tensor([[5, 6, 7]])).logits
+    profile = recipe_class("act").profile(model, Letters(), data=DATA, batch_size=3, beta=0.1, task="letters")
+    facts, score, count = profile.facts, profile.tensors["score"], profile.tensors["count"]
+    assert score.shape == count.shape == (5, 4) and facts["task"] == "letters" and facts["samples"] == 8
+    assert facts["beta"] == 0.1
+    assert facts["baseline"] == pytest.approx(accuracy(model, Letters(), DATA)) == pytest.approx(score[0, 0].item())
+    assert not count[[0, 1, 4]].any() and facts["tried"] == int((count == 8).sum()) > 0
+    assert torch.equal(count[2:4] > 0, profile.tensors["sinks"][2:4] > 0)
+    better = (score > facts["baseline"] + facts["standard_error"]).nonzero()
+    assert torch.equal(better, profile.tensors["selected"])
+    # what it says about a head is what the recipe does with that head
+    layer, head = (int(i) for i in (count > 0).nonzero()[-1])
+    with reattend.apply(model, "act", heads=[(layer, head)], beta=0.1):
+        assert accuracy(model, Letters(), DATA, batch_size=3) == pytest.approx(score[layer, head].item())
+    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+    again = Profile.load(profile.save(tmp_path / "act.safetensors"))
+    assert torch.equal(again.tensors["score"], score) and again.facts == facts
+
+
+def test_the_search_can_be_limited():
+    model = tiny()
+    options = dict(data=DATA, heads={2: [0, 1], 3: [2]}, max_heads=2, max_samples=4)
+    profile = recipe_class("act").profile(model, Letters(), **options)
+    assert profile.facts["samples"] == 4 and profile.facts["tried"] <= 2
+    tried = {tuple(head) for head in (profile.tensors["count"] > 0).nonzero().tolist()}
+    assert tried <= {(2, 0), (2, 1), (3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": []}, "at least one"),
+        ({"data": [("a", "b", ["c", "d"])]}, "must be one of"),
+        ({"data": [("a", "b")]}, "at least two choices"),
+        ({"data": [("a", "bc"), ("a", "bd")]}, "different tokens"),
+        ({"heads": [(9, 0)]}, "layer 9"),
+        ({"heads": []}, "empty"),
+        ({"heads": "most"}, "heads"),
+        ({"beta": 3.0}, "beta"),
+    ],
+)
+def test_what_the_search_refuses(options, message):
+    with pytest.raises(ReattendError, match=message):
+        recipe_class("act").profile(tiny(), Letters(), **{"data": DATA, **options})
+
+
+def test_the_built_in_examples_come_in_two_halves_with_the_same_labels():
+    from collections import Counter
+
+    from reattend.recipes.labelled_examples import labelled_examples
+
+    examples = labelled_examples()
+    assert len(examples) == 62 and len({e[0] for e in examples}) == 62
+    assert Counter(e[1] for e in examples[::2]) == Counter(e[1] for e in examples[1::2])

@@ -1,0 +1,194 @@
+"""The head search of ACT: calibrate one head at a time and keep those that raise accuracy on labelled prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hooks import Capture, Plan, SiteTable, attach, sites
+from ..interventions import Call, ReattendError
+from ..interventions.calibration import learn_sinks
+from .base import Recipe, decoder_sites
+from .head_choice import Head, as_heads, missing_heads
+from .labelled_examples import labelled_examples
+from .profile import Profile, table_fingerprint
+from .progress import track
+
+Example = tuple[str, str] | tuple[str, str, Sequence[str]]
+
+
+@dataclass
+class Question:
+    """A prompt's tokens, the first tokens of its choices, and which choice is right."""
+
+    ids: list[int]
+    choices: list[int]
+    right: int
+
+
+def search_heads(
+    recipe: type[Recipe],
+    model: Any,
+    tokenizer: Any,
+    *,
+    data: Sequence[Example] | None = None,
+    heads: Any = None,
+    max_heads: int | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 16,
+    task: str = "",
+    **parameters: Any,
+) -> Profile:
+    """Tries heads one by one and returns what it found as a profile.
+
+    Its tensors: score [layers, heads], the accuracy with that head alone calibrated; count, the prompts it was tried on (0: not
+    tried); sinks, the share of prompts on which the head has a hidden sink; selected [n, 2], the heads whose score exceeds that of
+    the untouched model by more than one standard error.
+
+    data: (prompt, label) or (prompt, label, choices); the model chooses by the logits of the choices' first tokens at the prompt's end.
+    Without data: sentences of our own, for a try. heads: search only among these; else layers 2 to the last but one. max_heads: only
+    the heads that have a hidden sink most often. parameters: beta, threshold and the like, as they will be used.
+    Raises ReattendError for data that cannot be judged, such as choices that begin with the same token.
+    """
+    table = sites(model)
+    chosen, support = decoder_sites(table, recipe.slug)
+    if not support:
+        raise ReattendError(f"cannot profile this model: {support.reason}")
+    examples = list(labelled_examples() if data is None else data)[:max_samples]
+    questions = _questions(tokenizer, examples)
+    listed = _candidates(heads, chosen)
+    settings = recipe(heads=listed, **parameters)
+    batches = _batches(model, tokenizer, questions, batch_size)
+    sinks, baseline = _screen(settings, model, chosen, listed, batches)
+    candidates = [head for head in listed if sinks[head]]
+    # heads that have something to calibrate most often come first
+    candidates = sorted(candidates, key=lambda head: -sinks[head])[:max_heads]
+    error = math.sqrt(max(baseline * (1 - baseline), 1e-12) / len(questions))
+    size = max(s.layer for s in chosen) + 1, max(s.num_heads or 0 for s in chosen)
+    score, count, share = torch.full(size, baseline), torch.zeros(size), torch.zeros(size)
+    for head, times in sinks.items():
+        share[head] = times / len(questions)
+    for head in track(candidates, "heads", len(candidates)):
+        score[head] = _accuracy_with(recipe(heads=[head], **parameters), model, table, batches)
+        count[head] = len(questions)
+    selected = [head for head in sorted(candidates) if score[head] > baseline + error]
+    facts = {
+        "task": task or ("built-in examples" if data is None else "user data"),
+        "samples": len(questions),
+        "data_hash": hashlib.sha256(repr(examples).encode()).hexdigest()[:16],
+        "baseline": baseline,
+        "standard_error": error,
+        "tried": len(candidates),
+        "without_sinks": sum(not times for times in sinks.values()),
+        "together": _accuracy_with(recipe(heads=selected, **parameters), model, table, batches) if selected else baseline,
+        **{name: value for name, value in settings.as_dict().items() if name not in ("name", "version", "heads")},
+    }
+    tensors = {"score": score, "count": count, "sinks": share, "selected": torch.tensor(selected).view(-1, 2)}
+    return Profile(recipe.slug, table_fingerprint(table), tensors, facts)
+
+
+def accuracy(model: Any, tokenizer: Any, data: Sequence[Example], batch_size: int = 16) -> float:
+    """Share of labelled prompts (see `search_heads`) that the model answers rightly, under whatever session is active."""
+    return _accuracy(model, _batches(model, tokenizer, _questions(tokenizer, data), batch_size))
+
+
+def _candidates(heads: Any, sites: SiteTable) -> list[Head]:
+    if heads is None:
+        return [(s.layer, h) for s in sites.layers(2, -2) for h in range(s.num_heads or 0)]
+    if isinstance(heads, str):
+        raise ReattendError(f"heads must be [[layer, head], ...] or {{layer: [heads]}} for a search, got {heads!r}")
+    try:
+        listed = list(as_heads(heads))
+    except ValueError as error:
+        raise ReattendError(str(error)) from None
+    reason = missing_heads(listed, sites) or ("" if listed else "heads is empty")
+    if reason:
+        raise ReattendError(reason)
+    return listed
+
+
+def _questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
+    if not examples:
+        raise ReattendError("data must hold at least one (prompt, label)")
+    labels = list(dict.fromkeys(e[1] for e in examples))
+    result = []
+    for example in examples:
+        prompt, label = example[0], example[1]
+        choices = list(example[2]) if len(example) > 2 else labels
+        if label not in choices or len(choices) < 2:
+            raise ReattendError(f"data: label {label!r} must be one of at least two choices, got {choices}")
+        ids = list(tokenizer(prompt)["input_ids"])
+        first = [_first_token(tokenizer, prompt, ids, choice) for choice in choices]
+        if len(set(first)) < len(first):
+            raise ReattendError(
+                f"data: the choices {choices} must begin with different tokens, since the model chooses by those"
+            )
+        result.append(Question(ids, first, choices.index(label)))
+    return result
+
+
+def _first_token(tokenizer: Any, prompt: str, ids: list[int], choice: str) -> int:
+    """The token that a choice begins with after its prompt, however the tokenizer treats spaces."""
+    whole = list(tokenizer(prompt + choice)["input_ids"])
+    if whole[: len(ids)] == ids and len(whole) > len(ids):
+        return whole[len(ids)]
+    return tokenizer(choice, add_special_tokens=False)["input_ids"][0]
+
+
+def _batches(model: Any, tokenizer: Any, questions: list[Question], size: int) -> list[tuple[dict[str, Any], list[Question]]]:
+    """Left-padded batches of prompts of similar length."""
+    accepted = inspect.signature(type(model).forward).parameters
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    order = sorted(questions, key=lambda q: len(q.ids))
+    result = []
+    for part in (order[i : i + size] for i in range(0, len(order), size)):
+        width = max(len(q.ids) for q in part)
+        ids = torch.tensor([[filler] * (width - len(q.ids)) + q.ids for q in part], device=model.device)
+        mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in part], device=model.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "position_ids" in accepted:
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = 1
+        result.append((inputs, part))
+    return result
+
+
+def _accuracy(model: Any, batches: list[tuple[dict[str, Any], list[Question]]]) -> float:
+    right = total = 0
+    for inputs, part in batches:
+        with torch.no_grad():
+            logits: Tensor = model(**inputs).logits[:, -1].float().cpu()
+        right += sum(int(logits[i, q.choices].argmax()) == q.right for i, q in enumerate(part))
+        total += len(part)
+    return right / total
+
+
+def _accuracy_with(recipe: Recipe, model: Any, table: SiteTable, batches: list) -> float:
+    with attach(model, [Plan(recipe.slug, recipe.plan(table))]):
+        return _accuracy(model, batches)
+
+
+def _screen(settings: Any, model: Any, sites: SiteTable, heads: list[Head], batches: list) -> tuple[dict[Head, int], float]:
+    """({head: prompts on which it has a hidden sink}, accuracy of the untouched model), in one pass over the prompts."""
+    found = dict.fromkeys(heads, 0)
+    wanted: dict[int, list[int]] = {}
+    for layer, head in heads:
+        wanted.setdefault(layer, []).append(head)
+
+    def look(call: Call, edits: Any) -> None:
+        assert call.site is not None
+        layer = call.site.layer
+        known = learn_sinks(call, wanted[layer], **settings.rule)
+        for head, times in zip(known.heads, known.sinks.any(dim=2).sum(dim=0).tolist(), strict=True):
+            found[layer, head] += times
+
+    with attach(model, [Plan(settings.slug, [Capture(sites.only(list(wanted)), look)])]):
+        return found, _accuracy(model, batches)

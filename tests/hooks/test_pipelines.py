@@ -1,0 +1,345 @@
+"""Guidance and the clock through the stock diffusers pipelines, against loops that make their weak prediction in a call of its own."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import Act, Guide, Plan, attach
+from reattend.hooks.denoise import _read_layout
+from reattend.interventions import Call, MixValue, ReattendError, ReattendWarning, UnsupportedError
+from reattend.recipes.denoiser import default_layers, image_layers
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "examples"))
+import tiny_pipelines  # noqa: E402
+from tiny_denoisers import build, pixart  # noqa: E402
+
+STEPS = 3
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def stable_diffusion(images: int = 1, guidance: float = 4.0) -> tuple[Any, dict[str, Any], str, float]:
+    call = {"prompt": ["a fox", "a map"], "num_images_per_prompt": images, "guidance_scale": guidance}
+    return tiny_pipelines.stable_diffusion(), call, "unet", guidance
+
+
+def stable_diffusion_3(images: int = 1, guidance: float = 4.0) -> tuple[Any, dict[str, Any], str, float]:
+    call = {"prompt": "a fox", "num_images_per_prompt": images, "guidance_scale": guidance, "height": 16, "width": 16}
+    return tiny_pipelines.stable_diffusion_3(), call, "transformer", guidance
+
+
+def flux(guidance: float = 3.0) -> tuple[Any, dict[str, Any], str, float]:
+    torch.manual_seed(3)
+    call = {
+        "prompt_embeds": torch.randn(2, 5, 8), "pooled_prompt_embeds": torch.randn(2, 8), "height": 16, "width": 16,
+        "negative_prompt_embeds": torch.randn(2, 5, 8), "negative_pooled_prompt_embeds": torch.randn(2, 8),
+        "true_cfg_scale": guidance,
+    }  # fmt: skip
+    return tiny_pipelines.flux(), call, "transformer", guidance
+
+
+def pixart_alpha(guidance: float = 4.0) -> tuple[Any, dict[str, Any], str, float]:
+    """A pipeline that tells nobody whether it guides."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline
+
+    torch.manual_seed(3)
+    transformer = pixart()[0].eval()
+    pipe = PixArtAlphaPipeline(None, None, tiny_pipelines.vae(4), transformer, DDIMScheduler(clip_sample=False))  # type: ignore[arg-type]
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    call = {
+        "prompt_embeds": torch.randn(1, 5, 8), "prompt_attention_mask": mask, "negative_prompt_embeds": torch.randn(1, 5, 8),
+        "negative_prompt_attention_mask": mask, "guidance_scale": guidance, "negative_prompt": None, "height": 16, "width": 16,
+        "use_resolution_binning": False,
+    }  # fmt: skip
+    return pipe, call, "transformer", guidance
+
+
+CASES = {
+    "SD": stable_diffusion,
+    "SD, two images each": lambda: stable_diffusion(images=2),
+    "SD, no guidance": lambda: stable_diffusion(guidance=1.0),
+    "SD3": stable_diffusion_3,
+    "SD3, two images, no guidance": lambda: stable_diffusion_3(images=2, guidance=1.0),
+    "Flux, two calls": flux,
+    "Flux, no guidance": lambda: flux(guidance=1.0),
+    "PixArt": pixart_alpha,
+}
+
+
+def draw(pipe: Any, call: dict[str, Any], **more: Any) -> Tensor:
+    return pipe(**{"num_inference_steps": STEPS, "generator": seeded(), "output_type": "latent", **call, **more}).images
+
+
+def hooks_of(pipe: Any) -> list[list[int]]:
+    modules = [m for c in pipe.components.values() if isinstance(c, nn.Module) for m in c.modules()]
+    return [[*m._forward_pre_hooks, *m._forward_hooks] for m in modules]
+
+
+def by_hand(pipe: Any, call: dict[str, Any], name: str, guidance: float, scale: float) -> Tensor:
+    """The pipeline with a denoiser that runs twice; the conditional prediction gets the whole shift, divided by the CFG scale."""
+    denoiser: nn.Module = getattr(pipe, name)
+    table = image_layers(reattend.sites(denoiser))[default_layers(reattend.sites(denoiser))[0]]
+    plain, weaken, calls = denoiser.forward, False, 0
+    separate = "Flux" in type(denoiser).__name__
+
+    def weak(edited: Call) -> MixValue | None:
+        return MixValue(strength=0.5, rows=edited.query_rows("image")) if weaken else None
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        nonlocal weaken, calls
+        base = plain(*args, **{**kwargs, "return_dict": False})[0].clone()
+        weaken = True
+        other = plain(*args, **{**kwargs, "return_dict": False})[0]
+        weaken = False
+        half = len(base) // 2 if guidance > 1 and not separate else 0
+        if not separate or guidance == 1 or calls % 2 == 0:
+            base[half:] += scale * (base[half:] - other[half:]) / max(guidance, 1.0)
+        calls += 1
+        return (base,)
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    try:
+        with attach(denoiser, [Plan("weak", [Act(table, weak)])]):
+            return draw(pipe, call)
+    finally:
+        del denoiser.forward
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_two_denoiser_calls(name: str) -> None:
+    pipe, call, part, guidance = CASES[name]()
+    before = draw(pipe, call)
+    hooks = hooks_of(pipe)  # transformers leaves some of its own on text encoders
+    expected = by_hand(pipe, call, part, guidance, 3.0)
+    with reattend.apply(pipe, "softpag", scale=3.0) as session:
+        after = draw(pipe, call)
+    (counts,) = session.stats.values()
+    assert list(counts.values()) == [STEPS] and next(iter(counts)).startswith(part)
+    torch.testing.assert_close(after, expected, atol=2e-4, rtol=2e-3)
+    assert (after - before).abs().max() > 20 * (after - expected).abs().max()
+    assert torch.equal(draw(pipe, call), before)
+    assert hooks_of(pipe) == hooks
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3", "Flux, two calls", "PixArt"])
+@pytest.mark.parametrize("off", [{"scale": 0.0}, {"strength": 0.0}])
+def test_nothing_asked_for_is_bit_identical(name: str, off: dict[str, float]) -> None:
+    pipe, call, _, _ = CASES[name]()
+    before = draw(pipe, call)
+    with pytest.warns(ReattendWarning, match="never acted"), reattend.apply(pipe, "softpag", **off):
+        assert torch.equal(draw(pipe, call), before)
+
+
+def test_heads_not_named_stay() -> None:
+    pipe, call, _, _ = stable_diffusion()
+    both = []
+    for heads in ([(1, 0)], [(1, 1)], [(1, 0), (1, 1)]):
+        with reattend.apply(pipe, "softpag", heads=heads):
+            both.append(draw(pipe, call))
+    with reattend.apply(pipe, "softpag", layers=[1]):
+        assert torch.equal(draw(pipe, call), both[2])
+    assert not torch.equal(both[0], both[1])
+
+
+def test_part_of_the_schedule() -> None:
+    pipe, call, _, _ = stable_diffusion()
+    with reattend.apply(pipe, "softpag", start=0.25, stop=0.75) as session:
+        draw(pipe, call, num_inference_steps=8)
+    assert list(session.stats["softpag"].values()) == [4]
+
+
+def clocks(pipe: Any, call: dict[str, Any], runs: int = 1, **more: Any) -> list[tuple[Any, ...]]:
+    seen: list[tuple[Any, ...]] = []
+    table = reattend.sites(pipe).stack("denoiser")[:1]
+
+    def note(at: Call) -> None:
+        rows = {name: rows.tolist() for name, rows in at.clock.branches.items()}
+        at.memory["calls"] = at.memory.get("calls", 0) + 1
+        seen.append((at.clock.phase, at.clock.step, at.clock.steps, at.clock.timestep, rows, at.memory["calls"]))
+
+    with pytest.warns(ReattendWarning), attach(pipe, [Plan("note", [Act(table, note)])]):
+        for _ in range(runs):
+            draw(pipe, call, **more)
+    return seen
+
+
+def test_clock_of_one_call_guidance() -> None:
+    pipe, call, _, _ = stable_diffusion()
+    seen = clocks(pipe, call, runs=2)
+    assert [s[:3] for s in seen] == [("denoise", i, STEPS) for i in (0, 1, 2)] * 2
+    assert [s[3] for s in seen[:3]] == [float(t) for t in pipe.scheduler.timesteps]
+    assert seen[0][4] == {"conditional": [False, False, True, True], "unconditional": [True, True, False, False]}
+    assert [s[5] for s in seen] == [1, 2, 3] * 2, "memory lasts for one run"
+    assert clocks(pipe, {**call, "guidance_scale": 1.0})[0][4] == {"conditional": [True, True]}
+
+
+def test_clock_of_two_call_guidance() -> None:
+    pipe, call, _, _ = flux()
+    seen = clocks(pipe, call)
+    assert [s[1] for s in seen] == [0, 0, 1, 1, 2, 2] and {s[2] for s in seen} == {STEPS}
+    assert [list(s[4]) for s in seen] == [["conditional"], ["unconditional"]] * 3
+
+
+def test_clock_of_a_second_order_scheduler() -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    pipe, call, _, _ = stable_diffusion()
+    pipe.scheduler = HeunDiscreteScheduler()
+    seen = clocks(pipe, call)
+    assert [s[1] for s in seen] == [0, 1, 1, 2, 2] and {s[2] for s in seen} == {STEPS}
+
+
+def test_clock_of_a_bare_denoiser() -> None:
+    model, inputs = build("UNet2DConditionModel")
+    seen = []
+    with (
+        pytest.warns(ReattendWarning),
+        attach(model, [Plan("note", [Act(reattend.sites(model)[:1], lambda c: seen.append(c.clock))])]),
+    ):
+        for t in (900, 900, 500, 100, 900, 500):
+            with torch.no_grad():
+                model(**{**inputs, "timestep": torch.tensor(t)})
+    assert [c.step for c in seen] == [0, 0, 1, 2, 0, 1] and seen[0].steps is None
+    assert seen[0].branches["conditional"].tolist() == [True, True]
+
+
+def test_several_guides_compose() -> None:
+    pipe, call, _, _ = stable_diffusion()
+    table = image_layers(reattend.sites(pipe))
+    parts = {}
+
+    def steps(name: str, layer: int, scale: float) -> list[Any]:
+        def weaken(at: Call) -> MixValue | None:
+            rows = at.clock.rows(name, at.batch)
+            parts[name] = None if rows is None else rows.tolist()
+            return None if rows is None else MixValue(strength=1.0, rows=rows[:, None])
+
+        return [Act(table[layer], weaken), Guide(name, scale)]
+
+    results = []
+    for plans in ([("a", 0, 2.0)], [("b", 1, 1.0)], [("a", 0, 2.0), ("b", 1, 1.0)]):
+        with attach(pipe, [Plan("guides", [s for p in plans for s in steps(*p)])]):
+            results.append(draw(pipe, call, num_inference_steps=1))
+    assert parts == {"a": [False] * 4 + [True] * 2 + [False] * 2, "b": [False] * 6 + [True] * 2}
+    base = draw(pipe, call, num_inference_steps=1)
+    # one step is linear in the prediction, so the shifts add up
+    torch.testing.assert_close(results[2] - base, results[0] - base + results[1] - base, atol=1e-4, rtol=1e-4)
+
+
+def test_callbacks_and_offload_hooks() -> None:
+    from accelerate import cpu_offload_with_hook
+
+    pipe, call, _, _ = stable_diffusion()
+    before = draw(pipe, call)
+    with reattend.apply(pipe, "softpag"):
+        expected = draw(pipe, call)
+    hooks = [cpu_offload_with_hook(m, execution_device="cpu")[1] for m in (pipe.text_encoder, pipe.unet, pipe.vae)]
+    steps: list[int] = []
+
+    def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return tensors
+
+    with reattend.apply(pipe, "softpag"):
+        assert torch.equal(draw(pipe, call, callback_on_step_end=after_step), expected)
+    assert steps == [0, 1, 2] and torch.equal(draw(pipe, call), before)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(draw(pipe, call), before)
+
+
+def test_interrupted_run_then_another() -> None:
+    pipe, call, _, _ = stable_diffusion()
+    before = draw(pipe, call)
+    with reattend.apply(pipe, "softpag"):
+        expected = draw(pipe, call)
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, call, callback_on_step_end=stop)
+        assert torch.equal(draw(pipe, call), expected)
+    assert torch.equal(draw(pipe, call), before)
+
+
+def test_isolated_sessions_in_threads() -> None:
+    model, inputs = build("SD3Transformer2DModel")
+
+    def predict() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs)[0]
+
+    before = predict()
+    with reattend.apply(model, "softpag"):
+        guided = predict()
+    results: dict[str, list[Tensor]] = {"with": [], "without": []}
+    entered, done = threading.Event(), threading.Event()
+
+    def steered() -> None:
+        with reattend.apply(model, "softpag", isolated=True):
+            entered.set()
+            results["with"] += [predict() for _ in range(5)]
+            done.wait(20)
+
+    def free() -> None:
+        entered.wait(20)
+        results["without"] += [predict() for _ in range(5)]
+        done.set()
+
+    threads = [threading.Thread(target=f) for f in (steered, free)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results["with"]) == len(results["without"]) == 5
+    assert all(torch.equal(r, guided) for r in results["with"]) and all(torch.equal(r, before) for r in results["without"])
+    assert torch.equal(predict(), before)
+
+
+def test_layouts_that_are_not_known() -> None:
+    text = {"encoder_hidden_states": torch.randn(6, 5, 8)}
+    one, two = torch.randn(1, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    guided = SimpleNamespace(do_classifier_free_guidance=True)
+    assert _read_layout(guided, one.repeat(3, 1, 1, 1), text) is None  # InstructPix2Pix: three parts
+    assert _read_layout(guided, two.repeat(3, 1, 1, 1), text) is None
+    assert _read_layout(guided, two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
+    assert _read_layout(SimpleNamespace(do_classifier_free_guidance=False), two.repeat(2, 1, 1, 1), text) == ("conditional",)
+    perturbed = SimpleNamespace(do_classifier_free_guidance=True, do_perturbed_attention_guidance=True)
+    assert _read_layout(perturbed, two.repeat(3, 1, 1, 1), text) == ("unconditional", "conditional", "")
+    assert _read_layout(SimpleNamespace(), two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
+    assert _read_layout(SimpleNamespace(), two, text) == ("conditional",)
+    assert _read_layout(SimpleNamespace(), one.repeat(2, 1, 1, 1), {"encoder_hidden_states": torch.ones(2, 5, 8)}) == (
+        "conditional",
+    )
+
+
+def test_unknown_layout_is_an_error_for_a_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call, _, _ = stable_diffusion()
+    monkeypatch.setattr("reattend.hooks.denoise._read_layout", lambda *_: None)
+    with reattend.apply(pipe, "softpag"), pytest.raises(UnsupportedError, match="which rows .* are conditional is not known"):
+        draw(pipe, call)
+
+
+@pytest.mark.parametrize("bad", [{"name": ""}, {"name": "conditional"}, {"scale": float("nan")}, {"start": 0.5, "stop": 0.5}])
+def test_bad_guides(bad: dict[str, Any]) -> None:
+    with pytest.raises(ReattendError, match="guide"):
+        Guide(**{"name": "x", "scale": 1.0, **bad})
+
+
+def test_a_guide_without_a_denoiser_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="needs a denoiser"):
+        attach(nn.Linear(2, 2), [Plan("x", [Guide("x", 1.0)])])

@@ -51,8 +51,8 @@ def compare(
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
     table = sites(model)
-    with apply(model, *chosen, tokenizer=job.tokenizer):
-        pass  # a recipe that does not fit says so before anything runs
+    session = apply(model, *chosen, tokenizer=job.tokenizer)  # a recipe that does not fit says so before anything runs
+    session.remove()
 
     slugs = " + ".join(item.slug for item in chosen)
     facts = model_facts(model, job, len(table))
@@ -60,11 +60,11 @@ def compare(
     report.recipes = [recipe_facts(item) for item in chosen]
     report.request = job.request()
     report.environment = environment()
-    # the last step of each variant's bar is the look at its attention
     with _progress(progress, 2 * (job.ticks + 1 + attention)) as tick:
-        before = _run(job, report, report.before, None, attention, tick)
-        with apply(model, *chosen, tokenizer=job.tokenizer) as session:
-            after = _run(job, report, report.after, session, attention, tick)
+        before = _run(job, report.before, session, attention, tick)
+        with session:
+            after = _run(job, report.after, session, attention, tick)
+            report.stats = session.stats
     job.fill(report, before, after)
     for label, counts in report.stats.items():
         if not counts:
@@ -74,36 +74,28 @@ def compare(
     return report
 
 
-def _run(job: Job, report: Report, side: Side, session: Session | None, attention: bool, tick: Tick) -> Any:
-    """Warm-up, timed run, look at the attention; fills in the side's cost and masses, and the session's counters."""
+def _run(job: Job, side: Side, session: Session, attention: bool, tick: Tick) -> Any:
+    """Warm-up, look at the attention, timed run; fills in the side's cost and masses. Only the timed run counts in the session."""
     job.warm()
     tick()
-    counted = {} if session is None else session.stats
-    with Meter(job.device) as meter:
-        result = job.run(lambda: (meter.tick(), tick())[1])
-    side.cost = meter.cost
-    side.cost.steps = job.steps(result)
-    if session is not None:
-        report.stats = _difference(session.stats, counted)
     if attention:
         watched = job.watched(sites(job.model))
         if len(watched):
-            with capture(job.model, where=watched, tokenizer=job.tokenizer) as seen:
+            # passages that the recipes name are told apart in both runs
+            spans = () if session.active else session.spans
+            with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans) as seen:
                 job.glance()
             side.mass, side.entropy = seen.mass_by_role(), seen.entropy()
             stacks = {s.stack for s in watched}
             side.mass_by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}
         tick()
+    for counts in session.counts.values():
+        counts.clear()
+    with Meter(job.device) as meter:
+        result = job.run(lambda: (meter.tick(), tick())[1])
+    side.cost = meter.cost
+    side.cost.steps = job.steps(result)
     return result
-
-
-def _difference(now: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    return {
-        label: {
-            site: n - before.get(label, {}).get(site, 0) for site, n in counts.items() if n > before.get(label, {}).get(site, 0)
-        }
-        for label, counts in now.items()
-    }
 
 
 def _recipes(

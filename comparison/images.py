@@ -67,6 +67,9 @@ class ImageJob(Job):
     def steps(self, result: Any) -> int:
         return self.ticks
 
+    def show(self, result: list[Any]) -> list[Any]:
+        return result
+
     def _call(self, steps: int | None, tick: Tick | None) -> list[Any]:
         options = dict(self.options)
         if steps is not None and "num_inference_steps" in self.accepted:

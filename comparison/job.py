@@ -58,6 +58,10 @@ class Job(ABC):
         return None
 
     @abstractmethod
+    def show(self, result: Any) -> Any:
+        """A result as people read it: a text, a list of (label, probability), or a list of pictures."""
+
+    @abstractmethod
     def request(self) -> dict[str, Any]:
         """What was asked, for the report."""
 

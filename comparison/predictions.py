@@ -81,8 +81,7 @@ class PredictionJob(Job):
     def fill(self, report: Report, before: Tensor, after: Tensor) -> None:
         p, q = before.double().softmax(dim=-1), after.double().softmax(dim=-1)
         for side, chances in ((report.before, p), (report.after, q)):
-            best = chances.topk(min(TOP, chances.numel()))
-            side.predictions = [(self._label(i, p.numel()), float(v)) for v, i in zip(best.values, best.indices.tolist())]
+            side.predictions = self._best(chances)
         report.inputs = list(self.pictures)
         first, second = int(p.argmax()), int(q.argmax())
         report.kl = [kl_divergence(before, after)]
@@ -94,6 +93,13 @@ class PredictionJob(Job):
             probability_of_first_before=float(p[first]),
             probability_of_first_after=float(q[first]),
         )
+
+    def show(self, result: Tensor) -> list[tuple[str, float]]:
+        return self._best(result.double().softmax(dim=-1))
+
+    def _best(self, chances: Tensor) -> list[tuple[str, float]]:
+        best = chances.topk(min(TOP, chances.numel()))
+        return [(self._label(i, chances.numel()), float(v)) for v, i in zip(best.values, best.indices.tolist())]
 
     def _label(self, index: int, size: int) -> str:
         names = getattr(self._module.config, "id2label", None) or {}

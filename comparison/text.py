@@ -111,7 +111,7 @@ class TextJob(Job):
 
     def fill(self, report: Report, before: Generated, after: Generated) -> None:
         for side, result in ((report.before, before), (report.after, after)):
-            side.text = self._decode(result.ids, skip_special=True)
+            side.text = self.show(result)
             side.tokens = self._pieces(result.ids)
         report.inputs = list(self.pictures)
         place = first_difference(before.ids, after.ids)
@@ -126,6 +126,9 @@ class TextJob(Job):
         report.metrics["kl_mean"] = sum(report.kl) / len(report.kl) if report.kl else None
         report.metrics["kl_max"] = max(report.kl, default=None)
         report.metrics["kl_at_first_difference"] = report.kl[place] if place is not None and place < len(report.kl) else None
+
+    def show(self, result: Generated) -> str:
+        return self._decode(result.ids, skip_special=True)
 
     def _decode(self, ids: list[int], skip_special: bool = False) -> str:
         if self.tokenizer is None:

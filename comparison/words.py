@@ -22,7 +22,7 @@ ROLES = {
 
 
 def role_words(role: str) -> str:
-    return ROLES.get(role, role)
+    return "marked passage" if role.startswith("emphasis") else ROLES.get(role, role)
 
 
 def number(value: float | None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, row_weights
 from ..interventions.kernels import rows_per_chunk
 from .discovery import SiteTable, sites
-from .plan import Capture, Plan
+from .plan import Capture, Plan, Spans
 from .session import Session
 
 # From the least to the most specific: a token that has several roles counts for the last one. The user's spans come after these.
@@ -145,19 +145,21 @@ def capture(
     max_steps: int = 256,
     isolated: bool = False,
     tokenizer: Any = None,
+    spans: Sequence[Spans] = (),
 ) -> Recording:
     """Reads a model's attention while the returned context manager is open, after the edits of whatever recipes are at work.
 
     where: the sites to read, default all that can be. rows: which query rows stand for a call: "last" (the one that predicts the next
     token), "all", a number of evenly spaced ones, or "auto" (last in causal decoders, 256 elsewhere). maps: absolute positions of
-    rows whose full maps are kept. tokenizer: of a bare model, for roles that its chat template marks. Outputs stay bit-identical. Raises ReattendError for a model without readable attention.
+    rows whose full maps are kept. tokenizer: of a bare model, for roles that its chat template marks. spans: passages to
+    tell apart as roles of their own. Outputs stay bit-identical. Raises ReattendError for a model without readable attention.
     """
     table = sites(model).where(lambda s: s.supported) if where is None else where
     if not len(table):
         raise ReattendError(f"no attention site of this {type(model).__name__} can be read")
     recording = Recording(table, rows, top, maps, max_steps)
     tokenizer = tokenizer or getattr(model, "processor", None) or getattr(model, "tokenizer", None)
-    recording._session = Session(model, [Plan("capture", list(recording.steps()))], isolated=isolated, tokenizer=tokenizer)
+    recording._session = Session(model, [Plan("capture", [*spans, *recording.steps()])], isolated=isolated, tokenizer=tokenizer)
     return recording
 
 

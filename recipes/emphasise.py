@@ -6,6 +6,8 @@ Acts on: the scores of the chosen (layer, head) pairs, on the prompt's key colum
 tokens are never scaled, so the marked passages keep their weight against them.
 The heads matter: the paper profiles tens to hundreds per model and uses alpha 0.01. Without `heads` or `profile` this recipe steers
 all heads with the weak alpha 0.3, since alpha 0.01 in every head cuts a model off from its first token and from the rest of the prompt.
+Measured on SmolLM2-135M-Instruct (benchmarks/effect_emphasise.py, 20 pairs of conflicting facts, each of them marked once): the marked
+fact is the top answer in 15 of 40 prompts without emphasis, 18 at alpha 0.55, 31 at 0.3, 38 at 0.09 and again 31 at 0.01.
 """
 
 from __future__ import annotations

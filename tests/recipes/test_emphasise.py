@@ -458,15 +458,32 @@ def test_a_recipe_file_keeps_the_parameters(tmp_path, parameters):
 
 @pytest.mark.slow
 def test_the_marked_one_of_two_facts_wins(smollm2):
-    """The log-probability of the marked fact's answer, against the other's, rises as alpha falls, whichever fact is marked."""
+    """Two conflicting facts, either marked: the mean log-probability of its answer, and its lead over the other, rise as alpha falls.
+
+    Single prompts need not: below 0.1 on all heads the question is weakened too (see the recipe's text).
+    """
     model, chars = smollm2
-    facts = ["The key of Anna's house is in the kitchen.", "The key of Anna's house is in the garden."]
-    prompt = f"{facts[0]} {facts[1]}\nQuestion: Where is the key of Anna's house? Answer: It is in the"
-    x = chars(prompt, return_tensors="pt")
-    answers = [chars(word)["input_ids"][0] for word in (" kitchen", " garden")]
-    for marked in (0, 1):
-        values = []
-        for alpha in (1.0, 0.3, 0.1):
-            with torch.no_grad(), reattend.apply(model, "emphasise", text=facts[marked], alpha=alpha, tokenizer=chars):
-                values.append(model(**x).logits[0, -1].log_softmax(-1)[answers[marked]].item())
-        assert values[0] < values[1] < values[2], values
+    kinds = [
+        ("The key of {}'s house is in the {}.", "Where is the key of {}'s house? Answer: It is in the", ("garden", "office")),
+        ("{} lives in {}.", "Where does {} live? Answer: {} lives in", ("Berlin", "Paris")),
+        ("The car of {} is {}.", "What colour is the car of {}? Answer: It is", ("blue", "red")),
+    ]
+    prompts, marked, answers = [], [], []
+    for name in ("Anna", "Hugo"):
+        for fact, question, words in kinds:
+            facts = [fact.format(name, word) for word in words]
+            ids = [chars(" " + word)["input_ids"][0] for word in words]
+            for k in (0, 1):
+                prompts.append(f"{facts[0]} {facts[1]}\nQuestion: {question.format(name, name)}")
+                marked.append([facts[k]])
+                answers.append([ids[k], ids[1 - k]])
+    x = chars(prompts, return_tensors="pt", padding=True, padding_side="left")
+    own, lead = [], []
+    for alpha in (1.0, 0.3, 0.1):
+        with torch.no_grad(), reattend.apply(model, "emphasise", text=marked, alpha=alpha, tokenizer=chars) as session:
+            values = model(**x, logits_to_keep=1).logits[:, -1].log_softmax(-1).gather(1, torch.tensor(answers))
+        assert session.applied == (0 if alpha == 1 else 30)
+        own.append(values[:, 0].mean().item())
+        lead.append((values[:, 0] - values[:, 1]).mean().item())
+    assert own[0] < own[1] < own[2], own
+    assert abs(lead[0]) < 1e-4 and 1 < lead[1] < lead[2], lead

@@ -6,12 +6,14 @@ from the input of a layer, long before any attention is computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .call import Call, TokenMap
-from .edits import Rows
+from .edits import Rows, WeightMap
 from .errors import ReattendError
 
 # Room for this many further tokens is kept when column groups are widened for a growing cache.
@@ -43,11 +45,11 @@ class VisualSinks:
         visual = sinks & image
         first = sinks & tokens.positions("bos", 0, prompt, device)
         self.any, self.on_first = torch.stack([visual.any(), first.any()]).tolist()
-        # float32 [B, 3, T]: visual sinks, other sinks, image tokens that are no sinks; generated tokens are in no group
-        self.groups = torch.stack([visual, sinks & ~image, image & ~sinks], dim=1).float()
-        # the share of visual sinks is taken of (mass + count * 1e-6), as in the official code
-        self.floor = image.sum(dim=1).mul(1e-6)[:, None, None]
-        self.has = visual.any(dim=1)[:, None, None]
+        # float32 [B, 4, T]: all sinks, image tokens that are none, visual sinks, the image; generated tokens are in no group
+        self.groups = torch.stack([sinks, image & ~sinks, visual, image], dim=1).float()
+        # the share of visual sinks is taken of (mass + count * 1e-6), as in the official code; nothing is below -inf
+        floor = image.sum(dim=1).mul(1e-6).masked_fill(~visual.any(dim=1), float("-inf"))
+        self.floor = floor[:, None, None]
 
     @classmethod
     def learn(cls, known: VisualSinks | None, hidden: Tensor, tokens: TokenMap, dims: Tensor, tau: float) -> VisualSinks:
@@ -61,18 +63,28 @@ class VisualSinks:
             sinks = torch.cat([pad(before, (0, start - before.shape[1])), sinks], dim=1)
         return cls(pad(sinks, (stop - sinks.shape[1], 0)), tokens)
 
-    def columns(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """Groups [B, 3, stop - start] of the absolute columns start..stop-1, in the dtype and on the device of `like`."""
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Groups [B, 4, stop - start] of the absolute columns start..stop-1."""
         if stop > self.groups.shape[2]:
             self.groups = pad(self.groups, (0, stop + SPARE_COLUMNS - self.groups.shape[2]))
-        return self.groups[:, :, start:stop].to(like)
+        return self.groups[:, :, start:stop]
 
     def redistribute(self, weights: Tensor, rows: Rows, *, key_start: int, move: float, rho: float, summ: float) -> Tensor:
         """`give_back` on the rows of a call whose key column 0 lies at the absolute position key_start."""
         if rows.offset is None:
             raise ReattendError("weight cannot be moved between image tokens whose columns another edit has merged")
-        groups = self.columns(key_start, key_start + weights.shape[3], weights)
-        return give_back(weights, groups, self.floor.to(weights), self.has.to(weights.device), move=move, rho=rho, summ=summ)
+        groups, floor = self.columns(key_start, key_start + weights.shape[3]), self.floor
+        if groups.dtype != weights.dtype or groups.device != weights.device:
+            groups, floor = groups.to(weights), floor.to(weights)
+        return give_back(weights, groups, floor, move=move, rho=rho, summ=summ)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SoundMap(WeightMap):
+    """A `WeightMap` whose function cannot make a row negative or infinite, so that no row is looked at twice (it shows at decode)."""
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        return self.function(weights, rows)
 
 
 def rows_after(call: Call, role: str) -> Tensor:
@@ -85,19 +97,18 @@ def rows_after(call: Call, role: str) -> Tensor:
     return (behind & ~tokens.positions("padding", 0, call.total, call.query.device))[:, call.total - call.num_queries :]
 
 
-def give_back(weights: Tensor, groups: Tensor, floor: Tensor, has: Tensor, *, move: float, rho: float, summ: float) -> Tensor:
+def give_back(weights: Tensor, groups: Tensor, floor: Tensor, *, move: float, rho: float, summ: float) -> Tensor:
     """VAR's redistribution (ICLR 2025): sinks give `move` of their weight to the image tokens that are no sinks, by what these have.
 
-    weights [B, H, R, Tk]; groups [B, 3, Tk], floor and has [B, 1, 1] from `VisualSinks`. A row is changed if its image mass is at
-    least `summ` and at most `rho` of that lies on visual sinks; its sum stays what it was. Rows without image weight beside the
-    sinks, and samples without a visual sink, are left alone.
+    weights [B, H, R, Tk]; groups [B, 4, Tk] and floor [B, 1, 1] from `VisualSinks`. A row is changed if its image mass is at least
+    `summ` and at most `rho` of that lies on visual sinks; its sum stays what it was. Rows without image weight beside the sinks, and
+    samples without a visual sink, are left alone. Few operations on purpose: at decode their number is the cost.
     """
     batch, heads, rows, keys = weights.shape
     flat = weights.reshape(batch, heads * rows, keys)
-    visual, other, rest = (flat @ groups.transpose(1, 2)).split(1, dim=2)
-    total = visual + rest
-    chosen = (visual <= rho * (total + floor)) & (total >= summ) & (rest > 0) & has
-    taken = chosen.to(flat.dtype) * move
-    given = taken * (visual + other) / rest.clamp_min(torch.finfo(flat.dtype).tiny)
-    change = torch.cat([-taken, -taken, given], dim=2)
-    return torch.addcmul(flat, flat, change @ groups).reshape(weights.shape)
+    sinks, rest, visual, image = (flat @ groups.transpose(1, 2)).split(1, dim=2)
+    chosen = (visual - rho * image <= rho * floor) & (image >= summ) & (rest > 0)
+    taken = move * chosen
+    given = taken * sinks / rest.clamp_min(torch.finfo(flat.dtype).tiny)
+    change = torch.cat([-taken, given], dim=2) @ groups[:, :2]
+    return torch.addcmul(flat, flat, change).view(weights.shape)

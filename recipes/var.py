@@ -27,7 +27,7 @@ from ..hooks.images import CROSS_ATTENTION, RESAMPLED
 from ..hooks.plan import Observation, Step
 from ..hooks.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
-from ..interventions.sinks import VisualSinks, rows_after, sink_scores
+from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
 from .profile import Profile, fingerprint, table_fingerprint
 
@@ -168,7 +168,7 @@ class VAR(Recipe):
         if rows is not None and not rows.any():
             return None
         change = partial(known.redistribute, key_start=call.key_start, move=self.move, rho=self.rho, summ=self.summ)
-        return WeightMap(function=change, rows=rows)
+        return SoundMap(function=change, rows=rows)
 
     @staticmethod
     def _rows(call: Call) -> torch.Tensor | None:

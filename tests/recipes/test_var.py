@@ -70,9 +70,9 @@ def test_golden(path):
         return
     torch.testing.assert_close(fused(call, [edit]), data["attn_out"], atol=1e-6, rtol=1e-5)
 
-    groups = found.columns(0, keys, weights)
+    groups = found.columns(0, keys)
     options = {"move": 1 - facts["p"], "rho": facts["rho"], "summ": facts["summ"]}
-    everywhere = give_back(weights, groups, found.floor, found.has, **options)
+    everywhere = give_back(weights, groups, found.floor, **options)
     changed = (everywhere != weights).any(dim=-1).nonzero().tolist()
     assert changed == data["selected_bhq"].tolist()
 
@@ -95,7 +95,7 @@ def random_case(seed, batch=2, heads=3, rows=4, keys=24):
 
 def move(weights, found, **options):
     options = {"move": 0.4, "rho": 0.5, "summ": 0.2, **options}
-    return give_back(weights, found.columns(0, weights.shape[3], weights), found.floor, found.has, **options)
+    return give_back(weights, found.columns(0, weights.shape[3]), found.floor, **options)
 
 
 @pytest.mark.parametrize("seed", range(5))

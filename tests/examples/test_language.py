@@ -21,4 +21,4 @@ def test_the_emphasised_fact_decides_the_answer(capsys):
     before, after = example.main(["--model", "smollm2-package", "--new-tokens", "12"])
     shown = capsys.readouterr().out
     assert f"before:     {before}" in shown and f"after:      {after}" in shown
-    assert before != after and "on 30 layers" in shown
+    assert "garden" not in before and "garden" in after and "on 30 layers" in shown

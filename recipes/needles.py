@@ -34,19 +34,19 @@ NEEDLES = (
         "a spoon of burnt honey mixed with dried lemon peel",
     ),
     Needle(
-        "The captain of the Blue Heron always keeps eleven green marbles and a torn map of Norway in his coat.",
-        "What does the captain of the Blue Heron always keep in his coat?",
-        "eleven green marbles and a torn map of Norway",
-    ),
-    Needle(
         "The password of the observatory at Cape Morrow is seven yellow lanterns and a broken violin.",
         "What is the password of the observatory at Cape Morrow?",
         "seven yellow lanterns and a broken violin",
     ),
     Needle(
-        "The favourite meal of the mayor of Quillon is fried plums with black rice and a glass of cold buttermilk.",
-        "What is the favourite meal of the mayor of Quillon?",
-        "fried plums with black rice and a glass of cold buttermilk",
+        "The name of the winning horse at the Fenbury fair is Crooked Lantern of the Silver Hill.",
+        "What is the name of the winning horse at the Fenbury fair?",
+        "Crooked Lantern of the Silver Hill",
+    ),
+    Needle(
+        "The best gift for a visitor from Marrowdale is a basket of green pears and a pair of woollen socks.",
+        "What is the best gift for a visitor from Marrowdale?",
+        "a basket of green pears and a pair of woollen socks",
     ),
 )
 
@@ -124,13 +124,13 @@ def _text(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int) 
 
 def _sample(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int) -> Sample:
     text = _text(tokenizer, length, depth, needle, seed)
+    prompt = f"{text}\n\nBased on the content of the book, Question: {needle.question}\nAnswer:"
     if getattr(tokenizer, "chat_template", None):
-        content = f"{text}\n\nBased on the content of the text, answer in one sentence. Question: {needle.question}"
-        message = [{"role": "user", "content": content}]
+        message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(f"{text}\n\nBased on the content of the text, Question: {needle.question}\nAnswer:")["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
     ids = list(ids)
     # an answer inside a text begins with a space, which most tokenizers make part of its first token
     spaced, bare = (tokenizer(s + needle.answer, add_special_tokens=False)["input_ids"] for s in (" ", ""))

@@ -12,9 +12,9 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from reattend.comparison.packaged import load_smollm2
+from reattend.comparison.loading import packaged_smollm2
 from reattend.hooks import Act, Plan, attach, sites
-from reattend.interventions import Call, Gain, HeadGain, KeyBias, Mix, Transfer, WeightMap, fused, reference
+from reattend.interventions import Call, Gain, HeadGain, KeyBias, Mix, Transfer, WeightMap, fused
 from timing import extra_memory, ratios, table
 
 HEADS, KEY_HEADS, DIM = 9, 3, 64  # SmolLM2-135M
@@ -113,7 +113,7 @@ def memory(sizes: list[int]) -> None:
 
 
 def end_to_end(prompt: int, new: int, rounds: int) -> None:
-    model, _ = load_smollm2()
+    model, _ = packaged_smollm2()
     table_of_sites = sites(model)
     ids = torch.randint(100, 40000, (1, prompt), generator=torch.Generator().manual_seed(0))
 
@@ -150,12 +150,11 @@ def end_to_end(prompt: int, new: int, rounds: int) -> None:
     result: dict[str, dict[str, float]] = {}
     for label, work in ((f"prefill of {prompt}", prefill), (f"256 + {new} decode steps", decode)):
         variants = {"untouched": work} | {name: under(same(name), work) for name in names}
-        original = model.config._attn_implementation
 
         def eager(work=work) -> None:
             model.set_attn_implementation("eager")
             work()
-            model.set_attn_implementation(original)
+            model.set_attn_implementation("sdpa")
 
         variants["untouched, eager attention"] = eager
         for name, ratio in ratios(variants, rounds).items():
@@ -176,4 +175,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    _ = reference

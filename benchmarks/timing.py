@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import time
@@ -40,6 +39,3 @@ def table(title: str, rows: dict[str, dict[str, float]], digits: int = 2) -> str
         cells = [f"{values[c]:.{digits}f}" if c in values else "" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-__all__ = ["extra_memory", "ratios", "resource", "table"]

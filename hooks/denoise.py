@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Clock, ReattendError, UnsupportedError
+from ..interventions import Clock, ReattendError, ReattendWarning, UnsupportedError
 from .denoiser_tokens import DenoiserForward, read_forward
 from .diffusers_facts import denoiser_in, family_of
-from .discovery import components
+from .discovery import components, uncompiled
 from .guidance import Guided, active_guides, grow, settle
 from .plan import Guide
 from .sdpa_route import clear_marks
@@ -43,6 +44,7 @@ class Run:
     delta: Tensor | None = None
     layouts: dict[int, tuple[str, ...] | None] = field(default_factory=dict)
     memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
+    maps: dict[Any, Any] = field(default_factory=dict)
 
 
 class DenoiserDoor:
@@ -53,6 +55,7 @@ class DenoiserDoor:
         self.handles: dict[int, list[Any]] = {}
         self.parameters: dict[type, list[str]] = {}
         self.local = threading.local()
+        self.stance: Any = None
 
     # -- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -63,15 +66,21 @@ class DenoiserDoor:
         check_guides(session, [*self.attachment.active(), session], bool(denoisers))
         if not denoisers:
             return
+        if self.stance is None and any(_is_compiled(root) for root in denoisers):
+            # a compiled graph has no place for hooks that come and go, and would silently run without them
+            warnings.warn(
+                "the denoiser is compiled: compiled models run uncompiled until the session ends", ReattendWarning, stacklevel=2
+            )
+            self.stance = torch.compiler.set_stance("force_eager")
         for root in parts.values():
             if id(root) in self.handles:
                 continue
             if denoiser_in(root) is None:
-                self.handles[id(root)] = [root.register_forward_pre_hook(self._elsewhere)]
+                self.handles[id(root)] = [root.register_forward_pre_hook(uncompiled(self._elsewhere))]
             else:
                 self.handles[id(root)] = [
-                    root.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+                    root.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True),
+                    root.register_forward_hook(uncompiled(self._leave), with_kwargs=True, always_call=True),
                 ]
 
     def uninstall(self) -> None:
@@ -80,6 +89,9 @@ class DenoiserDoor:
                 handle.remove()
         self.handles = {}
         self.local = threading.local()
+        if self.stance is not None:
+            self.stance.__exit__(None, None, None)
+            self.stance = None
 
     def current(self) -> DenoiserForward | None:
         """The denoiser pass under way in this thread."""
@@ -87,12 +99,10 @@ class DenoiserDoor:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def _elsewhere(self, module: nn.Module, args: tuple) -> None:
         clear_marks()
         self.local.forward = None
 
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # a denoiser never runs inside an attention module: marks that are still there belong to an interrupted pass
         clear_marks()
@@ -123,12 +133,11 @@ class DenoiserDoor:
             changed = (args, kwargs)
         elif run.delta is not None and list(branches) == ["unconditional"]:
             self.local.guided = Guided(clock, [], len(branches["unconditional"]), run)
-        self.local.forward = read_forward(denoiser, given, clock, run.memory)
+        self.local.forward = read_forward(denoiser, given, clock, run.memory, run.maps)
         for session in sessions:
             session.forwards += 1
         return changed
 
-    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         guided = getattr(self.local, "guided", None)
         self.local.forward = self.local.guided = None
@@ -186,6 +195,10 @@ class DenoiserDoor:
         if batch not in run.layouts:
             run.layouts[batch] = _read_layout(pipeline, hidden, given)
         return run.layouts[batch]
+
+
+def _is_compiled(root: nn.Module) -> bool:
+    return hasattr(root, "_orig_mod") or any(m._compiled_call_impl is not None for m in root.modules())
 
 
 def _branches(layout: tuple[str, ...] | None, hidden: Tensor) -> dict[str, Tensor]:

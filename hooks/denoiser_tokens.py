@@ -31,8 +31,11 @@ class DenoiserForward(Forward):
     maps: dict[Any, tuple[TokenMap, TokenMap | None]] = field(default_factory=dict)
 
 
-def read_forward(denoiser: nn.Module, given: Mapping[str, Any], clock: Clock, memory: dict) -> DenoiserForward:
-    """What the arguments of a denoiser's forward, by name, tell about its tokens."""
+def read_forward(
+    denoiser: nn.Module, given: Mapping[str, Any], clock: Clock, memory: dict[Any, Any], maps: dict[Any, Any] | None = None
+) -> DenoiserForward:
+    """What the arguments of a denoiser's forward, by name, tell about its tokens. maps: a run's own, for passes without a text mask,
+    whose maps follow from their shapes."""
     hidden = given.get("hidden_states", given.get("sample"))
     batch = hidden.shape[0] if isinstance(hidden, Tensor) else 1
     forward = DenoiserForward(clock, loose_memory=memory, denoiser=denoiser, batch=batch)
@@ -51,6 +54,8 @@ def read_forward(denoiser: nn.Module, given: Mapping[str, Any], clock: Clock, me
         if registers is not None:
             length += getattr(denoiser, registers).shape[1]
         forward.text_length = length
+    if maps is not None and forward.text_mask is None:
+        forward.maps = maps.setdefault((id(denoiser), batch, forward.text_length, forward.latent), {})
     return forward
 
 

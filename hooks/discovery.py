@@ -12,8 +12,9 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..interventions import ReattendError, Site, UnsupportedError
@@ -22,6 +23,14 @@ from .diffusers_facts import describe as describe_denoiser_site
 
 SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 NATIVE_BACKENDS = {None, "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"}
+
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def uncompiled(hook: Hook) -> Hook:
+    """The hook, kept out of torch.compile's graphs."""
+    return torch.compiler.disable(hook)  # type: ignore
 
 
 class SiteTable(Sequence):
@@ -93,7 +102,7 @@ class SiteTable(Sequence):
 
     def __str__(self) -> str:
         head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for s in self.sites:
             known = [("?" if v is None else str(v)) for v in (s.num_heads, s.num_kv_heads, s.head_dim)]
             lines.append((s.name, s.stack, str(s.layer), s.kind, *known, "yes" if s.causal else "no", s.problem or ""))
@@ -187,7 +196,7 @@ def _dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "sdpa", "nn.MultiheadAttention: its fast path calls a kernel that cannot be intercepted"
     processor = getattr(module, "processor", None)
-    if processor is not None and not isinstance(processor, nn.Module) and hasattr(type(processor), "__call__"):
+    if processor is not None and not isinstance(processor, nn.Module) and callable(processor):
         names = _names(type(processor).__call__)
         if names & SDPA_NAMES:
             backend = getattr(processor, "_attention_backend", None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Call, ReattendError, UnsupportedError, fused, reference_with_weights
+from .discovery import uncompiled
 from .session import edits_of
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ class InterfaceRoute:
         ]
         todo: list[tuple[Any, str]] = []
         for site, module in modules:
-            config = module.config
-            name = config._attn_implementation
-            name = "eager" if name is None else name
+            config: Any = module.config
+            name: str = config._attn_implementation or "eager"
             if name.startswith(PREFIX):
                 continue
             if name not in SUPPORTED:
@@ -105,7 +105,7 @@ def _attention(
     """Stands in for implementation `name`: edits the call if a session asks for it, and delegates otherwise."""
     owner = _owners.get(id(module))
     if owner is not None:
-        result = _edited(owner, name, module, query, key, value, attention_mask, kwargs)
+        result = _steered(owner, name, module, query, key, value, attention_mask, kwargs)
         if result is not None:
             return result
     return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
@@ -132,10 +132,9 @@ def _forward_of(cls: type) -> Any:
 
 
 def _original(name: str, module: nn.Module) -> Any:
-    return _lookup(name, type(module))
+    return _lookup(name, type(module))  # type: ignore[arg-type]
 
 
-@torch.compiler.disable
 def _edited(
     owner: Attachment,
     name: str,
@@ -175,6 +174,9 @@ def _edited(
         output, weights = reference_with_weights(call, edits)
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
     return fused(call, edits).transpose(1, 2).contiguous(), None
+
+
+_steered = uncompiled(_edited)
 
 
 def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:

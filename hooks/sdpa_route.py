@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..interventions import Call, ReattendError, fused
 from .denoiser_tokens import locate
+from .discovery import uncompiled
 from .session import edits_of
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class SdpaRoute:
                 module = step.sites.module(site)
                 if site.route == "sdpa" and id(module) not in self.handles:
                     self.handles[id(module)] = [
-                        module.register_forward_pre_hook(self._mark, with_kwargs=True),
-                        module.register_forward_hook(self._unmark, with_kwargs=True, always_call=True),
+                        module.register_forward_pre_hook(uncompiled(self._mark), with_kwargs=True),
+                        module.register_forward_hook(uncompiled(self._unmark), with_kwargs=True, always_call=True),
                     ]
 
     def uninstall(self) -> None:
@@ -50,7 +51,6 @@ class SdpaRoute:
                 handle.remove()
         self.handles = {}
 
-    @torch.compiler.disable
     def _mark(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         sessions = [s for s in self.attachment.active() if s.acts_at(module)]
         mode = _Interception(self.attachment, module, sessions) if sessions else None
@@ -58,7 +58,6 @@ class SdpaRoute:
         if mode is not None:
             mode.__enter__()
 
-    @torch.compiler.disable
     def _unmark(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         marks = _marks()
         mode = marks.pop() if marks else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..interventions import Clock, ReattendError, TokenMap
 from .diffusers_facts import denoiser_in
-from .discovery import pretrained_root, unwrapped_model
+from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
 from .tokens import build_roles
 
@@ -79,8 +79,8 @@ class SequenceTracker:
             return
         self.signature = inspect.signature(type(self.root).forward)
         self.handles = [
-            self.root.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            self.root.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True),
+            self.root.register_forward_hook(uncompiled(self._leave), with_kwargs=True, always_call=True),
         ]
 
     def uninstall(self) -> None:
@@ -103,7 +103,6 @@ class SequenceTracker:
         stack = getattr(self.local, "stack", None)
         return stack[-1] if stack else Forward(OUTSIDE)
 
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         sessions = self.attachment.active()
         # one forward pass of a model never starts inside another one of itself: anything left here was interrupted
@@ -117,7 +116,6 @@ class SequenceTracker:
         for session in sessions:
             session.forwards += 1
 
-    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         stack = getattr(self.local, "stack", None)
         forward = stack.pop() if stack else None

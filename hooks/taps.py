@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, UnsupportedError
-from .discovery import layer_module
+from .discovery import layer_module, uncompiled
 from .plan import Observation, Observe, Plan, Project
 
 if TYPE_CHECKING:
@@ -29,10 +28,10 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
                 raise UnsupportedError(
                     f"the layer of {site.name} is called without hidden_states, so its input cannot be observed"
                 )
-            forward = attachment.tracker.current()
+            forward = attachment.denoiser.current() or attachment.tracker.current()
             step.tap(Observation(hidden.detach(), site, forward.clock, forward.tokens, forward.memory(plan.memory_key)))
 
-        handles.append(layer_module(root, path).register_forward_pre_hook(torch.compiler.disable(tap), with_kwargs=True))
+        handles.append(layer_module(root, path).register_forward_pre_hook(uncompiled(tap), with_kwargs=True))
     return handles
 
 
@@ -49,13 +48,13 @@ def install_projection(attachment: Attachment, session: Session, plan: Plan, ste
         def project(_: nn.Module, args: tuple, output: Tensor, site=site, heads=heads) -> Tensor | None:
             if session not in attachment.active():
                 return None
-            forward = attachment.tracker.current()
+            forward = attachment.denoiser.current() or attachment.tracker.current()
             edit = step.edit(forward.tokens, forward.clock)
             if edit is None or edit.is_identity:
                 return None
             return _on_projection(output, edit, heads, session, step, site.name)
 
-        handles.append(target.register_forward_hook(torch.compiler.disable(project)))
+        handles.append(target.register_forward_hook(uncompiled(project)))
     return handles
 
 

@@ -18,12 +18,7 @@ from .transcript import Transcript, transcripts
 def build_roles(tokens: TokenMap, model: Any, ids: Tensor | None, mask: Any, given: dict[str, Any], sessions: list) -> None:
     """Fills tokens.roles and tokens.images. Raises ReattendError when a span that a session asked for is not in the prompt."""
     prompt = tokens.prompt_length
-    padding = torch.zeros(tokens.batch, prompt, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == tokens.batch:
-        padding = ~mask[:, :prompt].bool().cpu()
-        if padding.shape[1] < prompt:
-            padding = torch.nn.functional.pad(padding, (prompt - padding.shape[1], 0))
-    tokens.roles["padding"] = padding
+    padding = tokens.roles["padding"] = padding_of(mask, tokens.batch, prompt)
     # the first real token: models park attention there whether or not it is a BOS token
     real = ~padding
     tokens.roles["bos"] = real & (real.cumsum(dim=1) == 1)
@@ -33,6 +28,20 @@ def build_roles(tokens: TokenMap, model: Any, ids: Tensor | None, mask: Any, giv
         add_images(tokens, model, ids, given)
     if not _is_decoder_side(model, ids, given):
         add_text_roles(tokens, ids, sessions)
+
+
+def padding_of(mask: Any, batch: int, prompt: int) -> Tensor:
+    """Bool [batch, prompt]: padded positions, from a 2-d mask or from the 4-d masks that `generate` prepares for static caches."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch):
+        # the last prompt token sees every real token
+        last = mask[:, 0, -1, :prompt].expand(batch, -1)
+        mask = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch:
+        return torch.zeros(batch, prompt, dtype=torch.bool)
+    padding = ~mask[:, :prompt].bool().cpu()
+    return torch.nn.functional.pad(padding, (max(0, prompt - padding.shape[1]), 0))
 
 
 def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,6 @@ from .edits import (
     MixValue,
     OperandEdit,
     Operands,
-    OutputEdit,
     Rows,
     ScoreEdit,
     Transfer,
@@ -269,7 +269,7 @@ class _Group:
             outputs.append(grouped_values(edited_weights(x, part, self.edits, call, self.sinks), value))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
-    def _towards_values(self, x: Operands, bias: Tensor | None, mixes: Sequence[WeightEdit]) -> Tensor:
+    def _towards_values(self, x: Operands, bias: Tensor | None, mixes: Sequence[Any]) -> Tensor:
         """Mixes with the identity need no weights: (1 - s) o + s v."""
         result = self._kernel(x, bias, False)[0]
         rows = self._rows(x, torch.arange(x.query.shape[2], device=x.query.device))

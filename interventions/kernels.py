@@ -94,7 +94,7 @@ def attend(
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output [B, H, Tq, Dv] and, on request, the log-sum-exp [B, H, Tq] of each row's scores over the keys (sink logits included)."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     if softcap is not None:
         return _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks)
     if is_causal and query.shape[2] != key.shape[2]:

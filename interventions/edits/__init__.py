@@ -1,7 +1,7 @@
 """The edit algebra: every change of attention that a recipe can ask for, each as its formula on the materialised matrix."""
 
 from .base import Edit, Rows
-from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, ReplaceKV, Reorder, ScaleQuery
+from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
 from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit
 from .weights import Gain, Mix, Transfer, WeightEdit, WeightMap

@@ -41,7 +41,7 @@ class Rows:
             raise ReattendError("an edit needs each row's own column, but PoolKV has merged the columns of this call")
         return self.index + self.offset
 
-    def columns(self, columns: Tensor) -> Tensor:
+    def columns(self, columns: Columns) -> Tensor:
         """A column set as bool [B, H, 1, Tk] (1 where shared). Columns that were appended belong to no set."""
         return self.padded(column_mask(columns, self.key.shape[2] - self.appended, self.key.device))[:, :, None]
 
@@ -159,8 +159,9 @@ def as_columns(name: str, columns: Columns) -> Tensor:
     return index
 
 
-def column_mask(columns: Tensor, num_keys: int, device: torch.device) -> Tensor:
+def column_mask(columns: Columns, num_keys: int, device: torch.device) -> Tensor:
     """Bool [B, H, Tk] (1 where shared) from a column set; columns beyond the keys are an error."""
+    columns = as_columns("a column set", columns)
     if columns.dtype == torch.bool:
         if columns.shape[-1] != num_keys:
             raise ReattendError(f"a column set has {columns.shape[-1]} columns, the call has {num_keys} keys")

@@ -169,6 +169,33 @@ def test_restored_after_an_interrupt(name: str) -> None:
     assert_restored(model, inputs, before)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel"])
+def test_compiled_denoisers_run_uncompiled_under_a_session(name: str, how: str) -> None:
+    model, inputs = build(name)
+    before = run(model, inputs)
+    with attach(model, [Plan("halve", [Act(usable(model), lambda call: HeadGain(gain=0.5))])]):
+        expected = run(model, inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager") if how == "wrapper" else model
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "blocks":
+        model.compile_repeated_blocks(backend="eager")  # type: ignore[operator]
+    torch.testing.assert_close(run(compiled, inputs), before)
+    table = usable(compiled)
+    with pytest.warns(ReattendWarning, match="denoiser is compiled"):
+        session = attach(compiled, [Plan("halve", [Act(table, lambda call: HeadGain(gain=0.5))])])
+    torch.testing.assert_close(run(compiled, inputs), expected)
+    session.remove()
+    assert session.applied == len(table)
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    torch.testing.assert_close(run(compiled, inputs), before)
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames, "the compiled graphs must still be good"
+    assert hooks_of(model) == 0 and modes() == []
+
+
 @pytest.mark.parametrize("name", DENOISERS)
 def test_token_roles(name: str) -> None:
     model, inputs = build(name)

@@ -268,3 +268,15 @@ def test_other_families_start():
     with session_of(model) as session:
         model(IDS)
     assert session.applied == 2
+
+
+def test_left_padding_with_a_static_cache():
+    """`generate` prepares 4-d masks for static caches: padding is still known."""
+    model = llama()
+    padded = IDS.clone()
+    padded[1, :4] = 0
+    mask = torch.ones_like(padded)
+    mask[1, :4] = 0
+    with session_of(model):
+        expected = generate(model, padded, attention_mask=mask)
+        assert torch.equal(generate(model, padded, attention_mask=mask, cache_implementation="static"), expected)

@@ -298,9 +298,9 @@ def test_flash_and_other_kernels_are_refused_with_the_remedy(model):
 
 
 def test_a_head_that_does_not_exist_is_named(model, ids):
-    with pytest.raises(ReattendError, match="head 7 does not exist.*model.layers.0.self_attn.*heads 0 to 3"):
-        with session_of(model, lambda call: HeadGain(gain=0.5, heads=[7])):
-            logits(model, ids)
+    message = "head 7 does not exist.*model.layers.0.self_attn.*heads 0 to 3"
+    with pytest.raises(ReattendError, match=message), session_of(model, lambda call: HeadGain(gain=0.5, heads=[7])):
+        logits(model, ids)
 
 
 def test_training_with_dropout_is_refused(ids):

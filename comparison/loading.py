@@ -80,7 +80,7 @@ def _transformers(name: str, dtype: Any, device: str) -> Any:
     config = AutoConfig.from_pretrained(name)
     task = task_of(config)
     with _quiet():
-        return pipeline(task, model=name, dtype=dtype, device=device)
+        return pipeline(task, model=name, dtype=dtype, device=device)  # type: ignore
 
 
 def task_of(config: Any) -> str:
@@ -101,7 +101,7 @@ def task_of(config: Any) -> str:
 
 def _diffusion(name: str, dtype: Any, device: str) -> Any:
     try:
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
     except ImportError:
         raise ReattendError(f'{name!r} is a diffusers pipeline: pip install "reattend[diffusion]"') from None
     pipe = DiffusionPipeline.from_pretrained(name, **({"torch_dtype": dtype} if dtype else {}))

@@ -71,7 +71,7 @@ class TextJob(Job):
         new = output.sequences[0, self._start(output) :].tolist()
         logits = getattr(output, "logits", None)
         usable = logits is not None and getattr(output, "beam_indices", None) is None and len(logits) >= len(new)
-        return Generated(new, [step[0].reshape(-1, step.shape[-1])[-1] for step in logits] if usable else None)
+        return Generated(new, [step[0].reshape(-1, step.shape[-1])[-1] for step in logits or ()] if usable else None)
 
     def steps(self, result: Generated) -> int:
         return len(result.ids)

@@ -182,8 +182,9 @@ class SequenceTracker:
         last = getattr(self.local, "uncached", None)
         if last is None or ids is None or last.ids is None or last.ids.shape[0] != ids.shape[0]:
             return None
-        before = last.ids
-        grown = ids.shape[1] == before.shape[1] + 1 and torch.equal(ids[:, :-1], before)
+        # beams may have changed places since the last step: only their prompts are sure to be the same
+        before, prompt = last.ids, last.tokens.prompt_length
+        grown = ids.shape[1] == before.shape[1] + 1 and torch.equal(ids[:, :prompt], before[:, :prompt])
         return last if grown else None
 
     def _extend(

@@ -172,6 +172,7 @@ def test_no_cache_generation_keeps_the_prompt_apart_from_what_is_generated():
 
     with session_of(model, watch):
         generate(model, IDS, use_cache=False)
+        assert torch.equal(generate(model, IDS, use_cache=False, num_beams=3), generate(model, IDS, num_beams=3))
     assert {p for p, _ in prompts} == {IDS.shape[1]}
     assert max(k for _, k in prompts) == IDS.shape[1] + NEW - 1
 

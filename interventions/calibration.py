@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 
 from .call import Call
 from .errors import ReattendError
-from .kernels import attend, score_rows, statistics_dtype
+from .fused_executor import untouched_heads
+from .kernels import score_rows, statistics_dtype
 
 # Weights of one chunk: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.
 CHUNK_WEIGHTS = 1 << 18
@@ -52,14 +53,16 @@ def column_statistics(call: Call, heads: Sequence[int]) -> ColumnStatistics:
     """Sums and counts of the untouched weights of these heads per key column, over the call's real prompt rows.
 
     Rows of padding, and rows of tokens that assisted decoding has only drafted, are left out; columns of padding get sum 0 and count 0.
-    Raises ReattendError for a head that the call does not have.
+    heads: in ascending order. Raises ReattendError for a head that the call does not have. The heads' output and log-sum-exp stay on
+    the call, so that editing them costs no second kernel.
     """
     heads = list(heads)
     if not heads or min(heads) < 0 or max(heads) >= call.num_heads:
         raise ReattendError(f"heads must name heads 0 to {call.num_heads - 1} of this attention, got {heads}")
-    query, key, value, mask, sinks = _operands(call, heads)
-    _, lse = attend(query, key, value, mask, call.is_causal, call.scaling, call.softcap, sinks, need_lse=True)
-    assert lse is not None
+    if heads != sorted(set(heads)):
+        raise ReattendError(f"heads must be distinct and in ascending order, got {heads}")
+    x, lse = untouched_heads(call, heads)
+    query, key, mask = x.query, x.key, x.mask
     dtype = statistics_dtype(query)
     lse = lse.to(dtype).masked_fill(lse == float("-inf"), 0.0)
     counted = None if call.tokens is None else call.query_rows("prompt")
@@ -156,16 +159,3 @@ def learn_sinks(
     sinks = hidden_sinks(found, limit, first, exempt_first_over, min_rows)
     keep = [i for i, has in enumerate(sinks.any(dim=2).any(dim=0).tolist()) if has]
     return KnownSinks(found, [list(heads)[i] for i in keep], sinks[:, keep])
-
-
-def _operands(call: Call, heads: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(query, key, value, mask, sinks) of some heads, key heads such that the query heads of a group share theirs."""
-    if len(heads) == call.num_heads:
-        return call.query, call.key, call.value, call.mask, call.sinks
-    shared = call.num_heads // call.key.shape[1]
-    owners = [h // shared for h in heads]
-    kv = sorted(set(owners))
-    same = len({owners.count(k) for k in kv}) == 1 and owners == sorted(owners)
-    kv = kv if same else owners
-    mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
-    return call.query[:, heads], call.key[:, kv], call.value[:, kv], mask, None if call.sinks is None else call.sinks[heads]

@@ -145,6 +145,8 @@ class Call:
     memory: MutableMapping = field(default_factory=dict)
     original: Callable[[], Tensor] | None = None
     original_is_sdpa: bool = True
+    # heads -> their untouched (output, log-sum-exp): what an intervention has computed already, the executor need not compute again
+    attended: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.is_causal and self.query.shape[2] == 1:

@@ -150,6 +150,30 @@ def plain(call: Call) -> Tensor:
     return attend(call.query, call.key, call.value, call.mask, call.is_causal, call.scaling, call.softcap, call.sinks)[0]
 
 
+def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]:
+    """(operands, log-sum-exp [B, heads, Tq]) of some heads in ascending order, without edits.
+
+    The output that comes with it is kept on the call: if the same heads are then edited, `fused` starts from it.
+    """
+    group = _Group(call, list(heads), [])
+    x = Operands(*group.operands, call.is_causal, offset=call.num_keys - call.num_queries)
+    output, lse = group._kernel(x, None, True)
+    assert lse is not None
+    call.attended[tuple(heads)] = output, lse
+    return x, lse
+
+
+def _attended(call: Call, heads: list[int]) -> tuple[Tensor, Tensor] | None:
+    """The untouched output and log-sum-exp of these heads, if an intervention has left them on the call."""
+    for known, (output, lse) in call.attended.items():
+        if known == tuple(heads):
+            return output, lse
+        if set(heads) <= set(known):
+            index = [known.index(h) for h in heads]
+            return output[:, index], lse[:, index]
+    return None
+
+
 def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
     """Heads with the same edits: {indices of edits: heads}."""
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -238,9 +262,12 @@ class _Group:
     def _kernel(self, x: Operands, bias: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         call = self.call
         if bias is None:
-            untouched = self.whole and all(new is old for new, old in zip((x.query, x.key, x.value, x.mask), self.operands))
-            if untouched and not need_lse:
+            untouched = all(new is old for new, old in zip((x.query, x.key, x.value, x.mask), self.operands))
+            if untouched and self.whole and not need_lse:
                 return plain(call), None
+            known = _attended(call, self.heads) if untouched and need_lse else None
+            if known is not None:
+                return known
             return attend(x.query, x.key, x.value, x.mask, x.is_causal, call.scaling, call.softcap, self.sinks, need_lse)
         if x.query.shape[2] <= FEW_ROWS or call.softcap is not None or x.query.shape[-1] != x.value.shape[-1]:
             mask = x.dense_mask()

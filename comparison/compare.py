@@ -45,7 +45,8 @@ def compare(
     options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. A recipe
     whose parameters have the name of an argument here is given as a pair: ("emphasise", {"text": "in French"}).
 
-    Each variant runs once for warming up (one token or step) and once timed. Raises ReattendError for bad input before anything runs.
+    Each variant runs shortly for warming up and for the look at its attention, and then once timed. Raises ReattendError for bad
+    input before anything runs.
     """
     model = original_of(model)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
@@ -60,7 +61,7 @@ def compare(
     report.recipes = [recipe_facts(item) for item in chosen]
     report.request = job.request()
     report.environment = environment()
-    with _progress(progress, 2 * (job.ticks + 1 + attention)) as tick:
+    with _progress(progress, 2 * (job.ticks + 1)) as tick:
         before = _run(job, report.before, session, attention, tick)
         with session:
             after = _run(job, report.after, session, attention, tick)
@@ -75,20 +76,19 @@ def compare(
 
 
 def _run(job: Job, side: Side, session: Session, attention: bool, tick: Tick) -> Any:
-    """Warm-up, look at the attention, timed run; fills in the side's cost and masses. Only the timed run counts in the session."""
-    job.warm()
+    """A look at the attention, which also warms up, then the timed run. Only the latter counts in the session and in the cost."""
+    watched = job.watched(sites(job.model)) if attention else ()
+    if not len(watched):
+        job.warm()
+    else:
+        # passages that the recipes name are told apart in both runs
+        spans = () if session.active else session.spans
+        with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans) as seen:
+            job.glance()
+        side.mass, side.entropy = seen.mass_by_role() if job.roles_tell(watched) else {}, seen.entropy()
+        stacks = {s.stack for s in watched}
+        side.mass_by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}
     tick()
-    if attention:
-        watched = job.watched(sites(job.model))
-        if len(watched):
-            # passages that the recipes name are told apart in both runs
-            spans = () if session.active else session.spans
-            with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans) as seen:
-                job.glance()
-            side.mass, side.entropy = seen.mass_by_role(), seen.entropy()
-            stacks = {s.stack for s in watched}
-            side.mass_by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}
-        tick()
     for counts in session.counts.values():
         counts.clear()
     with Meter(job.device) as meter:
@@ -136,7 +136,7 @@ def _progress(wanted: bool | None, total: int) -> Iterator[Tick]:
 def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:
     module = job.module
     config = getattr(pretrained_root(module), "config", None)
-    name = getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "")
+    name = getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or ""
     first = next(module.parameters(), None)
     return {
         "class": type(model).__name__ if job.kind == "image" else type(module).__name__,

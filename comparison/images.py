@@ -53,7 +53,13 @@ class ImageJob(Job):
         return steps if isinstance(steps, int) else 1
 
     def watched(self, table: SiteTable) -> SiteTable:
-        return super().watched(table).stack("denoiser")
+        found = super().watched(table).stack("denoiser")
+        joint = found.kind("joint")
+        return joint if len(joint) else found
+
+    def roles_tell(self, watched: SiteTable) -> bool:
+        # a cross-attention sees text only and a self-attention the image only, whatever is done to them
+        return any(site.kind == "joint" for site in watched)
 
     def warm(self) -> None:
         self._call(1, None)

@@ -53,6 +53,10 @@ class Job(ABC):
         """The sites whose attention is looked at."""
         return table.where(lambda s: s.supported)
 
+    def roles_tell(self, watched: SiteTable) -> bool:
+        """Whether the attention mass per token role says anything at these sites."""
+        return True
+
     def steps(self, result: Any) -> int | None:
         """How many steps (tokens, denoising steps) a result took."""
         return None

@@ -36,6 +36,15 @@ class Side:
 
 
 @dataclass
+class Check:
+    """A yes-or-no question about an output, and its answer before and after."""
+
+    what: str
+    before: bool
+    after: bool
+
+
+@dataclass
 class Report:
     """Before and after of one comparison. Shows itself in a terminal (`print()`), a notebook, as `html(path)` and as `json()`.
 
@@ -60,6 +69,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     intro: str = ""
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -104,6 +114,7 @@ class Report:
             "metrics": {**self.metrics, "time_ratios": self.ratios, "edits_applied": self.applied},
             "kl_per_token": self.kl,
             "stats": self.stats,
+            "checks": [vars(check) for check in self.checks],
             "notes": self.notes,
             "environment": self.environment,
         }

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .report import Report, Side
+from .report import Check, Report, Side
 from .words import duration, number, percent, role_words, size, summary, times_of
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -25,6 +25,7 @@ def renderable(report: Report) -> Any:
         parts.append(Text(report.intro))
     parts.append(_outputs(report))
     parts.append(Text(summary(report), style="bold"))
+    parts += [_check(check) for check in report.checks]
     if report.kind == "text" and report.kl:
         parts.append(Text("KL per token  ").append(_sparkline(report.kl)).append(f"  max {number(max(report.kl))} nats"))
     if report.before.mass or report.after.mass:
@@ -32,6 +33,24 @@ def renderable(report: Report) -> Any:
     parts.append(_cost(report))
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
     return Group(*parts)
+
+
+def brief(report: Report) -> Any:
+    """A report in a few lines: title, recipe, both outputs, what was checked, what it cost."""
+    parts: list[Any] = [Text(), Text(report.title, style="bold")]
+    does = " ".join(f"{recipe['name']}: {recipe['does']}" for recipe in report.recipes)
+    parts.append(Text(report.intro or does, style="dim"))
+    parts += [_outputs(report), Text(summary(report)), *(_check(check) for check in report.checks)]
+    parts.append(_cost(report))
+    parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
+    return Group(*parts)
+
+
+def _check(check: Check) -> Text:
+    text = Text(f"checked: {check.what}? ")
+    for label, value in (("before", check.before), ("after", check.after)):
+        text.append(f" {label} ", style="dim").append("yes" if value else "no", style="green" if value else "red")
+    return text
 
 
 def _outputs(report: Report) -> Any:

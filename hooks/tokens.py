@@ -34,10 +34,10 @@ def padding_of(mask: Any, batch: int, prompt: int) -> Tensor:
     """Bool [batch, prompt]: padded positions, from a 2-d mask or from the 4-d masks that `generate` prepares for static caches."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch):
-        # the last prompt token sees every real token
-        last = mask[:, 0, -1, :prompt].expand(batch, -1)
-        mask = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] >= prompt:
+        # whatever the window, a real token sees itself and a padded one is seen by nobody
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+        mask = seen.any(dim=1)[:, :prompt].expand(batch, -1)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch:
         return torch.zeros(batch, prompt, dtype=torch.bool)
     padding = ~mask[:, :prompt].bool().cpu()

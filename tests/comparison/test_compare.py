@@ -146,6 +146,22 @@ def test_image_classification(class_pipe):
     assert report.inputs == [picture]
 
 
+def test_image_and_text(look_pipe):
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
+    options = dict(max_new_tokens=5, do_sample=False)
+    report = reattend.wrap(look_pipe).compare(WINDOW, image=picture, text="the red dog is on", **options)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "the red dog is on"}]}
+    ]
+    by_hand = look_pipe(text=messages, return_full_text=False, **options)[0]["generated_text"]
+    assert report.outputs["before"].strip() == by_hand.strip()
+    assert not report.metrics["identical"] and report.applied == 10
+    assert report.request["prompt"].count("<image>") == 4 and report.inputs == [picture]
+    assert report.before.mass["image"] > report.after.mass["image"], "the picture leaves the window"
+    again = reattend.compare(look_pipe, WINDOW, text=messages, **options)
+    assert again.outputs == report.outputs
+
+
 def test_diffusion(image_pipe):
     options = dict(prompt="the red dog", num_inference_steps=3, height=8, width=8, guidance_scale=2.0)
     report = reattend.wrap(image_pipe).compare(Tilt(), seed=5, **options)

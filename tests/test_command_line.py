@@ -15,7 +15,7 @@ from reattend import __main__ as command_line
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
+from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"

@@ -7,4 +7,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tiny_pipelines import class_pipe, fill_pipe, image_pipe, llama, look_pipe, text_pipe, tokenizer  # noqa: F401
+from text_pipelines import class_pipe, fill_pipe, image_pipe, llama, look_pipe, text_pipe, tokenizer  # noqa: F401

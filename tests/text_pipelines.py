@@ -128,3 +128,33 @@ def image_pipe():
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def look_pipe():
+    """image-text-to-text: a tiny LLaVA with its processor and a chat template."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    torch.manual_seed(0)
+    words = word_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    words.image_token = "<image>"
+    template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(**sizes), words, patch_size=8, vision_feature_select_strategy="default",
+        chat_template=template, num_additional_image_tokens=1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(words), bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=words.convert_tokens_to_ids("<image>"))
+    model = LlavaForConditionalGeneration(config).eval()
+    return pipeline("image-text-to-text", model=model, processor=processor, device="cpu")

@@ -205,3 +205,32 @@ def _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks)
         outputs.append(grouped_values(weights, value.to(dtype)).to(query.dtype))
         statistics.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(statistics, dim=2)
+
+
+def with_bias_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with 8 more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
+
+    The constant on q's side is a power of two and the bias is split into three parts of the working dtype, so that half precision
+    loses nothing of it.
+    """
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    constant = 2.0 ** round(torch.tensor(1.0 / scale).log2().item())
+    rest = bias.to(torch.float32) / (scale * constant)
+    parts = []
+    for _ in range(3):
+        part = rest.to(query.dtype)
+        parts.append(part)
+        rest = rest - part.to(torch.float32)
+    extra_key = torch.zeros(*rest.shape, 8, dtype=key.dtype, device=key.device)
+    for i, part in enumerate(parts):
+        extra_key[..., i] = part
+    if rest.shape[1] > 1 and key.shape[1] != heads:
+        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    extra_query = torch.zeros(8, dtype=query.dtype, device=query.device)
+    extra_query[:3] = constant
+    query = torch.cat([query, extra_query.expand(batch, heads, rows, 8)], dim=3)
+    key = torch.cat([key, extra_key.expand(batch, key.shape[1], keys, 8)], dim=3)
+    return query, key, torch.nn.functional.pad(value, (0, 8))

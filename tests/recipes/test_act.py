@@ -118,7 +118,7 @@ def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chu
 
 
 def test_the_executor_reuses_what_the_statistics_computed(monkeypatch):
-    import reattend.interventions.fused_executor as engine
+    import reattend.interventions.head_group as engine
 
     asked = []
     original = engine.attend

@@ -213,14 +213,15 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a model under recipes."""
+    from .comparison.compare import progress_bar
     from .comparison.inputs import job_for
     from .recipes import apply
 
     chosen = _recipes(recipe, set_)
     pipe, given = _prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
     job = job_for(pipe, seed=seed, **given)
-    with apply(pipe, *chosen, tokenizer=job.tokenizer) as session:
-        result = job.run(lambda: None)
+    with apply(pipe, *chosen, tokenizer=job.tokenizer) as session, progress_bar(None, job.ticks, "running") as tick:
+        result = job.run(tick)
         stats = session.stats
     output = job.show(result)
     if job.kind == "image":

@@ -61,7 +61,7 @@ def compare(
     report.recipes = [recipe_facts(item) for item in chosen]
     report.request = job.request()
     report.environment = environment()
-    with _progress(progress, 2 * (job.ticks + 1)) as tick:
+    with progress_bar(progress, 2 * (job.ticks + 1), "comparing") as tick:
         before = _run(job, report.before, session, attention, tick)
         with session:
             after = _run(job, report.after, session, attention, tick)
@@ -77,8 +77,8 @@ def compare(
 
 def _run(job: Job, side: Side, session: Session, attention: bool, tick: Tick) -> Any:
     """A look at the attention, which also warms up, then the timed run. Only the latter counts in the session and in the cost."""
-    watched = job.watched(sites(job.model)) if attention else ()
-    if not len(watched):
+    watched = job.watched(sites(job.model))
+    if not attention or not len(watched):
         job.warm()
     else:
         # passages that the recipes name are told apart in both runs
@@ -119,7 +119,7 @@ def _recipes(
 
 
 @contextmanager
-def _progress(wanted: bool | None, total: int) -> Iterator[Tick]:
+def progress_bar(wanted: bool | None, total: int, words: str) -> Iterator[Tick]:
     """A bar on stderr that goes away when done; silent where nobody watches."""
     if wanted is False or (wanted is None and not sys.stderr.isatty()):
         yield lambda: None
@@ -127,7 +127,7 @@ def _progress(wanted: bool | None, total: int) -> Iterator[Tick]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("comparing"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    columns = (TextColumn(words), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
@@ -170,5 +170,10 @@ def environment() -> dict[str, Any]:
         if name in sys.modules:
             found[name] = sys.modules[name].__version__
     found["python"] = platform.python_version()
-    found["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    found["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return found
+
+
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -48,7 +48,10 @@ def story(needle: str = "") -> str:
 
 def cases() -> list[Case]:
     in_json = "Write the list as JSON."
-    needle = {"prompt": f"{story(NEEDLE)}\n\n{QUESTION}", "start": "The secret code that opens the door of the lighthouse is"}
+    needle: dict[str, Any] = {
+        "prompt": f"{story(NEEDLE)}\n\n{QUESTION}",
+        "start": "The secret code that opens the door of the lighthouse is",
+    }
     finds = ("the answer holds the code 7294", lambda text: "7294" in text)
     return [
         Case(

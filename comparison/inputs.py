@@ -57,7 +57,7 @@ def _pipeline(pipe: Any, asked: Any, image: Any, options: dict[str, Any], seed: 
         prepared = dict(pipe.preprocess(_required(asked, "text")))
         prepared = {k: v for k, v in prepared.items() if isinstance(v, Tensor)}
         job = PredictionJob(pipe, module, pipe.tokenizer, prepared, options, seed, task)
-    return _with_picture(job, image)
+    return _with_pictures(job, asked, image)
 
 
 def _bare(model: nn.Module, asked: Any, image: Any, inputs: Any, tokenizer: Any, options: dict[str, Any], seed: int) -> Job:
@@ -78,7 +78,7 @@ def _bare(model: nn.Module, asked: Any, image: Any, inputs: Any, tokenizer: Any,
     else:
         asked_for = "fill-mask" if type(model).__name__.endswith("MaskedLM") else "forward"
         job = PredictionJob(model, model, tokenizer, dict(inputs), options, seed, asked_for)
-    return _with_picture(job, image)
+    return _with_pictures(job, asked, image)
 
 
 def _with_processor(processor: Any, asked: Any, image: Any) -> dict[str, Any]:
@@ -122,9 +122,13 @@ def _templated(processor: Any, messages: list) -> Mapping[str, Any]:
     )
 
 
-def _with_picture(job: Any, image: Any) -> Job:
-    if image is not None and hasattr(image, "save"):
-        job.pictures = [image]
+def _with_pictures(job: Any, asked: Any, image: Any) -> Job:
+    """The job, with the pictures of its input at hand for the report."""
+    given = [image]
+    if isinstance(asked, list):
+        parts = [p for m in asked if isinstance(m.get("content"), list) for p in m["content"]]
+        given += [part.get("image") for part in parts if isinstance(part, Mapping)]
+    job.pictures = [picture for picture in given if hasattr(picture, "save")]
     return job
 
 

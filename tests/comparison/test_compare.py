@@ -159,7 +159,7 @@ def test_image_and_text(look_pipe):
     assert report.request["prompt"].count("<image>") == 4 and report.inputs == [picture]
     assert report.before.mass["image"] > report.after.mass["image"], "the picture leaves the window"
     again = reattend.compare(look_pipe, WINDOW, text=messages, **options)
-    assert again.outputs == report.outputs
+    assert again.outputs == report.outputs and again.inputs == [picture]
 
 
 def test_diffusion(image_pipe):

@@ -3,7 +3,7 @@
 from .capture import Reading, Recording, capture
 from .discovery import SiteTable, Support, sites
 from .plan import Act, Capture, Guide, Observation, Observe, Plan, Project, Spans
-from .session import Session, attach
+from .session import Session, attach, running
 
 __all__ = [
     "Act",
@@ -21,5 +21,6 @@ __all__ = [
     "Support",
     "attach",
     "capture",
+    "running",
     "sites",
 ]

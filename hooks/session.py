@@ -245,6 +245,12 @@ def key_module(model: Any) -> Any:
     return pretrained_root(inner)
 
 
+def running(model: Any) -> list[Session]:
+    """The sessions that act on a model just now, in the order of their start."""
+    attachment = _attachments.get(id(key_module(model)))
+    return [] if attachment is None else attachment.active()
+
+
 def attachment_of(model: Any) -> Attachment:
     key = key_module(model)
     attachment = _attachments.get(id(key))

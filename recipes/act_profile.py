@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks import Capture, Plan, SiteTable, attach, sites
+from ..hooks import Capture, Plan, SiteTable, attach
 from ..interventions import Call, ReattendError
 from ..interventions.calibration import learn_sinks
-from .base import Recipe, decoder_sites
+from .base import Recipe, profiled_sites
 from .head_choice import Head, as_heads, missing_heads
 from .labelled_examples import labelled_examples
 from .profile import Profile, table_fingerprint
@@ -57,10 +57,7 @@ def search_heads(
     the heads that have a hidden sink most often. parameters: beta, threshold and the like, as they will be used.
     Raises ReattendError for data that cannot be judged, such as choices that begin with the same token.
     """
-    table = sites(model)
-    chosen, support = decoder_sites(table, recipe.slug)
-    if not support:
-        raise ReattendError(f"cannot profile this model: {support.reason}")
+    table, chosen = profiled_sites(model, recipe.slug)
     examples = list(labelled_examples() if data is None else data)[:max_samples]
     questions = _questions(tokenizer, examples)
     listed = _candidates(heads, chosen)

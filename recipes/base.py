@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..hooks import SiteTable, Support
+from ..hooks import SiteTable, Support, running, sites
 from ..hooks.plan import Step
 from ..interventions import ReattendError
 from .profile import Profile
@@ -93,6 +93,17 @@ def decoder_sites(sites: SiteTable, slug: str) -> tuple[SiteTable, Support]:
     if chosen.problems:
         return chosen, Support(False, f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}")
     return chosen, Support(True)
+
+
+def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:
+    """(all sites, decoder sites) of a model that is to be profiled. Raises ReattendError where it does not fit or a recipe is at work."""
+    table = sites(model)
+    chosen, support = decoder_sites(table, slug)
+    if not support:
+        raise ReattendError(f"cannot profile this model: {support.reason}")
+    if running(model):
+        raise ReattendError("a profile must show the plain model: end the session that is active on it first")
+    return table, chosen
 
 
 def _one_line(slug: str, fields: dict[str, str], error: ValidationError) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks import Capture, Plan, attach, sites
+from ..hooks import Capture, Plan, attach
 from ..interventions import Call, ReattendError
 from ..interventions.heads import Glance, copy_score, glance
-from .base import decoder_sites
+from .base import profiled_sites
 from .needles import NEEDLES, Needle, Sample, make_samples, recall
 from .profile import Profile, fingerprint
 from .progress import track
@@ -131,9 +131,7 @@ def detect(
         raise ReattendError(f'count must be "official" or "set", got {count!r}')
     if batch_size < 1 or extra_tokens < 0:
         raise ReattendError(f"batch_size must be 1 or more and extra_tokens 0 or more, got {batch_size} and {extra_tokens}")
-    chosen, support = decoder_sites(sites(model), slug)
-    if not support:
-        raise ReattendError(f"cannot profile this model: {support.reason}")
+    _, chosen = profiled_sites(model, slug)
     samples = needle_samples(tokenizer, lengths, depths, needles, seed)
     watcher = Watcher()
     scores: list[Tensor] = []

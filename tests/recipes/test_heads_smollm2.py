@@ -26,14 +26,20 @@ def test_masking_retrieval_heads_destroys_recall_and_masking_random_ones_does_no
     assert len(set(best) & {(18, 6), (17, 3), (23, 2), (17, 4), (18, 7), (23, 7)}) >= 4
     path = str(profile.save(tmp_path / "heads.safetensors"))
     samples = needle_samples(tokenizer, **options)
-    result = {}
-    for control in (False, True):
-        with reattend.apply(model, "retrieval-heads", mode="mask", top=5, profile_path=path, random_heads=control) as session:
-            result[control] = needle_recall(model, tokenizer, samples)
-            assert session.applied > 100
-    print("masked", result[False], "random", result[True])
-    assert plain - result[False] > 0.4
-    assert plain - result[True] < 0.15
+    with reattend.apply(model, "retrieval-heads", mode="mask", top=5, profile_path=path) as session:
+        masked = needle_recall(model, tokenizer, samples)
+        assert session.applied > 100
+    # one draw of five heads can hit one that matters: three draws, each on a third of the prompts
+    controls = []
+    for seed in range(3):
+        control = {"mode": "mask", "top": 5, "random_heads": True, "seed": seed}
+        with reattend.apply(model, "retrieval-heads", profile_path=path, **control) as session:
+            controls.append(needle_recall(model, tokenizer, samples[seed::3]))
+            assert session.applied > 50
+    control = sum(controls) / 3
+    print("masked", masked, "random", controls)
+    assert plain - masked > 0.4
+    assert plain - control < 0.15
 
 
 def test_hidden_sinks_of_a_short_text(smollm2):

@@ -360,6 +360,8 @@ def test_profiling_refuses_a_model_that_finds_nothing_and_leaves_it_untouched():
     with pytest.raises(ReattendError, match="only 0 of 2 hidden sentences"):
         recipe_class("retrieval-heads").profile(model, Words(), lengths=[80], depths=[0.2, 0.8], needles=1)
     assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+    with reattend.apply(model, "streaming", window=4), pytest.raises(ReattendError, match="end the session"):
+        recipe_class("retrieval-heads").profile(model, Words(), needles=1)
     for options, message in (
         ({"needles": 9}, "needles must be 1 to 5"),
         ({"depths": [2.0]}, "depths"),

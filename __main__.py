@@ -127,16 +127,9 @@ def list_(
     if as_json:
         _print_json([{"name": name, **info.as_dict()} for name, info in found.items()])
         return
-    from rich.console import Console
-    from rich.table import Table
+    from .comparison.catalogue import print_list
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("recipe", "for", "year", "what it does"):
-        table.add_column(column, no_wrap=column != "what it does")
-    for name, info in found.items():
-        does = info.does if info.status == "ready" else f"({info.status}) {info.does}"
-        table.add_row(name, ", ".join(info.kinds), str(info.year), does)
-    Console().print(table)
+    print_list(found)
 
 
 @command
@@ -144,42 +137,14 @@ def show(
     name: Annotated[str, typer.Argument(help="a recipe", show_default=False)], as_json: Json = False, debug: Debug = False
 ) -> None:
     """Show one recipe: what it does, its source, its parameters."""
+    from .comparison.catalogue import parameters_of, print_recipe
     from .recipes import recipe_class
 
     cls = recipe_class(name)
-    schema = cls.model_json_schema(mode="serialization")
-    parameters = []
-    for key, field in cls.model_fields.items():
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        parameters.append(
-            {
-                "name": key,
-                "required": field.is_required(),
-                "default": default,
-                "help": field.description or "",
-                "schema": schema.get("properties", {}).get(key, {}),
-            }
-        )
     if as_json:
-        _print_json({"name": cls.slug, **cls.info.as_dict(), "version": cls.version, "parameters": parameters})
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    info, console = cls.info, Console()
-    console.print(Text(cls.slug, style="bold").append(f"  {info.does}", style="not bold"))
-    source = f"{info.paper}, {info.year}, https://arxiv.org/abs/{info.arxiv}"
-    code = (
-        f"official code {info.code}" + (f" ({info.licence})" if info.licence else "") if info.code else "no official code known"
-    )
-    console.print(Text(f"{source}\n{code}\nfor {', '.join(info.kinds)}; cost: {info.cost}; status: {info.status}", style="dim"))
-    if info.profiling:
-        console.print(Text(f"profiling: {info.profiling}", style="dim"))
-    table = Table("parameter", "default", "", box=None, pad_edge=False, header_style="dim")
-    for p in parameters:
-        table.add_row(Text(p["name"], style="cyan"), Text("required" if p["required"] else repr(p["default"])), Text(p["help"]))
-    console.print(table)
+        _print_json({"name": cls.slug, **cls.info.as_dict(), "version": cls.version, "parameters": parameters_of(cls)})
+    else:
+        print_recipe(cls)
 
 
 @command
@@ -213,12 +178,13 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a model under recipes."""
+    from .comparison.arguments import prepare, recipes_of
     from .comparison.compare import progress_bar
     from .comparison.inputs import job_for
     from .recipes import apply
 
-    chosen = _recipes(recipe, set_)
-    pipe, given = _prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
+    chosen = recipes_of(recipe, set_)
+    pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
     job = job_for(pipe, seed=seed, **given)
     with apply(pipe, *chosen, tokenizer=job.tokenizer) as session, progress_bar(None, job.ticks, "running") as tick:
         result = job.run(tick)
@@ -259,9 +225,10 @@ def compare(
 ) -> None:
     """Run a model without and with recipes on the same input, and show what changed."""
     from .comparison import compare as compare_
+    from .comparison.arguments import prepare, recipes_of
 
-    chosen = _recipes(recipe, set_)
-    pipe, given = _prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
+    chosen = recipes_of(recipe, set_)
+    pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
     options = given.pop("options")
     given.pop("tokenizer")
     report = compare_(pipe, *chosen, seed=seed, **given, **options)
@@ -286,13 +253,14 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Let a recipe learn what it needs about a model, and keep it in a file."""
+    from .comparison.arguments import settings_of
     from .comparison.loading import load
     from .recipes import Recipe, recipe_class
 
     cls = recipe_class(recipe)
     if cls.profile.__func__ is Recipe.profile.__func__:  # type: ignore[attr-defined]
         raise ReattendError(f"recipe {cls.slug!r} has no profiling step")
-    options = {key.partition(".")[2] or key: value for key, value in _settings(set_).items()}
+    options = {key.partition(".")[2] or key: value for key, value in settings_of(set_).items()}
     pipe = load(model, device=device or None, dtype=dtype or None)
     tokenizer = getattr(pipe, "processor", None) or getattr(pipe, "tokenizer", None)
     learned = cls.profile(getattr(pipe, "model", pipe), tokenizer, **options)
@@ -318,80 +286,6 @@ def demo(
     reports, file = run_demo(Path(out), quiet=as_json)
     if as_json:
         _print_json({"report": str(file), "comparisons": [r.as_dict() for r in reports]})
-
-
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """{"key": value} from key=value strings; values are read as YAML."""
-    import yaml
-
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise ReattendError(f"--set takes key=value, got {pair!r}")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ReattendError(f"--set {key.strip()}: {value!r} is not a YAML value") from None
-    return found
-
-
-def _recipes(names: list[str], pairs: list[str]) -> list[Any]:
-    """Recipe objects with their --set parameters. Raises ReattendError before any model is loaded."""
-    from .recipes import load_recipe, recipe
-
-    if not names:
-        raise ReattendError("name at least one recipe with --recipe; `reattend list` shows them")
-    settings = _settings(pairs)
-    chosen = []
-    for name in names:
-        is_file = name.endswith((".yaml", ".yml"))
-        mine = {}
-        for key in list(settings):
-            owner, dot, field = key.partition(".")
-            if (dot and owner == name) or (not dot and len(names) == 1):
-                mine[field if dot else key] = settings.pop(key)
-        if is_file and mine:
-            raise ReattendError(f"--set goes with a recipe's name; change the parameters of {name} in the file")
-        chosen.append(load_recipe(name) if is_file else recipe(name, **mine))
-    if settings:
-        key = next(iter(settings))
-        raise ReattendError(f"--set {key}: with several recipes write name.key=value, the name one of: {', '.join(names)}")
-    return chosen
-
-
-def _prepare(
-    model: str, text: str, image: str, raw: bool, tokens: int, steps: int, sample: bool, device: str, dtype: str
-) -> tuple[Any, dict[str, Any]]:
-    """(pipeline, arguments for a job): text as a chat message where the model has a template."""
-    from .comparison.loading import load
-
-    if text.startswith("@"):
-        if not Path(text[1:]).is_file():
-            raise ReattendError(f"no text file at {text[1:]!r}")
-        text = Path(text[1:]).read_text(encoding="utf-8")
-    if image and not Path(image).is_file():
-        raise ReattendError(f"no picture at {image!r}")
-    if not text and not image:
-        raise ReattendError("give an input with --text (or --prompt), --image or both")
-    pipe = load(model, device=device or None, dtype=dtype or None)
-    picture = None
-    if image:
-        from PIL import Image as Pictures
-
-        picture = Pictures.open(image).convert("RGB")
-    asked: Any = text or None
-    options: dict[str, Any] = {}
-    task = getattr(pipe, "task", None)
-    if task in ("text-generation", "image-text-to-text"):
-        options = {"max_new_tokens": tokens, "do_sample": sample}
-        processor = getattr(pipe, "processor", None) or pipe.tokenizer
-        if task == "text-generation" and not raw and getattr(processor, "chat_template", None):
-            asked = [{"role": "user", "content": text}]
-    elif task is None and steps:
-        options = {"num_inference_steps": steps}
-    given = {"text": asked, "prompt": None, "image": picture, "inputs": None, "tokenizer": None, "options": options}
-    return pipe, given
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ def test_a_recipe_that_never_acts_is_a_warning(call, saved):
 
 
 def test_run_writes_pictures(call, image_pipe, tmp_path, monkeypatch):  # noqa: F811
-    from reattend.comparison import loading
+    from reattend.comparison import arguments, loading
     from reattend.hooks import Act, Support
     from reattend.interventions import MixValue
     from reattend.recipes import Info, Recipe
@@ -224,7 +224,7 @@ def test_run_writes_pictures(call, image_pipe, tmp_path, monkeypatch):  # noqa: 
             return [Act(sites.stack("denoiser").kind("self"), lambda call: MixValue(strength=0.5), "soften")]
 
     monkeypatch.setattr(loading, "load", lambda *_, **__: image_pipe)
-    monkeypatch.setattr(command_line, "_recipes", lambda *_: [Soften()])
+    monkeypatch.setattr(arguments, "recipes_of", lambda *_: [Soften()])
     out = tmp_path / "x.png"
     result = call("run", "pipe", "-r", "soften", "-t", "the red dog", "--steps", "1", "-o", str(out), "--json")
     assert result.exit_code == 0, result.output

@@ -1,0 +1,80 @@
+"""From the words of a command line to recipes, a pipeline and its input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..interventions import ReattendError
+from ..recipes import load_recipe, recipe
+from . import loading
+
+
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """{"key": value} from key=value strings; values are read as YAML."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ReattendError(f"--set takes key=value, got {pair!r}")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ReattendError(f"--set {key.strip()}: {value!r} is not a YAML value") from None
+    return found
+
+
+def recipes_of(names: list[str], pairs: list[str]) -> list[Any]:
+    """Recipe objects with their --set parameters. Raises ReattendError before any model is loaded."""
+    if not names:
+        raise ReattendError("name at least one recipe with --recipe; `reattend list` shows them")
+    settings = settings_of(pairs)
+    chosen = []
+    for name in names:
+        is_file = name.endswith((".yaml", ".yml"))
+        mine = {}
+        for key in list(settings):
+            owner, dot, field = key.partition(".")
+            if (dot and owner == name) or (not dot and len(names) == 1):
+                mine[field if dot else key] = settings.pop(key)
+        if is_file and mine:
+            raise ReattendError(f"--set goes with a recipe's name; change the parameters of {name} in the file")
+        chosen.append(load_recipe(name) if is_file else recipe(name, **mine))
+    if settings:
+        key = next(iter(settings))
+        raise ReattendError(f"--set {key}: with several recipes write name.key=value, the name one of: {', '.join(names)}")
+    return chosen
+
+
+def prepare(
+    model: str, text: str, image: str, raw: bool, tokens: int, steps: int, sample: bool, device: str, dtype: str
+) -> tuple[Any, dict[str, Any]]:
+    """(pipeline, arguments for a job): text as a chat message where the model has a template."""
+    if text.startswith("@"):
+        if not Path(text[1:]).is_file():
+            raise ReattendError(f"no text file at {text[1:]!r}")
+        text = Path(text[1:]).read_text(encoding="utf-8")
+    if image and not Path(image).is_file():
+        raise ReattendError(f"no picture at {image!r}")
+    if not text and not image:
+        raise ReattendError("give an input with --text (or --prompt), --image or both")
+    pipe = loading.load(model, device=device or None, dtype=dtype or None)
+    picture = None
+    if image:
+        from PIL import Image as Pictures
+
+        picture = Pictures.open(image).convert("RGB")
+    asked: Any = text or None
+    options: dict[str, Any] = {}
+    task = getattr(pipe, "task", None)
+    if task in ("text-generation", "image-text-to-text"):
+        options = {"max_new_tokens": tokens, "do_sample": sample}
+        processor = getattr(pipe, "processor", None) or pipe.tokenizer
+        if task == "text-generation" and not raw and getattr(processor, "chat_template", None):
+            asked = [{"role": "user", "content": text}]
+    elif task is None and steps:
+        options = {"num_inference_steps": steps}
+    given = {"text": asked, "prompt": None, "image": picture, "inputs": None, "tokenizer": None, "options": options}
+    return pipe, given

@@ -98,6 +98,8 @@ call = Call(q, k, v, is_causal=True)
 edits = {"untouched SDPA": [], "key bias": [KeyBias(bias=torch.zeros(n))], "transfer of 3 columns": [Transfer(src=[0, 1, 2], fraction=0.5)],
          "identity mix": [Mix(target="identity", strength=0.3)]}
 edits["materialised"] = edits["transfer of 3 columns"]
+# what a first use loads is not counted
+fused(Call(q[:, :, :64], k[:, :, :64], v[:, :, :64], is_causal=True), edits["transfer of 3 columns"])
 fused(Call(q[:, :, :64], k[:, :, :64], v[:, :, :64], is_causal=True), [])
 def measured():
     return (reference if what == "materialised" else fused)(call, edits[what])

@@ -23,11 +23,21 @@ def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: i
     return {name: seconds / first for name, seconds in best.items()}
 
 
+PEAK = """
+def peak():
+    # VmHWM belongs to this process alone; getrusage's peak is inherited from the process that started it
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+result = measured()
+print(peak() - before)
+"""
+
+
 def extra_memory(script: str, *arguments: str) -> float:
-    """MiB that the peak resident memory grew while `script`'s function `measured()` ran, in a process of its own."""
-    code = f"{script}\nimport resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nmeasured()\n"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    output = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+    """MiB that the peak resident memory grew while `script`'s function `measured()` ran, in a process of its own (Linux)."""
+    output = subprocess.run(
+        [sys.executable, "-c", script + PEAK, *arguments], capture_output=True, text=True, check=True
+    ).stdout
     return int(output.split()[-1]) / 1024
 
 

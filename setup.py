@@ -8,6 +8,7 @@ PACKAGES = [
     "interventions.edits",
     "hooks",
     "recipes",
+    "recipes.profiling",
     "comparison",
 ]
 

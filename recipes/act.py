@@ -130,8 +130,8 @@ class ACT(Recipe):
 
     @classmethod
     def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
-        """Searches the heads whose calibration raises accuracy on labelled prompts; see `act_profile.search_heads` for the options."""
-        from .act_profile import search_heads
+        """Searches the heads whose calibration raises accuracy on labelled prompts; see `profiling.act.search_heads` for the options."""
+        from .profiling.act import search_heads
 
         return search_heads(cls, model, tokenizer, **options)
 

@@ -155,7 +155,7 @@ class RetrievalHeads(Recipe):
 
     @classmethod
     def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
-        """Scores every head by the share of planted sentences that it copies; see `retrieval_profile.detect` for the options."""
-        from .retrieval_profile import detect
+        """Scores every head by the share of planted sentences that it copies; see `profiling.retrieval.detect` for the options."""
+        from .profiling.retrieval import detect
 
         return detect(cls.slug, model, tokenizer, **options)

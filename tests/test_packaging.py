@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("interventions", "interventions/edits", "hooks", "recipes", "comparison")
+ROOMS = ("interventions", "interventions/edits", "hooks", "recipes", "recipes/profiling", "comparison")
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,7 @@ DATA = [(f"{'ab' * (5 + i)} {c}:", label) for i in range(4) for c, label in (("x
 
 
 def test_the_search_tries_heads_with_sinks_and_keeps_the_better_ones(tmp_path):
-    from reattend.recipes.act_profile import accuracy
+    from reattend.recipes.profiling.act import accuracy
 
     model = tiny()
     before = model(torch.tensor([[5, 6, 7]])).logits
@@ -381,7 +381,7 @@ def test_what_the_search_refuses(options, message):
 def test_the_built_in_examples_come_in_two_halves_with_the_same_labels():
     from collections import Counter
 
-    from reattend.recipes.labelled_examples import labelled_examples
+    from reattend.recipes.profiling.labelled_examples import labelled_examples
 
     examples = labelled_examples()
     assert len(examples) == 62 and len({e[0] for e in examples}) == 62

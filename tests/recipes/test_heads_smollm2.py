@@ -9,8 +9,8 @@ from reattend.hooks import Capture, Plan, attach
 from reattend.interventions.calibration import column_statistics
 from reattend.recipes import recipe_class
 from reattend.recipes.head_choice import head_scores, ranked
-from reattend.recipes.labelled_examples import labelled_examples
-from reattend.recipes.retrieval_profile import needle_recall, needle_samples
+from reattend.recipes.profiling.labelled_examples import labelled_examples
+from reattend.recipes.profiling.retrieval import needle_recall, needle_samples
 
 pytestmark = pytest.mark.slow
 

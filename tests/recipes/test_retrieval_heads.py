@@ -21,8 +21,8 @@ from reattend.interventions import (
 from reattend.interventions.heads import copy_score, find_phrase, glance
 from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.head_choice import random_control, ranked, scores_as_json
-from reattend.recipes.needles import NEEDLES, make_samples, recall
 from reattend.recipes.profile import fingerprint
+from reattend.recipes.profiling.needles import NEEDLES, make_samples, recall
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..interventions import ReattendError
-from ..interventions.heads import find_phrase
+from ...interventions import ReattendError
+from ...interventions.heads import find_phrase
 
 
 @dataclass(frozen=True)

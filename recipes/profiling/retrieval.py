@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks import Capture, Plan, attach
-from ..interventions import Call, ReattendError
-from ..interventions.heads import Glance, copy_score, glance
-from .base import profiled_sites
+from ...hooks import Capture, Plan, attach
+from ...interventions import Call, ReattendError
+from ...interventions.heads import Glance, copy_score, glance
+from ..base import profiled_sites
+from ..profile import Profile, fingerprint
 from .needles import NEEDLES, Needle, Sample, make_samples, recall
-from .profile import Profile, fingerprint
 from .progress import track
 
 LENGTHS, DEPTHS = (150, 300, 600), (0.1, 0.5, 0.9)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks import Capture, Plan, SiteTable, attach
-from ..interventions import Call, ReattendError
-from ..interventions.calibration import learn_sinks
-from .base import Recipe, profiled_sites
-from .head_choice import Head, as_heads, missing_heads
+from ...hooks import Capture, Plan, SiteTable, attach
+from ...interventions import Call, ReattendError
+from ...interventions.calibration import learn_sinks
+from ..base import Recipe, profiled_sites
+from ..head_choice import Head, as_heads, missing_heads
+from ..profile import Profile, table_fingerprint
 from .labelled_examples import labelled_examples
-from .profile import Profile, table_fingerprint
 from .progress import track
 
 Example = tuple[str, str] | tuple[str, str, Sequence[str]]

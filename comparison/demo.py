@@ -18,7 +18,8 @@ COPYING_HEADS = [[18, 6], [17, 3], [23, 2], [17, 4], [18, 7]]
 TITLE = "reattend demo: the same model, looking elsewhere"
 INTRO = (
     "Each section runs one small language model twice on the same prompt: as it is, and with a recipe that changes its attention while "
-    "it runs. No weight is changed. Everything on this page was computed in this run, on this machine."
+    "it runs. No weight is changed. Everything on this page was computed in this run, on this machine. The prompts were chosen because "
+    "this model shows something on them; docs/results.md holds the measurements over many prompts."
 )
 
 

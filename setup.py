@@ -12,6 +12,7 @@ PACKAGES = [
     "comparison",
 ]
 
+
 class BuildPy(build_py):
     """The root folder is a package and also holds this file, which is no part of it."""
 

@@ -22,6 +22,8 @@ def job_for(
     if text is not None and prompt is not None:
         raise ReattendError("text and prompt both name the input: give one of them")
     asked = text if text is not None else prompt
+    if isinstance(asked, str) and not asked.strip():
+        raise ReattendError("the prompt is empty: give the text that both runs shall start from")
     if isinstance(model, nn.Module):
         return _bare(model, asked, image, inputs, tokenizer, options, seed)
     if isinstance(getattr(model, "components", None), dict):

@@ -146,6 +146,8 @@ class SequenceTracker:
         if not isinstance(source, Tensor) or source.dim() < 2:
             return Forward(OUTSIDE, encoder_tokens=encoder_tokens)
         batch, width = source.shape[:2]
+        if not batch or not width:
+            raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
         cache = given.get("past_key_values")
         past = _seen(cache)
         sequence = self._known(cache, past, ids, batch)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .band import attend_band
 from .call import Call
 from .columns import bias_on_columns, plan_columns, single_factor, visible_on_columns
 from .correction import column_weights, correct, correct_factor
@@ -28,6 +27,7 @@ from .edits import (
 )
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype, with_bias_dimensions
 from .reference_executor import at_chosen
+from .sparsity import attend_band
 
 # Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
 FEW_ROWS = 4

@@ -227,3 +227,8 @@ def test_report_is_what_compare_returns(text_pipe):
     report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=3, attention=False, title="A title")
     assert isinstance(report, Report) and report.title == "A title"
     assert report.before.mass == {} and report.before.entropy is None
+
+
+def test_an_empty_prompt_is_refused(text_pipe):
+    with pytest.raises(reattend.ReattendError, match="the prompt is empty"):
+        reattend.compare(text_pipe, "streaming", text="  ")

@@ -263,6 +263,17 @@ def test_inner_model_without_a_token_map_says_so():
             model.model(IDS)
 
 
+def test_an_empty_prompt_is_refused_before_anything_runs():
+    from reattend.interventions import ReattendError
+
+    model = llama()
+    ran = []
+    model.model.layers[0].register_forward_pre_hook(lambda *a: ran.append(1))
+    with pytest.raises(ReattendError, match="the prompt is empty"), session_of(model):
+        model(torch.zeros(1, 0, dtype=torch.long))
+    assert not ran
+
+
 def test_other_families_start():
     torch.manual_seed(0)
     model = GemmaForCausalLM(GemmaConfig(**SMALL)).eval()

@@ -1,4 +1,4 @@
-"""Sliding windows with sinks, computed on the columns they keep: O(n * (sinks + window)) work and memory."""
+"""The family of sparse masking: windows with sinks on the columns they keep, O(n * (sinks + window)) work and memory."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -254,7 +255,9 @@ def qwen_image() -> tuple[nn.Module, dict[str, Any]]:
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=8, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
-    return model, {
+    # older diffusers want the text lengths beside the mask
+    lengths = {"txt_seq_lens": [TEXT, TEXT]} if "txt_seq_lens" in inspect.signature(model.forward).parameters else {}
+    return model, lengths | {
         "hidden_states": noise(2, 16, 16),
         "timestep": torch.tensor([0.5, 0.5]),
         "encoder_hidden_states": noise(2, TEXT, 8),

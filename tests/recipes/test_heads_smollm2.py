@@ -44,9 +44,7 @@ def test_masking_retrieval_heads_destroys_recall_and_masking_random_ones_does_no
     control = sum(controls) / 9
     print("masked", masked, "random", controls)
     assert plain - masked > 0.4
-    # five heads in 270 are not nothing: draws differ (0.5 to 1.0 on a third of the prompts), on average they cost far less
-    assert plain - control < 0.25
-    assert plain - masked > 2 * (plain - control)
+    assert plain - control < 0.15
 
 
 def test_hidden_sinks_of_a_short_text(smollm2):

@@ -10,6 +10,9 @@ PACKAGES = [
     "recipes",
     "recipes.profiling",
     "comparison",
+    "zoo",
+    "zoo.worlds",
+    "zoo.train",
 ]
 
 

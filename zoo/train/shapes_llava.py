@@ -1,0 +1,191 @@
+"""Trains shapes-llava: LlavaForConditionalGeneration on scenes of coloured shapes, from nothing, on a CPU in about an hour.
+
+    python -m reattend.zoo.train.shapes_llava [--out FOLDER] [--steps N] [--seed N]
+
+Half of the samples describe a scene, the other half answer three questions about it. The pictures are noisy, pale and partly hidden,
+and most scenes keep the world's habits: the model learns to see and to guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..worlds.drawing import picture
+from ..worlds.language import DESCRIBE, KINDS, WORDS, Question, ask, caption
+from ..worlds.shapes import Scene, World, sample_scene
+from .loop import Loop
+
+SIDE, PATCH = 48, 8
+BATCH, STEPS = 32, 6000
+WORLD = World()
+NOISE = (0.25, 0.85)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %} user :{% else %} assistant :{% endif %}"
+    "{% if message['content'] is string %} {{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %} <image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %} {{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+)
+
+
+def build_processor() -> Any:
+    """A LlavaProcessor whose tokenizer knows one token per word of the world."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocabulary = {word: i for i, word in enumerate([*special, "user", "assistant", ":", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    images = CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=TEMPLATE,
+    )
+
+
+def build_model(tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=(SIDE // PATCH) ** 2,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+class Teacher:
+    """Draws batches of (pixels, ids, labels); labels are -100 everywhere but on answers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.ids = tokenizer.get_vocab()
+
+    def encode(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        image = ["<image>"] * (SIDE // PATCH) ** 2
+        words, taught = ["<s>"], [False]
+        for i, (question, answer) in enumerate(turns):
+            asked = ["user", ":", *(image if i == 0 else []), *question.split(), "assistant", ":"]
+            told = [*answer.split(), "</s>"]
+            words += asked + told
+            taught += [False] * len(asked) + [True] * len(told)
+        ids = [self.ids[w] for w in words]
+        return ids, [i if t else -100 for i, t in zip(ids, taught)]
+
+    def turns(self, scene: Scene, rng: np.random.Generator, describes: bool) -> list[tuple[str, str]]:
+        if describes:
+            return [(DESCRIBE, caption(scene))]
+        asked: list[Question] = []
+        while len(asked) < 3:
+            kind = KINDS[int(rng.choice(len(KINDS), p=(0.4, 0.25, 0.1, 0.25)))]
+            question = ask(kind, scene, rng)
+            if question not in asked:
+                asked.append(question)
+            elif len(scene.things) == 1 and len(asked) == 2:
+                break
+        return [(q.text, q.answer) for q in asked]
+
+    def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        pixels, rows = [], []
+        for i in range(BATCH):
+            scene = sample_scene(rng, WORLD)
+            world = replace(WORLD, noise=float(rng.uniform(*NOISE)))
+            pixels.append(np.asarray(picture(scene, SIDE, world), dtype=np.float32) / 127.5 - 1.0)
+            rows.append(self.encode(self.turns(scene, rng, describes=i % 2 == 0)))
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.zeros(BATCH, longest, dtype=torch.long)
+        labels = torch.full((BATCH, longest), -100)
+        for i, (row, target) in enumerate(rows):
+            ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(target)
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), ids, labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/shapes-llava"), help="folder of checkpoints and of the model")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.manual_seed(given.seed)
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
+    teacher = Teacher(processor.tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    def loss(rng: np.random.Generator, chance: torch.Generator) -> dict[str, Tensor]:
+        pixels, ids, labels = teacher.batch(rng)
+        # right padding under a causal mask: no row sees its own padding, so no mask is needed
+        hidden = model.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).last_hidden_state
+        taught = labels[:, 1:] >= 0
+        logits = model.lm_head(hidden[:, :-1][taught])
+        each = F.cross_entropy(logits, labels[:, 1:][taught], reduction="none")
+        describes = (torch.arange(BATCH) % 2 == 0)[:, None].expand_as(taught)[taught]
+        return {"describe": each[describes].mean(), "answer": each[~describes].mean()}
+
+    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1.5e-3, average=0.998, seed=given.seed)
+    loop.run()
+    loop.averaged()
+    model.half().save_pretrained(given.out / "model")
+    processor.save_pretrained(given.out / "model")
+    print(f"done after {loop.seconds / 60:.0f} minutes; the model lies in {given.out / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

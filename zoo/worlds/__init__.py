@@ -1,0 +1,1 @@
+"""Small worlds whose truth is known exactly: scenes, their pictures, and everything that can be said of them."""

@@ -13,6 +13,9 @@ PACKAGES = [
     "zoo",
     "zoo.worlds",
     "zoo.train",
+    "evaluation",
+    "evaluation.metrics",
+    "evaluation.suites",
 ]
 
 

@@ -58,7 +58,7 @@ class Recipe(BaseModel):
         try:
             super().__init__(**parameters)
         except ValidationError as error:
-            raise ReattendError(_one_line(self.slug, self.field_help(), error)) from None
+            raise ReattendError(one_line(self.slug, self.field_help(), error)) from None
 
     @classmethod
     def field_help(cls) -> dict[str, str]:
@@ -106,7 +106,8 @@ def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:
     return table, chosen
 
 
-def _one_line(slug: str, fields: dict[str, str], error: ValidationError) -> str:
+def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:
+    """What is wrong with parameters, in one line that names them and what would be right."""
     parts = []
     for item in error.errors():
         name = ".".join(str(p) for p in item["loc"]) or slug
@@ -120,4 +121,4 @@ def _one_line(slug: str, fields: dict[str, str], error: ValidationError) -> str:
             message = message.removeprefix("value error, ")
             # an error about several parameters names them itself
             parts.append(f"{name}: {message}, got {item['input']!r}" if item["loc"] else message)
-    return f"recipe {slug!r}: " + "; ".join(parts)
+    return f"{what} {slug!r}: " + "; ".join(parts)

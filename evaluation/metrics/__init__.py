@@ -1,0 +1,1 @@
+"""Metrics as plain functions on lists: no model, no data set."""

@@ -1,0 +1,98 @@
+"""What is evaluated: a model with its processor, and the ways in which suites talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks.discovery import components, original_of, unwrapped_model
+from ..interventions import ReattendError
+
+
+class Subject:
+    """A model as suites see it.
+
+    source: what recipes attach to. module: the transformers model, or the denoiser of a diffusers pipeline. processor: tokenizer or
+    processor of a transformers model. pipe: the diffusers pipeline, or None. kind: "llm", "lvlm" or "diffusion".
+    """
+
+    def __init__(self, source: Any, processor: Any = None) -> None:
+        self.source = source = original_of(source)
+        self.pipe = source if isinstance(getattr(source, "components", None), dict) else None
+        if self.pipe is not None:
+            parts = components(source)
+            self.module: nn.Module = next((parts[k] for k in ("transformer", "unet") if k in parts), next(iter(parts.values())))
+            self.processor, self.kind = getattr(source, "tokenizer", None), "diffusion"
+            return
+        self.module = source if isinstance(source, nn.Module) else unwrapped_model(source)
+        own = getattr(source, "processor", None) or getattr(source, "tokenizer", None)
+        self.processor = processor if processor is not None else own
+        if self.processor is None:
+            raise ReattendError("evaluating a bare model needs its tokenizer or processor: evaluate(model, ..., tokenizer=...)")
+        self.kind = "lvlm" if getattr(self.processor, "image_processor", None) is not None else "llm"
+        if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
+            raise ReattendError("batches need a padding token: set tokenizer.pad_token")
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", None) or self.processor
+
+    @property
+    def device(self) -> torch.device:
+        place = getattr(self.pipe, "_execution_device", None) or getattr(self.module, "device", None)
+        return torch.device(place or next(self.module.parameters()).device)
+
+    # -- language and vision-language models -------------------------------------------------------------------------
+
+    def chat(self, text: str, picture: bool = False, answer: str | None = None) -> str:
+        """The prompt for one message of a user, in the model's chat template where it has one; `answer`: how the reply begins."""
+        if not getattr(self.processor, "chat_template", None):
+            token = getattr(self.processor, "image_token", "<image>")
+            text = f"{token}\n{text}" if picture and token not in text else text
+            return text if answer is None else f"{text} {answer}"
+        content: Any = (
+            [*([{"type": "image"}] if picture else []), {"type": "text", "text": text}] if self.kind == "lvlm" else text
+        )
+        chat = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return prompt if answer is None else prompt + answer
+
+    def encode(self, prompts: Sequence[str], pictures: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Model inputs of a batch, padded on the left, on the model's device."""
+        tokenizer = self.tokenizer
+        begins = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
+        given: dict[str, Any] = {"text": list(prompts), "padding": True, "return_tensors": "pt"}
+        if pictures is not None:
+            given["images"] = list(pictures)
+        kept = tokenizer.padding_side, tokenizer.pad_token
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        try:
+            inputs = dict(self.processor(**given, add_special_tokens=not begins))
+        finally:
+            tokenizer.padding_side, tokenizer.pad_token = kept
+        floats = self.module.dtype if isinstance(getattr(self.module, "dtype", None), torch.dtype) else torch.float32
+        return {
+            name: value.to(self.device, floats if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def generate(
+        self, prompts: Sequence[str], pictures: Sequence[Any] | None = None, max_new_tokens: int = 32, **options: Any
+    ) -> list[str]:
+        """What the model writes after each prompt, greedily unless options say otherwise; special tokens are left out.
+
+        prompts: as `chat` makes them. pictures: one per prompt. options: keyword arguments of the model's `generate`.
+        """
+        inputs = self.encode(prompts, pictures)
+        pad = self.tokenizer.pad_token_id
+        options.setdefault("pad_token_id", pad if pad is not None else self.tokenizer.eos_token_id)
+        with torch.no_grad():
+            out = self.module.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)  # type: ignore[operator]
+        return self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

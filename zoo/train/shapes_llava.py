@@ -24,7 +24,7 @@ from ..worlds.shapes import Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS = 32, 6000
+BATCH, STEPS = 32, 5000
 WORLD = World()
 NOISE = (0.25, 0.85)
 TEMPLATE = (

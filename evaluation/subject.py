@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hooks.discovery import components, original_of, unwrapped_model
 from ..interventions import ReattendError
+
+if TYPE_CHECKING:
+    from .steering import Steering
 
 
 class Subject:
@@ -18,6 +22,8 @@ class Subject:
     source: what recipes attach to. module: the transformers model, or the denoiser of a diffusers pipeline. processor: tokenizer or
     processor of a transformers model. pipe: the diffusers pipeline, or None. kind: "llm", "lvlm" or "diffusion".
     """
+
+    steering: Steering | None = None
 
     def __init__(self, source: Any, processor: Any = None) -> None:
         self.source = source = original_of(source)
@@ -35,6 +41,13 @@ class Subject:
         self.kind = "lvlm" if getattr(self.processor, "image_processor", None) is not None else "llm"
         if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
             raise ReattendError("batches need a padding token: set tokenizer.pad_token")
+
+    def marked(self, **rows: list[list[str]]) -> contextlib.AbstractContextManager:
+        """Around a batch: tells recipes that wait for passages what to mark, by kind: `marked(highlight=[["Anna lives in Rome."]])`.
+
+        Each value holds, for every prompt of the batch, the passages as they stand in it. Without such recipes it does nothing.
+        """
+        return contextlib.nullcontext() if self.steering is None else self.steering.marked(rows)
 
     @property
     def tokenizer(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -53,6 +53,8 @@ class Recipe(BaseModel):
     slug: ClassVar[str] = ""
     info: ClassVar[Info]
     version: ClassVar[int] = 1
+    # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
+    marks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, **parameters: Any) -> None:
         try:

@@ -47,6 +47,7 @@ class Emphasise(Recipe):
         licence="MIT",
         profiling="optional: which heads to steer",
     )
+    marks = {"highlight": "text"}
 
     text: str | list[str] | list[list[str]] | None = Field(
         None,

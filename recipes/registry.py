@@ -55,6 +55,23 @@ def list_recipes(family: str | None = None, kind: str | None = None) -> dict[str
 
 def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
     """A recipe from a YAML file (or its content as a dict): `name`, optional `version`, and parameters."""
+    cls, parameters = read_recipe(source)
+    return cls(**parameters)
+
+
+def read_choice(choice: Any) -> tuple[type[Recipe], dict[str, Any]]:
+    """(class, parameters) of a recipe as `apply` takes it: a name, a (name, parameters) pair, a YAML file, a dict or a Recipe."""
+    if isinstance(choice, Recipe):
+        return type(choice), choice.model_dump(exclude_unset=True)
+    if isinstance(choice, tuple):
+        return recipe_class(choice[0]), dict(choice[1])
+    if isinstance(choice, (Path, dict)) or choice.endswith((".yaml", ".yml")):
+        return read_recipe(choice)
+    return recipe_class(choice), {}
+
+
+def read_recipe(source: str | Path | dict[str, Any]) -> tuple[type[Recipe], dict[str, Any]]:
+    """(class, parameters) of a YAML file or its content; the parameters are not checked yet."""
     if isinstance(source, dict):
         data, where = dict(source), "the recipe"
     else:
@@ -73,7 +90,7 @@ def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
         raise ReattendError(
             f"{where}: version {version} of recipe {cls.slug!r} is not known here; this is version {cls.version}"
         )
-    return cls(**data)
+    return cls, data
 
 
 def save_recipe(chosen: Recipe, path: str | Path) -> Path:

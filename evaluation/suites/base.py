@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...interventions import ReattendError
 from ...recipes.base import one_line
+from ..metrics.sums import Sums
 from ..subject import Subject
 
 SubjectKind = Literal["llm", "lvlm", "diffusion"]
@@ -35,27 +35,14 @@ class Item:
         object.__setattr__(self, "group", self.group or self.id)
 
 
-class Sums(dict):
-    """Counts added up over records, by name; a name that never occurred is 0. Values are floats, or arrays [resamples]."""
-
-    def __missing__(self, name: str) -> float:
-        return 0.0
-
-    @classmethod
-    def of(cls, counts: Iterable[Mapping[str, float]]) -> Sums:
-        total = cls()
-        for one in counts:
-            for name, value in one.items():
-                total[name] += float(value)
-        return total
-
-
 class Suite(BaseModel):
     """Base of all suites. A subclass sets the class variables, adds its parameters as fields and fills in the methods.
 
     name: as on the command line. kind: what it needs, "llm" (any model that writes text), "lvlm" or "diffusion". does: one line.
     shown: the metrics of the table, the first is the one that counts; None shows all. lower: metrics of which less is better.
-    batch: how many items are answered at once. version: raised when items or scoring change, so that old records are not reused.
+    marks: kinds of passages that `answer` names to recipes by `subject.marked(...)`: "highlight" (to be emphasised), "segments"
+    (whose order should not matter). batch: how many items are answered at once. version: raised when items or scoring change, so
+    that old records are not reused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +52,7 @@ class Suite(BaseModel):
     does: ClassVar[str] = ""
     shown: ClassVar[Sequence[str] | None] = None
     lower: ClassVar[Sequence[str]] = ()
+    marks: ClassVar[Sequence[str]] = ()
     batch: ClassVar[int] = 16
     version: ClassVar[int] = 1
 
@@ -99,9 +87,3 @@ class Suite(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """The suite as data: name, version and all parameters."""
         return {"name": self.name, "version": self.version, **self.model_dump(mode="json")}
-
-
-def ratio(part: Any, whole: Any) -> Any:
-    """part / whole of floats or arrays, 0 where whole is 0."""
-    part, whole = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
-    return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole != 0)

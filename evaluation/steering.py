@@ -1,0 +1,79 @@
+"""Recipes at work while a suite asks. Those that need passages of every prompt get them from the suite."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..hooks import sites
+from ..interventions import UnsupportedError
+from ..recipes.apply import Choice, apply, resolve
+from ..recipes.base import Recipe
+from ..recipes.registry import read_choice
+
+if TYPE_CHECKING:
+    from .subject import Subject
+
+
+class Steering:
+    """A context manager: `with Steering(subject, ["emphasise"], suite.marks) as steering: suite.answer(subject, batch)`.
+
+    A recipe with all its parameters acts from `with` to its end. One that takes passages of the prompt (`Recipe.marks`) and was
+    given none waits: it acts inside `subject.marked(...)`, where the suite names the passages of each prompt.
+    marks: the kinds of passages that the suite names. stats: {recipe: {site: how often its edits were applied}} of all sessions.
+    Raises ReattendError when it is made, before any forward pass: an unknown recipe or parameter, a model that a recipe does not
+    fit, or passages that a recipe needs and the suite does not name.
+    """
+
+    def __init__(self, subject: Subject, choices: Sequence[Choice], marks: Sequence[str] = ()) -> None:
+        self.subject = subject
+        self.ready: list[Recipe] = []
+        self.waiting: list[tuple[type[Recipe], dict[str, Any], dict[str, str]]] = []
+        self.stats: dict[str, dict[str, int]] = {}
+        self._stack = contextlib.ExitStack()
+        trial = []
+        for choice in choices:
+            cls, given = read_choice(choice)
+            lacking = {kind: field for kind, field in cls.marks.items() if kind in marks and given.get(field) is None}
+            if lacking and not isinstance(choice, Recipe):
+                self.waiting.append((cls, given, lacking))
+                # any passage will do to see whether the other parameters and the model fit
+                trial.append(cls(**given, **{field: [["passage"]] for field in lacking.values()}))
+            else:
+                self.ready += resolve([choice], {})
+        table = sites(subject.source)
+        for item in [*self.ready, *trial]:
+            support = item.supports(table)
+            if not support:
+                raise UnsupportedError(f"recipe {item.slug!r} does not fit this model: {support.reason}")
+
+    def __enter__(self) -> Steering:
+        self.subject.steering = self
+        if self.ready:
+            self._stack.enter_context(self._session(self.ready))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.subject.steering = None
+        self._stack.__exit__(*error)
+
+    @contextlib.contextmanager
+    def marked(self, rows: dict[str, list[list[str]]]) -> Iterator[None]:
+        """The waiting recipes at work on one batch; rows: {kind of passage: for every prompt its passages}."""
+        chosen = [
+            cls(**given, **{field: rows[kind] for kind, field in lacking.items()}) for cls, given, lacking in self.waiting
+        ]
+        with self._session(chosen) if chosen else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _session(self, chosen: list[Recipe]) -> Iterator[None]:
+        with apply(self.subject.source, *chosen, tokenizer=self.subject.processor) as session:
+            try:
+                yield
+            finally:
+                for label, sites_of in session.stats.items():
+                    mine = self.stats.setdefault(label, {})
+                    for site, count in sites_of.items():
+                        mine[site] = mine.get(site, 0) + count

@@ -2,7 +2,7 @@
 
 from .capture import Reading, Recording, capture
 from .discovery import SiteTable, Support, sites
-from .plan import Act, Capture, Guide, Observation, Observe, Plan, Project, Spans
+from .plan import Act, Capture, Guide, Observation, Observe, Plan, Probe, Project, Prompt, Spans
 from .session import Session, attach, running
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "Observation",
     "Observe",
     "Plan",
+    "Probe",
     "Project",
+    "Prompt",
     "Reading",
     "Recording",
     "Session",

@@ -6,8 +6,9 @@ capture     `Capture`: a reader of the edited attention of each call (see `captu
 guide       `Guide`: a further denoiser branch with edits of its own (see `denoise`)
 projection  `Project`: an edit of the key projection's output of new tokens
 spans       `Spans`: token sets that the user named by text or position
+rewrite     `Probe`: a further pass with the same or changed inputs before a prefill, read but not edited (see `probe`)
 
-The other doors of the design (branch, rotary, rewrite, tokens, share) get their dataclass here and their room beside `denoise`.
+The other doors of the design (branch, rotary, tokens, share) get their dataclass here and their room beside `denoise`.
 """
 
 from __future__ import annotations
@@ -121,7 +122,41 @@ class Spans:
                 raise ReattendError(f"a range of tokens must have 0 <= start < stop, got ({start}, {stop})")
 
 
-Step = Act | Observe | Capture | Project | Guide | Spans
+@dataclass
+class Prompt:
+    """What a probe may change: the arguments of the pass that is about to run, all of them by name.
+
+    There is no cache among them, and the attention mask is 2-d or absent. tokens: the map of the prompt. config: the model's.
+    memory: the recipe's store for this sequence, the one that its interventions read as `call.memory`.
+    """
+
+    arguments: dict[str, Any]
+    tokens: TokenMap
+    config: Any
+    memory: dict[Any, Any]
+
+
+@dataclass
+class Probe:
+    """Before a pass that starts a sequence: one more pass, without any edit and without a cache, that `steps` read.
+
+    inputs(Prompt) -> the arguments of that pass, or None where no pass is needed; no function: the arguments of the real pass. Roles
+    of changed prompts are those that follow from ids and mask ("image", "bos", "padding"); an unchanged prompt has all of its roles.
+    Readers find `call.memory` or `observation.memory` shared with the recipe's other steps, so what they store there the real pass
+    can use. early_exit: the pass stops after the last decoder site has been read. Passes that go on with a cache (a chunk of a
+    prompt, the next turn, decode steps) have no probe.
+    """
+
+    steps: Sequence[Observe | Capture]
+    inputs: Callable[[Prompt], dict[str, Any] | None] | None = None
+    early_exit: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ReattendError("a probe needs at least one reader (Observe or Capture)")
+
+
+Step = Act | Observe | Capture | Project | Guide | Spans | Probe
 
 
 @dataclass

@@ -20,6 +20,7 @@ from ..interventions import Clock, ReattendError, TokenMap
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
+from .probe import Running, run_probes
 from .tokens import build_roles
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Forward:
     tokens: TokenMap | None = None
     sequence: Sequence | None = None
     encoder_tokens: TokenMap | None = None
+    # fresh: this pass starts its sequence. probe: it is read by a probe's steps and edited by nobody
+    fresh: bool = False
+    probe: Running | None = None
     loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
 
     def memory(self, key: object) -> dict[Any, Any]:
@@ -103,20 +107,32 @@ class SequenceTracker:
         stack = getattr(self.local, "stack", None)
         return stack[-1] if stack else Forward(OUTSIDE)
 
+    def probing(self) -> Running | None:
+        """The probe whose pass is under way in this thread."""
+        stack = getattr(self.local, "stack", None)
+        return stack[-1].probe if stack else None
+
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.probing() is not None:
+            return
         sessions = self.attachment.active()
-        # one forward pass of a model never starts inside another one of itself: anything left here was interrupted
+        # but for probes, no forward pass of a model starts inside another one of itself: anything left here was interrupted
         self.local.stack = []
         self.in_flight.add(threading.get_ident())
         if not sessions:
             return
         given = self.signature.bind_partial(module, *args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
-        self.local.stack.append(self._forward(given, sessions))
+        forward = self._forward(given, sessions)
+        self.local.stack.append(forward)
         for session in sessions:
             session.forwards += 1
+        del given[next(iter(self.signature.parameters))]
+        run_probes(self, forward, given, sessions)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.probing() is not None:
+            return
         stack = getattr(self.local, "stack", None)
         forward = stack.pop() if stack else None
         self._land()
@@ -143,6 +159,7 @@ class SequenceTracker:
         if encoder_decoder and given.get("input_ids") is not None:
             encoder_tokens = self._new_map(given["input_ids"], None, given.get("attention_mask"), given, sessions)
         source = ids if ids is not None else embeds
+        fresh = False
         if not isinstance(source, Tensor) or source.dim() < 2:
             return Forward(OUTSIDE, encoder_tokens=encoder_tokens)
         batch, width = source.shape[:2]
@@ -159,6 +176,7 @@ class SequenceTracker:
                 self.by_cache[cache] = sequence
             self.local.uncached = sequence if cache is None else None
             clock = Clock("prefill" if self._generates() or past else "encode")
+            fresh = not past
         elif past + width <= sequence.tokens.prompt_length:
             # a model without a cache that is called with the same prompt again, or a chunk of it
             clock = Clock("prefill")
@@ -171,7 +189,7 @@ class SequenceTracker:
             self._extend(sequence, ids, mask, past, width, given, sessions)
             clock = Clock("prefill")
         sequence.tokens.length = past + width
-        return Forward(clock, sequence.tokens, sequence, encoder_tokens)
+        return Forward(clock, sequence.tokens, sequence, encoder_tokens, fresh)
 
     def _generates(self) -> bool:
         can = getattr(self.root, "can_generate", None)

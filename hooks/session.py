@@ -18,7 +18,8 @@ from torch import nn
 
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
 from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
-from .plan import Act, Capture, Guide, Observe, Plan, Project, Spans
+from .plan import Act, Capture, Guide, Observe, Plan, Probe, Project, Spans
+from .probe import readers_of
 from .sequence import Forward, SequenceTracker
 
 _isolated: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("reattend_sessions", default=())
@@ -41,7 +42,8 @@ class Session:
         self.active = False
         self._token: contextvars.Token | None = None
         self._acts: dict[int, list[tuple[Plan, Act]]] = {}
-        self._captures: dict[int, list[Capture]] = {}
+        self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
+        self.probes: list[tuple[Plan, Probe, Session]] = []
         self.guides: list[tuple[Plan, Guide]] = []
         self.spans: list[Spans] = []
         self.handles: list[Any] = []
@@ -61,12 +63,14 @@ class Session:
                         self._acts.setdefault(id(step.sites.module(site)), []).append((plan, step))
                 elif isinstance(step, Capture):
                     for site in step.sites:
-                        self._captures.setdefault(id(step.sites.module(site)), []).append(step)
+                        self._captures.setdefault(id(step.sites.module(site)), []).append((plan, step))
                 elif isinstance(step, Project):
                     step.label = step.label or plan.recipe
                     self.counts.setdefault(step.label, Counter())
                 elif isinstance(step, Guide):
                     self.guides.append((plan, step))
+                elif isinstance(step, Probe):
+                    self.probes.append((plan, step, readers_of(self, plan, step)))
                 elif isinstance(step, Spans):
                     self.spans.append(step)
 
@@ -127,12 +131,13 @@ class Session:
 
     def act_steps(self) -> list[tuple[Plan, Act | Capture]]:
         """The steps for which calls have to be intercepted."""
-        return [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Act, Capture))]
+        own = [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Act, Capture))]
+        return [*own, *(item for _, _, readers in self.probes for item in readers.act_steps())]
 
     def acts_at(self, module: nn.Module) -> bool:
         return id(module) in self._acts or id(module) in self._captures
 
-    def captures_at(self, module: nn.Module) -> list[Capture]:
+    def captures_at(self, module: nn.Module) -> list[tuple[Plan, Capture]]:
         return self._captures.get(id(module), [])
 
     def edits(self, module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
@@ -156,9 +161,12 @@ def edits_of(sessions: Sequence[Session], module: nn.Module, call: Call, forward
     edits = [edit for session in sessions for edit in session.edits(module, call, forward)]
     edits = [edit for edit in edits if not edit.is_identity]
     for session in sessions:
-        for step in session.captures_at(module):
+        for plan, step in session.captures_at(module):
+            call.memory = forward.memory(plan.memory_key)
             with torch.no_grad():
                 step.reader(call, edits)
+            if forward.probe is not None:
+                forward.probe.read(step, module)
     return edits
 
 
@@ -183,6 +191,8 @@ class Attachment:
         first = not self.sessions
         for _, step in session.act_steps():
             self.site_of.update({id(step.sites.module(site)): site for site in step.sites})
+        if session.probes and self.tracker.root is None:
+            raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
         try:
             if first:
                 self.tracker.install()
@@ -215,12 +225,17 @@ class Attachment:
         """Sessions that the current thread or task runs under, in the order of their start."""
         if not self.sessions:
             return []
+        probe = self.tracker.probing()
+        if probe is not None:
+            return [probe.session]
         mine = _isolated.get()
         return [s for s in self.sessions if not s.isolated or s in mine]
 
     def _install_taps(self, session: Session) -> None:
         from .taps import install_observation, install_projection
 
+        for _, _, readers in session.probes:
+            self._install_taps(readers)
         for plan in session.plans:
             for step in plan.steps:
                 if isinstance(step, Observe):
@@ -229,6 +244,8 @@ class Attachment:
                     session.handles += install_projection(self, session, plan, step)
 
     def _drop_taps(self, session: Session) -> None:
+        for _, _, readers in session.probes:
+            self._drop_taps(readers)
         while session.handles:
             session.handles.pop().remove()
 

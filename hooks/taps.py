@@ -30,6 +30,8 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
                 )
             forward = attachment.denoiser.current() or attachment.tracker.current()
             step.tap(Observation(hidden.detach(), site, forward.clock, forward.tokens, forward.memory(plan.memory_key)))
+            if forward.probe is not None:
+                forward.probe.read(step, step.sites.module(site))
 
         handles.append(layer_module(root, path).register_forward_pre_hook(uncompiled(tap), with_kwargs=True))
     return handles

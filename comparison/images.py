@@ -158,6 +158,11 @@ def ssim(before: Tensor, after: Tensor, size: int = 11, sigma: float = 1.5) -> f
 
     Only windows that lie wholly inside count; for pictures smaller than the window it shrinks to the largest odd size that fits.
     """
+    return float(ssim_map(before, after, size, sigma).mean())
+
+
+def ssim_map(before: Tensor, after: Tensor, size: int = 11, sigma: float = 1.5) -> Tensor:
+    """Structural similarity in every window that lies wholly inside, [c, h - size + 1, w - size + 1]; see `ssim`."""
     size = min(size, *before.shape[1:])
     size -= 1 - size % 2
     places = torch.arange(size, dtype=torch.float64) - size // 2
@@ -172,8 +177,7 @@ def ssim(before: Tensor, after: Tensor, size: int = 11, sigma: float = 1.5) -> f
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
-    value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return float(value.mean())
+    return (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
 
 
 def difference_picture(before: Tensor, after: Tensor, largest: float) -> Any:

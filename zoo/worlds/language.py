@@ -33,7 +33,7 @@ def article(word: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """"a red circle , a blue square and an orange star .": the things from left to right."""
+    """ "a red circle , a blue square and an orange star .": the things from left to right."""
     return listing(scene.things) + " ."
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..interventions import TokenMap
 from .chat import add_chat_roles, has_template
 from .images import add_images
+from .question import Question, add_question
 from .spans import add_spans, tokenizer_of
 from .transcript import Transcript, transcripts
 
@@ -61,7 +62,11 @@ def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None
         add_chat_roles(tokens, speaker, rows)
     for session in sessions:
         for spans in session.spans:
-            add_spans(tokens, ids, spans, functools.partial(read, tokenizer_of(session.tokenizer)))
+            own = functools.partial(read, tokenizer_of(session.tokenizer))
+            if isinstance(spans, Question):
+                add_question(tokens, ids, spans, session.tokenizer, own)
+            else:
+                add_spans(tokens, ids, spans, own)
 
 
 def _is_decoder_side(model: Any, ids: Tensor | None, given: dict[str, Any]) -> bool:

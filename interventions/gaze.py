@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from .batch import call_at
 from .call import Call, TokenMap
+from .edits import Rows
 from .errors import ReattendError
 from .fused_executor import row_weights
 from .kernels import rows_per_chunk
@@ -57,6 +58,10 @@ class Shift:
         """[B, H]: the change over all columns."""
         return self.sums.sum(dim=-1)
 
+    def emptied(self) -> Shift:
+        """The same without the sums: for a new question that follows on these rows."""
+        return Shift(torch.zeros_like(self.sums), self.last, self.rows)
+
 
 def positive_shift(call: Call, rows: Tensor, columns: Tensor, known: Shift | None = None) -> Shift:
     """Sum over rows i of max(A[i] - A[i - 1], 0) on the columns, from the call's untouched weights.
@@ -75,7 +80,7 @@ def positive_shift(call: Call, rows: Tensor, columns: Tensor, known: Shift | Non
         index = here[row].nonzero()[:, 0].to(call.query.device)
         if not index.numel():
             continue
-        one = call_at(call, torch.tensor([row], device=call.query.device), lambda: one.query)
+        one = call_at(call, torch.tensor([row], device=call.query.device), call.original or _no_output)
         chosen = rows[row].nonzero()[:, 0].to(call.query.device)
         before = None if known is None else _widened(known.last[row : row + 1], first + keys)[0, :, index + first]
         step = rows_per_chunk(1, call.num_heads, keys)
@@ -92,6 +97,10 @@ def positive_shift(call: Call, rows: Tensor, columns: Tensor, known: Shift | Non
     if known is not None:
         sums = sums + _widened(known.sums, first + keys)
     return Shift(sums, last, stop)
+
+
+def _no_output() -> Tensor:
+    raise ReattendError("weights are read here, there is no output")
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
@@ -184,3 +193,31 @@ def refocus(weights: Tensor, groups: Tensor, *, share: float = 0.5, beta: float 
     looking, reading = looking * scale, reading * scale
     factor = torch.stack([scale, -looking, reading, looking], dim=-1).view(batch, heads * rows, 4) @ groups
     return (flat * factor).view(weights.shape)
+
+
+def refocus_columns(focus: Focus, key_start: int, share: float, beta: float, weights: Tensor, rows: Rows) -> Tensor:
+    """`refocus` on the rows of a call whose key column 0 lies at the absolute position key_start."""
+    if rows.offset is None:
+        raise ReattendError("image and question cannot be told apart in columns that another edit has merged")
+    groups = focus.columns(key_start, key_start + weights.shape[3], weights.device, weights.dtype)
+    return refocus(weights, groups, share=share, beta=beta)
+
+
+def focused_rows(call: Call) -> Tensor:
+    """Bool [B, Tq] on the CPU: the last real row of each prompt, and the rows behind it."""
+    tokens = call.tokens
+    assert tokens is not None
+    real = tokens.positions("prompt", 0, tokens.prompt_length)
+    places = torch.arange(tokens.prompt_length)
+    last = torch.where(real, places, 0).amax(dim=1, keepdim=True)
+    rows = torch.arange(call.total - call.num_queries, call.total)
+    return (rows >= last) & ~tokens.positions("padding", int(rows[0]), call.total)
+
+
+def row_shares(call: Call, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, k]: what the untouched rows (bool [B, Tq]) give to each column set (bool [B, k, Tk]), mean over these rows and all heads."""
+    index = rows.any(dim=0).nonzero()[:, 0].to(call.query.device)
+    weights = row_weights(call, [], index).mean(dim=1)
+    chosen = rows.to(weights.device)[:, index].to(weights)
+    shares = (weights @ columns.to(weights).transpose(1, 2)).mul(chosen[..., None]).sum(dim=1)
+    return shares / chosen.sum(dim=1, keepdim=True).clamp_min(1)

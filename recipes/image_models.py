@@ -1,0 +1,21 @@
+"""Which models recipes for images can act on: those whose decoder reads image tokens in its own sequence."""
+
+from __future__ import annotations
+
+from ..hooks import SiteTable
+from ..hooks.images import CROSS_ATTENTION, RESAMPLED
+
+
+def image_misfit(table: SiteTable, slug: str) -> str:
+    """Why a recipe that reads or changes the weights between text and image tokens does not fit a model; "" where it does."""
+    config, name = table.config, table.model_name
+    family = getattr(config, "model_type", "")
+    if family in CROSS_ATTENTION:
+        return f"{name} reads images through cross-attention layers: the rows of its text hold no image weights"
+    if getattr(config, "image_token_id", None) is None:
+        return f"{slug} acts on attention to image tokens, and {name} takes none (its config has no image_token_id)"
+    if family in RESAMPLED or getattr(config, "is_encoder_decoder", False):
+        return f"the image tokens of {name} are no places of the image in the decoder's own sequence"
+    if not len(table.stack("decoder").kind("self")):
+        return f"{name} has no decoder self-attention"
+    return ""

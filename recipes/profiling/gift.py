@@ -1,0 +1,168 @@
+"""The layers of GIFT: where attention on the image shifts most while questions are read, and where image and question move together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...hooks import Capture, Plan, attach, running, sites
+from ...hooks.discovery import unwrapped_model
+from ...hooks.question import Question
+from ...interventions import Call, ReattendError
+from ...interventions.gaze import focused_rows, image_columns, positive_shift, row_shares
+from ..base import Recipe
+from ..image_models import image_misfit
+from ..profile import Profile, table_fingerprint
+from ..question_words import chooser
+from .progress import track
+
+ROLE = "profiled-question"
+
+
+@dataclass
+class Watcher:
+    """What the prompts showed: {layer: [value per prompt]}."""
+
+    shift: dict[int, list[float]] = field(default_factory=dict)
+    image: dict[int, list[float]] = field(default_factory=dict)
+    question: dict[int, list[float]] = field(default_factory=dict)
+
+    def read(self, call: Call, edits: Sequence[Any]) -> None:
+        tokens = call.tokens
+        assert tokens is not None and call.site is not None
+        if "image" not in tokens:
+            raise ReattendError("every sample needs an image: one of them has no image tokens")
+        layer = call.site.layer
+        words = tokens.positions(f"{ROLE}-words", 0, call.total)
+        total = positive_shift(call, words, image_columns(tokens)).total
+        self.shift.setdefault(layer, []).extend(total.sum(dim=1).tolist())
+        rows = focused_rows(call)
+        columns = torch.stack([call.columns("image"), call.columns(ROLE)], dim=1)
+        shares = row_shares(call, rows, columns)
+        self.image.setdefault(layer, []).extend(shares[:, 0].tolist())
+        self.question.setdefault(layer, []).extend(shares[:, 1].tolist())
+
+
+def gaze_layers(
+    recipe: type[Recipe],
+    model: Any,
+    processor: Any,
+    *,
+    samples: Iterable[Any] | str | None = None,
+    words: str = "auto",
+    **options: Any,
+) -> Profile:
+    """Chooses the layers from image-question pairs; 50 to 100 of them are the paper's advice. Cost: one forward pass for each.
+
+    samples: (image, question) pairs, ready inputs of the model (mappings of tensors), or a JSON-lines file of {"image": path,
+    "question": text}. Tensors of the profile: saliency_layers [1], the layer whose weights on the image rise most in sum while the
+    question is read; enhance_layers [n], see `moving_together`; shift, image_share and question_share [layers], the means behind them.
+    Raises ReattendError for a model that takes no images, samples that cannot be read, or shares that never move together.
+    """
+    if options:
+        raise ReattendError(f"profile of {recipe.slug!r} takes samples and words, not {', '.join(options)}")
+    table = sites(model)
+    reason = image_misfit(table, recipe.slug)
+    if reason:
+        raise ReattendError(f"cannot profile this model: {reason}")
+    if running(model):
+        raise ReattendError("a profile must show the plain model: end the session that is active on it first")
+    prompts = read_samples(samples)
+    chosen, watcher, inner = table.stack("decoder").kind("self"), Watcher(), unwrapped_model(model)
+    plan = Plan(recipe.slug, [Question(ROLE, words=chooser(words)), Capture(chosen, watcher.read)])
+    with torch.no_grad(), attach(model, [plan], tokenizer=processor):
+        for sample in track(prompts, "image-question pairs", len(prompts)):
+            inputs = _inputs(sample, processor)
+            inner(**{k: v.to(inner.device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    layers = sorted(watcher.shift)
+    shift, image, question = (
+        torch.tensor([seen[n] for n in layers]) for seen in (watcher.shift, watcher.image, watcher.question)
+    )
+    best = layers[int(shift.mean(dim=1).argmax())]
+    first, last = moving_together(image, question)
+    facts = {
+        "samples": len(prompts),
+        "words": words,
+        "saliency_layers": [best],
+        "enhance_layers": layers[first : last + 1],
+        "profile": {str(n): round(float(s), 4) for n, s in zip(layers, shift.mean(dim=1), strict=True)},
+    }
+    tensors = {
+        "saliency_layers": torch.tensor([best]),
+        "enhance_layers": torch.tensor(layers[first : last + 1]),
+        "shift": shift.mean(dim=1),
+        "image_share": image.mean(dim=1),
+        "question_share": question.mean(dim=1),
+    }
+    return Profile(recipe.slug, table_fingerprint(table), tensors, facts)
+
+
+def moving_together(image: Tensor, question: Tensor) -> tuple[int, int]:
+    """(first, last): the range of layers in which the shares [layers, samples] of image and question rise and fall together.
+
+    Our rule for the paper's wish: each step from a layer to the next counts by how much more often both shares move the same way
+    than opposite ways (-1 to 1, mean over samples), and the range is the one with the largest sum. Raises ReattendError where no
+    step counts more than 0.
+    """
+    agree = (image.diff(dim=0).sign() * question.diff(dim=0).sign()).mean(dim=1).tolist()
+    best, start, total, found = 0.0, 0, 0.0, None
+    for step, value in enumerate(agree):
+        if total <= 0:
+            start, total = step, 0.0
+        total += value
+        if total > best:
+            best, found = total, (start, step + 1)
+    if found is None:
+        raise ReattendError("attention on image and question never moves together here: pass enhance_layers yourself")
+    return found
+
+
+def read_samples(samples: Iterable[Any] | str | None) -> list[Any]:
+    """The samples as a list. Raises ReattendError where there are none, or a file is not as `gaze_layers` says."""
+    if isinstance(samples, (str, Path)):
+        path = Path(samples)
+        if not path.is_file():
+            raise ReattendError(f"samples: no file at {str(path)!r}")
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            samples = [(path.parent / row["image"], row["question"]) for row in rows]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ReattendError(
+                f'samples: {str(path)!r} must hold lines of {{"image": path, "question": text}}: {error}'
+            ) from None
+    found = list(samples or ())
+    if not found:
+        raise ReattendError("samples are needed: [(image, question), ...], or a JSON-lines file; 50 to 100 pairs are good")
+    for sample in found:
+        pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and isinstance(sample[1], str)
+        if not pair and not isinstance(sample, Mapping):
+            raise ReattendError(f"a sample must be (image, question) or a mapping of model inputs, got {type(sample).__name__}")
+    return found
+
+
+def _inputs(sample: Any, processor: Any) -> Mapping[str, Any]:
+    if isinstance(sample, Mapping):
+        return sample
+    image, question = sample
+    if isinstance(image, (str, Path)):
+        from PIL import Image
+
+        image = Image.open(image).convert("RGB")
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+    if not hasattr(processor, "image_processor"):
+        raise ReattendError("(image, question) samples need the model's processor; ready inputs of the model do without")
+    return processor(images=image, text=f"{getattr(processor, 'image_token', '<image>')}\n{question}", return_tensors="pt")

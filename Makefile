@@ -33,11 +33,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,report]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
 	touch $@
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,diffusion,report,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,diffusion,dev]"
 	touch $@
 
 clean:

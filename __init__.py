@@ -28,10 +28,12 @@ _LAZY = {
     "UnsupportedError": ".interventions",
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = ["__version__", "zoo", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module(".zoo", __name__)
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

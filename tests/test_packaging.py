@@ -12,7 +12,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("interventions", "interventions/edits", "hooks", "recipes", "recipes/profiling", "comparison")
+ROOMS = (
+    "interventions",
+    "interventions/edits",
+    "hooks",
+    "recipes",
+    "recipes/profiling",
+    "comparison",
+    "zoo",
+    "zoo/worlds",
+    "zoo/train",
+    "evaluation",
+    "evaluation/suites",
+    "evaluation/metrics",
+    "evaluation/material",
+)
 
 
 @pytest.fixture(scope="module")

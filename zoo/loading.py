@@ -1,0 +1,72 @@
+"""Loads the models of the zoo through the genuine transformers and diffusers classes, from folders inside the package."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..interventions import ReattendError
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the zoo. needs: the extra that brings what it is loaded with, or ""."""
+
+    does: str
+    kind: Literal["lvlm", "diffusion"]
+    needs: str = ""
+
+
+MODELS = {
+    "shapes-llava": Model("LLaVA that describes scenes of coloured shapes and answers questions about them", "lvlm"),
+    "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion", "diffusion"),
+    "shapes-sd3": Model(
+        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "diffusion"
+    ),
+}
+
+
+def folder(name: str) -> Path:
+    """Where a model of the zoo lies: a folder that `from_pretrained` takes, with its card.
+
+    Raises ReattendError for a name that the zoo does not know.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(str(name), MODELS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ReattendError(f"the zoo has no model {name!r}{hint}; it has: {', '.join(MODELS)}")
+    return Path(__file__).parent / name
+
+
+def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
+    """(model, processor) of a vision-language model of the zoo, or the diffusers pipeline of an image generator.
+
+    device: where to put it. dtype: of the weights, None = float32 (they are stored in half precision). Needs no network.
+    Raises ReattendError for a name that the zoo does not know, or where diffusers is missing.
+    """
+    import torch
+
+    where, kind = folder(name), dtype or torch.float32
+    if MODELS[name].kind == "lvlm":
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
+        return model.to(device).eval(), AutoProcessor.from_pretrained(where)
+    try:
+        from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
+    except ImportError:
+        raise ReattendError(f'{name} is a diffusers pipeline: pip install "reattend[{MODELS[name].needs}]"') from None
+    return DiffusionPipeline.from_pretrained(where, torch_dtype=kind).to(device)
+
+
+def pipeline(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
+    """Like `load`, but a vision-language model comes as a transformers pipeline ("image-text-to-text"), ready for `reattend.wrap`."""
+    loaded = load(name, device=device, dtype=dtype)
+    if not isinstance(loaded, tuple):
+        return loaded
+    import transformers
+
+    model, processor = loaded
+    return transformers.pipeline("image-text-to-text", model=model, processor=processor, device=device)  # type: ignore

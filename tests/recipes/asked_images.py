@@ -13,7 +13,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
 
 USER, ASSISTANT, NEWLINE = 50, 51, 52
-WORDS = {"what": 5, "is": 6, "the": 7, "red": 8, "dog": 9, "on": 10, "doing": 11, "how": 12, "many": 13, "cats": 14, "?": 15, "a": 16}
+WORDS = {
+    "what": 5,
+    "is": 6,
+    "the": 7,
+    "red": 8,
+    "dog": 9,
+    "on": 10,
+    "doing": 11,
+    "how": 12,
+    "many": 13,
+    "cats": 14,
+    "?": 15,
+    "a": 16,
+}
 WHAT = [5, 6, 7, 8, 9, 11, 15]  # what is the red dog doing ?
 HOW = [12, 13, 14, 15]  # how many cats ?
 TEMPLATE = (

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..hooks import sites
+from ..hooks import Session, sites
 from ..interventions import UnsupportedError
 from ..recipes.apply import Choice, apply, resolve
 from ..recipes.base import Recipe
@@ -31,6 +31,7 @@ class Steering:
         self.ready: list[Recipe] = []
         self.waiting: list[tuple[type[Recipe], dict[str, Any], dict[str, str]]] = []
         self.stats: dict[str, dict[str, int]] = {}
+        self._open: list[Session] = []
         self._stack = contextlib.ExitStack()
         trial = []
         for choice in choices:
@@ -58,6 +59,12 @@ class Steering:
         self.subject.steering = None
         self._stack.__exit__(*error)
 
+    @property
+    def applied(self) -> int:
+        """How often edits were applied so far, over all recipes and sites."""
+        done = sum(sum(mine.values()) for mine in self.stats.values())
+        return done + sum(session.applied for session in self._open)
+
     @contextlib.contextmanager
     def marked(self, rows: dict[str, list[list[str]]]) -> Iterator[None]:
         """The waiting recipes at work on one batch; rows: {kind of passage: for every prompt its passages}."""
@@ -70,9 +77,11 @@ class Steering:
     @contextlib.contextmanager
     def _session(self, chosen: list[Recipe]) -> Iterator[None]:
         with apply(self.subject.source, *chosen, tokenizer=self.subject.processor) as session:
+            self._open.append(session)
             try:
                 yield
             finally:
+                self._open.remove(session)
                 for label, sites_of in session.stats.items():
                     mine = self.stats.setdefault(label, {})
                     for site, count in sites_of.items():

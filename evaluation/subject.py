@@ -24,6 +24,7 @@ class Subject:
     """
 
     steering: Steering | None = None
+    processor: Any
 
     def __init__(self, source: Any, processor: Any = None) -> None:
         self.source = source = original_of(source)
@@ -88,7 +89,8 @@ class Subject:
             inputs = dict(self.processor(**given, add_special_tokens=not begins))
         finally:
             tokenizer.padding_side, tokenizer.pad_token = kept
-        floats = self.module.dtype if isinstance(getattr(self.module, "dtype", None), torch.dtype) else torch.float32
+        kind = getattr(self.module, "dtype", None)
+        floats = kind if isinstance(kind, torch.dtype) else torch.float32
         return {
             name: value.to(self.device, floats if value.is_floating_point() else value.dtype)
             if isinstance(value, Tensor)

@@ -1,0 +1,145 @@
+"""What is compared: the plain model and recipes with their parameters, from words as `var:move=0.2` or `vhr+var` or from objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..interventions import ReattendError
+from ..recipes import Recipe
+from ..recipes.apply import Choice
+from ..recipes.registry import read_choice
+from .suites import Suite, suite
+
+NONE = "none"
+WIDEST_VALUE = 24
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the model. choices: recipes in the order in which they compose, none for the plain model."""
+
+    label: str
+    choices: tuple[Choice, ...] = ()
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> Variant:
+        """Raises ReattendError for an unknown recipe or a parameter out of range."""
+        if not choices:
+            return cls(NONE)
+        labels, facts = [], []
+        for choice in choices:
+            kind, given = read_choice(choice)
+            # passages that only the suite knows are filled in by it; until then any will do for checking the rest
+            waiting = {name: [["passage"]] for name in kind.marks.values() if given.get(name) is None}
+            checked = kind(**{**waiting, **given}).model_dump(mode="json")
+            settings = {name: checked[name] for name in given}
+            labels.append(kind.slug + (f"({', '.join(map(_short, settings.items()))})" if settings else ""))
+            everything = {name: value for name, value in checked.items() if name not in waiting or name in given}
+            facts.append({"name": kind.slug, "version": kind.version, "given": settings, "parameters": everything})
+        return cls(" + ".join(labels), tuple(choices), facts)
+
+    def key(self) -> list[dict[str, Any]]:
+        """What tells this variant's answers from any other's: recipes, versions, all parameters, content of the files they name."""
+        keys = []
+        for fact in self.facts:
+            held = {name: _digest(value) for name, value in fact["parameters"].items() if name.endswith("_path") and value}
+            keys.append({name: fact[name] for name in ("name", "version", "parameters")} | {"files": held})
+        return keys
+
+
+def _short(item: tuple[str, Any]) -> str:
+    text = json.dumps(item[1])
+    return f"{item[0]}={text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 3] + '...'}"
+
+
+def _digest(path: Any) -> str:
+    file = Path(str(path))
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+def split_list(text: str) -> list[str]:
+    """Parts between commas; commas inside brackets and braces do not part."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """("var", {"move": 0.2, "rho": 0.3}) from "var:move=0.2:rho=0.3"; values are read as YAML."""
+    name, *pairs = re.split(r":(?=\w+=)", spec.strip())
+    found = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ReattendError(f"{spec!r}: {value!r} is not a YAML value") from None
+    return name.strip(), found
+
+
+def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
+    """Variants from words or objects, doubles left out.
+
+    wanted: a comma-separated text, or a list whose items are a text ("none", "var:move=0.2", "vhr+var", "my.yaml"), a Recipe, a
+    (name, parameters) pair, None for the plain model, or a list of these, which compose. settings: {recipe: further parameters}.
+    """
+    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if _is_one(wanted) else list(wanted)
+    if not items:
+        raise ReattendError('name what to compare, for example "none,var"')
+    found: dict[str, Variant] = {}
+    for item in items:
+        parts = list(item) if isinstance(item, list) else [item]
+        variant = Variant.of([choice for part in parts for choice in _choices(part, settings or {})])
+        found.setdefault(json.dumps(variant.key(), sort_keys=True), variant)
+    return list(found.values())
+
+
+def _is_one(wanted: Any) -> bool:
+    pair = isinstance(wanted, tuple) and len(wanted) == 2 and isinstance(wanted[1], dict)
+    return wanted is None or pair or isinstance(wanted, (Recipe, Path))
+
+
+def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choice]:
+    if part is None:
+        return []
+    if not isinstance(part, str):
+        return [part]
+    found: list[Choice] = []
+    for spec in re.split(r"\+(?=\s*[A-Za-z./])", part):
+        name, given = read_spec(spec)
+        if name == NONE:
+            if given:
+                raise ReattendError(f"{spec!r}: the plain model takes no parameters")
+        elif name.endswith((".yaml", ".yml")):
+            if given or settings.get(name):
+                raise ReattendError(f"change the parameters of {name} in the file")
+            found.append(Path(name))
+        else:
+            found.append((name, {**settings.get(name.lower().replace("_", "-"), {}), **given}))
+    return found
+
+
+def suites_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Suite]:
+    """Suites from a comma-separated text, or from a list of texts ("pope", "pope:noise=1.1") and Suite objects."""
+    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if isinstance(wanted, Suite) else list(wanted)
+    found: dict[str, Suite] = {}
+    for item in items:
+        if not isinstance(item, Suite):
+            name, given = read_spec(item)
+            item = suite(name, **{**(settings or {}).get(name.lower().replace("_", "-"), {}), **given})
+        found.setdefault(json.dumps(item.as_dict(), sort_keys=True), item)
+    return list(found.values())

@@ -1,0 +1,80 @@
+"""From words to variants and suites."""
+
+from __future__ import annotations
+
+import pytest
+from reattend import ReattendError, recipe
+from reattend.evaluation.variants import read_spec, split_list, suites_of, variants_of
+
+
+def test_words_are_split_outside_brackets():
+    assert split_list("none, var:sink_dims=[1,2]:move=0.5,act:heads={3: [1,2]}") == [
+        "none",
+        "var:sink_dims=[1,2]:move=0.5",
+        "act:heads={3: [1,2]}",
+    ]
+    assert read_spec("var:sink_dims=[1,2]:move=5e-1") == ("var", {"sink_dims": [1, 2], "move": "5e-1"})
+    assert read_spec("emphasise:text='Answer: in French'") == ("emphasise", {"text": "Answer: in French"})
+    assert read_spec("C:folder.yaml") == ("C:folder.yaml", {})
+
+
+def test_settings_hold_unless_the_words_say_otherwise():
+    settings = {"streaming": {"window": 8, "sinks": 2}}
+    labels = [v.label for v in variants_of("none,streaming,streaming:window=9,streaming+act:heads=all", settings)]
+    assert labels == [
+        "none",
+        "streaming(window=8, sinks=2)",
+        "streaming(window=9, sinks=2)",
+        'streaming(window=8, sinks=2) + act(heads="all")',
+    ]
+
+
+def test_the_same_recipe_however_it_is_named_is_one_variant(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: streaming\nwindow: 8\n")
+    given = [
+        "streaming:window=8",
+        recipe("streaming", window=8),
+        ("streaming", {"window": 8, "sinks": 4}),
+        str(file),
+        {"name": "streaming", "window": 8},
+    ]
+    (variant,) = variants_of(given)
+    assert variant.label == "streaming(window=8)" and variant.facts[0]["parameters"]["sinks"] == 4
+
+
+def test_a_changed_file_is_another_variant(tmp_path):
+    file = tmp_path / "profile.safetensors"
+    file.write_bytes(b"one")
+    first = variants_of([("var", {"profile_path": str(file)})])[0].key()
+    assert variants_of([("var", {"profile_path": str(file)})])[0].key() == first
+    file.write_bytes(b"two")
+    assert variants_of([("var", {"profile_path": str(file)})])[0].key() != first
+
+
+def test_a_recipe_that_waits_for_passages():
+    (variant,) = variants_of("emphasise:alpha=0.1")
+    assert variant.label == "emphasise(alpha=0.1)" and variant.choices == (("emphasise", {"alpha": 0.1}),)
+    assert "text" not in variant.facts[0]["parameters"]
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        ("streeming", "did you mean 'streaming'"),
+        ("streaming:window=0", "window"),
+        ("streaming:windw=3", "not a parameter"),
+        ("streaming:window=[1", "not a YAML value"),
+        ("none:a=1", "no parameters"),
+        ("gone.yaml", "no recipe file"),
+        (" , ", "name what to compare"),
+    ],
+)
+def test_words_that_say_nothing(words, problem):
+    with pytest.raises(ReattendError, match=problem):
+        variants_of(words)
+
+
+def test_suites_by_name():
+    with pytest.raises(ReattendError, match="unknown suite"):
+        suites_of("pop,nowhere")

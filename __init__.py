@@ -20,6 +20,7 @@ _LAZY = {
     "capture": ".hooks",
     "wrap": ".comparison",
     "compare": ".comparison",
+    "evaluate": ".evaluation",
     "list_recipes": ".recipes",
     "recipe": ".recipes",
     "load_recipe": ".recipes",

@@ -32,7 +32,8 @@ def _debug(value: bool) -> bool:
     return value
 
 
-Model = Annotated[str, typer.Argument(help="hub id, folder, or smollm2 (from its package, no network)", show_default=False)]
+MODEL_HELP = "hub id, folder, zoo:NAME, or smollm2 (the last two need no network)"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error", callback=_debug, is_eager=True)]
 Recipes = Annotated[
@@ -272,6 +273,58 @@ def profile(
         )
     else:
         typer.echo(f"profile: {file}")
+
+
+@command
+def eval_(
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)] = "",
+    suite: Annotated[
+        list[str],
+        typer.Option("--suite", "-s", help="suites, as pope,chair:noise=1.1; without it they are listed", show_default=False),
+    ] = [],  # noqa: B006
+    recipes: Annotated[
+        list[str], typer.Option("--recipes", "-r", help="variants, as none,var:move=0.2,vhr+var; none = the plain model")
+    ] = ["none"],  # noqa: B006
+    set_: Annotated[
+        list[str], typer.Option("--set", help="parameter of a recipe or suite, as var.move=0.6", show_default=False)
+    ] = [],  # noqa: B006
+    count: Annotated[int, typer.Option("--count", "-n", help="scenes or texts per suite")] = 200,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option("--batch", help="items at once; 0 = the suite's own", show_default=False)] = 0,
+    resamples: Annotated[int, typer.Option("--resamples", help="resamples of the intervals")] = 2000,
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="folder for answers and results; a second run goes on there")
+    ] = "reattend-eval",
+    device: Device = "",
+    dtype: Dtype = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on suites of questions, plain and under recipes; also under `accelerate launch -m reattend eval ...`."""
+    from .evaluation import evaluate, list_suites
+    from .evaluation.arguments import prepare
+    from .evaluation.processes import Team
+
+    if not suite:
+        listed = list_suites()
+        _print_json(listed) if as_json else typer.echo("\n".join(f"{name:14} {does}" for name, does in listed.items()))
+        return
+    if not model:
+        raise ReattendError("name a model with --model")
+    suites, variants = prepare(suite, recipes, set_)
+    from .comparison.loading import load
+
+    team = Team.current()
+    pipe = load(model, device=device or team.device, dtype=dtype or None)
+    size = {"count": count, "seed": seed, "batch": batch or None, "resamples": resamples}
+    result = evaluate(pipe, suites, variants, out=out, name=model, **size)
+    if not team.main:
+        return
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        result.print()
+        typer.echo(f"results: {Path(out) / 'results.json'}")
 
 
 @command

@@ -1,4 +1,4 @@
-"""Models by name for the command line: a hub id, a folder, or the small language model that comes as a package."""
+"""Models by name for the command line: a hub id, a folder, one of the zoo, or the small language model that comes as a package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ..interventions import ReattendError
 
 SMOLLM2 = "smollm2"
+ZOO = "zoo:"
 
 
 def packaged_smollm2() -> tuple[Any, Any]:
@@ -49,7 +50,7 @@ class _quiet:
 
 
 def load(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """A pipeline for a model name: `smollm2`, a hub id, or a folder of a transformers model or a diffusers pipeline.
+    """A pipeline for a model name: `smollm2`, `zoo:NAME`, a hub id, or a folder of a transformers model or a diffusers pipeline.
 
     Raises ReattendError with what to do where it cannot be found or no pipeline here fits it.
     """
@@ -65,6 +66,11 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None) -> A
 
             model, tokenizer = packaged_smollm2()
             return pipeline("text-generation", model=model.to(kind), tokenizer=tokenizer, device=where)
+        if name.startswith(ZOO):
+            from ..zoo.loading import pipeline as from_zoo
+
+            with _quiet():
+                return from_zoo(name.removeprefix(ZOO), device=where, dtype=kind)
         if _file(name, "model_index.json") is not None:
             return _diffusion(name, kind, where)
         return _transformers(name, kind or "auto", where)
@@ -118,6 +124,10 @@ def skeleton(name: str) -> Any:
     try:
         if name == SMOLLM2:
             return packaged_smollm2()[0]
+        if name.startswith(ZOO):
+            from ..zoo.loading import folder
+
+            name = str(folder(name.removeprefix(ZOO)))
         index = _file(name, "model_index.json")
         with torch.device("meta"):
             return _denoiser(name, index) if index is not None else _architecture(name)

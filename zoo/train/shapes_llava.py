@@ -2,8 +2,9 @@
 
     python -m reattend.zoo.train.shapes_llava [--out FOLDER] [--steps N] [--seed N]
 
-Half of the samples describe a scene, the other half answer three questions about it. The pictures are noisy, pale and partly hidden,
-and most scenes keep the world's habits: the model learns to see and to guess.
+First the vision tower alone learns to name what each patch shows (a LLaVA's tower comes trained as well). Then the whole model: half
+of the samples describe a scene, the other half answer three questions about it. The pictures are noisy, pale and partly hidden, and
+most scenes keep the world's habits: the model learns to see and to guess.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..worlds.drawing import picture
+from ..worlds.drawing import mask, picture
 from ..worlds.language import DESCRIBE, KINDS, WORDS, Question, ask, caption
-from ..worlds.shapes import Scene, World, sample_scene
+from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS = 32, 5000
+BATCH, STEPS = 32, 4000
+EYE_BATCH, EYE_STEPS = 64, 1500
 WORLD = World()
 NOISE = (0.25, 0.85)
 TEMPLATE = (
@@ -157,6 +159,37 @@ class Teacher:
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), ids, labels
 
 
+def seen_by_patch(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """int [patches] each: which shape and which colour covers most of a patch, numbered from 1; 0 = nothing covers a sixth of it."""
+    across = SIDE // PATCH
+    most = np.full((across, across), PATCH * PATCH / 6)
+    shapes, colours = np.zeros((across, across), int), np.zeros((across, across), int)
+    for thing in scene.things:
+        covered = mask(thing, SIDE).reshape(across, PATCH, across, PATCH).sum((1, 3))
+        ahead = covered > most
+        most[ahead] = covered[ahead]
+        shapes[ahead], colours[ahead] = SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1
+    return shapes.ravel(), colours.ravel()
+
+
+def train_eye(model: Any, folder: Path, seed: int) -> None:
+    """The vision tower learns what each patch shows, read off by a linear layer that is thrown away afterwards."""
+    tower = model.model.vision_tower
+    names = len(SHAPES) + 1, len(COLOURS) + 1
+    reader = torch.nn.Linear(tower.config.hidden_size, sum(names))
+
+    def loss(rng: np.random.Generator, chance: torch.Generator) -> dict[str, Tensor]:
+        scenes = [sample_scene(rng, WORLD) for _ in range(EYE_BATCH)]
+        noisy = [picture(s, SIDE, replace(WORLD, noise=float(rng.uniform(0, NOISE[1])))) for s in scenes]
+        pixels = np.stack([np.asarray(p, dtype=np.float32) / 127.5 - 1.0 for p in noisy])
+        told = reader(tower(torch.from_numpy(pixels).permute(0, 3, 1, 2)).last_hidden_state[:, 1:])
+        shapes, colours = (torch.from_numpy(np.stack(part)) for part in zip(*map(seen_by_patch, scenes)))
+        each = told.flatten(0, 1).split(names, dim=-1)
+        return {"shape": F.cross_entropy(each[0], shapes.flatten()), "colour": F.cross_entropy(each[1], colours.flatten())}
+
+    Loop(folder, {"tower": tower, "reader": reader}, loss, EYE_STEPS, rate=1.5e-3, seed=seed).run()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes-llava"), help="folder of checkpoints and of the model")
@@ -169,6 +202,8 @@ def main() -> None:
     teacher = Teacher(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
+    train_eye(model, given.out / "eye", given.seed)
+
     def loss(rng: np.random.Generator, chance: torch.Generator) -> dict[str, Tensor]:
         pixels, ids, labels = teacher.batch(rng)
         # right padding under a causal mask: no row sees its own padding, so no mask is needed
@@ -179,7 +214,7 @@ def main() -> None:
         describes = (torch.arange(BATCH) % 2 == 0)[:, None].expand_as(taught)[taught]
         return {"describe": each[describes].mean(), "answer": each[~describes].mean()}
 
-    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1.5e-3, average=0.998, seed=given.seed)
+    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1e-3, average=0.998, seed=given.seed)
     loop.run()
     loop.averaged()
     model.half().save_pretrained(given.out / "model")

@@ -99,7 +99,9 @@ class ChatTeacher(Teacher):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/smol-llava"), help="folder of checkpoints and of the trained parts")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/smol-llava"), help="folder of checkpoints and of the trained parts"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--seed", type=int, default=0)

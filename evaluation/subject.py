@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +58,19 @@ class Subject:
     def device(self) -> torch.device:
         place = getattr(self.pipe, "_execution_device", None) or getattr(self.module, "device", None)
         return torch.device(place or next(self.module.parameters()).device)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Around a call of a diffusers pipeline: without its own progress bar."""
+        kept = getattr(self.source, "_progress_bar_config", None)
+        self.source.set_progress_bar_config(**{**(kept or {}), "disable": True})
+        try:
+            yield
+        finally:
+            if kept is None:
+                del self.source._progress_bar_config
+            else:
+                self.source._progress_bar_config = kept
 
     # -- language and vision-language models -------------------------------------------------------------------------
 

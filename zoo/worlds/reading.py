@@ -108,7 +108,7 @@ def _framed(piece: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def judge(asked: Sequence[Thing], seen: Sequence[Seen]) -> dict[str, float]:
-    """What a picture got right of what was asked for (colour and shape; places are judged by `inside`).
+    """What a picture got right of what was asked for (colour and shape, not place).
 
     binding: share of things with the right colour on the right shape. shapes, colours: shares found in any colour / on any shape.
     whole: 1 if every thing is there. count: 1 if there are as many things as asked for. extra: things that nobody asked for.
@@ -123,16 +123,3 @@ def judge(asked: Sequence[Thing], seen: Sequence[Seen]) -> dict[str, float]:
         "count": float(len(seen) == len(asked)),
         "extra": float(sum(name not in {t.name for t in asked} for name in names)),
     }
-
-
-def inside(asked: Thing, seen: Sequence[Seen], side: int) -> float:
-    """Overlap over union of a thing's box with the best box of what was found of its shape and colour; 0 where there is none."""
-    left, top, right, bottom = (v * side for v in asked.box)
-    best = 0.0
-    for other in seen:
-        if other.name != asked.name:
-            continue
-        x0, y0, x1, y1 = other.box
-        shared = max(min(right, x1) - max(left, x0), 0.0) * max(min(bottom, y1) - max(top, y0), 0.0)
-        best = max(best, shared / ((right - left) * (bottom - top) + (x1 - x0) * (y1 - y0) - shared))
-    return best

@@ -1,0 +1,74 @@
+"""Does an image generator draw what the prompt says: the right colours on the right shapes, nothing missing, nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ...zoo.worlds.language import listing
+from ...zoo.worlds.reading import judge, read
+from ...zoo.worlds.shapes import CLEAR, Thing, sample_scene
+from ..metrics.sums import Sums, ratio
+from ..subject import Subject
+from .base import Item, Suite
+
+
+class Binding(Suite):
+    name: ClassVar[str] = "binding"
+    kind: ClassVar = "diffusion"
+    does: ClassVar[str] = (
+        "Draws prompts of coloured shapes and reads the pictures: right colour on right shape, all there, right count."
+    )
+    shown: ClassVar[Sequence[str] | None] = ("binding", "whole", "shapes", "count", "extra")
+    lower: ClassVar[Sequence[str]] = ("extra",)
+    batch: ClassVar[int] = 16
+
+    least: int = Field(2, ge=1, le=4, description="fewest things of a prompt")
+    steps: int = Field(20, ge=1, description="steps of the sampler")
+    guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline")
+    side: int | None = Field(None, ge=16, description="side of the picture in pixels; None: the pipeline's own")
+
+    def items(self, count: int, seed: int) -> list[Item]:
+        rng = np.random.default_rng([seed, 404])
+        items: list[Item] = []
+        while len(items) < count:
+            scene = sample_scene(rng, CLEAR, habits="absent")
+            if len(scene.things) >= self.least:
+                things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+                asked = [[t.colour, t.shape] for t in things]
+                items.append(Item(f"{seed}-{len(items)}", {"asked": asked, "noise": int(rng.integers(2**31))}))
+        return items
+
+    @staticmethod
+    def asked(item: Item) -> list[Thing]:
+        return [Thing(shape, colour, 0.5, 0.5, 0.15) for colour, shape in item.data["asked"]]
+
+    def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
+        prompts = [listing(self.asked(item)) for item in items]
+        # every picture has its own noise, so that plain and changed runs begin alike
+        noise = [torch.Generator().manual_seed(item.data["noise"]) for item in items]
+        size = {} if self.side is None else {"height": self.side, "width": self.side}
+        with subject.quiet():
+            images = subject.source(
+                prompts, generator=noise, num_inference_steps=self.steps, guidance_scale=self.guidance, **size
+            ).images
+        records = []
+        for item, prompt, image in zip(items, prompts, images):
+            seen = read(image)
+            records.append({"prompt": prompt, "seen": [s.name for s in seen], **judge(self.asked(item), seen)})
+        return records
+
+    def counts(self, record: Mapping[str, Any]) -> dict[str, float]:
+        names = ("binding", "whole", "shapes", "colours", "count", "extra")
+        return {"pictures": 1, **{name: record[name] for name in names}}
+
+    def metrics(self, sums: Sums) -> dict[str, Any]:
+        """binding: mean share of things with the right colour on the right shape; whole: pictures with all of them; shapes, colours:
+        shares found at all; count: pictures with as many things as asked for; extra: things per picture that nobody asked for."""
+        return {
+            name: ratio(sums[name], sums["pictures"]) for name in ("binding", "whole", "shapes", "colours", "count", "extra")
+        }

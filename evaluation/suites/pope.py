@@ -1,0 +1,87 @@
+"""POPE over the world of shapes: is there a star in the image? Half of the answers are yes.
+
+Absent shapes are asked for in three ways: at random, the most popular ones, and those that most often come with what is present. How
+often shapes occur, alone and together, is counted in the world as models learn it, since the scenes asked about may break its habits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from ...zoo.worlds.language import presence
+from ...zoo.worlds.shapes import SHAPES, Scene
+from ..metrics.pope import pope_counts, pope_metrics, strict_yes_or_no, yes_or_no
+from ..metrics.sums import Sums
+from ..subject import Subject
+from .base import Item
+from .shapes_world import ShapesSuite, frequencies, together
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+class Pope(ShapesSuite):
+    name = "pope"
+    does = "Yes-or-no questions about the presence of shapes (POPE), absent ones chosen in three ways."
+    shown = ("accuracy", *(f"accuracy/{split}" for split in SPLITS), "f1", "yes_ratio")
+    lower = ("unknown",)
+
+    pairs: int = Field(
+        2, ge=1, le=4, description="at most this many shapes that are there, and as many that are not, per scene"
+    )
+    strict: bool = Field(False, description="only answers that begin with yes or no count; else all that do not deny are a yes")
+
+    def items(self, count: int, seed: int) -> list[Item]:
+        found = []
+        for number in range(count):
+            scene = self.scene(seed, number)
+            rng = np.random.default_rng([seed, number, 1])
+            there = [scene.shapes[i] for i in rng.permutation(len(scene.shapes))[: self.pairs]]
+            absent = self.absent(scene, len(there), rng)
+            splits = {shape: list(SPLITS) for shape in there}
+            for split in SPLITS:
+                for shape in absent[split]:
+                    splits.setdefault(shape, []).append(split)
+            for shape, of in splits.items():
+                data = {"scene": [seed, number], "shape": shape, "truth": shape in there, "splits": of}
+                found.append(Item(f"{seed}-{number}-{shape}", data, f"{seed}-{number}"))
+        return found
+
+    def absent(self, scene: Scene, count: int, rng: np.random.Generator) -> dict[str, list[str]]:
+        """`count` absent shapes for each split."""
+        left = [shape for shape in SHAPES if shape not in scene.shapes]
+        likely = {shape: max(together(present)[shape] for present in scene.shapes) for shape in left}
+        return {
+            "random": [left[i] for i in rng.permutation(len(left))[:count]],
+            "popular": sorted(left, key=lambda shape: -frequencies()[shape])[:count],
+            "adversarial": sorted(left, key=lambda shape: -likely[shape])[:count],
+        }
+
+    def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
+        questions = [presence(item.data["shape"], self.scene_of(item)).text for item in items]
+        said = subject.generate(
+            [subject.chat(question, picture=True) for question in questions], [self.picture(item) for item in items], 8
+        )
+        return [
+            {"question": question, "answer": text, "truth": item.data["truth"], "splits": item.data["splits"]}
+            for question, text, item in zip(questions, said, items)
+        ]
+
+    def counts(self, record: Mapping[str, Any]) -> dict[str, float]:
+        said = strict_yes_or_no(record["answer"]) if self.strict else yes_or_no(record["answer"])
+        one = pope_counts(said, record["truth"])
+        return {f"{name}/{split}": value for split in record["splits"] for name, value in one.items()}
+
+    def metrics(self, sums: Sums) -> dict[str, Any]:
+        """Every metric of every split, and their mean over the splits."""
+        of = {split: pope_metrics(_part(sums, split)) for split in SPLITS}
+        mean = {name: sum(of[split][name] for split in SPLITS) / len(SPLITS) for name in of[SPLITS[0]]}
+        return mean | {f"{name}/{split}": value for split in SPLITS for name, value in of[split].items()}
+
+
+def _part(sums: Sums, split: str) -> Sums:
+    ending = f"/{split}"
+    return Sums({name.removesuffix(ending): value for name, value in sums.items() if name.endswith(ending)})

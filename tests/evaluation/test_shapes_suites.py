@@ -1,0 +1,146 @@
+"""The suites over the world of shapes: what they ask, how answers are scored, and a tiny untrained model through the runner."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reattend
+import torch
+from reattend.evaluation import evaluate, suite
+from reattend.evaluation.suites.chair import VOCABULARY, Chair
+from reattend.evaluation.suites.pope import SPLITS, Pope
+from reattend.evaluation.suites.questions import Questions, given
+from reattend.evaluation.suites.shapes_world import frequencies, together
+from reattend.zoo.worlds.shapes import HABITS, SHAPES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from text_pipelines import llama, text_pipe, tokenizer  # noqa: F401
+
+LVLM = ("pope", "chair", "questions")
+
+
+@pytest.mark.parametrize("name", LVLM)
+def test_items_are_the_same_for_a_seed_and_more_scenes_only_add(name):
+    one = suite(name)
+    items = one.items(20, 3)
+    assert items == one.items(20, 3) and items != one.items(20, 4)
+    more = one.items(25, 3)
+    assert more[: len(items)] == items and len({item.id for item in more}) == len(more)
+    assert len({item.group for item in more}) == 25
+    a, b = one.picture(items[0]), one.picture(items[0])
+    assert np.array_equal(np.asarray(a), np.asarray(b)) and a.size == (48, 48)
+    harder = suite(name, noise=1.5)
+    assert harder.items(20, 3) == items, "noise changes the picture, not the scene"
+    assert not np.array_equal(np.asarray(harder.picture(items[0])), np.asarray(a))
+
+
+def test_pope_is_balanced_and_true():
+    one = Pope(habits="kept")
+    items = one.items(60, 0)
+    for item in items:
+        assert item.data["truth"] == (item.data["shape"] in one.scene_of(item).shapes)
+    for split in SPLITS:
+        truths = [item.data["truth"] for item in items if split in item.data["splits"]]
+        assert 2 * sum(truths) == len(truths) > 100
+    assert all(item.data["splits"] == list(SPLITS) for item in items if item.data["truth"])
+
+
+def test_the_splits_ask_for_what_they_say():
+    one = Pope(pairs=1)
+    assert together("circle")["square"] > 0.8 * frequencies()["circle"], "a habit of the world"
+    companions = popular = asked = 0
+    for number in range(80):
+        scene = one.scene(0, number)
+        absent = one.absent(scene, 1, np.random.default_rng(number))
+        assert not {shape for these in absent.values() for shape in these} & set(scene.shapes)
+        broken = {HABITS[shape] for shape in scene.shapes if shape in HABITS}
+        asked += 1
+        companions += absent["adversarial"][0] in broken
+        best = max((s for s in SHAPES if s not in scene.shapes), key=lambda s: frequencies()[s])
+        popular += absent["popular"][0] == best
+    assert popular == asked and companions > 0.8 * asked
+    # with one pair the random split is no copy of the others
+    randoms = {one.absent(one.scene(0, 0), 1, np.random.default_rng(i))["random"][0] for i in range(30)}
+    assert len(randoms) > 2
+
+
+def test_pope_scores_by_split():
+    one = Pope()
+    records = [
+        {"answer": "yes", "truth": True, "splits": list(SPLITS)},
+        {"answer": "yes", "truth": False, "splits": ["adversarial", "popular"]},
+        {"answer": "no", "truth": False, "splits": ["random"]},
+    ]
+    found = one.score(records)
+    assert [found[f"accuracy/{split}"] for split in SPLITS] == [1, 0.5, 0.5]
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["yes_ratio/random"] == 0.5 and found["f1/random"] == 1
+    unsure = [{"answer": "perhaps", "truth": True, "splits": ["random"]}]
+    assert one.score(unsure)["accuracy/random"] == 1 and one.score(unsure)["accuracy/popular"] == 0
+    assert Pope(strict=True).score(unsure)["unknown/random"] == 1 and Pope(strict=True).score(unsure)["accuracy/random"] == 0
+
+
+def test_chair_of_shapes():
+    said = VOCABULARY.mentions("a red circle , two crosses and an orange star .")
+    assert said == ["circle", "cross", "star"]
+    records = [
+        {"caption": "a red circle and a blue moon .", "truth": ["circle"]},
+        {"caption": "a ring .", "truth": ["ring", "star"]},
+    ]
+    found = Chair().score(records)
+    assert found["chair_i"] == pytest.approx(1 / 3) and found["chair_s"] == 0.5
+    assert found["recall"] == pytest.approx(2 / 3) and found["length"] == 5.5
+
+
+def test_questions_are_answered_by_the_first_word_that_could():
+    assert given("count", "there are 3 shapes") == "three" and given("count", "many") is None
+    assert given("colour", "the shape is Red , not blue") == "red"
+    assert given("side", "to the left") == "left" and given("presence", "Yes, it is") == "yes"
+    one = Questions()
+    items = one.items(40, 0)
+    kinds = [item.data["kind"] for item in items]
+    assert kinds.count("presence") == kinds.count("colour") == kinds.count("count") == 40 > kinds.count("side") > 20
+    right = [{**item.data, "answer": item.data["truth"]} for item in items]
+    assert set(one.score(right).values()) == {1.0}
+    assert set(one.score([{**record, "answer": "?"} for record in right]).values()) == {0.0}
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    from reattend.zoo.train.shapes_llava import build_model, build_processor
+    from transformers import pipeline
+
+    torch.manual_seed(0)
+    processor = build_processor()
+    model = build_model(processor.tokenizer).eval()
+    for name, parameter in model.named_parameters():
+        if "proj" in name and parameter.dim() == 2:
+            parameter.data *= 4
+    return pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+
+
+def test_an_untrained_model_through_all_three(untrained):
+    var = ("var", {"sink_dims": [1, 5], "tau": 1.0, "summ": 0.0, "rho": 1.0, "move": 0.9})
+    suites = [Pope(), Chair(tokens=6), Questions()]
+    one, two = (evaluate(untrained, suites, ["none", var], count=6, resamples=100) for _ in "12")
+    assert [c.as_dict() | {"cost": 0} for c in one.cells] == [c.as_dict() | {"cost": 0} for c in two.cells]
+    for name, key in (("pope", "answer"), ("chair", "caption"), ("questions", "answer")):
+        plain, steered = (next(c for c in one.cells if c.suite.name == name and bool(c.recipes) == s) for s in (False, True))
+        assert steered.applied > 0 and steered.groups == 6
+        assert [r[key] for r in plain.records] != [r[key] for r in steered.records], "the edit shows in what is said"
+
+
+def test_what_a_batch_says_is_what_each_item_says_alone(untrained):
+    from reattend.evaluation import Subject
+
+    one = Questions()
+    items, subject = one.items(3, 0), Subject(untrained)
+    together_ = [record["answer"] for record in one.answer(subject, items)]
+    assert together_ == [one.answer(subject, [item])[0]["answer"] for item in items]
+
+
+def test_a_language_model_does_not_fit(text_pipe):  # noqa: F811
+    with pytest.raises(reattend.ReattendError, match="needs a model that reads pictures"):
+        evaluate(text_pipe, "pope")

@@ -153,6 +153,7 @@ class Session:
                 assert call.site is not None
                 self.counts[act.label][call.site.name] += 1
             result += new
+            call.edits += new
         return result
 
 

@@ -4,7 +4,7 @@ from .call import Call, Clock, ImageGrid, Site, TokenMap
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
 from .errors import ReattendError, ReattendWarning, UnsupportedError
-from .fused_executor import fused, row_weights
+from .fused_executor import fused, row_outputs, row_weights
 from .reference_executor import reference, reference_with_weights
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "fused",
     "reference",
     "reference_with_weights",
+    "row_outputs",
     "row_weights",
     *_edits,
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,8 @@ class Call:
     original_is_sdpa: bool = True
     # heads -> their untouched (output, log-sum-exp): what an intervention has computed already, the executor need not compute again
     attended: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    # what the recipes before the one that looks at this call have asked for here
+    edits: list[Any] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.is_causal and self.query.shape[2] == 1:

@@ -13,7 +13,7 @@ The order of meaning is that of `reference`: operands, scores, weights, output; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from .edits import (
     Mix,
     OperandEdit,
     Operands,
+    OutputEdit,
     Rows,
     ScoreEdit,
     WeightEdit,
@@ -155,14 +156,37 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Weights [B, H, R, Tk] of the query rows `index` [R], after the edits: the maps that observers and pictures need, row by row."""
     edits = check_edits(call, list(edits))
     parts: dict[int, Tensor] = {}
+    for heads, group, x in _edited_operands(call, edits):
+        weights = edited_weights(x, index, group.edits, call, group.sinks)
+        if len(heads) == call.num_heads:
+            return weights
+        parts.update(dict(zip(heads, weights.unbind(dim=1), strict=True)))
+    return torch.stack([parts[h] for h in range(call.num_heads)], dim=1)
+
+
+def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
+    """Outputs [B, H, R, Dv] of the query rows `index` [R] after the edits, in statistics dtype: what `fused` gives for these rows."""
+    edits = check_edits(call, list(edits))
+    parts: dict[int, Tensor] = {}
+    for heads, group, x in _edited_operands(call, edits):
+        weights = edited_weights(x, index, group.edits, call, group.sinks)
+        output = grouped_values(weights, x.value.to(weights.dtype))
+        rows = Rows(index, None, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
+        for edit in group.edits:
+            if isinstance(edit, OutputEdit):
+                output = at_chosen(edit, rows, edit.on_output(output, rows), output)
+        if len(heads) == call.num_heads:
+            return output
+        parts.update(dict(zip(heads, output.unbind(dim=1), strict=True)))
+    return torch.stack([parts[h] for h in range(call.num_heads)], dim=1)
+
+
+def _edited_operands(call: Call, edits: Sequence[Edit]) -> Iterator[tuple[list[int], HeadGroup, Operands]]:
+    """Heads with the same edits, and their operands after the edits of operands."""
     for chosen, heads in group_heads(call.num_heads, edits).items():
         group = HeadGroup(call, heads, [edits[i] for i in chosen])
         x = Operands(*group.operands, call.is_causal, offset=call.num_keys - call.num_queries)
         for edit in group.edits:
             if isinstance(edit, OperandEdit):
                 x = edit.at_kv_heads(group.kv_heads).on_operands(x)
-        weights = edited_weights(x, index, group.edits, call, group.sinks)
-        if len(heads) == call.num_heads:
-            return weights
-        parts.update(dict(zip(heads, weights.unbind(dim=1), strict=True)))
-    return torch.stack([parts[h] for h in range(call.num_heads)], dim=1)
+        yield heads, group, x

@@ -1,4 +1,4 @@
-"""Heads: where each head of a call looks, and how much of a planted phrase a head copied while it was being generated."""
+"""Heads: where each head of a call looks, what it hands on, and how much of a planted phrase it copied while it was generated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .call import Call
+from .edits import Edit
 from .errors import ReattendError
+from .fused_executor import row_outputs
 from .kernels import score_rows
 
 
@@ -32,6 +34,52 @@ def glance(call: Call) -> Glance:
     if visible is not None:
         first = first + visible[:, 0, 0].expand(call.batch, -1).to(torch.uint8).argmax(dim=1)
     return Glance(scores[:, :, 0].argmax(dim=2) + start, first)
+
+
+def last_prompt_outputs(call: Call, edits: Sequence[Edit] = ()) -> Tensor:
+    """Output [B, H, Dv] of each head at the last prompt token of every batch row, after the edits, in statistics dtype.
+
+    The call must hold these tokens. Only their rows are worked out: one for a batch of equal lengths or with left padding.
+    """
+    tokens = call.tokens
+    start = call.total - call.num_queries
+    if tokens is None or tokens.prompt_length <= start:
+        raise ReattendError("the last prompt token does not lie among this call's queries")
+    real = tokens.positions("prompt", start, call.total, call.query.device)
+    last = (real * torch.arange(1, call.num_queries + 1, device=real.device)).argmax(dim=1)
+    index, place = last.unique(return_inverse=True)
+    return row_outputs(call, edits, index)[torch.arange(call.batch, device=place.device), :, place]
+
+
+def divergence(one: Tensor, other: Tensor) -> Tensor:
+    """Float [B, H]: distance || one - other || of head outputs [B, H, D], in at least float32."""
+    return torch.linalg.vector_norm(_wide(one) - _wide(other), dim=-1)
+
+
+def vision_aware_heads(image: Tensor, text: Tensor, remove_outliers: bool = True, squared: bool = False) -> Tensor:
+    """Bool [B, H]: heads of one layer whose outputs [B, H, D] depend on the image more than the layer's (lower) median head's do.
+
+    image, text: outputs at the last prompt token with the image and without it. remove_outliers: a head whose distance and whose
+    text-only activation || text || (squared: || text ||^2) both exceed mean + standard deviation of the layer counts as not
+    depending on it: it surges without the image rather than sees. VHR (ACL 2025, arXiv 2412.13949).
+    """
+    distance = divergence(image, text)
+    if remove_outliers:
+        activation = torch.linalg.vector_norm(_wide(text), dim=-1)
+        surges = _stands_out(distance) & _stands_out(activation.square() if squared else activation)
+        distance = distance.masked_fill(surges, 0)
+    return distance > distance.median(dim=1, keepdim=True).values
+
+
+def _stands_out(values: Tensor) -> Tensor:
+    """Bool [B, H]: over mean + (unbiased) standard deviation of its row; nothing does in a layer of a single head."""
+    if values.shape[1] < 2:
+        return torch.zeros_like(values, dtype=torch.bool)
+    return values > values.mean(dim=1, keepdim=True) + values.std(dim=1, keepdim=True)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def copy_score(strongest: Tensor, generated: Tensor, prompt: Tensor, span: tuple[int, int], once: bool = False) -> Tensor:

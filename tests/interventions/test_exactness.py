@@ -29,6 +29,7 @@ from reattend.interventions import (
     fused,
     reference,
     reference_with_weights,
+    row_outputs,
 )
 
 
@@ -102,7 +103,7 @@ def make_edit(rng: random.Random, call: Call):
         ),
         "mix": lambda: Mix(target=rng.choice(["identity", "uniform", "mean_query", torch.rand(t, n)]), strength=strength, **who),
         "map": lambda: WeightMap(function=lambda w, rows: w.square(), **who),
-        "headgain": lambda: HeadGain(gain=rng.choice([0.0, 1.4, torch.randn(h)]), **who),
+        "headgain": lambda: HeadGain(gain=rng.choice([0.0, 1.4, torch.randn(h), torch.randn(call.batch, h)]), **who),
         "headmix": lambda: HeadMix(target=torch.randn(h, call.value.shape[3]), amount=rng.choice([0.2, torch.rand(h)]), **who),
         "mixvalue": lambda: MixValue(strength=strength, **who),
         "append": lambda: AppendKV(
@@ -134,6 +135,19 @@ def test_fused_equals_reference(seed, count):
     assert torch.isfinite(expected).all() and torch.isfinite(got).all()
     keep = rows_with_a_key(call)
     torch.testing.assert_close(got * keep, expected * keep, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**9), count=st.integers(0, 3))
+def test_single_rows_are_rows_of_the_whole(seed, count):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    call = make_call(rng)
+    edits = [make_edit(rng, call) for _ in range(count)]
+    index = torch.tensor(sorted(rng.sample(range(call.num_queries), rng.randint(1, call.num_queries))))
+    keep = rows_with_a_key(call).expand(-1, -1, call.num_queries, -1)[:, :, index]
+    expected = reference(call, edits)[:, :, index]
+    torch.testing.assert_close(row_outputs(call, edits, index) * keep, expected * keep, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)

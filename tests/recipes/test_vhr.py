@@ -1,0 +1,469 @@
+"""VHR: the rule that chooses heads, whole models against hooks written by hand, generation, and what is refused.
+
+There is no golden data: the official code was not at hand. `ByHand` below is the method once more, with forward hooks on o_proj, text
+prompts that never held an image, and loops over samples and heads.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import Act, Plan, attach, sites
+from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
+from reattend.interventions.heads import divergence, vision_aware_heads
+from reattend.recipes import recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny_models
+
+PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
+FAMILIES = [
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "paligemma",
+    "mistral3", "pixtral", "mllama",
+]  # fmt: skip
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+
+def build(family, **text):
+    tiny = tiny_models.mllama() if family == "mllama" else getattr(tiny_models, family)(**text)
+    if family == "gemma3":
+        tiny.model.config.boi_token_id, tiny.model.config.eoi_token_id = 94, 95
+    return tiny
+
+
+def inputs_of(tiny, prompts, side="left"):
+    inputs = tiny.inputs(prompts, side)
+    if "aspect_ratio_ids" in inputs:  # mllama: one row of pixels per sample, and who sees them
+        sees = torch.tensor([[("image" in prompt)] * inputs["input_ids"].shape[1] for prompt in prompts])
+        inputs["cross_attention_mask"] = sees.long()[:, :, None, None]
+    if type(tiny.model).__name__.startswith("PaliGemma"):  # its processor's: all of the prompt sees all of it
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return inputs
+
+
+# -- the rule --------------------------------------------------------------------------------------------------------------
+
+
+def chosen_by_loops(image, text, outliers=True, squared=False):
+    """One layer of one sample: bool [H], with Python's own numbers."""
+    heads, width = image.shape
+    distance = [sum((float(image[h, d]) - float(text[h, d])) ** 2 for d in range(width)) ** 0.5 for h in range(heads)]
+    activation = [sum(float(text[h, d]) ** 2 for d in range(width)) ** (1.0 if squared else 0.5) for h in range(heads)]
+
+    def limit(values):
+        mean = sum(values) / heads
+        return mean + (sum((v - mean) ** 2 for v in values) / (heads - 1)) ** 0.5
+
+    if outliers and heads > 1:
+        limits = limit(distance), limit(activation)
+        distance = [0.0 if d > limits[0] and a > limits[1] else d for d, a in zip(distance, activation)]
+    median = sorted(distance)[(heads - 1) // 2]
+    return torch.tensor([d > median for d in distance])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 7, 8, 32])
+@pytest.mark.parametrize("options", [{}, {"outliers": False}, {"squared": True}])
+def test_rule(heads, options):
+    torch.manual_seed(heads)
+    removed = 0
+    for _ in range(30):
+        image, text = torch.randn(3, heads, 6), torch.randn(3, heads, 6)
+        text[:, 0] *= 20  # surges without the image
+        got = vision_aware_heads(image, text, options.get("outliers", True), options.get("squared", False))
+        assert torch.equal(got, torch.stack([chosen_by_loops(i, t, **options) for i, t in zip(image, text)]))
+        assert (got.sum(dim=1) <= heads // 2).all()
+        order = torch.randperm(heads)
+        assert torch.equal(vision_aware_heads(image[:, order], text[:, order], options.get("outliers", True),
+                                              options.get("squared", False)), got[:, order])  # fmt: skip
+        removed += int((~got[:, 0]).sum())
+    if heads > 2:
+        assert removed == (0 if options.get("outliers") is False else 90)
+
+
+def test_rule_chooses_nothing_where_nothing_differs():
+    text = torch.randn(2, 4, 8)
+    assert not vision_aware_heads(text, text).any()
+    image = text.clone()
+    image[0, :2] += 1  # two equal distances, and two of 0
+    assert vision_aware_heads(image, text, False)[0].tolist() == [True, True, False, False]
+    image[0, 2] += 1  # three equal ones: the median is one of them, and ties are not chosen
+    assert not vision_aware_heads(image, text, False).any()
+
+
+def test_distance_is_measured_in_full_precision():
+    one, other = torch.full((1, 1, 4), 300.0, dtype=torch.float16), torch.full((1, 1, 4), -300.0, dtype=torch.float16)
+    assert divergence(one, other).item() == 1200 and divergence(one, other).dtype == torch.float32
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------------
+
+
+class ByHand:
+    """VHR on a model through hooks on its o_proj modules, for a batch of prompts as `Tiny.inputs` takes them."""
+
+    def __init__(self, tiny, prompts, inputs, alpha=2.0, layers=None, copies=1, outliers=True):
+        self.alpha, self.outliers, self.prompts, self.copies = alpha, outliers, prompts, copies
+        self.chosen, self.cosines = {}, []
+        self.last = [int(row.nonzero()[-1]) for row in inputs["attention_mask"]]
+        decoder = sites(tiny.model).stack("decoder").kind("self")
+        wanted = [s for s in decoder if layers is None or s.layer in layers]
+        self.outputs = {s.layer: (decoder.module(s).o_proj, s.num_heads) for s in wanted}
+        self.text = {}
+        for row, prompt in enumerate(prompts):
+            alone = inputs_of(tiny, [[t for t in prompt if t != "image"]])
+            handles = [
+                module.register_forward_pre_hook(
+                    lambda m, args, key=(row, layer), n=heads: self.text.update({key: args[0][0, -1].float().view(n, -1)})
+                )
+                for layer, (module, heads) in self.outputs.items()
+            ]
+            with torch.no_grad():
+                tiny.model(**alone)
+            for handle in handles:
+                handle.remove()
+
+    def __enter__(self):
+        self.handles = [
+            module.register_forward_pre_hook(lambda m, args, layer=layer, n=heads: self.scale(m, args[0], layer, n))
+            for layer, (module, heads) in self.outputs.items()
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def scale(self, module, x, layer, heads):
+        if layer not in self.chosen:
+            self.chosen[layer] = torch.zeros(len(self.prompts) * self.copies, heads, dtype=torch.bool)
+            for row in range(len(self.chosen[layer])):
+                sample = row // self.copies
+                if "image" not in self.prompts[sample]:
+                    continue
+                image = x[row, self.last[sample]].float().view(heads, -1)
+                self.chosen[layer][row] = chosen_by_loops(image, self.text[sample, layer], self.outliers)
+        result = x.clone().view(*x.shape[:2], heads, -1)
+        for row, picked in enumerate(self.chosen[layer]):
+            for head in range(heads):
+                if picked[head]:
+                    result[row, :, head] *= self.alpha
+        return (result.view(x.shape),)
+
+
+def steered(model, inputs, options=GREEDY, **parameters):
+    with reattend.apply(model, "vhr", **parameters) as session:
+        out = model.generate(**inputs, **options)
+    return torch.stack(out.logits, dim=1), session
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_hooks_by_hand(family):
+    """Left-padded prompts with one image, two images and none, through prefill and decoding."""
+    prompts = [[1, 5, 6, "image", 7, 8], [1, "image", 9, 11, 12, 13]] if family == "mllama" else PROMPTS
+    tiny = build(family)
+    inputs = inputs_of(tiny, prompts)
+    base = torch.stack(tiny.model.generate(**inputs, **GREEDY).logits, dim=1)
+    with ByHand(tiny, prompts, inputs) as hand:
+        expected = torch.stack(tiny.model.generate(**inputs, **GREEDY).logits, dim=1)
+    got, session = steered(tiny.model, inputs)
+    assert all(picked[:2].any() for picked in hand.chosen.values())
+    assert session.stats["vhr"] == {s.name: 4 for s in sites(tiny.model).stack("decoder").kind("self")}
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    assert ((got - base)[:2].abs().amax(dim=(1, 2)) > 1e-3).all()
+    if family != "mllama":
+        assert torch.equal(got[2], base[2]), "a sample without an image stays as it was, bit for bit"
+    after = torch.stack(tiny.model.generate(**inputs, **GREEDY).logits, dim=1)
+    assert torch.equal(after, base), "detached, the model is what it was"
+
+
+@pytest.mark.parametrize("options", [{"layers": (1, 3)}, {"alpha": 3.0}, {"alpha": 0.5, "remove_outliers": False}])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_parameters_and_padding(options, side):
+    tiny = build("llava", num_attention_heads=8, num_key_value_heads=2, head_dim=4)
+    inputs = inputs_of(tiny, PROMPTS, side)
+    hand = ByHand(
+        tiny, PROMPTS, inputs, options.get("alpha", 2.0), options.get("layers"), outliers=options.get("remove_outliers", True)
+    )
+    with hand, torch.no_grad():
+        expected = tiny.model(**inputs).logits
+    with reattend.apply(tiny.model, "vhr", **options) as session:
+        got = tiny.model(**inputs).logits
+    assert session.applied == len(options.get("layers", range(4)))
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=2e-5, rtol=1e-4)
+
+
+def edits_of(model, inputs, **parameters):
+    """{layer: bool [B, H] of the heads that were chosen} in one pass."""
+    chosen = {}
+    plan = recipe("vhr", **parameters).plan(sites(model))
+
+    def spy(act):
+        def look(call):
+            edit = act.intervention(call)
+            if edit is not None:
+                chosen[call.site.layer] = edit.gain != 1
+            return edit
+
+        return Act(act.sites, look)
+
+    with attach(model, [Plan("vhr", [spy(s) if isinstance(s, Act) else s for s in plan])]), torch.no_grad():
+        model(**inputs)
+    return chosen
+
+
+def test_later_layers_are_judged_with_earlier_ones_strengthened():
+    tiny = build("llava", num_attention_heads=8, num_key_value_heads=2, head_dim=4)
+    inputs = inputs_of(tiny, PROMPTS[:2])
+    alone, together = edits_of(tiny.model, inputs, layers=(3,), alpha=3), edits_of(tiny.model, inputs, alpha=3)
+    assert not torch.equal(alone[3], together[3])
+    first = edits_of(tiny.model, inputs, layers=(0, 3), alpha=3)
+    assert torch.equal(first[0], together[0]), "the first layer has nothing before it"
+
+
+def test_chosen_heads_are_scaled_exactly_and_others_not_at_all():
+    tiny = build("llava")
+    inputs, seen = inputs_of(tiny, PROMPTS), {}
+    decoder = sites(tiny.model).stack("decoder")
+    handle = decoder.module(decoder[1]).o_proj.register_forward_pre_hook(lambda m, args: seen.setdefault(len(seen), args[0]))
+    with torch.no_grad():
+        tiny.model(**inputs)
+        chosen = edits_of(tiny.model, inputs, layers=(1,))[1]
+    handle.remove()
+    before, after = seen[0].unflatten(2, (4, 8)), seen[len(seen) - 1].unflatten(2, (4, 8))
+    factor = torch.where(chosen, 2.0, 1.0)[:, None, :, None]
+    assert torch.equal(after, before * factor) and chosen[:2].any(dim=1).all() and not chosen[2].any()
+    # the layer's output leans towards what the chosen heads write
+    weight = decoder.module(decoder[1]).o_proj.weight.detach().T.unflatten(0, (4, 8))
+    for row in range(2):
+        written = [torch.einsum("hd,hdw->hw", x[row, -1], weight) for x in (before, after)]
+        theirs = written[0][chosen[row]].sum(dim=0)
+        cosines = [torch.cosine_similarity(theirs, heads.sum(dim=0), dim=0) for heads in written]
+        assert cosines[1] > cosines[0] + 0.01
+
+
+def test_alpha_one_and_prompts_without_images_change_nothing():
+    tiny = build("llava")
+    inputs, text = inputs_of(tiny, PROMPTS), tiny.inputs([[1, 5, 6, 7], [1, 8]])
+    ran = []
+    handle = tiny.model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    for options, given in (({"alpha": 1.0}, inputs), ({}, text)):
+        base = tiny.model(**given).logits
+        session = reattend.apply(tiny.model, "vhr", **options)
+        ran.clear()
+        assert torch.equal(tiny.model(**given).logits, base) and ran == [1], "no further pass either"
+        with pytest.warns(ReattendWarning, match="never acted"):
+            session.remove()
+    handle.remove()
+
+
+def test_other_recipes_before_it_are_seen():
+    """Heads are judged by what they hand on under the recipes before, and the text-only pass is the plain model."""
+    tiny = build("llava")
+    inputs = inputs_of(tiny, PROMPTS[:2])
+    decoder = sites(tiny.model).stack("decoder")
+    off = Plan("off", [Act(decoder.only([2]), lambda call: HeadGain(heads=[1], gain=0.0))])
+    bias = Plan("bias", [Act(decoder, lambda call: KeyBias(bias=torch.linspace(0, 2, call.num_keys)))])
+    plain = edits_of(tiny.model, inputs, layers=(2,), remove_outliers=False)
+    with attach(tiny.model, [off]), attach(tiny.model, [bias]):
+        changed = edits_of(tiny.model, inputs, layers=(2,), remove_outliers=False)
+    outputs, texts = {}, {}
+    module = decoder.module(decoder[2]).o_proj
+    with attach(tiny.model, [off]), attach(tiny.model, [bias]), torch.no_grad():
+        handle = module.register_forward_pre_hook(lambda m, args: outputs.update({0: args[0][:, -1]}))
+        tiny.model(**inputs)
+        handle.remove()
+    for row, prompt in enumerate(PROMPTS[:2]):
+        with torch.no_grad():
+            handle = module.register_forward_pre_hook(lambda m, args, r=row: texts.update({r: args[0][0, -1]}))
+            tiny.model(**tiny.inputs([[t for t in prompt if t != "image"]]))
+            handle.remove()
+        expected = chosen_by_loops(outputs[0][row].view(4, 8), texts[row].view(4, 8), outliers=False)
+        assert torch.equal(changed[2][row], expected)
+    assert not torch.equal(changed[2], plain[2])
+
+
+def test_fixed_heads():
+    tiny = build("llava")
+    inputs = inputs_of(tiny, PROMPTS)
+    chosen = edits_of(tiny.model, inputs, heads={1: [0, 2], 3: [3]})
+    assert {n: c.tolist() for n, c in chosen.items()} == {
+        1: [[True, False, True, False]] * 2 + [[False] * 4], 3: [[False, False, False, True]] * 2 + [[False] * 4],
+    }  # fmt: skip
+
+
+# -- generation --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "paligemma"])
+def test_cache_equals_no_cache(family):
+    tiny = build(family)
+    inputs = inputs_of(tiny, PROMPTS)
+    cached, _ = steered(tiny.model, inputs)
+    whole, session = steered(tiny.model, inputs, {**GREEDY, "use_cache": False})
+    assert session.applied == 4 * 4
+    torch.testing.assert_close(whole, cached, atol=2e-5, rtol=1e-4)
+    if family != "paligemma":
+        fixed, _ = steered(tiny.model, inputs, {**GREEDY, "cache_implementation": "static", "disable_compile": True})
+        torch.testing.assert_close(fixed, cached, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_beams_and_samples(family):
+    tiny = build(family)
+    inputs = inputs_of(tiny, PROMPTS)
+    beams = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "num_return_sequences": 3,
+             "output_scores": True, "return_dict_in_generate": True}  # fmt: skip
+    with ByHand(tiny, PROMPTS, inputs, copies=3):
+        expected = tiny.model.generate(**inputs, **beams)
+    with reattend.apply(tiny.model, "vhr"):
+        got = tiny.model.generate(**inputs, **beams)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.sequences_scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
+    drawn = {**GREEDY, "do_sample": True, "num_return_sequences": 2}
+    with ByHand(tiny, PROMPTS, inputs, copies=2):
+        torch.manual_seed(3)
+        expected = tiny.model.generate(**inputs, **drawn)
+    torch.manual_seed(3)
+    got, _ = steered(tiny.model, inputs, drawn)
+    torch.testing.assert_close(got, torch.stack(expected.logits, dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_assisted_decoding_chooses_at_the_prompt():
+    tiny, draft = build("llava"), tiny_models.llava(num_hidden_layers=1)
+    inputs = inputs_of(tiny, PROMPTS[:1])
+    alone, _ = steered(tiny.model, inputs, {**GREEDY, "max_new_tokens": 8})
+    with reattend.apply(tiny.model, "vhr"):
+        out = tiny.model.generate(**inputs, **{**GREEDY, "max_new_tokens": 8}, assistant_model=draft.model)
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["eager", "bfloat16"])
+def test_eager_and_half_precision(how):
+    tiny = build("llava")
+    inputs = inputs_of(tiny, PROMPTS)
+    if how == "eager":
+        tiny.model.set_attn_implementation("eager")
+    else:
+        tiny.model.bfloat16()
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with ByHand(tiny, PROMPTS, inputs) as hand, torch.no_grad():
+        expected = tiny.model(**inputs).logits
+    chosen = edits_of(tiny.model, inputs)
+    assert all(torch.equal(chosen[layer], picked) for layer, picked in hand.chosen.items())
+    with reattend.apply(tiny.model, "vhr"), torch.no_grad():
+        got = tiny.model(**inputs).logits
+    # bfloat16 on purpose without tolerance: factors of 2 are exact, and nothing else is done to the outputs
+    torch.testing.assert_close(got, expected, **({"atol": 0, "rtol": 0} if how == "bfloat16" else {"atol": 2e-5, "rtol": 1e-4}))
+
+
+def test_a_conversation_keeps_its_heads():
+    """The next turn, behind the cache of the first: the same as one pass with the heads of the first turn."""
+    tiny = build("llava")
+    first, later = inputs_of(tiny, [[1, 5, "image", 7]]), torch.tensor([[20, 21, 22]])
+    with reattend.apply(tiny.model, "vhr") as session, torch.no_grad():
+        out = tiny.model(**first, use_cache=True)
+        token = out.logits[:, -1:].argmax(dim=-1)
+        tiny.model(input_ids=token, past_key_values=out.past_key_values)
+        last = tiny.model(input_ids=later, past_key_values=out.past_key_values).logits
+        assert session.applied == 3 * 4
+    whole = {**first, "input_ids": torch.cat([first["input_ids"], token, later], dim=1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    chosen = edits_of(tiny.model, first)
+    with (
+        reattend.apply(tiny.model, "vhr", heads=[(n, h) for n, c in chosen.items() for h in c[0].nonzero()[:, 0].tolist()]),
+        torch.no_grad(),
+    ):
+        torch.testing.assert_close(last, tiny.model(**whole).logits[:, -3:], atol=2e-5, rtol=1e-4)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_in_pieces_are_refused():
+    tiny = build("llava")
+    inputs = inputs_of(tiny, PROMPTS[:1])
+    for size in (10, 2):  # the image in the first piece, or in a later one
+        with (
+            pytest.raises(ReattendError, match="comes in pieces|an image behind tokens that a cache already holds"),
+            reattend.apply(tiny.model, "vhr"),
+        ):
+            tiny.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size)
+    with reattend.apply(tiny.model, "vhr", alpha=1.0) as session:
+        tiny.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=10)
+        session.counts.clear()
+    # a text first, answered, and then an image
+    with reattend.apply(tiny.model, "vhr") as session, torch.no_grad():
+        cache = tiny.model(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True).past_key_values
+        tiny.model(input_ids=torch.tensor([[8]]), past_key_values=cache)
+        with pytest.raises(ReattendError, match="pass the whole conversation"):
+            tiny.model(
+                input_ids=inputs["input_ids"][:, 1:], pixel_values=inputs["pixel_values"], past_key_values=cache, use_cache=True
+            )
+        session.counts.clear()
+    assert not tiny.model._forward_pre_hooks
+
+
+def test_embeddings_and_prompts_of_images_alone():
+    tiny = build("llava")
+    with pytest.raises(ReattendError, match="pass input_ids"), reattend.apply(tiny.model, "vhr"):
+        tiny.model(inputs_embeds=torch.randn(1, 5, 32))
+    with pytest.raises(ReattendError, match="prompt 0 holds nothing but images"), reattend.apply(tiny.model, "vhr"):
+        tiny.model(**inputs_of(tiny, [["image"]]))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"layers": [4]}, "layers names 4, but the self-attention layers of .* are 0 to 3"),
+        ({"heads": {9: [0]}}, "heads name layer 9"),
+        ({"heads": {1: [4]}}, "heads name head 4 of layer 1, but it has heads 0 to 3"),
+    ],
+)
+def test_refused_layers_and_heads(parameters, message):
+    with pytest.raises(UnsupportedError, match=message):
+        reattend.apply(build("llava").model, "vhr", **parameters)
+
+
+def test_refused_models():
+    import transformers
+
+    text = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_models.TEXT))
+    with pytest.raises(UnsupportedError, match="takes none"):
+        reattend.apply(text, "vhr")
+    tiny = build("mllama")
+    with pytest.raises(UnsupportedError, match=r"layers names 1, but the self-attention layers of .* are 0 to 2 without \[1\]"):
+        reattend.apply(tiny.model, "vhr", layers=[1])
+
+    class Table:
+        class config:
+            model_type, image_token_id, is_encoder_decoder = "instructblip", 5, False
+
+        model_name = "InstructBlip"
+
+    assert "cannot be run without an image" in recipe("vhr").supports(Table).reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": -1}, {"alpha": 11}, {"layers": []}, {"heads": []}, {"heads": [[1, 0]], "layers": [1]}, {"strength": 2}],
+)
+def test_parameters_out_of_range(options):
+    with pytest.raises(ReattendError, match=next(iter(options))):
+        recipe("vhr", **options)
+
+
+def test_default_layers():
+    from reattend.hooks import SiteTable
+    from reattend.interventions import Site
+
+    def table(depth):
+        return SiteTable([Site(f"layers.{n}", n, "decoder", "self", 4, 4, 8, True) for n in range(depth)], {})
+
+    assert [s.layer for s in recipe("vhr").chosen(table(32))] == [1, *range(18, 32)]
+    assert [s.layer for s in recipe("vhr").chosen(table(15))] == list(range(1, 15))
+    assert [s.layer for s in recipe("vhr").chosen(table(4))] == [0, 1, 2, 3]

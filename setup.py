@@ -14,6 +14,7 @@ PACKAGES = [
     "zoo.worlds",
     "zoo.train",
     "evaluation",
+    "evaluation.material",
     "evaluation.metrics",
     "evaluation.suites",
 ]

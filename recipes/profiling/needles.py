@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,9 @@ WHY = (
 )
 
 
+Haystack = Callable[[str], Iterator[str]]
+
+
 def filler(seed: int | str = 0) -> Iterator[str]:
     """Endless plain sentences without any fact worth asking for, the same for the same seed."""
     rng = random.Random(seed)
@@ -81,7 +84,7 @@ def filler(seed: int | str = 0) -> Iterator[str]:
 
 @dataclass
 class Sample:
-    """A prompt with a hidden needle. ids: its tokens; span: the answer's [start, stop) among them."""
+    """A prompt with a hidden needle. ids: its tokens; span: the answer's [start, stop) among them; prompt: its text."""
 
     needle: Needle
     length: int
@@ -89,6 +92,7 @@ class Sample:
     ids: list[int]
     span: tuple[int, int]
     answer_tokens: int
+    prompt: str = ""
 
 
 def make_samples(
@@ -98,11 +102,11 @@ def make_samples(
 
     Raises ReattendError for a text too short for its needle, or one in which the needle's answer cannot be found again.
     """
-    return [_sample(tokenizer, length, depth, needle, seed) for length in lengths for depth in depths for needle in needles]
+    return [make_sample(tokenizer, length, depth, needle, seed) for length in lengths for depth in depths for needle in needles]
 
 
-def _text(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int) -> str:
-    """Filler with the needle in it, other filler for every sample."""
+def _text(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int, haystack: Haystack) -> str:
+    """Sentences of the haystack with the needle among them, other ones for every sample."""
 
     def size(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -111,7 +115,7 @@ def _text(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int) 
     if room < 20:
         raise ReattendError(f"lengths: {length} tokens leave no room around a needle; use 100 or more")
     sentences, before, used = [], 0, 0
-    for sentence in filler(f"{seed} {length} {depth} {needle.sentence}"):
+    for sentence in haystack(f"{seed} {length} {depth} {needle.sentence}"):
         width = size(" " + sentence)
         if used + width > room:
             break
@@ -122,8 +126,9 @@ def _text(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int) 
     return " ".join([*sentences[:before], needle.sentence, *sentences[before:]])
 
 
-def _sample(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int) -> Sample:
-    text = _text(tokenizer, length, depth, needle, seed)
+def make_sample(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int, haystack: Haystack = filler) -> Sample:
+    """One sample; haystack: a function of a seed that gives the sentences around the needle, without end."""
+    text = _text(tokenizer, length, depth, needle, seed, haystack)
     prompt = f"{text}\n\nBased on the content of the book, Question: {needle.question}\nAnswer:"
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
@@ -137,7 +142,7 @@ def _sample(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int
     for phrase in (spaced, bare):
         span = find_phrase(ids, phrase)
         if span is not None:
-            return Sample(needle, length, depth, ids, span, len(phrase))
+            return Sample(needle, length, depth, ids, span, len(phrase), prompt)
     raise ReattendError(f"the tokens of the answer {needle.answer!r} cannot be found in the prompt: choose another needle")
 
 

@@ -1,0 +1,84 @@
+"""Question answering over several segments in changing order: a model without position bias gives one answer in all orders."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from ..likelihood import option_scores
+from ..material.facts import KINDS, draw
+from ..metrics.sums import Sums, ratio
+from ..subject import Subject
+from .base import Item, Suite
+
+
+class PositionSwap(Suite):
+    name: ClassVar[str] = "position-swap"
+    kind: ClassVar = "llm"
+    does: ClassVar[str] = (
+        "Answers from several short documents in every cyclic order: accuracy, and how often all orders agree."
+    )
+    shown: ClassVar[Sequence[str] | None] = ("accuracy", "consistency", "accuracy_first", "accuracy_last")
+    marks: ClassVar[Sequence[str]] = ("segments",)
+    batch: ClassVar[int] = 4
+
+    segments: int = Field(4, ge=2, le=8, description="documents in a prompt; one of them answers the question")
+
+    def items(self, count: int, seed: int) -> list[Item]:
+        items = []
+        for i in range(count):
+            rng = random.Random(f"position-swap {seed} {i}")
+            kinds = [k for k in KINDS if len(k.words) >= self.segments]
+            kind = kinds[i % len(kinds)]
+            asked = draw(rng, kind, self.segments, self.segments)
+            texts = [" ".join(rng.sample([s, a], 2)) for s, a in zip(asked.sentences, asked.asides)]
+            first = list(range(self.segments))
+            rng.shuffle(first)
+            # every segment stands once at every place
+            orders = [first[k:] + first[:k] for k in range(self.segments)]
+            data = {"segments": texts, "orders": orders, "question": asked.question, "start": asked.start, "words": asked.words}
+            items.append(Item(f"{seed}-{i}", data))
+        return items
+
+    def prompt(self, subject: Subject, item: Item, order: Sequence[int]) -> str:
+        documents = "\n".join(f"- {item.data['segments'][k]}" for k in order)
+        return subject.chat(f"{documents}\n\n{item.data['question']}", answer=item.data["start"])
+
+    def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
+        rows = [(item, order) for item in items for order in item.data["orders"]]
+        scores = option_scores(
+            subject,
+            [self.prompt(subject, item, order) for item, order in rows],
+            [[f" {word}" for word in item.data["words"]] for item, _ in rows],
+            segments=[[item.data["segments"][k] for k in order] for item, order in rows],
+        )
+        chosen = iter([max(range(len(row)), key=lambda k, row=row: row[k].logprob) for row in scores])
+        return [
+            {
+                "question": item.data["question"], "wanted": item.data["words"][0],
+                "chosen": [item.data["words"][next(chosen)] for _ in item.data["orders"]],
+                "place": [order.index(0) for order in item.data["orders"]],
+            }
+            for item in items
+        ]  # fmt: skip
+
+    def counts(self, record: Mapping[str, Any]) -> dict[str, float]:
+        right = [word == record["wanted"] for word in record["chosen"]]
+        by_place = dict(zip(record["place"], right))
+        return {
+            "items": 1, "asked": len(right), "right": sum(right), "consistent": len(set(record["chosen"])) == 1, "robust": all(right),
+            **{f"right {place}": right for place, right in by_place.items()},
+        }  # fmt: skip
+
+    def metrics(self, sums: Sums) -> dict[str, Any]:
+        last = self.segments - 1
+        places = {"first": 0, **{f"place_{k + 1}": k for k in range(1, last)}, "last": last}
+        return {
+            "accuracy": ratio(sums["right"], sums["asked"]),
+            "consistency": ratio(sums["consistent"], sums["items"]),
+            "all_right": ratio(sums["robust"], sums["items"]),
+            **{f"accuracy_{name}": ratio(sums[f"right {k}"], sums["items"]) for name, k in places.items()},
+        }

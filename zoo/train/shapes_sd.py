@@ -48,6 +48,7 @@ def build_pipeline(vae: Any, tokenizer: Any, text_encoder: Any, unet: Any) -> An
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,
         timestep_spacing="trailing",
     )
     return StableDiffusionPipeline(

@@ -56,21 +56,28 @@ def gaze_layers(
     *,
     samples: Iterable[Any] | str | None = None,
     words: str = "auto",
+    enhance_layers: Sequence[int] | None = None,
     **options: Any,
 ) -> Profile:
     """Chooses the layers from image-question pairs; 50 to 100 of them are the paper's advice. Cost: one forward pass for each.
 
     samples: (image, question) pairs, ready inputs of the model (mappings of tensors), or a JSON-lines file of {"image": path,
-    "question": text}. Tensors of the profile: saliency_layers [1], the layer whose weights on the image rise most in sum while the
-    question is read; enhance_layers [n], see `moving_together`; shift, image_share and question_share [layers], the means behind them.
+    "question": text}. enhance_layers: the layers to change, where they are known. Tensors of the profile: saliency_layers [1], the
+    layer whose weights on the image rise most in sum while the question is read; enhance_layers [n], those given or those of
+    `moving_together`; shift, image_share and question_share [layers], the means behind them.
     Raises ReattendError for a model that takes no images, samples that cannot be read, or shares that never move together.
     """
     if options:
-        raise ReattendError(f"profile of {recipe.slug!r} takes samples and words, not {', '.join(options)}")
+        raise ReattendError(f"profile of {recipe.slug!r} takes samples, words and enhance_layers, not {', '.join(options)}")
     table = sites(model)
     reason = image_misfit(table, recipe.slug)
     if reason:
         raise ReattendError(f"cannot profile this model: {reason}")
+    there = {s.layer for s in table.stack("decoder").kind("self")}
+    if enhance_layers is not None and not (enhance_layers and there.issuperset(enhance_layers)):
+        raise ReattendError(
+            f"enhance_layers must name layers of the decoder, {min(there)} to {max(there)}, got {enhance_layers}"
+        )
     if running(model):
         raise ReattendError("a profile must show the plain model: end the session that is active on it first")
     prompts = read_samples(samples)
@@ -85,17 +92,21 @@ def gaze_layers(
         torch.tensor([seen[n] for n in layers]) for seen in (watcher.shift, watcher.image, watcher.question)
     )
     best = layers[int(shift.mean(dim=1).argmax())]
-    first, last = moving_together(image, question)
+    if enhance_layers is None:
+        first, last = moving_together(image, question)
+        change = layers[first : last + 1]
+    else:
+        change = sorted(set(enhance_layers))
     facts = {
         "samples": len(prompts),
         "words": words,
         "saliency_layers": [best],
-        "enhance_layers": layers[first : last + 1],
+        "enhance_layers": change,
         "profile": {str(n): round(float(s), 4) for n, s in zip(layers, shift.mean(dim=1), strict=True)},
     }
     tensors = {
         "saliency_layers": torch.tensor([best]),
-        "enhance_layers": torch.tensor(layers[first : last + 1]),
+        "enhance_layers": torch.tensor(change),
         "shift": shift.mean(dim=1),
         "image_share": image.mean(dim=1),
         "question_share": question.mean(dim=1),
@@ -119,7 +130,7 @@ def moving_together(image: Tensor, question: Tensor) -> tuple[int, int]:
         if total > best:
             best, found = total, (start, step + 1)
     if found is None:
-        raise ReattendError("attention on image and question never moves together here: pass enhance_layers yourself")
+        raise ReattendError("attention on image and question never moves together here: pass enhance_layers=[...]")
     return found
 
 

@@ -108,7 +108,7 @@ def case(seed, batch=2, heads=4, length=20):
     weights = torch.randn(batch, heads, length, length).masked_fill(~visible, -torch.inf).softmax(dim=-1)
     places = torch.arange(length)[None]
     image = ((places >= 3) & (places < 11)).repeat(batch, 1)
-    image[1, 3:5] = False
+    image[1:, 3:5] = False
     rows = (places >= 12) & (places % 3 != 2) & (places < 19)
     return weights, rows.repeat(batch, 1), image
 
@@ -148,9 +148,11 @@ def test_what_does_not_vary_gives_no_map():
     assert not Focus.of(nothing, image, rows, 5.0).acting.any()
 
 
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("cut", [1, 12, 13, 16])
-def test_chunks_add_up(cut):
+def test_chunks_add_up(cut, every):
     weights, rows, image = case(2)
+    rows[:, 12:19] |= every
     whole = read(weights, rows, image)
     first = read(weights[:, :, :cut, :cut], rows[:, :cut], image)
     zeros = torch.zeros(2, 4, 20, 4)

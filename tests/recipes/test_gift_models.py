@@ -1,0 +1,433 @@
+"""GIFT on whole models: against a naive eager implementation, in batches, caches, turns and chunks; profiling."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import sites
+from reattend.interventions import ReattendError, ReattendWarning
+from reattend.recipes import Profile, recipe_class
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+sys.path.insert(0, str(Path(__file__).parent))
+from asked_images import HOW, NEWLINE, ONE, PROMPTS, WHAT, asked, tiny_models, tokenizer, turn
+
+MERGED = {"saliency_layers": [1], "enhance_layers": [1, 3]}
+PROBED = {"saliency_layers": [0, 2], "enhance_layers": [0, 1, 3]}
+# an edit of the last layer alone leaves keys and values as they are: such runs can be compared with others that see the prompt otherwise
+LAST = {"saliency_layers": [1], "enhance_layers": [3]}
+FEW = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+CONTENT = (8, 9, 13, 14)
+
+
+def steer(model, **options):
+    return reattend.apply(model, "gift", tokenizer=tokenizer(), **{"words": "content", "alpha": 3.0, **MERGED, **options})
+
+
+def logits_of(model, inputs, **options):
+    return torch.stack(model.generate(**inputs, **{**FEW, **options}).logits, dim=1)
+
+
+# -- a naive implementation ------------------------------------------------------------------------------------------------
+
+
+class Naive:
+    """The card's algorithm with whole matrices, in float32, prompt by prompt: an attention function of transformers."""
+
+    def __init__(self, model, inputs, prompts, saliency_layers, enhance_layers, alpha):
+        self.decoder = {id(m): s.layer for s, m in modules(model)}
+        self.enhance, ids = enhance_layers, inputs["input_ids"]
+        self.image = ids == tiny_models.IMAGE
+        self.question = torch.stack([asked(p, row) for p, row in zip(prompts, ids, strict=True)])
+        self.attentions, self.factor = {}, None
+        model(**inputs)
+        self.factor = torch.ones(ids.shape)
+        for b, row in enumerate(ids):
+            image = self.image[b]
+            if image.any():
+                m = self.map(b, [n for n in range(len(row)) if self.question[b, n] and int(row[n]) in CONTENT], saliency_layers)
+                self.factor[b, image] = (alpha * m).exp()
+
+    def map(self, b, rows, layers):
+        kept = []
+        for layer in layers:
+            weights = self.attentions[layer][b]
+            shift = torch.stack([(weights[:, i] - weights[:, i - 1]).clamp_min(0) for i in rows], dim=1)[..., self.image[b]]
+            top = shift.sum(dim=(1, 2)).topk(len(weights) // 2).indices
+            kept.append(shift[top])
+        m = torch.stack(kept).mean(dim=(0, 1, 2))
+        m = m.clamp(m.mean() - 3 * m.std(), m.mean() + 3 * m.std())
+        return (m - m.min()) / (m.max() - m.min())
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+        scores = query @ key.transpose(2, 3) * scaling
+        if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
+            attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            scores = scores + attention_mask  # Pixtral's vision tower
+        elif attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask[..., : key.shape[2]], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        layer = self.decoder.get(id(module))
+        if self.factor is None:
+            self.attentions[layer] = weights
+        elif layer in self.enhance:
+            for b in range(len(weights)):
+                if self.image[b].any():
+                    self.change(weights[b, :, -1], b)
+        return (weights @ value).transpose(1, 2), weights
+
+    def change(self, w, b):
+        image, question = self.image[b].nonzero()[:, 0], self.question[b].nonzero()[:, 0]
+        looking = w[:, image].sum(dim=1).topk(len(w) // 2).indices
+        reading = w[:, question].sum(dim=1).topk(len(w) // 2).indices
+        before = w[looking][:, image].sum()
+        w[looking[:, None], image] *= self.factor[b, image]
+        w[reading[:, None], question] *= w[looking][:, image].sum() / before
+        w /= w.sum(dim=1, keepdim=True)
+
+
+def modules(model):
+    table = sites(model).stack("decoder")
+    return [(site, table.module(site)) for site in table]
+
+
+@contextlib.contextmanager
+def naive(model, *given):
+    before = model.config._attn_implementation
+    AttentionMaskInterface.register("naive_gift", sdpa_mask)
+    AttentionInterface.register("naive_gift", lambda *args, **kwargs: function(*args, **kwargs))
+    function = None
+    try:
+        model.set_attn_implementation("naive_gift")
+        function = Naive.__new__(Naive)
+        with torch.no_grad():
+            function.__init__(model, *given)
+        yield function
+    finally:
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop("naive_gift", None)
+        AttentionMaskInterface._global_mapping.pop("naive_gift", None)
+
+
+@pytest.mark.parametrize("layers", [MERGED, PROBED], ids=["merged", "probed"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl", "smolvlm", "pixtral", "qwen3_vl", "paligemma"])
+def test_equals_a_naive_implementation(family, layers):
+    """Prompts with one image, with two in two turns, and with none, left-padded: every logit of prefill and decode."""
+    tiny = tiny_models.build(family)
+    prompts = [ONE] if family == "paligemma" else PROMPTS
+    inputs = tiny.inputs(prompts)
+    base = logits_of(tiny.model, inputs)
+    with naive(tiny.model, inputs, prompts, layers["saliency_layers"], layers["enhance_layers"], 3.0):
+        expected = logits_of(tiny.model, inputs)
+    with steer(tiny.model, **layers) as session:
+        steered = logits_of(tiny.model, inputs)
+        assert sorted(session.stats["gift"].values()) == [4] * len(layers["enhance_layers"])
+    torch.testing.assert_close(steered, expected, atol=3e-5, rtol=1e-4)
+    assert ((steered - base)[:2].abs().amax(dim=(1, 2)) > 1e-3).all()
+    assert torch.equal(logits_of(tiny.model, inputs), base), "detached, the model is what it was"
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_5_vl", "gemma3", "mistral3", "idefics3"])
+@pytest.mark.parametrize("layers", [MERGED, PROBED], ids=["merged", "probed"])
+def test_families(family, layers):
+    """Acts in every chosen layer and step, where there is an image; the prompt without one stays as it was."""
+    tiny = tiny_models.build(family)
+    inputs = tiny.inputs(PROMPTS)
+    base = logits_of(tiny.model, inputs)
+    with steer(tiny.model, **layers) as session:
+        steered = logits_of(tiny.model, inputs)
+        assert sorted(session.stats["gift"].values()) == [4] * len(layers["enhance_layers"])
+    assert ((steered - base)[:2].abs().amax(dim=(1, 2)) > 1e-3).all()
+    torch.testing.assert_close(steered[2], base[2], atol=2e-6, rtol=1e-5)
+    assert torch.equal(logits_of(tiny.model, inputs), base)
+
+
+def test_newline_features_of_an_image_get_no_factor():
+    tiny = tiny_models.build("llava_next")
+    inputs = tiny.inputs([ONE])
+    with steer(tiny.model) as session, torch.no_grad():
+        cache = tiny.model(**inputs).past_key_values
+        focus = memory_of(session, cache)["focus"][1]
+    assert int((inputs["input_ids"] == tiny_models.IMAGE).sum()) > int(focus.groups[0, 1].sum()) > 16
+
+
+def memory_of(session, cache):
+    """What the recipe knows of the sequence in this cache."""
+    from reattend.hooks.session import attachment_of
+
+    return attachment_of(session.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]
+
+
+@pytest.mark.parametrize("layers", [MERGED, PROBED], ids=["merged", "probed"])
+def test_padding_on_either_side_and_alone(layers):
+    """The logits of each prompt's last token: padded left, padded right, and alone."""
+    tiny = tiny_models.llava()
+    expected = []
+    for number, prompt in enumerate(PROMPTS[:2]):
+        single = tiny.inputs([prompt])
+        if number:
+            single["pixel_values"] = torch.cat([tiny.expand(n)[1]["pixel_values"] for n in (1, 2)])
+        with steer(tiny.model, **layers), torch.no_grad():
+            expected.append(tiny.model(**single).logits[0, -1])
+    for side in ("left", "right"):
+        inputs = tiny.inputs(PROMPTS, side=side)
+        with steer(tiny.model, **layers) as session, torch.no_grad():
+            got = tiny.model(**inputs).logits
+            assert session.applied == len(layers["enhance_layers"])
+        for row in range(2):
+            last = int(inputs["attention_mask"][row].nonzero()[-1])
+            torch.testing.assert_close(got[row, last], expected[row], atol=2e-5, rtol=1e-4)
+
+
+def test_only_the_last_row_changes():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    with torch.no_grad():
+        base = tiny.model(**inputs).logits
+        with steer(tiny.model, **LAST):
+            steered = tiny.model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    real[:, -1] = False
+    assert torch.equal(steered[real], base[real])
+    assert ((steered - base)[:2, -1].abs().amax(dim=1) > 1e-5).all()
+
+
+def test_alpha_0_changes_nothing():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    base = logits_of(tiny.model, inputs)
+    with warnings.catch_warnings(), steer(tiny.model, alpha=0.0) as session:
+        warnings.simplefilter("error")
+        assert torch.equal(logits_of(tiny.model, inputs), base)
+        assert session.stats == {}
+
+
+# -- ways to run --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [MERGED, PROBED], ids=["merged", "probed"])
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+def test_other_ways_to_generate(options, layers):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([[1, *turn("image", *WHAT, 8, 9)]])
+    with steer(tiny.model, **layers) as session:
+        expected = tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        before = session.applied
+        got = tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+        assert session.applied > before
+    assert torch.equal(expected, got)
+
+
+def test_no_cache_and_sliding_windows():
+    """Gemma 3's short window drops image keys while text is generated; whole passes over the grown sequence say the same."""
+    tiny = tiny_models.build("gemma3")
+    inputs = tiny.inputs([ONE])
+    layers = {"saliency_layers": [1], "enhance_layers": [2, 3]}
+    with steer(tiny.model, **layers):
+        cached = tiny.model.generate(**inputs, **{**FEW, "max_new_tokens": 8})
+    step = dict(inputs)
+    with steer(tiny.model, **layers) as session, torch.no_grad():
+        for n, expected in enumerate(cached.logits):
+            logits = tiny.model(**step, use_cache=False).logits[:, -1]
+            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-4, msg=lambda m, n=n: f"step {n}: {m}")
+            step["input_ids"] = cached.sequences[:, : inputs["input_ids"].shape[1] + n + 1]
+            step["attention_mask"] = torch.ones_like(step["input_ids"])
+            step["token_type_ids"] = torch.nn.functional.pad(step["token_type_ids"], (0, 1))
+        assert session.applied == 16
+
+
+def test_beams_and_sampling():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    with steer(tiny.model, **PROBED) as session:
+        greedy = tiny.model.generate(**inputs, **FEW)
+        beams = tiny.model.generate(**inputs, **{**FEW, "output_scores": True}, num_beams=3)
+        torch.manual_seed(0)
+        sampled = tiny.model.generate(**inputs, **{**FEW, "do_sample": True})
+        assert session.applied == 3 * 3 * 4
+    first = beams.scores[0].view(3, 3, -1)
+    torch.testing.assert_close(first, first[:, :1].expand_as(first), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(first[:, 0], greedy.logits[0].log_softmax(dim=-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sampled.logits[0], greedy.logits[0])
+
+
+def test_the_next_turn_has_a_map_of_its_own():
+    """Two turns on one cache equal one pass over both, and the first turn's question is not strengthened any more."""
+    tiny = tiny_models.llava()
+    first, second = [1, *turn("image", *WHAT)], [30, *turn(*HOW)]
+    whole = tiny.inputs([first + second])
+    begun = tiny.inputs([first])
+    rest = whole["input_ids"][:, begun["input_ids"].shape[1] :]
+    with steer(tiny.model, **LAST) as session, torch.no_grad():
+        expected = tiny.model(**whole).logits[:, -1]
+        cache = tiny.model(**begun).past_key_values
+        assert memory_of(session, cache)["focus"][1].groups[0, 2].nonzero()[:, 0].tolist() == list(range(18, 25))
+        got = tiny.model(input_ids=rest, attention_mask=whole["attention_mask"], past_key_values=cache).logits[:, -1]
+        assert memory_of(session, cache)["focus"][1].groups[0, 2].nonzero()[:, 0].tolist() == list(range(28, 32))
+        assert session.applied == 3
+        base = None
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        base = tiny.model(**whole).logits[:, -1]
+    assert (base - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [5, 20, 23])
+def test_chunked_prefill(size):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([[1, *turn("image", *WHAT, 8, 9, 16)]])
+    with steer(tiny.model, **LAST, words="all"):
+        expected, got = (logits_of(tiny.model, inputs, **more) for more in ({}, {"prefill_chunk_size": size}))
+    torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    tiny.model.to(dtype)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with steer(tiny.model, **PROBED, alpha=20.0) as session:
+        assert logits_of(tiny.model, inputs).isfinite().all()
+        assert session.applied == 12
+
+
+# -- which question -----------------------------------------------------------------------------------------------------------
+
+
+def run(model, inputs, **options):
+    with steer(model, **options), torch.no_grad():
+        return model(**inputs).logits[:, -1]
+
+
+def test_named_questions():
+    """By passage, by token range (which needs no tokenizer), and as the last turn: the same."""
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([ONE])
+    expected = run(tiny.model, inputs, words="all")
+    text = "what is the red dog doing ?"
+    torch.testing.assert_close(run(tiny.model, inputs, words="all", question=text), expected)
+    start = 18
+    torch.testing.assert_close(run(tiny.model, inputs, words="all", ranges=[(start, start + 7)]), expected)
+    options = {**MERGED, "alpha": 3.0, "ranges": [(start, start + 7)]}
+    with reattend.apply(tiny.model, "gift", **options), torch.no_grad():
+        torch.testing.assert_close(tiny.model(**inputs).logits[:, -1], expected)
+    assert (run(tiny.model, inputs, words="all", question="red dog") - expected).abs().max() > 1e-3
+    assert (run(tiny.model, inputs, words="content") - expected).abs().max() > 1e-4
+    with (
+        reattend.apply(tiny.model, "gift", **{**options, "words": "content"}),
+        pytest.raises(ReattendError, match="tokenizer="),
+    ):
+        tiny.model(**inputs)
+    with (
+        reattend.apply(tiny.model, "gift", **MERGED),
+        pytest.raises(ReattendError, match="tokenizer=.*or name its tokens by ranges"),
+    ):
+        tiny.model(**inputs)
+    with steer(tiny.model, question="how many"), pytest.raises(ReattendError, match="'how many' is not in prompt 0"):
+        tiny.model(**inputs)
+
+
+def test_a_question_before_its_image_is_reported():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([[1, *turn(*WHAT, "image")]])
+    with torch.no_grad():
+        base = tiny.model(**inputs).logits
+        with pytest.warns(ReattendWarning, match="stands before it"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*never acted.*")
+            with steer(tiny.model):
+                assert torch.equal(tiny.model(**inputs).logits, base)
+    with pytest.warns(ReattendWarning, match="never acted"), steer(tiny.model), torch.no_grad():
+        tiny.model(**tiny.inputs([[1, *turn(*WHAT)]]))
+
+
+def test_embeddings_alone_are_refused():
+    tiny = tiny_models.llava()
+    with steer(tiny.model), pytest.raises(ReattendError, match="input_ids"):
+        tiny.model(inputs_embeds=torch.randn(1, 8, 32))
+
+
+# -- profiling ---------------------------------------------------------------------------------------------------------------
+
+
+def test_profile(tmp_path):
+    tiny = tiny_models.llava()
+    samples = [tiny.inputs([[1, *turn("image", NEWLINE, *text)]]) for text in (WHAT, HOW, [8, 9, 10, 20])]
+    learned = recipe_class("gift").profile(tiny.model, tokenizer(), samples=samples, words="all", enhance_layers=[3, 2])
+    totals, image, question = torch.zeros(4), torch.zeros(4, 3), torch.zeros(4, 3)
+    tiny.model.set_attn_implementation("eager")
+    for n, inputs in enumerate(samples):
+        with torch.no_grad():
+            maps = tiny.model(**inputs, output_attentions=True).attentions
+        where = (inputs["input_ids"] == tiny_models.IMAGE)[0]
+        for layer, weights in enumerate(maps):
+            end = weights.shape[2] - 1  # where ASSISTANT stands; the question begins at 18, with a newline
+            totals[layer] += (weights[0, :, 18:end] - weights[0, :, 17 : end - 1]).clamp_min(0)[..., where].sum() / 3
+            image[layer, n], question[layer, n] = (
+                weights[0, :, end, where].sum(-1).mean(),
+                weights[0, :, end, 18:end].sum(-1).mean(),
+            )
+    tiny.model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(learned.tensors["shift"], totals, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(learned.tensors["image_share"], image.mean(dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(learned.tensors["question_share"], question.mean(dim=1), atol=1e-5, rtol=1e-4)
+    assert learned.tensors["saliency_layers"].tolist() == [int(totals.argmax())] == learned.facts["saliency_layers"]
+    path = str(learned.save(tmp_path / "gift.safetensors"))
+    inputs = tiny.inputs(PROMPTS)
+    layers = {k: learned.facts[k] for k in ("saliency_layers", "enhance_layers")}
+    with steer(tiny.model, **layers), torch.no_grad():
+        expected = tiny.model(**inputs).logits
+    profiled = {"saliency_layers": None, "enhance_layers": None, "profile_path": path}
+    with steer(tiny.model, **profiled) as session, torch.no_grad():
+        assert torch.equal(tiny.model(**inputs).logits, expected)
+        assert session.applied == len(layers["enhance_layers"])
+    with pytest.raises(ReattendError, match="made for another model"):
+        steer(tiny_models.build("qwen2_vl").model, **profiled)
+    assert Profile.load(path).facts["samples"] == 3
+
+
+def test_layers_that_move_together():
+    from reattend.recipes.profiling.gift import moving_together
+
+    image = torch.tensor([0.1, 0.2, 0.1, 0.2, 0.3, 0.4, 0.2, 0.3])[:, None]
+    question = torch.tensor([0.1, 0.0, 0.1, 0.2, 0.4, 0.5, 0.1, 0.0])[:, None]
+    assert moving_together(image, question) == (2, 6)
+    with pytest.raises(ReattendError, match="never moves together"):
+        moving_together(image, -image)
+
+
+def test_profiling_says_what_is_wrong(tmp_path):
+    tiny, learn = tiny_models.llava(), recipe_class("gift").profile
+    with pytest.raises(ReattendError, match="samples are needed"):
+        learn(tiny.model, tokenizer())
+    with pytest.raises(ReattendError, match="a sample must be"):
+        learn(tiny.model, tokenizer(), samples=["a picture"])
+    with pytest.raises(ReattendError, match="no file"):
+        learn(tiny.model, tokenizer(), samples=str(tmp_path / "none.jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n')
+    with pytest.raises(ReattendError, match="must hold lines"):
+        learn(tiny.model, tokenizer(), samples=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(ReattendError, match="takes samples, words and enhance_layers"):
+        learn(tiny.model, tokenizer(), samples=[], top=3)
+    with pytest.raises(ReattendError, match="enhance_layers must name layers of the decoder, 0 to 3"):
+        learn(tiny.model, tokenizer(), samples=[{}], enhance_layers=[4])
+    with pytest.raises(ReattendError, match="cross-attention"):
+        learn(tiny_models.mllama().model, tokenizer(), samples=[{}])
+    with pytest.raises(ReattendError, match="every sample needs an image"):
+        learn(tiny.model, tokenizer(), samples=[tiny.inputs([[1, *turn(*WHAT)]])])
+    with steer(tiny.model), pytest.raises(ReattendError, match="plain model"):
+        learn(tiny.model, tokenizer(), samples=[tiny.inputs([ONE])])

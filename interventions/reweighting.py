@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .call import Call, TokenMap
 from .errors import ReattendError
+
+T = TypeVar("T")
 
 
 def prompt_bias(
@@ -23,32 +26,63 @@ def prompt_bias(
 
     Weights of the role are thus multiplied by exp(b) against those of generated tokens. free: roles whose columns keep 0 in the
     end. rows_with: sequences without any token of this role get no bias at all. None where no column is biased, so that the call stays
-    untouched. Made once per prompt and device (and cut or extended once per step), kept in call.memory under `name`.
+    untouched. The prompt is read once, kept in call.memory under `name`; see `shared_by_layers` for the rest.
     """
     tokens = call.tokens
     if tokens is None:
         call.columns("prompt")  # raises, and says where
         return None
-    device = call.query.device
     store = call.memory.setdefault(name, {})
-    made_for = (tokens.prompt_length, device)
+    made_for = (tokens.prompt_length, call.query.device)
     if made_for not in store:
         whole = over_prompt(tokens, terms, free, rows_with)
-        store[made_for] = whole.to(device) if bool(whole.any()) else None
+        store[made_for] = whole.to(call.query.device) if bool(whole.any()) else None
     whole = store[made_for]
-    if whole is None:
+    return None if whole is None else of_call(call, whole)
+
+
+def marked_columns(call: Call, role: str, more: Sequence[str] = ()) -> Tensor | None:
+    """Bool [B, Tk]: columns of a role of the prompt, and of `more` roles in the sequences that have any of it; None without any.
+
+    The prompt is read once and kept in call.memory; see `shared_by_layers` for the rest.
+    """
+    tokens = call.tokens
+    if tokens is None:
+        call.columns(role)
         return None
-    start, stop = call.key_start, call.key_start + call.num_keys
-    step = store.get(device)
-    if step is None or step[0] != (made_for, start, stop):
-        piece = whole[:, start:stop]
-        step = ((made_for, start, stop), torch.nn.functional.pad(piece, (0, call.num_keys - piece.shape[1])))
-        store[device] = step
-    bias = step[1]
-    if bias.shape[0] != call.batch:
+    key = ("marked", tokens.prompt_length, call.query.device)
+    if key not in call.memory:
+        whole = tokens.positions(role, 0, tokens.prompt_length)
+        there = whole.any(dim=1, keepdim=True)
+        for other in more:
+            whole = whole | (tokens.positions(other, 0, tokens.prompt_length) & there)
+        call.memory[key] = whole.to(call.query.device) if bool(there.any()) else None
+    whole = call.memory[key]
+    return None if whole is None else of_call(call, whole)
+
+
+def of_call(call: Call, whole: Tensor) -> Tensor:
+    """A tensor over the prompt [B, prompt], cut and widened with zeros to the key columns of a call: [B, Tk].
+
+    Raises ReattendError where the call has another batch than the prompt.
+    """
+    if whole.shape[0] != call.batch:
         where = call.site.name if call.site else "this call"
-        raise ReattendError(f"{where} has a batch of {call.batch}, but the prompt was read with a batch of {bias.shape[0]}")
-    return bias
+        raise ReattendError(f"{where} has a batch of {call.batch}, but the prompt was read with a batch of {whole.shape[0]}")
+    piece = whole[:, call.key_start : call.key_start + call.num_keys]
+    return torch.nn.functional.pad(piece, (0, call.num_keys - piece.shape[1]))
+
+
+def shared_by_layers(call: Call, key: Hashable, make: Callable[[], T]) -> T:
+    """make(), once for all layers of a step that see the same keys. key: what it depends on besides (the heads of a layer)."""
+    now = (call.total, call.num_queries, None if call.tokens is None else call.tokens.prompt_length)
+    step = call.memory.get("step")
+    if step is None or step[0] != now:
+        step = call.memory["step"] = (now, {})
+    where = (key, call.key_start, call.num_keys, call.query.device)
+    if where not in step[1]:
+        step[1][where] = make()
+    return step[1][where]
 
 
 def over_prompt(tokens: TokenMap, terms: Sequence[tuple[str, float]], free: Sequence[str], rows_with: str | None) -> Tensor:

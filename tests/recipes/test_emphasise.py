@@ -10,27 +10,15 @@ from pathlib import Path
 import pytest
 import reattend
 import torch
-from reattend.hooks import Act, SiteTable, Spans
-from reattend.hooks.spans import add_spans
-from reattend.interventions import (
-    Call,
-    Clock,
-    ReattendError,
-    ReattendWarning,
-    Site,
-    TokenMap,
-    UnsupportedError,
-    fused,
-    reference,
-)
+from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError, fused, reference
 from reattend.recipes import Profile, load_recipe, recipe, save_recipe
 from reattend.recipes.profile import fingerprint
 from safetensors import safe_open
-from torch import nn
 from transformers import pipeline
 
 TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
+import weighed  # noqa: E402
 from tiny_language import language_model, tokenizer  # noqa: E402
 
 PROMPTS = [
@@ -40,28 +28,8 @@ PROMPTS = [
 PASSAGES = [["Answer in French."], ["red house", "one word"]]
 
 
-def site(heads):
-    return Site("decoder", 0, "decoder", "self", heads, heads, 8, True)
-
-
-def weights_of(scores, mask, ranges, pads, prompt, execute=fused, **parameters):
-    """Weights [B, H, Tq, Tk] of a call with these scores under the recipe: keys and values are unit vectors, so outputs are weights."""
-    batch, heads, _, keys = scores.shape
-    unit = torch.eye(keys).expand(batch, heads, keys, keys)
-    tokens = TokenMap(batch, prompt, keys)
-    places = torch.arange(prompt)
-    tokens.roles["padding"] = places < torch.tensor(pads)[:, None]
-    tokens.roles["bos"] = places == torch.tensor(pads)[:, None]
-    call = Call(scores, unit, unit, mask, scale=1.0, site=site(heads), clock=Clock("prefill"), tokens=tokens)
-    table = SiteTable([site(heads)], {"decoder": nn.Module()})
-    edits = []
-    for step in recipe("emphasise", ranges=ranges, **parameters).plan(table):
-        if isinstance(step, Spans):
-            add_spans(tokens, None, step, lambda: None)
-        elif isinstance(step, Act):
-            edit = step.intervention(call)
-            edits += [] if edit is None else [edit]
-    return execute(call, edits)
+def weights_of(*given, **parameters):
+    return weighed.weights_of("emphasise", *given, **parameters)
 
 
 @pytest.mark.parametrize("execute", [fused, reference])
@@ -83,16 +51,9 @@ def test_golden_weights_of_the_official_code(name, execute):
     assert name == "alpha_one" or (found - data["weights_plain"]).abs().max() > 0.1
 
 
-def random_call(batch=2, heads=4, queries=12, keys=15):
-    torch.manual_seed(1)
-    scores = 2 * torch.randn(batch, heads, queries, keys)
-    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    return scores, torch.zeros(1, 1, queries, keys).masked_fill(~visible, float("-inf"))
-
-
 @pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.3])
 def test_ratios_change_only_between_the_passage_and_the_rest_of_the_prompt(alpha):
-    scores, mask = random_call()
+    scores, mask = weighed.random_call()
     inside, outside, new = [3, 4, 5], [0, 1, 2, 6, 7, 8, 9, 10, 11], [12, 13, 14]
     ranges = [[(3, 6)], [(3, 6)]]
     plain = weights_of(scores, mask, ranges, [0, 0], 12, alpha=1.0)
@@ -110,7 +71,7 @@ def test_ratios_change_only_between_the_passage_and_the_rest_of_the_prompt(alpha
             torch.testing.assert_close(ratio(after, a, b), ratio(before, a, b), rtol=1e-4, atol=0)
     torch.testing.assert_close(ratio(after, 4, 7), ratio(before, 4, 7) / alpha, rtol=1e-4, atol=0)
     # rows before the passage see only tokens that all get the same factor
-    scores, mask = random_call(queries=15)
+    scores, mask = weighed.random_call(queries=15)
     plain = weights_of(scores, mask, ranges, [0, 0], 12, alpha=1.0)
     found = weights_of(scores, mask, ranges, [0, 0], 12, alpha=alpha)
     torch.testing.assert_close(found[:, :, :3], plain[:, :, :3], atol=1e-6, rtol=0)
@@ -137,7 +98,7 @@ def test_bias_of_two_passages_in_powers_of_ten(parameters, want):
 
 
 def test_a_prompt_without_passages_and_padding_are_left_alone():
-    scores, mask = random_call(queries=12, keys=12)
+    scores, mask = weighed.random_call(queries=12, keys=12)
     ranges = [[(1, 3)], []]
     found = weights_of(scores, mask, ranges, [2, 0], 12, alpha=0.1)
     plain = weights_of(scores, mask, ranges, [2, 0], 12, alpha=1.0)

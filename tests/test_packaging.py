@@ -19,11 +19,13 @@ ROOMS = (
     "recipes",
     "recipes/profiling",
     "comparison",
+    "analysis",
     "zoo",
     "zoo/worlds",
     "zoo/train",
     "evaluation",
     "evaluation/suites",
+    "evaluation/material",
     "evaluation/metrics",
     "evaluation/material",
 )

@@ -41,8 +41,8 @@ class Suite(BaseModel):
     name: as on the command line. kind: what it needs, "llm" (any model that writes text), "lvlm" or "diffusion". does: one line.
     shown: the metrics of the table, the first is the one that counts; None shows all. lower: metrics of which less is better.
     marks: kinds of passages that `answer` names to recipes by `subject.marked(...)`: "highlight" (to be emphasised), "segments"
-    (whose order should not matter). batch: how many items are answered at once. version: raised when items or scoring change, so
-    that old records are not reused.
+    (whose order should not matter). argument: the parameter that "name:..." gives, none by default. batch: how many items are
+    answered at once. version: raised when items or scoring change, so that old records are not reused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +53,7 @@ class Suite(BaseModel):
     shown: ClassVar[Sequence[str] | None] = None
     lower: ClassVar[Sequence[str]] = ()
     marks: ClassVar[Sequence[str]] = ()
+    argument: ClassVar[str] = ""
     batch: ClassVar[int] = 16
     version: ClassVar[int] = 1
 
@@ -62,6 +63,11 @@ class Suite(BaseModel):
         except ValidationError as error:
             fields = {name: f.description or "" for name, f in type(self).model_fields.items()}
             raise ReattendError(one_line(self.name, fields, error, what="suite")) from None
+
+    @classmethod
+    def named(cls, argument: str) -> type[Suite]:
+        """The class for one value of the suite's argument."""
+        return cls
 
     def items(self, count: int, seed: int) -> list[Item]:
         """`count` groups (scenes, texts) worth of items; the same for the same arguments, on every machine."""

@@ -39,7 +39,7 @@ class Needles(Suite):
     shown: ClassVar[Sequence[str] | None] = ("recall", "found")
     batch: ClassVar[int] = 8
 
-    lengths: tuple[int, ...] = Field((150, 300, 450), min_length=1, description="tokens of the text, taken in turn")
+    lengths: tuple[int, ...] = Field((120, 240, 360), min_length=1, description="tokens of the text; as many items of each")
     rivals: int = Field(2, ge=0, le=10, description="sentences of the same form about other places, hidden in the same text")
 
     def items(self, count: int, seed: int) -> list[Item]:
@@ -58,7 +58,8 @@ class Needles(Suite):
                 "depth": round(rng.random(), 3), "seed": rng.randrange(2**31),
             }  # fmt: skip
             items.append(Item(f"{seed}-{i}", data))
-        return items
+        # texts of one length together, so that batches need little padding
+        return sorted(items, key=lambda item: item.data["length"])
 
     def prompt(self, tokenizer: Any, item: Item) -> tuple[Needle, str]:
         """The needle of an item and the prompt that hides it, as many tokens long as the item says for this tokenizer."""

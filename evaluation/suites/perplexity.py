@@ -35,6 +35,10 @@ class Perplexity(Suite):
             raise ValueError("lengths must be different numbers of tokens, 1 or more")
         return value
 
+    @property
+    def lower(self) -> Sequence[str]:  # type: ignore[override]
+        return [f"{name}_{length}" for name in ("perplexity", "bits_per_byte") for length in self.lengths]
+
     def items(self, count: int, seed: int) -> list[Item]:
         text = prose.text()
         first, last = max(self.lengths) * CHARACTERS_PER_TOKEN, len(text) - self.passage

@@ -25,7 +25,7 @@ class PositionSwap(Suite):
     marks: ClassVar[Sequence[str]] = ("segments",)
     batch: ClassVar[int] = 4
 
-    segments: int = Field(4, ge=2, le=8, description="documents in a prompt; one of them answers the question")
+    segments: int = Field(3, ge=2, le=8, description="documents in a prompt; one of them answers the question")
 
     def items(self, count: int, seed: int) -> list[Item]:
         items = []

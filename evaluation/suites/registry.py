@@ -38,8 +38,17 @@ def suite_class(name: str) -> type[Suite]:
 
 
 def suite(name: str, **parameters: Any) -> Suite:
-    """A suite with its parameters, checked. Raises ReattendError for an unknown name or a parameter out of range."""
-    return suite_class(name)(**parameters)
+    """A suite with its parameters, checked; "name:argument" where a suite takes one, as "lm-eval:arc_easy".
+
+    Raises ReattendError for an unknown name or a parameter out of range.
+    """
+    head, colon, argument = name.partition(":")
+    cls = suite_class(head)
+    if not colon:
+        return cls(**parameters)
+    if not cls.argument:
+        raise ReattendError(f"suite {head!r} takes nothing after a colon but key=value pairs, got {argument!r}")
+    return cls.named(argument)(**{cls.argument: argument, **parameters})
 
 
 def list_suites(kind: str | None = None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,8 @@ from ..interventions import Call, KeyBias
 from ..interventions.reweighting import prompt_bias, shared_by_layers
 from .base import Info, decoder_sites
 from .head_choice import head_scores, ranked
-from .passages import Highlighter
+from .highlighter import Highlighter
+from .passages import marked_role, passage_spans
 from .profile import Profile, table_fingerprint
 
 PROFILED_ALPHA, UNPROFILED_ALPHA = 0.01, 0.3
@@ -121,14 +122,17 @@ class Emphasise(Highlighter):
         passages = self.passages
         if passages is None:
             return None, []
-        marked = self.new_role()
-        steps.append(self.spans(marked, official=self.official_span))
+
+        def add(role: str, rows: list[list[Any]]) -> str:
+            named = (None, rows) if self.ranges is not None else (rows, None)
+            steps.append(passage_spans(role, *named, self.occurrence, self.official_span))
+            return role
+
+        marked = add(marked_role(self.slug), passages)
         count = len(passages[0])
         if not self.official_multi or count == 1:
             return marked, [marked]
-        sections = [f"{marked}.{k}" for k in range(count)]
-        steps += [self.spans(name, [[row[k]] for row in passages], self.official_span) for k, name in enumerate(sections)]
-        return marked, sections
+        return marked, [add(f"{marked}.{k}", [[row[k]] for row in passages]) for k in range(count)]
 
     def pairs(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         if self.profile_path is None:

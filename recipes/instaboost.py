@@ -1,0 +1,72 @@
+"""InstABoost: a constant boost of attention on the instruction (arXiv 2506.13734).
+
+Fixes: models drift from an instruction that stands in their prompt. All weights on its tokens are multiplied by one constant in every
+head of every layer, and rows are renormalised; nothing is searched for but the constant, between 1 and 19 in the paper.
+Acts on: the scores of all layers and heads (or of `heads`), on the key columns of the passages, for all rows of prefill and decode.
+Everything else, generated tokens too, keeps its weights against each other.
+Conventions: the official code multiplies weights after the softmax; log(multiplier) added to the scores before it is the same.
+The official range begins with the prompt's first token and holds the role header too, since there the instruction comes first;
+`first_token` adds that first token to passages wherever they stand, and ranges=[(0, n)] is the official range to the letter.
+Models park attention on their first token, so a boost of it works against the passage: see `first_token`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from pydantic import Field
+
+from ..hooks import Act, SiteTable
+from ..hooks.plan import Step
+from ..interventions import Call, KeyBias
+from ..interventions.reweighting import marked_columns, shared_by_layers
+from .base import Info, decoder_sites
+from .highlighter import Highlighter
+from .passages import marked_role, passage_spans
+
+
+class InstABoost(Highlighter):
+    slug = "instaboost"
+    info = Info(
+        does="Multiplies a language model's attention on marked passages (an instruction) by one constant, in all heads.",
+        paper="Instruction Following by Principled Boosting Attention of Large Language Models",
+        year=2025,
+        arxiv="2506.13734",
+        families=("reweighting",),
+        kinds=("llm", "lvlm"),
+        cost="free",
+        code="BrachioLab/InstABoost",
+    )
+
+    multiplier: float = Field(
+        3.0,
+        ge=1,
+        le=100,
+        allow_inf_nan=False,
+        description="factor on the passages' weights; 1 changes nothing, the paper searches 1 to 19; long passages need less",
+    )
+    first_token: bool = Field(
+        True, description="boost each prompt's first token too, as the official code does, whose boosted range starts there"
+    )
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        chosen, _ = decoder_sites(sites, self.slug)
+        role = marked_role(self.slug)
+        steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
+        # a multiplier of 1 asks for no change: the prompt is still searched for the passages
+        if self.multiplier != 1:
+            heads = self.heads_at(chosen)
+            steps.append(Act(chosen.only(list(heads)), partial(self.boost, heads, role)))
+        return steps
+
+    def boost(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> KeyBias | None:
+        """S[:, j] += log(multiplier) for the passages' columns j."""
+        assert call.site is not None
+        chosen = heads[call.site.layer]
+
+        def make() -> KeyBias | None:
+            columns = marked_columns(call, role, ("bos",) if self.first_token else ())
+            return None if columns is None else KeyBias(bias=math.log(self.multiplier) * columns, heads=chosen)
+
+        return shared_by_layers(call, chosen, make)

@@ -1,0 +1,181 @@
+"""instaboost: golden data of the official code, what a constant factor does to a row, and whole models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.interventions import ReattendError, UnsupportedError, fused, reference
+from reattend.recipes import load_recipe, recipe, save_recipe
+from safetensors import safe_open
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
+from tiny_language import language_model, tokenizer  # noqa: E402
+from weighed import random_call, weights_of  # noqa: E402
+
+PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
+PASSAGES = [["Answer in French."], ["red house", "one word"]]
+
+
+@pytest.mark.parametrize("execute", [fused, reference])
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_golden_weights_of_the_official_code(name, execute):
+    with safe_open(TESTS / f"golden/instaboost/{name}.safetensors", "pt") as file:
+        facts, before, wanted = file.metadata(), file.get_tensor("attn_in"), file.get_tensor("attn_out")
+    length, multiplier, batch = int(facts["prompt_len"]), float(facts["multiplier"]), before.shape[0]
+    mask = torch.zeros_like(before).masked_fill(before == 0, float("-inf"))
+    for parameters in ({}, {"first_token": False}):  # the official range holds the first token anyway
+        found = weights_of(
+            "instaboost", before.clamp_min(1e-9).log(), mask, [(0, length)], [0] * batch, before.shape[3], execute,
+            multiplier=multiplier, **parameters,
+        )  # fmt: skip
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    assert (before - wanted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("multiplier", [1.5, 3.0, 19.0])
+def test_the_share_of_the_passage_follows_the_formula(multiplier):
+    scores, mask = random_call()
+    ranges, inside = [[(3, 6)], [(3, 5), (7, 8)]], torch.zeros(2, 1, 1, 15, dtype=torch.bool)
+    inside[0, ..., 3:6], inside[1, ..., [3, 4, 7]] = True, True
+    plain = weights_of("instaboost", scores, mask, ranges, [0, 0], 12, multiplier=1)
+    found = weights_of("instaboost", scores, mask, ranges, [0, 0], 12, multiplier=multiplier, first_token=False)
+    share, raised = (w.mul(inside).sum(-1) for w in (plain, found))
+    torch.testing.assert_close(raised, multiplier * share / (1 + (multiplier - 1) * share))
+    assert (raised > share).all()
+    torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:3]))
+    for group in (inside, ~inside):  # ratios inside the passage and outside of it stay
+        before, after = (w * group / (w * group).sum(-1, keepdim=True) for w in (plain, found))
+        torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+    # with the first token: the passage and it grow alike
+    both = weights_of("instaboost", scores, mask, ranges, [0, 0], 12, multiplier=multiplier)
+    torch.testing.assert_close(both[..., 0] / both[..., 3], plain[..., 0] / plain[..., 3], rtol=1e-4, atol=0)
+    torch.testing.assert_close(both[..., 3] / both[..., 9], multiplier * plain[..., 3] / plain[..., 9], rtol=1e-4, atol=0)
+
+
+def test_it_is_the_include_form_of_emphasise():
+    """Before any token is generated, "include" differs by a constant on the whole row only."""
+    scores, mask = random_call(keys=12)
+    ranges = [[(3, 6)], [(1, 4)]]
+    found = weights_of("instaboost", scores, mask, ranges, [0, 0], 12, multiplier=7, first_token=False)
+    other = weights_of("emphasise", scores, mask, ranges, [0, 0], 12, alpha=7.0, position="include")
+    torch.testing.assert_close(found, other, atol=1e-6, rtol=0)
+    # rows before the passage see nothing that is boosted, rows inside a boosted prefix nothing else
+    plain = weights_of("instaboost", scores, mask, ranges, [0, 0], 12, multiplier=1)
+    torch.testing.assert_close(found[0, :, :3], plain[0, :, :3], atol=1e-6, rtol=0)
+    prefix = weights_of("instaboost", scores, mask, [(0, 4)], [0, 0], 12, multiplier=7)
+    torch.testing.assert_close(prefix[:, :, :4], plain[:, :, :4], atol=1e-6, rtol=0)
+
+
+def test_prompts_without_a_passage_and_padding_are_left_alone():
+    scores, mask = random_call(keys=12)
+    ranges = [[(1, 3)], []]
+    plain = weights_of("instaboost", scores, mask, ranges, [2, 0], 12, multiplier=1)
+    found = weights_of("instaboost", scores, mask, ranges, [2, 0], 12, multiplier=5)
+    torch.testing.assert_close(found[1], plain[1], atol=1e-6, rtol=0)
+    ratio = (found / plain)[0, :, -1]
+    torch.testing.assert_close(ratio[:, [2, 3, 4]] / ratio[:, :1], torch.full((4, 3), 5.0))  # first real token, passage
+    torch.testing.assert_close(ratio[:, 1] / ratio[:, 0], torch.ones(4))  # padding is no first token
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+def inputs():
+    return tokenizer()(PROMPTS, return_tensors="pt", padding=True)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+def test_generation_equals_whole_passes(kind):
+    """Left padding, other passages per row, sliding windows: each step with a cache as a pass over the whole text, and ends restored."""
+    sliding = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model, x = language_model(kind, **(sliding if kind == "Gemma3" else {})), inputs()
+    plain = model(**x).logits
+    options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=20, tokenizer=tokenizer()) as session:
+        out = model.generate(**x, **options)
+        assert session.stats["instaboost"] == {f"model.layers.{i}.self_attn": 6 for i in range(4)}
+    x = dict(x)
+    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=20, tokenizer=tokenizer()):
+        for logits in out.logits:
+            torch.testing.assert_close(model(**x, use_cache=False).logits[:, -1], logits, atol=3e-5, rtol=1e-4)
+            x["input_ids"] = out.sequences[:, : x["input_ids"].shape[1] + 1]
+            x["attention_mask"] = torch.nn.functional.pad(x["attention_mask"], (0, 1), value=1)
+    assert ((out.logits[0] - plain[:, -1]).abs().amax(dim=1) > 1e-3).all()
+    assert torch.equal(model(**inputs()).logits, plain)
+
+
+def test_only_the_named_heads_are_boosted():
+    model, x = language_model(), inputs()
+
+    def logits(**parameters):
+        with reattend.apply(model, "instaboost", text=PASSAGES, tokenizer=tokenizer(), **parameters) as session:
+            return model(**x).logits, set(session.stats["instaboost"])
+
+    one, where = logits(heads={2: [1]})
+    assert where == {"model.layers.2.self_attn"}
+    whole, where = logits(heads=[2])
+    assert where == {"model.layers.2.self_attn"}
+    same, _ = logits(heads=[(2, 0), (2, 1), (2, 2), (2, 3)])
+    assert not torch.equal(one, whole)
+    torch.testing.assert_close(whole, same, atol=2e-5, rtol=1e-4)
+
+
+def test_a_multiplier_of_one_changes_no_bit():
+    model, x = language_model(), inputs()
+    plain = model(**x).logits
+    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=1, tokenizer=tokenizer()):
+        assert torch.equal(model(**x).logits, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_largest_multiplier_stays_finite(dtype):
+    model, x = language_model().to(dtype), inputs()
+    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=100, tokenizer=tokenizer()) as session:
+        assert torch.isfinite(model(**x).logits[x["attention_mask"].bool()]).all()
+        assert session.applied == 4
+
+
+def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
+    model = language_model()
+    for parameters, problem in [
+        (dict(), "text is required"),
+        (dict(text="a", multiplier=0.5), "multiplier.*greater than or equal to 1"),
+        (dict(text="a", multiplier=float("nan")), "multiplier"),
+        (dict(text="a", ranges=[(0, 1)]), "not both"),
+        (dict(text="a", heads={}), "heads is empty"),
+        (dict(text="a", strength=2), "strength is not a parameter"),
+    ]:
+        with pytest.raises(ReattendError, match=problem):
+            reattend.apply(model, "instaboost", **parameters)
+    with pytest.raises(UnsupportedError, match="layers 0 to 3"):
+        reattend.apply(model, "instaboost", text="a", heads=[4])
+    ran = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    with (
+        reattend.apply(model, "instaboost", text="Berlin", tokenizer=tokenizer()),
+        pytest.raises(ReattendError, match="'Berlin' is not in prompt 0"),
+    ):
+        model(**inputs())
+    handle.remove()
+    assert not ran
+    original = recipe("instaboost", ranges=[[(0, 2)], [(1, 3)]], multiplier=9, heads={1: [0]})
+    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original
+
+
+def test_an_image_model_reads_its_instruction():
+    import tiny_models
+    from asked_images import ONE
+    from asked_images import tokenizer as words
+
+    tiny = tiny_models.build("qwen2_5_vl")
+    x = tiny.inputs([ONE])
+    with torch.no_grad():
+        plain = tiny.model(**x).logits
+        with reattend.apply(tiny.model, "instaboost", text="red dog", tokenizer=words()) as session:
+            steered = tiny.model(**x).logits
+    assert session.applied == 4 and (plain - steered)[0, -1].abs().max() > 1e-3

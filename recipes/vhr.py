@@ -16,18 +16,22 @@ in pieces (chunked prefill, or an image in a later turn after a cache), because 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, model_validator
 
-from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support
+from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support, sites
 from ..hooks.plan import Step
 from ..hooks.text_only import NEVER_WITHOUT, placeholders, without_images
 from ..interventions import Call, Edit, HeadGain, ReattendError
 from ..interventions.heads import last_prompt_outputs, vision_aware_heads
 from .base import Info, Recipe
 from .head_choice import Heads, by_layer, missing_heads
+
+if TYPE_CHECKING:
+    from .profiling.vision_divergence import VisionDivergence
 
 FIRST, LAST = 1, 14
 
@@ -190,6 +194,22 @@ class VHR(Recipe):
                 "vhr found an image behind tokens that a cache already holds without reinforcement: pass the whole conversation "
                 "without its cache (past_key_values)"
             )
+
+    # -- what can be measured with it --------------------------------------------------------------------------------
+
+    @classmethod
+    def measure(cls, model: Any, inputs: Mapping[str, Any], answer: torch.Tensor, *, k: int = 4) -> VisionDivergence:
+        """How much each token of an answer [B, steps] owes to the image: VHD per head and T-VHD per token, over all layers.
+
+        inputs: what the processor made of the prompts, padded on the left. k: heads per layer that count for T-VHD. Cost: two passes.
+        """
+        from .profiling.vision_divergence import vision_divergence
+
+        table = sites(model)
+        support = cls.model_construct().supports(table)
+        if not support:
+            raise ReattendError(f"vhr cannot measure this model: {support.reason}")
+        return vision_divergence(model, table.stack("decoder").kind("self"), inputs, answer, k)
 
 
 def _known_edits(call: Call) -> list[Edit]:

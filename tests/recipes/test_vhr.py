@@ -15,7 +15,7 @@ import torch
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
 from reattend.interventions.heads import divergence, vision_aware_heads
-from reattend.recipes import recipe
+from reattend.recipes import recipe, recipe_class
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
@@ -379,6 +379,65 @@ def test_a_conversation_keeps_its_heads():
         torch.no_grad(),
     ):
         torch.testing.assert_close(last, tiny.model(**whole).logits[:, -3:], atol=2e-5, rtol=1e-4)
+
+
+# -- T-VHD -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "paligemma", "mllama"])
+def test_divergence_equals_two_branches_with_caches(family):
+    """One pass per branch over the whole answer, against both branches generating it token by token with a cache each."""
+    prompts = [[1, 5, 6, "image", 7, 8], [1, "image", 9, 11, 12, 13]]
+    tiny = build(family)
+    inputs, answer = inputs_of(tiny, prompts), torch.tensor([[20, 21, 22], [30, 31, 32]])
+    decoder = sites(tiny.model).stack("decoder").kind("self")
+    seen = {}
+
+    def generate(name, given, rows):
+        handles = [
+            decoder.module(s).o_proj.register_forward_pre_hook(
+                lambda m, args, key=(name, s.layer): seen.setdefault(key, []).append(args[0][:, -1].unflatten(1, (4, 8)))
+            )
+            for s in decoder
+        ]
+        start = given["input_ids"].shape[1]
+        tiny.model.generate(  # made to choose the answer's tokens
+            **given, max_new_tokens=3, do_sample=False,
+            logits_processor=[lambda ids, scores: torch.nn.functional.one_hot(rows[:, ids.shape[1] - start], 100).float()],
+        )  # fmt: skip
+        for handle in handles:
+            handle.remove()
+
+    generate("image", inputs, answer)
+    for row, prompt in enumerate(prompts):
+        generate(f"text {row}", inputs_of(tiny, [[t for t in prompt if t != "image"]]), answer[row : row + 1])
+    found = recipe_class("vhr").measure(tiny.model, inputs, answer, k=2)
+    total = torch.zeros(2, 3)
+    for site in decoder:
+        for row in range(2):
+            for step in range(3):
+                image, text = seen["image", site.layer][step][row], seen[f"text {row}", site.layer][step][0]
+                expected = (image - text).norm(dim=1)
+                torch.testing.assert_close(found.heads[site.layer][row, step], expected, atol=1e-5, rtol=1e-4)
+                total[row, step] += sum(sorted(expected.tolist())[-2:])
+    torch.testing.assert_close(found.tokens, total, atol=1e-4, rtol=1e-4)
+
+
+def test_divergence_refuses():
+    tiny = build("llava")
+    inputs, answer = inputs_of(tiny, PROMPTS), torch.tensor([[20, 21]] * 3)
+    measure = recipe_class("vhr").measure
+    assert (measure(tiny.model, inputs, answer).tokens[2] < 1e-5).all(), "a sample without an image owes nothing to it"
+    with pytest.raises(ReattendError, match="padded on the left"):
+        measure(tiny.model, inputs_of(tiny, PROMPTS, "right"), answer)
+    with pytest.raises(ReattendError, match=r"answer must be token ids \[3, steps\]"):
+        measure(tiny.model, inputs, answer[:2])
+    with pytest.raises(ReattendError, match="k must be 1 or more"):
+        measure(tiny.model, inputs, answer, k=0)
+    session = reattend.apply(tiny.model, "vhr")
+    with pytest.raises(ReattendError, match="end the session"):
+        measure(tiny.model, inputs, answer)
+    session.remove()
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------------

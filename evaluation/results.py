@@ -45,6 +45,7 @@ class Cell:
             "groups": self.groups,
             "metrics": {name: one.as_dict() for name, one in self.metrics.items()},
             "changes": None if self.changes is None else {name: one.as_dict() for name, one in self.changes.items()},
+            "less_is_better": [name for name in self.metrics if name in self.suite.lower],
             "edits_applied": self.applied,
             "cost": {"seconds_per_item": self.seconds, "time_ratio": self.time_ratio, "indicative": True},
         }

@@ -1,4 +1,4 @@
-"""An evaluation as tables, drawn with rich: one per suite, a row per variant, the change against the plain model below each value."""
+"""An evaluation as tables, drawn with rich: one per suite, a row per metric and variant, with the change against the plain model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from .results import Cell, Evaluation
 def renderable(result: Evaluation) -> Any:
     names = list(dict.fromkeys(id(cell.suite) for cell in result.cells))
     parts: list[Any] = [Text(f"{result.model['name']}, seed {result.seed}", style="bold")]
+    level = f"{100 * result.level:.0f} %"
     for key in names:
         cells = [cell for cell in result.cells if id(cell.suite) == key]
-        parts += [Text(), _heading(cells[0]), _table(cells)]
-    level = f"{100 * result.level:.0f} %"
-    parts += [
-        Text(),
-        Text(
-            f"In brackets: {level} intervals over {result.resamples} resamples of scenes or texts; below each value the change against "
-            "the plain model on the same items, in colour where its interval leaves out 0. Time: one run each, an indication only.",
-            style="dim",
-        ),
-    ]
+        parts += [Text(), _heading(cells[0]), _table(cells, level)]
+    words = (
+        f"{level}: intervals over {result.resamples} resamples of scenes or texts. Changes are against the plain model on the same items, "
+        "in colour where the interval leaves out 0. Times: one run each, an indication only."
+    )
+    parts += [Text(), Text(words, style="dim")]
     parts += [Text(f"note: {note}", style="yellow") for note in result.notes]
     return Group(*parts)
 
@@ -40,33 +37,35 @@ def _heading(cell: Cell) -> Text:
     return text.append(f"  {size}" + (f"; {given}" if given else ""), style="not bold dim")
 
 
-def _table(cells: list[Cell]) -> Table:
+def _table(cells: list[Cell], level: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("recipe", style="cyan")
-    shown, timed = cells[0].shown, any(cell.time_ratio is not None for cell in cells)
-    for name in shown:
-        lower = " (less is better)" if name in cells[0].suite.lower else ""
-        table.add_column(name + lower)
-    if timed:
-        table.add_column("time")
-    for cell in cells:
-        row = [Text(cell.recipe), *(_value(cell, name) for name in shown)]
-        if timed:
-            row.append(Text("" if cell.time_ratio is None else f"{cell.time_ratio:.2f}x", style="dim"))
-        table.add_row(*row)
+    changed = any(cell.changes is not None for cell in cells)
+    for column in ("", "recipe", "value", level, *(("change", level) if changed else ())):
+        table.add_column(column, no_wrap=column != "recipe", justify="right" if column in ("value", "change") else "left")
+    for name in cells[0].shown:
+        lower = name in cells[0].suite.lower
+        for place, cell in enumerate(cells):
+            one, change = cell.metrics[name], None if cell.changes is None else cell.changes[name]
+            row = [Text((name + " (less is better)" * lower) if place == 0 else ""), Text(cell.recipe, style="cyan")]
+            row += [Text(_number(one, one.value)), Text(_between(one))]
+            if change is not None:
+                better = (change.value < 0) == lower
+                certain = (change.low > 0 or change.high < 0) and name not in cell.suite.neutral
+                style = ("green" if better else "red") if certain else "dim"
+                row += [Text(_number(change, change.value, "+"), style=style), Text(_between(change, "+"), style=style)]
+            table.add_row(*row)
+    timed = [cell for cell in cells if cell.time_ratio is not None]
+    for place, cell in enumerate(timed):
+        label = Text("time" if place == 0 else "", style="dim")
+        table.add_row(label, Text(cell.recipe, style="cyan"), Text(f"{cell.time_ratio:.2f}x", style="dim"))
     return table
 
 
-def _value(cell: Cell, name: str) -> Text:
-    text = Text(_numbers(cell.metrics[name]))
-    change = None if cell.changes is None else cell.changes[name]
-    if change is not None:
-        better = (change.value < 0) == (name in cell.suite.lower)
-        certain = change.low > 0 or change.high < 0
-        text.append("\n" + _numbers(change, sign="+"), style=("green" if better else "red") if certain else "dim")
-    return text
+def _between(one: Interval, sign: str = "") -> str:
+    return f"[{_number(one, one.low, sign)}, {_number(one, one.high, sign)}]"
 
 
-def _numbers(one: Interval, sign: str = "") -> str:
+def _number(one: Interval, value: float, sign: str = "") -> str:
+    """A number of an interval, all three of them with the same digits."""
     digits = ".3f" if max(abs(one.value), abs(one.low), abs(one.high)) < 100 else ".1f"
-    return f"{one.value:{sign}{digits}} [{one.low:{sign}{digits}}, {one.high:{sign}{digits}}]"
+    return f"{value:{sign}{digits}}"

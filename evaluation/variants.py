@@ -57,7 +57,8 @@ class Variant:
 
 
 def _short(item: tuple[str, Any]) -> str:
-    text = json.dumps(item[1])
+    value = Path(item[1]).name if item[0].endswith("_path") and isinstance(item[1], str) else item[1]
+    text = json.dumps(value)
     return f"{item[0]}={text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 3] + '...'}"
 
 
@@ -91,6 +92,16 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), found
 
 
+def split_composed(text: str) -> list[str]:
+    """["vhr", "var:move=0.2"] from "vhr+var:move=0.2"; a plus sign inside a value does not part."""
+    return [part.strip() for part in re.split(r"\+(?=\s*[A-Za-z./][\w./-]*\s*(?::\w+=|\+|$))", text)]
+
+
+def slug(name: str) -> str:
+    """A name as its owner's settings are found by: "lm-eval" for "lm_eval:arc_easy"."""
+    return name.partition(":")[0].strip().lower().replace("_", "-")
+
+
 def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
     """Variants from words or objects, doubles left out.
 
@@ -119,7 +130,7 @@ def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choic
     if not isinstance(part, str):
         return [part]
     found: list[Choice] = []
-    for spec in re.split(r"\+(?=\s*[A-Za-z./])", part):
+    for spec in split_composed(part):
         name, given = read_spec(spec)
         if name == NONE:
             if given:
@@ -129,7 +140,7 @@ def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choic
                 raise ReattendError(f"change the parameters of {name} in the file")
             found.append(Path(name))
         else:
-            found.append((name, {**settings.get(name.lower().replace("_", "-"), {}), **given}))
+            found.append((name, {**settings.get(slug(name), {}), **given}))
     return found
 
 
@@ -140,6 +151,6 @@ def suites_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = No
     for item in items:
         if not isinstance(item, Suite):
             name, given = read_spec(item)
-            item = suite(name, **{**(settings or {}).get(name.lower().replace("_", "-"), {}), **given})
+            item = suite(name, **{**(settings or {}).get(slug(name), {}), **given})
         found.setdefault(json.dumps(item.as_dict(), sort_keys=True), item)
     return list(found.values())

@@ -39,10 +39,11 @@ class Suite(BaseModel):
     """Base of all suites. A subclass sets the class variables, adds its parameters as fields and fills in the methods.
 
     name: as on the command line. kind: what it needs, "llm" (any model that writes text), "lvlm" or "diffusion". does: one line.
-    shown: the metrics of the table, the first is the one that counts; None shows all. lower: metrics of which less is better.
-    marks: kinds of passages that `answer` names to recipes by `subject.marked(...)`: "highlight" (to be emphasised), "segments"
-    (whose order should not matter). argument: the parameter that "name:..." gives, none by default. batch: how many items are
-    answered at once. version: raised when items or scoring change, so that old records are not reused.
+    shown: the metrics of the table, the first is the one that counts; None shows all. lower: metrics of which less is better;
+    neutral: of which neither more nor less is. marks: kinds of passages that `answer` names to recipes by `subject.marked(...)`:
+    "highlight" (to be emphasised), "segments" (whose order should not matter). argument: the parameter that "name:..." gives, none
+    by default. batch: how many items are answered at once. version: raised when items or scoring change, so that old records are
+    not reused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +53,7 @@ class Suite(BaseModel):
     does: ClassVar[str] = ""
     shown: ClassVar[Sequence[str] | None] = None
     lower: ClassVar[Sequence[str]] = ()
+    neutral: ClassVar[Sequence[str]] = ()
     marks: ClassVar[Sequence[str]] = ()
     argument: ClassVar[str] = ""
     batch: ClassVar[int] = 16

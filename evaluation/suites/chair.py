@@ -26,6 +26,7 @@ class Chair(ShapesSuite):
     does = "Descriptions of scenes: shapes that are mentioned but not there (CHAIR), and how many of those there are mentioned."
     shown = ("chair_i", "chair_s", "recall", "f1", "length")
     lower = ("chair_i", "chair_s")
+    neutral = ("length",)
 
     tokens: int = Field(48, ge=1, description="longest description, in tokens")
     prompt: str = Field(DESCRIBE, min_length=1, description="what is asked")

@@ -28,6 +28,7 @@ class Pope(ShapesSuite):
     does = "Yes-or-no questions about the presence of shapes (POPE), absent ones chosen in three ways."
     shown = ("accuracy", *(f"accuracy/{split}" for split in SPLITS), "f1", "yes_ratio")
     lower = ("unknown",)
+    neutral = ("yes_ratio",)
 
     pairs: int = Field(
         2, ge=1, le=4, description="at most this many shapes that are there, and as many that are not, per scene"

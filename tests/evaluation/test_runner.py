@@ -241,7 +241,9 @@ def test_results_as_a_table_and_as_json(text_pipe):  # noqa: F811
     console.print(result)
     text = console.export_text()
     value = result.cells[0].metrics["accuracy"]
-    assert f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]" in text and "streaming(sinks=0, window=2)" in text
+    assert f"{value.value:.3f}  [{value.low:.3f}, {value.high:.3f}]" in text and "streaming(sinks=0, window=2)" in text
+    change = result.cells[1].changes["accuracy"]
+    assert f"{change.value:+.3f}  [{change.low:+.3f}, {change.high:+.3f}]" in text
     assert "odd" not in text, "only what is shown" and "95 %" in text
     assert result.cell("echo-test", "none") is result.cells[0]
     with pytest.raises(KeyError, match="echo-test / none"):

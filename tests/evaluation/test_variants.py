@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from reattend import ReattendError, recipe
-from reattend.evaluation.variants import read_spec, split_list, suites_of, variants_of
+from reattend.evaluation.variants import read_spec, split_composed, split_list, suites_of, variants_of
 
 
 def test_words_are_split_outside_brackets():
@@ -15,6 +15,12 @@ def test_words_are_split_outside_brackets():
     ]
     assert read_spec("var:sink_dims=[1,2]:move=5e-1") == ("var", {"sink_dims": [1, 2], "move": "5e-1"})
     assert read_spec("emphasise:text='Answer: in French'") == ("emphasise", {"text": "Answer: in French"})
+    assert split_composed("vhr+ var:move=1e+0 +./my.yaml+emphasise:text='a+b'") == [
+        "vhr",
+        "var:move=1e+0",
+        "./my.yaml",
+        "emphasise:text='a+b'",
+    ]
     assert read_spec("C:folder.yaml") == ("C:folder.yaml", {})
 
 
@@ -49,7 +55,8 @@ def test_a_changed_file_is_another_variant(tmp_path):
     first = variants_of([("var", {"profile_path": str(file)})])[0].key()
     assert variants_of([("var", {"profile_path": str(file)})])[0].key() == first
     file.write_bytes(b"two")
-    assert variants_of([("var", {"profile_path": str(file)})])[0].key() != first
+    (changed,) = variants_of([("var", {"profile_path": str(file)})])
+    assert changed.key() != first and changed.label == 'var(profile_path="profile.safetensors")'
 
 
 def test_a_recipe_that_waits_for_passages():

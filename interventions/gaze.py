@@ -141,8 +141,8 @@ def saliency_map(shifts: Sequence[Shift], image: Tensor, share: float = 0.5, cli
 class Focus:
     """What `refocus` needs of a prompt: learned at prefill, read at every step.
 
-    groups [B, 4, n]: 1, image, question, factor on the image; rows of the batch that are left alone have no image and no question.
-    acting: bool [B] on the CPU.
+    groups [B, 4, n]: question, image, growth of the image (factor - 1), all; rows of the batch that are left alone have none of the
+    first three. acting: bool [B] on the CPU.
     """
 
     groups: Tensor
@@ -154,16 +154,16 @@ class Focus:
         """saliency [B, n] in [0, 1]; image and question: bool [B, n]. The factor is exp(alpha * saliency)."""
         acting = (saliency > 0).any(dim=1, keepdim=True)
         image, question = image & acting, question & acting
-        factor = (alpha * saliency).exp() * image
-        groups = torch.stack([torch.ones_like(factor), image.to(factor), question.to(factor), factor], dim=1)
+        growth = torch.expm1(alpha * saliency) * image
+        groups = torch.stack([question.to(growth), image.to(growth), growth, torch.ones_like(growth)], dim=1)
         return cls(groups, acting[:, 0].cpu())
 
     def columns(self, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Groups [B, 4, stop - start] of the absolute columns start..stop-1; later tokens are in the first group alone."""
+        """Groups [B, 4, stop - start] of the absolute columns start..stop-1; later tokens are in the last group alone."""
         known = self.stored.get((device, dtype))
         if known is None or stop > known.shape[2]:
             room = stop + SPARE_COLUMNS - self.groups.shape[2]
-            later = pad(torch.ones_like(self.groups[:, :1, :1]).expand(-1, 1, room), (0, 0, 0, 3))
+            later = pad(torch.ones_like(self.groups[:, :1, :1]).expand(-1, 1, room), (0, 0, 3, 0))
             known = torch.cat([self.groups, later], dim=2).to(device, dtype)
             self.stored[device, dtype] = known
         return known[:, :, start:stop]
@@ -180,20 +180,23 @@ def refocus(weights: Tensor, groups: Tensor, *, share: float = 0.5, beta: float 
     batch, heads, rows, keys = weights.shape
     if groups.shape[0] != batch:
         raise ReattendError(f"a batch of {batch} rows, but the prompt was read with a batch of {groups.shape[0]}")
-    flat = weights.reshape(batch, heads * rows, keys)
-    sums = (flat @ groups.transpose(1, 2)).view(batch, heads, rows, 4)
+    if rows == 1:
+        flat = weights[:, :, 0]
+    else:
+        flat, groups = weights.transpose(1, 2).flatten(0, 1), groups.repeat_interleave(rows, dim=0)
     tiny = torch.finfo(weights.dtype).tiny
-    chosen = top_heads(sums[..., 1:3], int(share * heads), 1)
-    looking, reading = chosen.unbind(dim=-1)
-    # image weight before and after, over the looking heads: [B, 1, R, 2]
-    image = (sums[..., 1::2] * looking[..., None]).sum(dim=1, keepdim=True)
-    old, new = image.unbind(dim=-1)
-    reading = reading * ((new - old) * (beta / old.clamp_min(tiny)))
-    whole, before, question, after = sums.unbind(dim=-1)
-    scale = whole / (whole + looking * (after - before) + reading * question).clamp_min(tiny)
-    looking, reading = looking * scale, reading * scale
-    factor = torch.stack([scale, -looking, reading, looking], dim=-1).view(batch, heads * rows, 4) @ groups
-    return (flat * factor).view(weights.shape)
+    sums = flat @ groups.transpose(1, 2)
+    # how much of each group a head adds: question, nothing, growth of the image, the row as it is
+    added = torch.zeros_like(sums)
+    added[..., ::2].scatter_(1, sums[..., :2].topk(int(share * heads), dim=1).indices, 1.0)
+    added[..., 3] = 1.0
+    image, growth = (added[..., 2:3].transpose(1, 2) @ sums[..., 1:3]).unbind(dim=2)
+    ratio = growth / image.clamp_min(tiny)
+    added[..., 0] *= ratio if beta == 1 else beta * ratio
+    total = (sums * added).sum(dim=2)
+    added *= (sums[..., 3] / total.clamp_min(tiny))[..., None]
+    new = flat * (added @ groups)
+    return new[:, :, None] if rows == 1 else new.unflatten(0, (batch, rows)).transpose(1, 2)
 
 
 def refocus_columns(focus: Focus, key_start: int, share: float, beta: float, weights: Tensor, rows: Rows) -> Tensor:

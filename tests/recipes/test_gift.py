@@ -62,7 +62,7 @@ def test_golden_saliency(name):
         torch.testing.assert_close(shift.sums[0, order][:, image[0]], golden.sum(dim=1), atol=1e-6, rtol=1e-5)
     call = Call(zeros, zeros, zeros, site=table[0], tokens=tokens, memory=memory)
     focus = chosen._focus("q", facts["alpha"], [site.name for site in table], call)
-    torch.testing.assert_close(focus.groups[0, 3][image[0]], data["saliency_factor"], atol=0, rtol=1e-5)
+    torch.testing.assert_close(1 + focus.groups[0, 2][image[0]], data["saliency_factor"], atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ENHANCE)
@@ -121,7 +121,7 @@ def test_map_lies_between_0_and_1_and_is_0_elsewhere(seed):
     for b in range(2):
         assert float(found[b][image[b]].min()) == 0
         assert float(found[b].max()) == 1
-    factor = Focus.of(found, image, rows, 3.0).groups[:, 3][image]
+    factor = 1 + Focus.of(found, image, rows, 3.0).groups[:, 2][image]
     assert factor.min() == 1
     torch.testing.assert_close(factor.max(), torch.tensor(math.exp(3)))
 

@@ -275,9 +275,9 @@ def test_the_next_turn_has_a_map_of_its_own():
     with steer(tiny.model, **LAST) as session, torch.no_grad():
         expected = tiny.model(**whole).logits[:, -1]
         cache = tiny.model(**begun).past_key_values
-        assert memory_of(session, cache)["focus"][1].groups[0, 2].nonzero()[:, 0].tolist() == list(range(18, 25))
+        assert memory_of(session, cache)["focus"][1].groups[0, 0].nonzero()[:, 0].tolist() == list(range(18, 25))
         got = tiny.model(input_ids=rest, attention_mask=whole["attention_mask"], past_key_values=cache).logits[:, -1]
-        assert memory_of(session, cache)["focus"][1].groups[0, 2].nonzero()[:, 0].tolist() == list(range(28, 32))
+        assert memory_of(session, cache)["focus"][1].groups[0, 0].nonzero()[:, 0].tolist() == list(range(28, 32))
         assert session.applied == 3
         base = None
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)

@@ -1,0 +1,51 @@
+"""Recipes while a suite asks: those that need passages wait for them, and everything that cannot work says so before it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reattend import ReattendError
+from reattend.evaluation.steering import Steering
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from suite_checks import subject
+from tiny_language import SENTENCES
+
+
+def logits(asked, text: str) -> torch.Tensor:
+    with torch.no_grad():
+        return asked.module(**asked.encode([text])).logits[0, -1]
+
+
+def test_a_recipe_acts_from_with_to_its_end_and_a_highlighter_only_where_passages_are_marked() -> None:
+    asked = subject(None)
+    plain = logits(asked, SENTENCES[0])
+    with Steering(asked, ["emphasise"], ["highlight"]) as steering:
+        assert torch.equal(logits(asked, SENTENCES[0]), plain)
+        with asked.marked(highlight=[["Paris"]]):
+            marked = logits(asked, SENTENCES[0])
+        with asked.marked(highlight=[["Rome"]]):
+            other = logits(asked, SENTENCES[0])
+        assert torch.equal(logits(asked, SENTENCES[0]), plain)
+    assert not torch.equal(marked, plain) and not torch.equal(marked, other)
+    assert steering.applied == sum(steering.stats["emphasise"].values()) == 2 * 4
+    with Steering(asked, [("streaming", {"window": 3, "sinks": 1})], ["highlight"]) as steering:
+        with asked.marked(highlight=[["Paris"]]):
+            assert not torch.equal(logits(asked, SENTENCES[0]), plain)
+        assert steering.applied > 0
+    assert torch.equal(logits(asked, SENTENCES[0]), plain)
+    with asked.marked(highlight=[["Paris"]]):
+        assert torch.equal(logits(asked, SENTENCES[0]), plain)
+
+
+def test_what_cannot_work_is_refused_before_anything_runs() -> None:
+    asked = subject(None)
+    with pytest.raises(ReattendError, match="passage"):
+        Steering(asked, ["emphasise"], [])
+    with pytest.raises(ReattendError, match="alpha"):
+        Steering(asked, [("emphasise", {"alpha": -1})], ["highlight"])
+    with pytest.raises(ReattendError, match="does not fit"):
+        Steering(asked, ["softpag"], [])

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .edits import Edit, Gain, Mix, Rows, Transfer
+from .edits import Edit, Gain, Lift, Mix, Rows, Transfer
 from .edits.weights import TINY, at_rows
 from .kernels import grouped_matmul, grouped_values
 
@@ -75,35 +75,59 @@ def column_weights(
 
     query [B, H, R, D], key_cols [B, Hkv, m, D], lse [B, H, R], bias broadcastable to [B, H, R, m].
     """
-    scores = grouped_matmul(query.to(lse.dtype) * scale, key_cols.to(lse.dtype))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
+    scores = column_scores(query.to(lse.dtype), key_cols.to(lse.dtype), scale, bias, softcap)
     weights = (scores - lse[..., None]).exp_()
     return weights if hidden is None else weights.masked_fill_(hidden, 0.0)
+
+
+def column_scores(
+    query: Tensor, key_cols: Tensor, scale: float, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """Scores [B, H, R, m] of m columns, in the dtype of query and key_cols."""
+    scores = grouped_matmul(query * scale, key_cols)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + bias
+
+
+def join_columns(output: Tensor, lse: Tensor, scores: Tensor, value_cols: Tensor, edit: Transfer, rows: Rows) -> Tensor:
+    """A proportional `Transfer` away from columns that the kernel was not shown: [B, H, R, Dv] in statistics dtype.
+
+    output [B, H, R, Dv] and lse [B, H, R] are those of the row without these columns; scores [B, H, R, m] theirs, -inf where a row
+    does not see one or it is not meant; value_cols [B, Hkv, m, Dv]. Nothing is subtracted, so that a column may hold the whole row.
+    """
+    fraction = at_rows(edit.fraction[..., None], rows) if isinstance(edit.fraction, Tensor) else edit.fraction
+    lse = lse[..., None]
+    whole = torch.logaddexp(lse, torch.logsumexp(scores, dim=-1, keepdim=True))
+    held, others = (scores - whole).exp(), (lse - whole).exp()
+    fraction = fraction * (others > TINY)  # a row with nothing else keeps its weights
+    mass = held.sum(dim=-1, keepdim=True)
+    return output.to(lse.dtype) * (others + fraction * mass) + grouped_values(held * (1 - fraction), value_cols.to(lse.dtype))
 
 
 def correct_factor(
     output: Tensor,
     weights: Tensor,
     value_cols: Tensor,
-    edit: Gain | Transfer,
+    edit: Gain | Lift | Transfer,
     chosen: Tensor,
     rows: Rows,
     total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`correct` for the one edit that most recipes need: a factor on the chosen columns, the others scaled so that rows keep their sum.
 
-    edit: a Gain with row renormalisation, or a Transfer from the chosen columns to all others in proportion.
+    edit: a Gain with row renormalisation, a Lift, or a Transfer from the chosen columns to all others in proportion.
     chosen: bool, broadcastable to [B, H, R, m].
     """
-    value = edit.factor if isinstance(edit, Gain) else 1 - edit.fraction
-    factor = at_rows(value[..., None], rows) if isinstance(value, Tensor) else value
     held = weights * chosen
     mass = held.sum(dim=-1, keepdim=True)
     whole = 1.0 if total is None else total
-    if isinstance(edit, Gain):
+    if isinstance(edit, Lift):
+        factor = 1 + edit.growth(mass, whole, rows)
+    else:
+        value = edit.factor if isinstance(edit, Gain) else 1 - edit.fraction
+        factor = at_rows(value[..., None], rows) if isinstance(value, Tensor) else value
+    if isinstance(edit, (Gain, Lift)):
         denominator = whole + (factor - 1) * mass
         scale = whole / denominator.clamp_min(TINY)
         change = held * ((factor - 1) * scale)

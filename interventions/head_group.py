@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .call import Call
 from .columns import bias_on_columns, plan_columns, single_factor, visible_on_columns
-from .correction import column_weights, correct, correct_factor
+from .correction import column_scores, column_weights, correct, correct_factor, join_columns
 from .edits import (
     Band,
     Edit,
     Gain,
     Keep,
     KeyBias,
+    Lift,
     Mix,
     MixValue,
     Operands,
@@ -33,6 +34,8 @@ from .sparsity import attend_band
 FEW_ROWS = 4
 # Up to this many weights, a dozen passes over them cost less than the small operations of a correction.
 FEW_WEIGHTS = 1 << 15
+# A score so low that its weight is exactly 0 beside any other, and that half precision can hold.
+HIDING = -1e4
 
 
 def plain(call: Call) -> Tensor:
@@ -107,7 +110,11 @@ class HeadGroup:
             small = few and x.query.shape[0] * x.query.shape[1] * x.key.shape[2] <= FEW_WEIGHTS
             single = None if small else single_factor(weights, x)
             if single is not None:
-                return self._factor(x, _sum_biases(biases, x), *single)
+                bias = _sum_biases(biases, x)
+                known = bias is None and _attended(call, self.heads) is not None
+                if isinstance(single[0], Transfer) and not few and not known and self._can_hide(x):
+                    return self._around_columns(x, bias, *single)
+                return self._factor(x, bias, *single)
         if few and (weights or others):
             return self._materialise(x, torch.arange(x.query.shape[2], device=x.query.device))
         dense = self._rows_to_materialise(x, others, weights)
@@ -174,7 +181,9 @@ class HeadGroup:
             result = at_chosen(mix, rows, towards.on_output(result, rows), result)
         return result
 
-    def _factor(self, x: Operands, bias: Tensor | None, edit: Gain | Transfer, columns: Tensor, chosen: Tensor) -> Tensor:
+    def _factor(
+        self, x: Operands, bias: Tensor | None, edit: Gain | Lift | Transfer, columns: Tensor, chosen: Tensor
+    ) -> Tensor:
         """One factor on few columns, in chunks of rows; rows where the correction is not accurate enough are materialised."""
         call, dtype = self.call, statistics_dtype(x.query)
         result, lse = self.kernel(x, bias, True)
@@ -197,7 +206,46 @@ class HeadGroup:
             pieces.append(corrected.to(result.dtype))
             unsafe.append(bad)
         result = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
-        return self._mend(x, result, torch.cat(unsafe, dim=2) if len(unsafe) > 1 else unsafe[0])
+        flagged = torch.cat(unsafe, dim=2) if len(unsafe) > 1 else unsafe[0]
+        if (
+            isinstance(edit, Transfer)
+            and self._can_hide(x)
+            and int(flagged.flatten(0, 1).any(0).sum()) > max(16, num_queries // 16)
+        ):
+            around = self._around_columns(x, bias, edit, columns, chosen)
+            return torch.where(flagged[..., None], around.to(result.dtype), result)
+        return self._mend(x, result, flagged)
+
+    def _can_hide(self, x: Operands) -> bool:
+        """Whether the kernel takes key biases without a mask of its own for every row."""
+        return self.call.softcap is None and self.sinks is None and x.query.shape[-1] == x.value.shape[-1]
+
+    def _around_columns(
+        self, x: Operands, bias: Tensor | None, edit: Gain | Lift | Transfer, columns: Tensor, chosen: Tensor
+    ) -> Tensor:
+        """A transfer from few columns to all others: the kernel runs without these columns, which then join with what is left to them.
+
+        Away from a sink that holds nearly all of a row, a correction of the whole row would amplify the kernel's rounding.
+        """
+        assert isinstance(edit, Transfer)
+        call, dtype = self.call, statistics_dtype(x.query)
+        hidden = torch.zeros(*chosen.shape[:2], x.key.shape[2], dtype=dtype, device=x.key.device)
+        hidden[..., columns] = chosen[:, :, 0].to(dtype) * HIDING
+        result, lse = self.kernel(x, hidden if bias is None else hidden + bias, True)
+        assert lse is not None
+        key, value = x.key[:, :, columns].to(dtype), x.value[:, :, columns].to(dtype)
+        step = rows_per_chunk(x.query.shape[0], x.query.shape[1], 64 + columns.numel() + 2 * x.value.shape[3])
+        pieces = []
+        for start in range(0, x.query.shape[2], step):
+            index = torch.arange(start, min(start + step, x.query.shape[2]), device=x.query.device)
+            span = slice(start, start + index.numel())
+            added = bias_on_columns(x, bias, index, columns)
+            scores = column_scores(x.query[:, :, span].to(dtype), key, call.scaling, added)
+            visible = visible_on_columns(x, index, columns)
+            scores = scores.masked_fill(~(chosen if visible is None else chosen & visible), float("-inf"))
+            joined = join_columns(result[:, :, span], lse[:, :, span].to(dtype), scores, value, edit, self._rows(x, index))
+            pieces.append(joined.to(result.dtype))
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
     def _mend(self, x: Operands, result: Tensor, unsafe: Tensor) -> Tensor:
         """Materialises the rows that are flagged [B, H, Tq] in any batch row or head."""

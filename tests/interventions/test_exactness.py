@@ -17,6 +17,7 @@ from reattend.interventions import (
     HeadMix,
     Keep,
     KeyBias,
+    Lift,
     Mix,
     MixValue,
     PairBias,
@@ -100,6 +101,10 @@ def make_edit(rng: random.Random, call: Call):
         "transfer": lambda: Transfer(
             src=some_columns(rng, call, h), dst=rng.choice([None, some_columns(rng, call, h)]), fraction=strength,
             how=rng.choice(["proportional", "even"]), **who,
+        ),
+        "lift": lambda: Lift(
+            columns=some_columns(rng, call, h), share=rng.choice([0.1, 0.5, 0.95, torch.rand(call.batch, h, t) * 0.99]),
+            exact=rng.choice([False, True]), largest=rng.choice([3.0, 100.0]), least=rng.choice([0.0, 0.0, 0.02]), **who,
         ),
         "mix": lambda: Mix(target=rng.choice(["identity", "uniform", "mean_query", torch.rand(t, n)]), strength=strength, **who),
         "map": lambda: WeightMap(function=lambda w, rows: w.square(), **who),
@@ -197,6 +202,7 @@ def test_rows_sum_to_one(seed):
 IDENTITIES = [
     lambda c: ScaleQuery(factor=1),
     lambda c: Gain(columns=[0], factor=1),
+    lambda c: Lift(columns=[0], share=0),
     lambda c: Transfer(src=[0], fraction=0),
     lambda c: Mix(target="uniform", strength=0),
     lambda c: MixValue(strength=0),
@@ -248,3 +254,20 @@ def test_order_inside_a_level_is_the_order_given_and_levels_have_their_own():
     moved[..., 0, :] = weights[..., 0, :]
     # row 1 held only columns 0 and 1; all of it is on column 1 now
     torch.testing.assert_close(fused(call, [bias, move, gain]), moved @ call.value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [None, (1, 2)])
+@pytest.mark.parametrize("logit", [4.0, 9.0, 20.0, 200.0])
+def test_transfer_away_from_a_column_that_holds_the_row(logit, heads):
+    """From a first token with nearly all of the weight, or all that float32 can tell: the kernel runs without it, nothing is subtracted."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    query[..., 0], key[..., 0] = 4.0, 0.0
+    key[:, :, 0] = torch.tensor([logit] + [0.0] * 15)
+    columns = torch.zeros(40, dtype=torch.bool)
+    columns[:2] = True
+    for fraction in (0.5, 1.0, torch.rand(2, 1, 40)):
+        edits = [Transfer(src=columns, fraction=fraction, heads=heads), KeyBias(bias=torch.randn(40), heads=heads)]
+        for chosen in (edits[:1], edits):
+            call = Call(query, key, value, is_causal=True)
+            torch.testing.assert_close(fused(call, chosen), reference(call, chosen), rtol=2e-5, atol=2e-5)

@@ -21,6 +21,7 @@ _LAZY = {
     "wrap": ".comparison",
     "compare": ".comparison",
     "evaluate": ".evaluation",
+    "analyse": ".analysis",
     "list_recipes": ".recipes",
     "recipe": ".recipes",
     "load_recipe": ".recipes",

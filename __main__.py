@@ -328,6 +328,44 @@ def eval_(
 
 
 @command
+def analyse(
+    model: Model,
+    text: Annotated[
+        list[str], typer.Option("--text", "-t", help="a text to read, or @file; repeat for several", show_default=False)
+    ] = [],  # noqa: B006
+    file: Annotated[
+        str, typer.Option("--file", "-f", help="a file of texts with empty lines between them", show_default=False)
+    ] = "",
+    length: Annotated[int, typer.Option("--length", help="tokens of each text that are read")] = 64,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="mean weight from which a position is a sink")] = 0.3,
+    stack: Annotated[str, typer.Option("--stack", help="which layers; `reattend sites` lists the stacks")] = "decoder",
+    recipe: Recipes = [],  # noqa: B006
+    set_: Settings = [],  # noqa: B006
+    device: Device = "",
+    dtype: Dtype = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look inside a model: attention sinks, massive activations, rhythm; with --recipe, the model under it."""
+    from contextlib import nullcontext
+
+    from .analysis import analyse as analyse_
+    from .comparison.arguments import recipes_of, texts_of
+    from .comparison.loading import load
+    from .recipes import apply
+
+    texts = texts_of(text, file)
+    chosen = recipes_of(recipe, set_) if recipe or set_ else []
+    pipe = load(model, device=device or None, dtype=dtype or None)
+    with apply(pipe, *chosen) if chosen else nullcontext():
+        found = analyse_(pipe, texts or None, length=length, epsilon=epsilon, stack=stack)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        found.print()
+
+
+@command
 def demo(
     out: Annotated[str, typer.Option("--out", "-o", help="folder for the report")] = "reattend-demo",
     as_json: Json = False,

@@ -10,6 +10,7 @@ PACKAGES = [
     "recipes",
     "recipes.profiling",
     "comparison",
+    "analysis",
     "zoo",
     "zoo.worlds",
     "zoo.train",

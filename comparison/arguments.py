@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,32 @@ def recipes_of(names: list[str], pairs: list[str]) -> list[Any]:
     return chosen
 
 
+def texts_of(texts: list[str], file: str) -> list[str]:
+    """The texts of --text (each may be @file) and of --file, where empty lines stand between texts. [] where neither is given."""
+    if texts and file:
+        raise ReattendError("give --text or --file, not both")
+    found = [_text(text) for text in texts]
+    if file:
+        found = [part.strip() for part in re.split(r"\n\s*\n", _text(f"@{file}")) if part.strip()]
+        if not found:
+            raise ReattendError(f"{file!r} holds no text")
+    return found
+
+
+def _text(given: str) -> str:
+    """A text, or what the file behind an @ holds."""
+    if not given.startswith("@"):
+        return given
+    if not Path(given[1:]).is_file():
+        raise ReattendError(f"no text file at {given[1:]!r}")
+    return Path(given[1:]).read_text(encoding="utf-8")
+
+
 def prepare(
     model: str, text: str, image: str, raw: bool, tokens: int, steps: int, sample: bool, device: str, dtype: str
 ) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments for a job): text as a chat message where the model has a template."""
-    if text.startswith("@"):
-        if not Path(text[1:]).is_file():
-            raise ReattendError(f"no text file at {text[1:]!r}")
-        text = Path(text[1:]).read_text(encoding="utf-8")
+    text = _text(text)
     if image and not Path(image).is_file():
         raise ReattendError(f"no picture at {image!r}")
     if not text and not image:

@@ -118,7 +118,7 @@ class Report:
             "notes": self.notes,
             "environment": self.environment,
         }
-        return _finite(data)
+        return finite(data)
 
     def json(self, indent: int | None = 2) -> str:
         """`as_dict()` as a JSON text. Infinite numbers (the PSNR of equal pictures) are null."""
@@ -175,11 +175,11 @@ def png(picture: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

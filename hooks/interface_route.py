@@ -156,7 +156,7 @@ def _edited(
     if module.training and kwargs.get("dropout", 0.0):
         raise ReattendError(f"{site.name}: attention dropout is on; call model.eval() before using a recipe")
     forward = owner.tracker.current()
-    tokens = forward.tokens if site.stack == "decoder" else forward.encoder_tokens or forward.tokens
+    tokens = forward.tokens_at(site)
     if site.stack not in ("decoder", "encoder") or site.kind != "self":
         tokens = None
     original = _original(name, module)

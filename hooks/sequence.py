@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Clock, ReattendError, TokenMap
+from ..interventions import Clock, ReattendError, Site, TokenMap
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
@@ -49,7 +49,15 @@ class Forward:
     # fresh: this pass starts its sequence. probe: it is read by a probe's steps and edited by nobody
     fresh: bool = False
     probe: Running | None = None
+    # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
+    two_sided: bool = False
     loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
+
+    def tokens_at(self, site: Site) -> TokenMap | None:
+        """The tokens that the rows of a site stand for; None where these are frames of sound or patches of an image."""
+        if site.stack == "encoder":
+            return self.encoder_tokens or (None if self.two_sided else self.tokens)
+        return None if site.stack in ("vision", "audio", "connector") else self.tokens
 
     def memory(self, key: object) -> dict[Any, Any]:
         """The store of one plan for this sequence."""
@@ -161,7 +169,7 @@ class SequenceTracker:
         source = ids if ids is not None else embeds
         fresh = False
         if not isinstance(source, Tensor) or source.dim() < 2:
-            return Forward(OUTSIDE, encoder_tokens=encoder_tokens)
+            return Forward(OUTSIDE, encoder_tokens=encoder_tokens, two_sided=encoder_decoder)
         batch, width = source.shape[:2]
         if not batch or not width:
             raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
@@ -189,7 +197,7 @@ class SequenceTracker:
             self._extend(sequence, ids, mask, past, width, given, sessions)
             clock = Clock("prefill")
         sequence.tokens.length = past + width
-        return Forward(clock, sequence.tokens, sequence, encoder_tokens, fresh)
+        return Forward(clock, sequence.tokens, sequence, encoder_tokens, fresh, two_sided=encoder_decoder)
 
     def _generates(self) -> bool:
         can = getattr(self.root, "can_generate", None)

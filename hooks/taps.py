@@ -29,7 +29,8 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
                     f"the layer of {site.name} is called without hidden_states, so its input cannot be observed"
                 )
             forward = attachment.denoiser.current() or attachment.tracker.current()
-            step.tap(Observation(hidden.detach(), site, forward.clock, forward.tokens, forward.memory(plan.memory_key)))
+            tokens = forward.tokens_at(site)
+            step.tap(Observation(hidden.detach(), site, forward.clock, tokens, forward.memory(plan.memory_key)))
             if forward.probe is not None:
                 forward.probe.read(step, step.sites.module(site))
 

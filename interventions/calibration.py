@@ -6,8 +6,9 @@ columns that it can see, and is reduced to one sum per column before the next on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +54,43 @@ def column_statistics(call: Call, heads: Sequence[int]) -> ColumnStatistics:
     """Sums and counts of the untouched weights of these heads per key column, over the call's real prompt rows.
 
     Rows of padding, and rows of tokens that assisted decoding has only drafted, are left out; columns of padding get sum 0 and count 0.
-    heads: in ascending order. Raises ReattendError for a head that the call does not have. The heads' output and log-sum-exp stay on
-    the call, so that editing them costs no second kernel.
+    heads: as for `weight_chunks`.
+    """
+    counted = None if call.tokens is None else call.query_rows("prompt")
+    dtype, device, mask = statistics_dtype(call.query), call.query.device, call.mask
+    sums = torch.zeros(call.batch, len(heads), call.num_keys, dtype=dtype, device=device)
+    shared = mask is None or mask.shape[1] == 1
+    counts = torch.zeros(call.batch, 1 if shared else len(heads), call.num_keys, dtype=dtype, device=device)
+    for chunk in weight_chunks(call, heads):
+        size, seen = chunk.weights.shape[2:]
+        rows = torch.ones(call.batch, size, dtype=dtype, device=device)
+        rows = rows if counted is None else rows * counted[:, chunk.start : chunk.start + size]
+        sums[..., :seen] += (rows[:, None, None] @ chunk.weights)[:, :, 0]
+        if chunk.visible is None:
+            counts += rows.sum(dim=1)[:, None, None]
+        else:
+            shown = chunk.visible.to(dtype).expand(call.batch, -1, size, seen)
+            counts[..., :seen] += (rows[:, None, None] @ shown)[:, :, 0]
+    if call.tokens is not None:
+        padding = call.columns("padding")[:, None]
+        sums, counts = sums.masked_fill(padding, 0), counts.masked_fill(padding, 0)
+    before = call.key_start
+    return ColumnStatistics(pad(sums, (before, 0)), pad(counts, (before, 0)), call.total)
+
+
+class Chunk(NamedTuple):
+    """Some query rows of a call. weights [B, heads, R, seen]: of the rows start..start + R - 1 on the first `seen` columns, beyond
+    which they see nothing. visible: bool, broadcastable to it; None where all is visible."""
+
+    start: int
+    weights: Tensor
+    visible: Tensor | None
+
+
+def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
+    """The untouched weights of these heads, some rows at a time. Raises ReattendError for a head that the call does not have.
+
+    heads: in ascending order. Their output and log-sum-exp stay on the call, so that editing them costs no second kernel.
     """
     heads = list(heads)
     if not heads or min(heads) < 0 or max(heads) >= call.num_heads:
@@ -63,12 +99,8 @@ def column_statistics(call: Call, heads: Sequence[int]) -> ColumnStatistics:
         raise ReattendError(f"heads must be distinct and in ascending order, got {heads}")
     x, lse = untouched_heads(call, heads)
     query, key, mask = x.query, x.key, x.mask
-    dtype = statistics_dtype(query)
-    lse = lse.to(dtype).masked_fill(lse == float("-inf"), 0.0)
-    counted = None if call.tokens is None else call.query_rows("prompt")
+    lse = lse.to(statistics_dtype(query)).masked_fill(lse == float("-inf"), 0.0)
     keys, offset = call.num_keys, call.num_keys - call.num_queries
-    sums = torch.zeros(call.batch, len(heads), keys, dtype=dtype, device=query.device)
-    counts = torch.zeros(call.batch, 1 if mask is None else mask.shape[1], keys, dtype=dtype, device=query.device)
     step = max(16, CHUNK_WEIGHTS // (call.batch * len(heads) * keys))
     for start in range(0, call.num_queries, step):
         stop = min(start + step, call.num_queries)
@@ -80,20 +112,7 @@ def column_statistics(call: Call, heads: Sequence[int]) -> ColumnStatistics:
         scores, visible = score_rows(
             query[:, :, start:stop], key[:, :, :seen], part, call.is_causal, call.scaling, call.softcap, index
         )
-        weights = scores.sub_(lse[:, :, start:stop, None]).exp_()
-        rows = torch.ones(call.batch, stop - start, dtype=dtype, device=query.device)
-        rows = rows if counted is None else rows * counted[:, start:stop]
-        sums[..., :seen] += (rows[:, None, None] @ weights)[:, :, 0]
-        if visible is None:
-            counts += rows.sum(dim=1)[:, None, None]
-        else:
-            shown = visible.to(dtype).expand(call.batch, -1, stop - start, seen)
-            counts[..., :seen] += (rows[:, None, None] @ shown)[:, :, 0]
-    if call.tokens is not None:
-        padding = call.columns("padding")[:, None]
-        sums, counts = sums.masked_fill(padding, 0), counts.masked_fill(padding, 0)
-    before = call.key_start
-    return ColumnStatistics(pad(sums, (before, 0)), pad(counts, (before, 0)), call.total)
+        yield Chunk(start, scores.sub_(lse[:, :, start:stop, None]).exp_(), visible)
 
 
 def hidden_sinks(

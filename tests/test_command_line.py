@@ -72,7 +72,7 @@ def test_every_recipe_can_be_shown(call):
 def test_help_and_version(call):
     assert call("--version").stdout == f"reattend {reattend.__version__}\n"
     text = call("--help").stdout
-    for command in ("list", "show", "sites", "run", "compare", "profile", "demo"):
+    for command in ("list", "show", "sites", "run", "compare", "analyse", "profile", "demo"):
         assert command in text
         assert "--json" in call(command, "--help").stdout
 
@@ -246,3 +246,20 @@ def test_profile_writes_a_file(call, saved, tmp_path, monkeypatch):
     data = json.loads(result.stdout)
     assert data["tensors"] == {"scores": [2, 3]} and data["model"] == {"class": "LlamaForCausalLM"}
     assert Profile.load(out).facts == {"rounds": 3}
+
+
+def test_analyse(call, saved, tmp_path):
+    found = json.loads(call("analyse", saved, "--text", PROMPT, "--length", "12", "--json").stdout)
+    assert found["tokens"] == [12] and found["layers"] == [0, 1] and found["recipes"] == []
+    texts = tmp_path / "texts.txt"
+    texts.write_text(f"{PROMPT}\n\n  \nthe big red dog\nran\n")
+    steered = json.loads(
+        call(
+            "analyse", saved, "--file", str(texts), "-r", "streaming", "--set", "sinks=1", "--set", "window=3", "--json"
+        ).stdout
+    )
+    assert steered["tokens"] == [len(PROMPT.split()), 5] and steered["recipes"] == ["streaming"]
+    assert "sink rate" in call("analyse", saved, "--text", f"@{texts}").stdout
+    assert "not both" in one_line_error(call("analyse", saved, "--text", "a dog", "--file", str(texts)))
+    assert "no text file" in one_line_error(call("analyse", saved, "--file", "nowhere.txt"))
+    assert "has: decoder" in one_line_error(call("analyse", saved, "--text", PROMPT, "--stack", "vision"))

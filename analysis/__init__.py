@@ -1,0 +1,7 @@
+"""INSIDE: what a model's attention and hidden states look like: sinks, massive activations, rhythm. Measures only, nothing is changed."""
+
+from .analyse import analyse
+from .measures import Massive
+from .result import Analysis, Rhythm
+
+__all__ = ["Analysis", "Massive", "Rhythm", "analyse"]

@@ -1,0 +1,118 @@
+"""Census: what the rows of a call gave to its columns and how far they looked, read in one chunked pass without the n x n matrix.
+
+Everything kept is linear in the weights and per head, so that heads can be put into groups afterwards without a second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .calibration import Chunk, weight_chunks
+from .call import Call
+from .edits import Edit, PoolKV, Reorder
+from .errors import ReattendError
+from .fused_executor import row_weights
+from .kernels import rows_per_chunk, statistics_dtype, visible_rows
+
+
+@dataclass
+class Census:
+    """Of one call, in statistics dtype. Rows of padding count nowhere; `rows` [B, Tq] are the rows that distances and bands are read from.
+
+    sums, counts [B, H, Tk]: weight that a column got from all real rows, and the number of rows that see it. distance [B, H, Tq]:
+    sum over columns s <= t of weight * (t - s). near [B, H, Tq]: the same with the distance capped at the window. ahead [B, H, Tk]:
+    weight that a column got from the `rows` that lie within the horizon behind it; ahead_rows [B, Tk]: how many these are.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    distance: Tensor
+    near: Tensor
+    ahead: Tensor
+    ahead_rows: Tensor
+    rows: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """[B, H, Tk]: mean weight over the rows that see the column; 0 where none does."""
+        return self.sums / self.counts.clamp_min(1)
+
+    @property
+    def span(self) -> Tensor:
+        """[B, H]: mean distance that the rows look back, in tokens."""
+        return self.distance.sum(dim=2) / self.rows.sum(dim=1).clamp_min(1)[:, None]
+
+
+def census(
+    call: Call,
+    edits: Sequence[Edit] = (),
+    rows: Tensor | None = None,
+    window: int = 10,
+    horizon: tuple[int, int] = (10, 50),
+) -> Census:
+    """Reads the weights of a call after these edits, all heads.
+
+    rows: bool [B, Tq], the rows that distances and bands are read from, by default all real ones. window: distances beyond it count as
+    it in `near`. horizon: how far behind a column, in tokens, first to last, a row counts in `ahead`. Raises ReattendError where an
+    edit merges columns, because their weights have no position any more.
+    """
+    if any(isinstance(edit, PoolKV) for edit in edits):
+        raise ReattendError("weights of merged columns belong to no position, so they cannot be counted per token")
+    dtype, device, batch = statistics_dtype(call.query), call.query.device, call.batch
+    real = torch.ones(batch, call.num_queries, dtype=torch.bool, device=device)
+    if call.tokens is not None:
+        real = call.query_rows("prompt")
+    chosen = real if rows is None else real & rows.to(device)
+    heads, queries, keys = call.num_heads, call.num_queries, call.num_keys
+    columns = torch.arange(keys, device=device)
+    found = Census(
+        *(torch.zeros(batch, heads, size, dtype=dtype, device=device) for size in (keys, keys, queries, queries, keys)),
+        ahead_rows=torch.zeros(batch, keys, dtype=dtype, device=device),
+        rows=chosen,
+    )
+    for start, weights, visible in _chunks(call, edits):
+        size, seen = weights.shape[2:]
+        part = slice(start, start + size)
+        gap = (keys - queries + torch.arange(start, start + size, device=device)[:, None] - columns[:seen]).to(dtype)
+        every, some = (x[:, part].to(dtype) for x in (real, chosen))
+        found.sums[..., :seen] += torch.einsum("br,bhrk->bhk", every, weights)
+        found.counts[..., :seen] += torch.einsum("br,bhrk->bhk", every, _shown(visible, every, size, seen))
+        found.distance[:, :, part] = (weights * gap.clamp_min(0)).sum(dim=3)
+        found.near[:, :, part] = (weights * gap.clamp(0, window)).sum(dim=3)
+        inside = ((gap >= horizon[0]) & (gap <= horizon[1])).to(dtype)
+        found.ahead[..., :seen] += torch.einsum("br,bhrk->bhk", some, weights * inside)
+        found.ahead_rows[..., :seen] += some @ inside
+    found.distance *= chosen[:, None]
+    found.near *= chosen[:, None]
+    if call.tokens is not None:
+        padding = call.columns("padding")
+        for values in (found.sums, found.counts, found.ahead):
+            values.masked_fill_(padding[:, None], 0)
+        found.ahead_rows.masked_fill_(padding, 0)
+    return found
+
+
+def _shown(visible: Tensor | None, rows: Tensor, size: int, seen: int) -> Tensor:
+    if visible is None:
+        return rows.new_ones(rows.shape[0], 1, size, seen)
+    return visible.to(rows.dtype).expand(rows.shape[0], -1, size, seen)
+
+
+def _chunks(call: Call, edits: Sequence[Edit]) -> Iterator[Chunk]:
+    """Weights in the order of the model's own columns, whatever the edits did to it; columns that they appended are left out."""
+    if not edits:
+        yield from weight_chunks(call, range(call.num_heads))
+        return
+    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+    orders = [edit.order for edit in edits if isinstance(edit, Reorder)]
+    for start in range(0, call.num_queries, step):
+        index = torch.arange(start, min(start + step, call.num_queries), device=call.query.device)
+        weights = row_weights(call, edits, index)[..., : call.num_keys]
+        for order in reversed(orders):
+            places = order.to(weights.device).view(-1, 1, 1, call.num_keys).expand_as(weights)
+            weights = torch.zeros_like(weights).scatter(3, places, weights)
+        yield Chunk(start, weights, visible_rows(call.mask, call.is_causal, index, call.num_queries, call.num_keys))

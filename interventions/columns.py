@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .call import Call
 from .correction import ColumnEdit, ColumnSet, Component, column_weights
-from .edits import Edit, Gain, Mix, Operands, Rows, Transfer
+from .edits import Edit, Gain, Lift, Mix, Operands, Rows, Transfer
 from .edits.base import column_mask, repeat_heads
 from .kernels import attend, statistics_dtype, visible_rows
 
@@ -99,12 +99,12 @@ def bias_on_columns(x: Operands, bias: Tensor | None, index: Tensor, columns: Te
     return total
 
 
-def single_factor(edits: Sequence[Edit], x: Operands) -> tuple[Gain | Transfer, Tensor, Tensor] | None:
+def single_factor(edits: Sequence[Edit], x: Operands) -> tuple[Gain | Lift | Transfer, Tensor, Tensor] | None:
     """(edit, columns [m] long, chosen bool [B, H, 1, m]) if the edits are one factor on few columns (see `correct_factor`), else None."""
     if len(edits) != 1 or edits[0].rows is not None or x.appended:
         return None
     edit = edits[0]
-    if isinstance(edit, Gain) and edit.renormalise == "row":
+    if isinstance(edit, Lift) or (isinstance(edit, Gain) and edit.renormalise == "row"):
         columns = edit.columns
     elif isinstance(edit, Transfer) and edit.dst is None and edit.how == "proportional":
         columns = edit.src

@@ -4,7 +4,7 @@ from .base import Edit, Rows
 from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
 from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit
-from .weights import Gain, Mix, Transfer, WeightEdit, WeightMap
+from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
 __all__ = [
     "AppendKV",
@@ -15,6 +15,7 @@ __all__ = [
     "HeadMix",
     "Keep",
     "KeyBias",
+    "Lift",
     "Mix",
     "MixValue",
     "OperandEdit",

@@ -71,6 +71,52 @@ class Gain(WeightEdit):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Lift(WeightEdit):
+    """Rows that give `columns` less than `share` of their weight give them more: A[:, columns] *= g, then rows get back their old sum.
+
+    With p the columns' part of the row's sum, g = share / p, so that p becomes share / (share + 1 - p); exact: the odds of share over
+    those of p, so that p becomes share. 1 <= g <= largest. Rows with p >= share, p < least or p = 0 stay as they are, bit for bit.
+    columns: bool [..., Tk] or indices. share in [0, 1), number or tensor broadcastable to [B, heads, Tq].
+    """
+
+    columns: Columns
+    share: float | Tensor
+    exact: bool = False
+    largest: float = 100.0
+    least: float = 0.0
+    broadcast = {"columns": 1, "share": 1}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", as_columns("columns", self.columns))
+        super().__post_init__()
+        check_number("share", self.share, 0, 1 - 1e-6)
+        check_number("largest", self.largest, 1)
+        check_number("least", self.least, 0, 1)
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or (not isinstance(self.share, Tensor) and self.share == 0) or self.largest == 1
+
+    def growth(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> Tensor:
+        """g - 1 of each row, from the weight on the columns and the row's sum, both [B, H, R, 1]."""
+        share = at_rows(_factor(self.share), rows)
+        held = mass.clamp_min(TINY)
+        factor = (whole - mass) * (share / (1 - share)) / held if self.exact else share * whole / held
+        growth = factor.clamp(1, self.largest) - 1
+        return growth if not self.least else growth * (mass >= self.least * whole)
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        key = ("chosen", rows.key.shape[2], rows.appended, weights.device, weights.dtype)
+        chosen = self.remember(key, lambda: rows.columns(self.columns).to(weights.dtype))
+        before = weights.sum(dim=-1, keepdim=True)
+        mass = (weights * chosen).sum(dim=-1, keepdim=True)
+        growth = self.growth(mass, before, rows)
+        scale = before / (before + growth * mass).clamp_min(TINY)
+        # growth 0, or nothing on the columns, multiplies by exactly 1
+        return weights * torch.addcmul(scale, scale * growth, chosen)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Transfer(WeightEdit):
     """Takes `fraction` of the weight on `src` columns and gives it to `dst` (None: all others), "proportional" or "even".
 

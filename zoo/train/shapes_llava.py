@@ -25,7 +25,7 @@ from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS = 32, 4000
+BATCH, STEPS = 32, 3000
 EYE_BATCH, EYE_STEPS = 64, 1500
 WORLD = World()
 NOISE = (0.25, 0.85)

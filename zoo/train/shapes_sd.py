@@ -19,7 +19,7 @@ from torch import Tensor
 from .loop import Loop
 from .pictures import CHANNELS, FACTOR, SIDE, Lessons, build_text_encoder, build_tokenizer, drawn_well, save_half, train_vae
 
-BATCH, STEPS = 32, 5000
+BATCH, STEPS = 32, 3600
 TEXT_WIDTH = 96
 
 

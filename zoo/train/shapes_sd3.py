@@ -31,7 +31,7 @@ from .pictures import (
     train_vae,
 )
 
-BATCH, STEPS = 32, 5000
+BATCH, STEPS = 32, 3600
 TEXT_WIDTH, WIDTH, HEADS, LAYERS, PATCH = 64, 128, 4, 5, 2
 
 

@@ -59,7 +59,7 @@ def visible_rows(mask: Tensor | None, is_causal: bool, index: Tensor, num_querie
 def score_rows(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None, index: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(scores, visible) of the query rows `index`: scores [B, H, R, Tk] in statistics dtype, hidden pairs at -inf."""
+    """(scores, visible) of the query rows `index` (ascending, each once): scores [B, H, R, Tk] in statistics dtype, hidden pairs at -inf."""
     dtype = statistics_dtype(query)
     part = query if index.shape[0] == query.shape[2] else query[:, :, index]
     scores = grouped_matmul(part.to(dtype) * scale, key.to(dtype))

@@ -153,6 +153,7 @@ class Loop:
                 p.copy_(held[f"weights.{name}"])
                 if self.mean:
                     self.mean[name].copy_(held[f"mean.{name}"])
-                self.optimizer.state[p] = {key: held[f"state.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                if f"state.{name}.step" in held:  # a parameter that the loss does not reach has none
+                    self.optimizer.state[p] = {key: held[f"state.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
         print(f"goes on from step {self.step}", flush=True)

@@ -121,7 +121,7 @@ def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = 
 
 def _is_one(wanted: Any) -> bool:
     pair = isinstance(wanted, tuple) and len(wanted) == 2 and isinstance(wanted[1], dict)
-    return wanted is None or pair or isinstance(wanted, (Recipe, Path))
+    return wanted is None or pair or isinstance(wanted, (Recipe, Path, dict))
 
 
 def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choice]:
@@ -147,6 +147,8 @@ def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choic
 def suites_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Suite]:
     """Suites from a comma-separated text, or from a list of texts ("pope", "pope:noise=1.1") and Suite objects."""
     items = split_list(wanted) if isinstance(wanted, str) else [wanted] if isinstance(wanted, Suite) else list(wanted)
+    if not items:
+        raise ReattendError("name at least one suite; reattend.evaluation.list_suites() shows them")
     found: dict[str, Suite] = {}
     for item in items:
         if not isinstance(item, Suite):

@@ -85,3 +85,18 @@ def test_words_that_say_nothing(words, problem):
 def test_suites_by_name():
     with pytest.raises(ReattendError, match="unknown suite"):
         suites_of("pop,nowhere")
+    with pytest.raises(ReattendError, match="at least one suite"):
+        suites_of("")
+    found = suites_of("pope,pope:noise=0.5,pope", {"pope": {"pairs": 1}})
+    assert [(one.name, one.noise, one.pairs) for one in found] == [("pope", 0.9, 1), ("pope", 0.5, 1)]
+
+
+def test_one_thing_alone_is_a_list_of_one():
+    for one in (
+        {"name": "streaming", "window": 8},
+        ("streaming", {"window": 8}),
+        recipe("streaming", window=8),
+        "streaming:window=8",
+    ):
+        assert [variant.label for variant in variants_of(one)] == ["streaming(window=8)"]
+    assert [variant.label for variant in variants_of(None)] == ["none"]

@@ -35,29 +35,25 @@ from ..interventions.gaze import Focus, Shift, focused_rows, image_columns, posi
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
 from .image_models import image_misfit
+from .known_models import KnownModel
 from .profile import Profile, table_fingerprint
 from .question_words import chooser
 
 
-class Known(NamedTuple):
-    """Layers that the official code uses on a model; matched by its type and the shape of its language model."""
-
-    name: str
-    kind: str
-    text: tuple[str, ...]
-    hidden: int
-    layers: int
-    intermediate: int
+class Layers(NamedTuple):
     saliency: tuple[int, ...]
-    enhance: range
+    enhance: tuple[int, ...]
     alpha: float
 
 
-KNOWN = (
-    Known("LLaVA-1.5-7B", "llava", ("llama",), 4096, 32, 11008, (11,), range(12, 23), 5.0),
-    Known("LLaVA-1.5-13B", "llava", ("llama",), 5120, 40, 13824, (10,), range(14, 21), 5.0),
-    Known("Qwen2-VL-7B", "qwen2_vl", ("qwen2_vl", "qwen2_vl_text"), 3584, 28, 18944, (14,), range(5, 19), 4.0),
-)
+# Layers that the official code uses.
+KNOWN = {
+    KnownModel("LLaVA-1.5-7B", ("llama",), 4096, 32, 11008, kind="llava"): Layers((11,), tuple(range(12, 23)), 5.0),
+    KnownModel("LLaVA-1.5-13B", ("llama",), 5120, 40, 13824, kind="llava"): Layers((10,), tuple(range(14, 21)), 5.0),
+    KnownModel("Qwen2-VL-7B", ("qwen2_vl", "qwen2_vl_text"), 3584, 28, 18944, kind="qwen2_vl"): Layers(
+        (14,), tuple(range(5, 19)), 4.0
+    ),
+}
 ALPHA = 5.0
 REMEDY = (
     "run recipe_class('gift').profile(model, processor, samples=[(image, question), ...]).save(path) and pass profile_path=..., or "
@@ -65,12 +61,6 @@ REMEDY = (
 )
 # a role of its own for every session: two sessions on one model may look for different questions
 _serial = itertools.count(1)
-
-
-class Layers(NamedTuple):
-    saliency: tuple[int, ...]
-    enhance: tuple[int, ...]
-    alpha: float
 
 
 class GIFT(Recipe):
@@ -162,12 +152,9 @@ class GIFT(Recipe):
             profile.check(self.slug, table_fingerprint(table))
             read, change = (tuple(profile.tensors[f"{kind}_layers"].tolist()) for kind in ("saliency", "enhance"))
             return Layers(read, change, alpha)
-        text = table.config.get_text_config()
-        shape = (text.hidden_size, text.num_hidden_layers, getattr(text, "intermediate_size", None))
-        for known in KNOWN:
-            same = shape == (known.hidden, known.layers, known.intermediate) and text.model_type in known.text
-            if same and table.config.model_type == known.kind:
-                return Layers(known.saliency, tuple(known.enhance), known.alpha if self.alpha is None else self.alpha)
+        for model, known in KNOWN.items():
+            if model.matches(table):
+                return known if self.alpha is None else known._replace(alpha=self.alpha)
         return None
 
     # -- what it does ------------------------------------------------------------------------------------------------

@@ -16,41 +16,30 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from ..hooks import Act, Observe, Plan, SiteTable, Support, attach, sites
 from ..hooks.discovery import unwrapped_model
-from ..hooks.images import CROSS_ATTENTION, RESAMPLED
 from ..hooks.plan import Observation, Step
 from ..hooks.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
+from .image_models import image_misfit
+from .known_models import KnownModel
 from .profile import Profile, fingerprint, table_fingerprint
 
-
-class Known(NamedTuple):
-    """Sink dimensions of a published language model; fine-tuning keeps them. Matched by the shape of a model's text config."""
-
-    name: str
-    types: tuple[str, ...]
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: range
-    dims: tuple[int, ...]
-
-
-# LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public notes quote them.
-KNOWN = (
-    Known("LLaMA-2-7B (LLaVA-1.5-7B)", ("llama",), 4096, 32, 11008, range(32000, 32200), (1415, 2533)),
-    Known("LLaMA-2-13B (LLaVA-1.5-13B, 1.6-vicuna-13B)", ("llama",), 5120, 40, 13824, range(32000, 32200), (2100, 4743)),
-    Known("Qwen2-VL-7B", ("qwen2_vl", "qwen2_vl_text"), 3584, 28, 18944, range(151000, 153000), (458, 2570)),
-    Known("InternVL2-8B", ("internlm2",), 4096, 32, 14336, range(92000, 93000), (3584,)),
-)
+# Sink dimensions of published language models. LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public
+# notes quote them.
+KNOWN = {
+    KnownModel("LLaMA-2-7B (LLaVA-1.5-7B)", ("llama",), 4096, 32, 11008, range(32000, 32200)): (1415, 2533),
+    KnownModel("LLaMA-2-13B (LLaVA-1.5-13B, 1.6-vicuna-13B)", ("llama",), 5120, 40, 13824, range(32000, 32200)): (2100, 4743),
+    KnownModel("Qwen2-VL-7B", ("qwen2_vl", "qwen2_vl_text"), 3584, 28, 18944, range(151000, 153000)): (458, 2570),
+    KnownModel("InternVL2-8B", ("internlm2",), 4096, 32, 14336, range(92000, 93000)): (3584,),
+}
 REMEDY = (
     "run `reattend profile var MODEL` (or recipe_class('var').profile(model, processor).save(path)) and pass profile_path=..., "
     "or pass sink_dims=[...]"
@@ -96,20 +85,16 @@ class VAR(Recipe):
         return Support(not reason, reason)
 
     def _misfit(self, table: SiteTable) -> str:
-        config, name = table.config, table.model_name
-        family = getattr(config, "model_type", "")
-        if family in CROSS_ATTENTION:
-            return f"{name} reads images through cross-attention layers: text rows hold no image weights that could be moved"
-        if getattr(config, "image_token_id", None) is None:
-            return f"var moves attention between image tokens, and {name} takes none (its config has no image_token_id)"
-        if family in RESAMPLED or getattr(config, "is_encoder_decoder", False):
-            return f"the image tokens of {name} are no places of the image in the decoder's own sequence"
+        reason = image_misfit(table, self.slug)
+        if reason:
+            return reason
+        name = table.model_name
         chosen = self._chosen(table)
         if not len(chosen):
             return f"{name} has no decoder self-attention in layers {self.first_layer} to {self.last_layer or 'last'}"
         if chosen.problems:
             return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}"
-        width = config.get_text_config().hidden_size
+        width = table.config.get_text_config().hidden_size
         if self.tau >= math.sqrt(width):
             return (
                 f"tau={self.tau:g} can never be reached: with {width} hidden dimensions a value is at most "
@@ -138,12 +123,9 @@ class VAR(Recipe):
             profile = Profile.load(self.profile_path)
             profile.check(self.slug, table_fingerprint(table))
             return tuple(profile.tensors["sink_dims"].tolist())
-        text = table.config.get_text_config()
-        shape = (text.hidden_size, text.num_hidden_layers, getattr(text, "intermediate_size", None))
-        for known in KNOWN:
-            same = shape == (known.hidden, known.layers, known.intermediate) and text.vocab_size in known.vocabulary
-            if same and text.model_type in known.types:
-                return known.dims
+        for model, dims in KNOWN.items():
+            if model.matches(table):
+                return dims
         return ()
 
     # -- what it does ------------------------------------------------------------------------------------------------

@@ -2,7 +2,20 @@
 
 from .capture import Reading, Recording, capture
 from .discovery import SiteTable, Support, sites
-from .plan import Act, Capture, Guide, Observation, Observe, Plan, Probe, Project, Prompt, Spans
+from .plan import (
+    Act,
+    Capture,
+    Guide,
+    Observation,
+    Observe,
+    Plan,
+    Probe,
+    Project,
+    Projection,
+    Prompt,
+    ReadProjection,
+    Spans,
+)
 from .session import Session, attach, running
 
 __all__ = [
@@ -14,7 +27,9 @@ __all__ = [
     "Plan",
     "Probe",
     "Project",
+    "Projection",
     "Prompt",
+    "ReadProjection",
     "Reading",
     "Recording",
     "Session",

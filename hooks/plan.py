@@ -4,7 +4,7 @@ edits       `Act`: an intervention at selected sites
 observe     `Observe`: a read-only tap on a layer's input
 capture     `Capture`: a reader of the edited attention of each call (see `capture`)
 guide       `Guide`: a further denoiser branch with edits of its own (see `denoise`)
-projection  `Project`: an edit of the key projection's output of new tokens
+projection  `Project`: an edit of the key projection's output of new tokens; `ReadProjection`: the same, read-only
 spans       `Spans`: token sets that the user named by text or position
 rewrite     `Probe`: a further pass with the same or changed inputs before a prefill, read but not edited (see `probe`)
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -63,12 +63,57 @@ class Capture:
 
 
 @dataclass
+class Projection:
+    """What the projection door sees of one pass at one site: the new tokens before RoPE and cache, after norms per head.
+
+    key [B, Hkv, T, D]; query [B, H, T, D], where the step asked for it; clock, tokens and memory as in a Call.
+    """
+
+    key: Tensor
+    query: Tensor | None
+    site: Site
+    clock: Clock
+    tokens: TokenMap | None
+    memory: dict[Any, Any]
+
+    @property
+    def start(self) -> int:
+        """Absolute position of the first of these tokens."""
+        return self._map.length - self.key.shape[2]
+
+    def rows(self, role: str) -> Tensor:
+        """Bool [B, T] on the CPU: which of these tokens carry a role. Raises ReattendError where the pass has no token map."""
+        return self._map.positions(role, self.start, self._map.length)
+
+    @property
+    def _map(self) -> TokenMap:
+        if self.tokens is None:
+            raise ReattendError(
+                f"no token map at {self.site.name}: call the whole model with input_ids, so that tokens have roles"
+            )
+        return self.tokens
+
+
+@dataclass
 class Project:
-    """edit(tokens, clock) -> ProjectKey | None, applied to the key projection's output of new tokens, before RoPE and cache."""
+    """edit(Projection) -> ProjectKey | None: a change of the key projection's output of new tokens, before RoPE and cache.
+
+    What is changed stays in the cache, so that later steps cost nothing. query: the edit reads the queries of the same tokens too.
+    """
 
     sites: SiteTable
-    edit: Callable[[TokenMap | None, Clock], ProjectKey | None]
+    edit: Callable[[Projection], ProjectKey | None]
     label: str = ""
+    query: bool = False
+
+
+@dataclass
+class ReadProjection:
+    """Read-only: reader(Projection) at the key projection of `sites`, after all edits of the sessions before."""
+
+    sites: SiteTable
+    reader: Callable[[Projection], None]
+    query: bool = False
 
 
 @dataclass
@@ -101,7 +146,7 @@ class Spans:
 
     texts: for every prompt a list of passages to find in it (one inner list = the same for every prompt). ranges: or token
     ranges [start, stop) per prompt, counted without padding. occurrence: which match when a passage occurs more than once
-    (from 0, -1 = the last; None: that is an error). official: PASTA's rule for the first and last token instead of strict overlap.
+    (from 0, -1 = the last; None: that is an error). official: instead of strict overlap the rule of PASTA (True) or of SEKA ("inside").
     Raises ReattendError for an empty passage or range.
     """
 
@@ -109,7 +154,7 @@ class Spans:
     texts: list[list[str]] | None = None
     ranges: list[list[tuple[int, int]]] | None = None
     occurrence: int | None = None
-    official: bool = False
+    official: bool | Literal["inside"] = False
 
     def __post_init__(self) -> None:
         if not self.texts and not self.ranges:
@@ -156,7 +201,7 @@ class Probe:
             raise ReattendError("a probe needs at least one reader (Observe or Capture)")
 
 
-Step = Act | Observe | Capture | Project | Guide | Spans | Probe
+Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe
 
 
 @dataclass

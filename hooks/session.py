@@ -18,7 +18,7 @@ from torch import nn
 
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
 from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
-from .plan import Act, Capture, Guide, Observe, Plan, Probe, Project, Spans
+from .plan import Act, Capture, Guide, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
 from .sequence import Forward, SequenceTracker
 
@@ -52,7 +52,7 @@ class Session:
     def _prepare(self) -> None:
         for plan in self.plans:
             for step in plan.steps:
-                if isinstance(step, (Act, Observe, Capture, Project)):
+                if isinstance(step, (Act, Observe, Capture, Project, ReadProjection)):
                     require_supported(step.sites)
                     if not len(step.sites):
                         raise ReattendError(f"recipe {plan.recipe!r} selects no attention site of this model")
@@ -241,7 +241,7 @@ class Attachment:
             for step in plan.steps:
                 if isinstance(step, Observe):
                     session.handles += install_observation(self, session, plan, step)
-                elif isinstance(step, Project):
+                elif isinstance(step, (Project, ReadProjection)):
                     session.handles += install_projection(self, session, plan, step)
 
     def _drop_taps(self, session: Session) -> None:

@@ -75,6 +75,8 @@ def _locate(row: Transcript, text: str, spans: Spans, index: int, batch: int) ->
     if not -len(places) <= which < len(places):
         raise ReattendError(f"occurrence={which}, but {text!r} occurs {len(places)} times in prompt {index} (counted from 0)")
     start = places[which]
+    if spans.official == "inside":
+        return [row.positions[i] for i in inside_range(row.offsets, start, len(text))]
     if spans.official:
         first, stop = official_range(row.offsets, start, len(text))
         return row.positions[first:stop]
@@ -95,6 +97,14 @@ def official_range(offsets: Offsets, start: int, length: int) -> tuple[int, int]
     first = next(i for i, (a, b) in enumerate(offsets) if a <= start <= b)
     last = next(i for i, (a, b) in enumerate(offsets) if a <= stop <= b)
     return first, last + 1
+
+
+def inside_range(offsets: Offsets, start: int, length: int, before: int = 1, after: int = 0) -> list[int]:
+    """Tokens of a passage by SEKA's rule: those that lie inside it, `before` and `after` characters more allowed.
+
+    A token of one character that ends where the passage starts joins; one that begins earlier and reaches into it is lost.
+    """
+    return [i for i, (a, b) in enumerate(offsets) if a < b and a >= start - before and b <= start + length + after]
 
 
 def tokenizer_of(given: Any) -> Any:

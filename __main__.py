@@ -246,7 +246,9 @@ def compare(
 def profile(
     recipe: Annotated[str, typer.Argument(help="a recipe that learns about a model", show_default=False)],
     model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", help="the .safetensors file to write", show_default=False)],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="the .safetensors file to write; without it, kept for recipes that look for it")
+    ] = "",
     set_: Settings = [],  # noqa: B006
     device: Device = "",
     dtype: Dtype = "",
@@ -256,7 +258,9 @@ def profile(
     """Let a recipe learn what it needs about a model, and keep it in a file."""
     from .comparison.arguments import settings_of
     from .comparison.loading import load
-    from .recipes import Recipe, recipe_class
+    from .hooks import sites as sites_of
+    from .recipes import Recipe, cached_profile, recipe_class
+    from .recipes.profile import cached_path
 
     cls = recipe_class(recipe)
     if cls.profile.__func__ is Recipe.profile.__func__:  # type: ignore[attr-defined]
@@ -264,8 +268,12 @@ def profile(
     options = {key.partition(".")[2] or key: value for key, value in settings_of(set_).items()}
     pipe = load(model, device=device or None, dtype=dtype or None)
     tokenizer = getattr(pipe, "processor", None) or getattr(pipe, "tokenizer", None)
-    learned = cls.profile(getattr(pipe, "model", pipe), tokenizer, **options)
-    file = learned.save(out)
+    inner = getattr(pipe, "model", pipe)
+    if out:
+        learned = cls.profile(inner, tokenizer, **options)
+        file = learned.save(out)
+    else:
+        learned, file = cached_profile(cls, inner, tokenizer, refresh=True, **options), cached_path(cls.slug, sites_of(inner))
     if as_json:
         tensors = {name: list(t.shape) for name, t in learned.tensors.items()}
         _print_json(

@@ -2,7 +2,7 @@
 
 from .apply import apply
 from .base import Info, Recipe, decoder_sites
-from .profile import Profile
+from .profile import Profile, cached_profile
 from .registry import list_recipes, load_recipe, recipe, recipe_class, save_recipe
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Profile",
     "Recipe",
     "apply",
+    "cached_profile",
     "decoder_sites",
     "list_recipes",
     "load_recipe",

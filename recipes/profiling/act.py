@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...hooks import Capture, Plan, SiteTable, attach
 from ...interventions import Call, ReattendError
@@ -18,19 +15,9 @@ from ...interventions.calibration import learn_sinks
 from ..base import Recipe, profiled_sites
 from ..head_choice import Head, as_heads, missing_heads
 from ..profile import Profile, table_fingerprint
+from .choices import Example, accuracy_of, batches_of, read_choices
 from .labelled_examples import labelled_examples
 from .progress import track
-
-Example = tuple[str, str] | tuple[str, str, Sequence[str]]
-
-
-@dataclass
-class Question:
-    """A prompt's tokens, the first tokens of its choices, and which choice is right."""
-
-    ids: list[int]
-    choices: list[int]
-    right: int
 
 
 def search_heads(
@@ -59,10 +46,10 @@ def search_heads(
     """
     table, chosen = profiled_sites(model, recipe.slug)
     examples = list(labelled_examples() if data is None else data)[:max_samples]
-    questions = _questions(tokenizer, examples)
+    questions = read_choices(tokenizer, examples)
     listed = _candidates(heads, chosen)
     settings = recipe(heads=listed, **parameters)
-    batches = _batches(model, tokenizer, questions, batch_size)
+    batches = batches_of(model, tokenizer, questions, batch_size)
     sinks, baseline = _screen(settings, model, chosen, listed, batches)
     candidates = [head for head in listed if sinks[head]]
     # heads that have something to calibrate most often come first
@@ -93,7 +80,7 @@ def search_heads(
 
 def accuracy(model: Any, tokenizer: Any, data: Sequence[Example], batch_size: int = 16) -> float:
     """Share of labelled prompts (see `search_heads`) that the model answers rightly, under whatever session is active."""
-    return _accuracy(model, _batches(model, tokenizer, _questions(tokenizer, data), batch_size))
+    return accuracy_of(model, batches_of(model, tokenizer, read_choices(tokenizer, data), batch_size))
 
 
 def _candidates(heads: Any, sites: SiteTable) -> list[Head]:
@@ -111,66 +98,9 @@ def _candidates(heads: Any, sites: SiteTable) -> list[Head]:
     return listed
 
 
-def _questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
-    if not examples:
-        raise ReattendError("data must hold at least one (prompt, label)")
-    labels = list(dict.fromkeys(e[1] for e in examples))
-    result = []
-    for example in examples:
-        prompt, label = example[0], example[1]
-        choices = list(example[2]) if len(example) > 2 else labels
-        if label not in choices or len(choices) < 2:
-            raise ReattendError(f"data: label {label!r} must be one of at least two choices, got {choices}")
-        ids = list(tokenizer(prompt)["input_ids"])
-        first = [_first_token(tokenizer, prompt, ids, choice) for choice in choices]
-        if len(set(first)) < len(first):
-            raise ReattendError(
-                f"data: the choices {choices} must begin with different tokens, since the model chooses by those"
-            )
-        result.append(Question(ids, first, choices.index(label)))
-    return result
-
-
-def _first_token(tokenizer: Any, prompt: str, ids: list[int], choice: str) -> int:
-    """The token that a choice begins with after its prompt, however the tokenizer treats spaces."""
-    whole = list(tokenizer(prompt + choice)["input_ids"])
-    if whole[: len(ids)] == ids and len(whole) > len(ids):
-        return whole[len(ids)]
-    return tokenizer(choice, add_special_tokens=False)["input_ids"][0]
-
-
-def _batches(model: Any, tokenizer: Any, questions: list[Question], size: int) -> list[tuple[dict[str, Any], list[Question]]]:
-    """Left-padded batches of prompts of similar length."""
-    accepted = inspect.signature(type(model).forward).parameters
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    order = sorted(questions, key=lambda q: len(q.ids))
-    result = []
-    for part in (order[i : i + size] for i in range(0, len(order), size)):
-        width = max(len(q.ids) for q in part)
-        ids = torch.tensor([[filler] * (width - len(q.ids)) + q.ids for q in part], device=model.device)
-        mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in part], device=model.device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "position_ids" in accepted:
-            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        result.append((inputs, part))
-    return result
-
-
-def _accuracy(model: Any, batches: list[tuple[dict[str, Any], list[Question]]]) -> float:
-    right = total = 0
-    for inputs, part in batches:
-        with torch.no_grad():
-            logits: Tensor = model(**inputs).logits[:, -1].float().cpu()
-        right += sum(int(logits[i, q.choices].argmax()) == q.right for i, q in enumerate(part))
-        total += len(part)
-    return right / total
-
-
 def _accuracy_with(recipe: Recipe, model: Any, table: SiteTable, batches: list) -> float:
     with attach(model, [Plan(recipe.slug, recipe.plan(table))]):
-        return _accuracy(model, batches)
+        return accuracy_of(model, batches)
 
 
 def _screen(settings: Any, model: Any, sites: SiteTable, heads: list[Head], batches: list) -> tuple[dict[Head, int], float]:
@@ -188,4 +118,4 @@ def _screen(settings: Any, model: Any, sites: SiteTable, heads: list[Head], batc
             found[layer, head] += times
 
     with attach(model, [Plan(settings.slug, [Capture(sites.only(list(wanted)), look)])]):
-        return found, _accuracy(model, batches)
+        return found, accuracy_of(model, batches)

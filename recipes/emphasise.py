@@ -27,7 +27,7 @@ from .base import Info, decoder_sites
 from .head_choice import head_scores, ranked
 from .highlighter import Highlighter
 from .passages import marked_role, passage_spans
-from .profile import Profile, table_fingerprint
+from .profile import CACHED, Profile, find_profile, table_fingerprint
 
 PROFILED_ALPHA, UNPROFILED_ALPHA = 0.01, 0.3
 
@@ -44,7 +44,7 @@ class Emphasise(Highlighter):
         cost="free",
         code="QingruZhang/PASTA",
         licence="MIT",
-        profiling="optional: which heads to steer",
+        profiling="optional: which heads to steer, on contradicting facts of which one is marked",
     )
 
     alpha: float | None = Field(
@@ -60,9 +60,13 @@ class Emphasise(Highlighter):
         '"generation" multiplies the whole prompt, which weakens it against the generated text',
     )
     profile_path: str | None = Field(
-        None, description="file of a profile with head scores (recipe retrieval-heads makes one): steers its best heads"
+        None,
+        description="file of a profile with head scores: that of `reattend profile emphasise MODEL`, or of recipe retrieval-heads; "
+        '"cached" = the first of these, as it is kept for the model. Its best heads are steered',
     )
-    top: int | None = Field(None, ge=1, description="how many of the profile's best heads; None = one in twenty of the model's")
+    top: int | None = Field(
+        None, ge=1, description="how many of the profile's best heads; None = as it advises, or one in twenty"
+    )
     keep_sink: bool = Field(
         False, description="leave each prompt's first token as it is: models park attention there, and need it to stay fluent"
     )
@@ -137,10 +141,21 @@ class Emphasise(Highlighter):
     def pairs(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         if self.profile_path is None:
             return super().pairs(sites)
-        profile = Profile.load(self.profile_path)
-        profile.check(profile.recipe, table_fingerprint(sites))
+        if self.profile_path == CACHED:
+            profile = find_profile(self.slug, CACHED, sites)
+        else:
+            profile = Profile.load(self.profile_path)
+            profile.check(profile.recipe, table_fingerprint(sites))  # scores of any recipe will do
         ranking = ranked(head_scores(profile))
-        return [pair for pair, score in ranking[: self.top or math.ceil(len(ranking) / 20)] if score > 0]
+        count = self.top or profile.facts.get("top") or math.ceil(len(ranking) / 20)
+        return [pair for pair, score in ranking[:count] if score > 0]
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+        """Searches the heads whose steering makes answers follow a marked fact; see `profiling.emphasise.search_heads`."""
+        from .profiling.emphasise import search_heads
+
+        return search_heads(cls, model, tokenizer, **options)
 
 
 def bias_terms(position: str, amount: float, sections: Sequence[str]) -> list[tuple[str, float]]:

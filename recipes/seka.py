@@ -1,0 +1,289 @@
+"""SEKA and AdaSEKA: spectral key amplification of marked passages (ICLR 2026, arXiv 2603.01281).
+
+Fixes: a model overlooks a fact or an instruction in its prompt. The keys of the marked tokens are stretched along the directions that
+a question makes relevant, so that queries meet them more strongly. No attention matrix is touched, and a step costs nothing.
+Acts on: the keys of marked prompt tokens before RoPE (after the key norm, where there is one), per key head, in the pass that reads the
+prompt; the edited keys stay in the cache. Values and other keys stay as they are.
+The directions come from a profile: keys of answers in texts with a question about them, with another question, and without one
+(`profiling/seka.py`). k += g+ P+ k, or with a negative gain k += (g+ P+ k + g- P- k) / 2, where P+ holds the leading directions of the
+right question and P- all but the leading ones of the wrong question. The bias can have either sign: a stretched key also meets
+queries on its far side more strongly.
+Adaptive: several subspaces (experts), one per kind of question, are mixed by the query of the prompt's last token.
+Ours: layers by number, whatever the profile holds (`official_index` for the official order); strict overlap of tokens and passage; the
+adaptive query is read in the same pass before the layer's keys, per row, and experts that learned nothing are left out, where the
+official code runs a pass of its own and takes the first row for all. A prompt read in chunks is routed chunk by chunk. With a feature
+function only marked tokens are changed, and squared-exponential is not offered, since it has no inverse.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from ..hooks import Project, Projection, SiteTable, Support
+from ..hooks.plan import Step
+from ..hooks.taps import projection_misfit
+from ..interventions import ProjectKey, ReattendError
+from ..interventions.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
+from .base import Info, Recipe, decoder_sites
+from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
+from .profile import CACHED, Profile, find_profile
+
+
+class SEKA(Recipe):
+    slug = "seka"
+    info = Info(
+        does="Stretches the keys of marked passages of the prompt along directions that questions make relevant.",
+        paper="Spectral Attention Steering for Prompt Highlighting",
+        year=2026,
+        arxiv="2603.01281",
+        families=("reweighting", "calibration"),
+        kinds=("llm", "lvlm"),
+        cost="prefill",
+        code="waylonli/SEKA",
+        licence="Apache-2.0",
+        profiling="directions of relevance per key head, from synthetic questions",
+    )
+    marks = {"highlight": "text"}
+
+    text: Text = Field(None, description=f"passages to emphasise, {TEXT_HELP}")
+    ranges: Ranges = Field(None, description=RANGES_HELP)
+    gain: float | None = Field(
+        None,
+        ge=-8,
+        le=8,
+        allow_inf_nan=False,
+        description="g+: how far keys are stretched along the relevant directions; 0 = not, below 0 shrinks, None = 0.8, adaptive 1",
+    )
+    negative_gain: float | None = Field(
+        0.2,
+        ge=-8,
+        le=8,
+        allow_inf_nan=False,
+        description="g-: the same away from what a wrong question makes relevant; both are then halved, as in the official code. "
+        "None = without, and g+ at its full size; not used when adaptive",
+    )
+    layers: str | tuple[int, ...] = Field(
+        "last10", description="layers to steer: all, first10, last10 (any number), or their numbers"
+    )
+    top_pct: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of the singular values' sum that the leading directions hold; more = more directions",
+    )
+    min_diff: float = Field(
+        0.0, ge=0, description="key heads whose keys a question moves less than this are left alone; see distance"
+    )
+    distance: Literal["code", "paper"] = Field(
+        "paper",
+        description="how far keys move: the mean norm over tokens (paper), or the official code's norm over all tokens divided by "
+        "their number, which shrinks with the number of examples",
+    )
+    feature: Literal["tanh", "elu"] | None = Field(
+        None, description="stretch a function of the keys instead and invert it; the profile must be made with the same one"
+    )
+    adaptive: bool = Field(
+        False, description="AdaSEKA: mix the subspaces of several kinds of questions by the prompt's last token"
+    )
+    top_k: int | None = Field(5, ge=1, description="adaptive: leading directions of each expert; None = all")
+    rule: Rule = Field("weighted_top_k", description="adaptive: how the query weighs an expert's directions")
+    profile_path: str = Field(
+        CACHED, description='file of a profile, or "cached" for the one that `reattend profile seka MODEL` keeps'
+    )
+    occurrence: int | None = Field(None, description=OCCURRENCE_HELP)
+    official_span: bool = Field(
+        False, description="find passages by the official rule, which loses tokens that begin before the passage"
+    )
+    official_index: bool = Field(
+        False, description="give the profile's layers to the chosen ones in order, as the official code does, not by number"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if not re.fullmatch(r"all|(first|last)[1-9][0-9]*", value):
+                raise ValueError("layers must be 'all', 'firstN', 'lastN' or a list of layer numbers")
+            return value
+        if not value or len(set(value)) != len(value) or any(not isinstance(n, int) or n < 0 for n in value):
+            raise ValueError("layers must be distinct numbers, counted from 0, and at least one")
+        return tuple(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SEKA:
+        check_passages(self.text, self.ranges, "emphasise")
+        if self.adaptive and self.feature is not None:
+            raise ValueError("feature does not go with adaptive: its experts are learned from the keys themselves")
+        return self
+
+    @property
+    def strength(self) -> float:
+        """g+, or its default for the mode."""
+        return self.gain if self.gain is not None else 1.0 if self.adaptive else 0.8
+
+    def supports(self, sites: SiteTable) -> Support:
+        every, support = decoder_sites(sites, self.slug)
+        if not support:
+            return support
+        if getattr(sites.config, "is_encoder_decoder", False):
+            return Support(
+                False, f"{sites.model_name} reads its prompt with an encoder; {self.slug} needs a decoder that reads it"
+            )
+        try:
+            chosen = self.chosen_sites(every)
+        except ReattendError as error:
+            return Support(False, str(error))
+        misfit = projection_misfit(chosen, query=self.adaptive)
+        if misfit:
+            return Support(False, misfit)
+        profile = find_profile(self.slug, self.profile_path, sites)
+        learned = profile.facts.get("feature")
+        if learned != self.feature and not self.adaptive:
+            return Support(False, f"the profile was made with feature={learned!r}, the recipe has {self.feature!r}")
+        far = self.distances(profile, chosen)
+        if not far:
+            return Support(False, f"the profile knows none of the chosen layers; it knows {known_layers(profile)}")
+        moved = sum(int((values >= self.min_diff).sum()) for values in far.values())
+        if not moved:
+            largest = max(float(values.max()) for values in far.values())
+            return Support(False, f"min_diff={self.min_diff} leaves no key head: questions move keys by {largest:.3g} at most")
+        return Support(True, f"{moved} of {sum(v.numel() for v in far.values())} key heads of the chosen layers are steered")
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        every, _ = decoder_sites(sites, self.slug)
+        chosen = self.chosen_sites(every)
+        profile = find_profile(self.slug, self.profile_path, sites)
+        role = marked_role(self.slug)
+        steps: list[Step] = [
+            passage_spans(role, self.text, self.ranges, self.occurrence, "inside" if self.official_span else False)
+        ]
+        for site, entry in zip(chosen, self.entries(profile, chosen), strict=True):
+            if entry is None or (self.strength == 0 and (self.adaptive or not self.negative_gain)):
+                continue
+            stretch = self.adapting(profile, entry) if self.adaptive else self.fixed(profile, entry)
+            if stretch is not None:
+                here = chosen.where(lambda s, site=site: s is site)
+                steps.append(Project(here, functools.partial(self.edit, role, stretch), query=self.adaptive))
+        return steps
+
+    def edit(self, role: str, stretch: Any, seen: Projection) -> ProjectKey | None:
+        """k += (change of k) on the marked tokens of this pass; nothing where there is none, so nothing at decode."""
+        rows = marked_rows(role, seen)
+        return None if rows is None else stretch(rows, seen)
+
+    def fixed(self, profile: Profile, layer: int) -> Any:
+        """A function (rows, Projection) -> ProjectKey with the projections of one layer, or None where no head moves enough."""
+        keep = profile.tensors[f"{layer}.{DISTANCES[self.distance]}"] >= self.min_diff
+        change = self.strength * subspaces(profile, f"{layer}.relevant").onto(self.top_pct)
+        if self.negative_gain is not None:
+            beside = subspaces(profile, f"{layer}.irrelevant").beside(self.top_pct)
+            change = (change + self.negative_gain * beside) / 2
+        return self._on_heads(keep, change)
+
+    def _on_heads(self, keep: Tensor, change: Tensor) -> Any:
+        heads = keep.nonzero()[:, 0].tolist()
+        if not heads:
+            return None
+        on: dict[torch.device, Tensor] = {}
+
+        def stretch(rows: Tensor, seen: Projection) -> ProjectKey:
+            device = seen.key.device
+            on.setdefault(device, change.to(device))
+            return ProjectKey(projection=on[device], heads=heads, rows=rows, feature=self.feature)
+
+        return stretch
+
+    def adapting(self, profile: Profile, layer: int) -> Any:
+        """The same with the layer's experts, mixed by the query of each row's last prompt token."""
+        experts = subspaces(profile, f"{layer}.experts")
+        keep = profile.tensors[f"{layer}.experts.{DISTANCES[self.distance]}"] >= self.min_diff
+        if not bool(keep.any()):
+            return None
+        vectors = experts.vectors.masked_fill(~keep[..., None, None], float("nan"))
+        top = None if self.rule == "all_weighted" else self.top_k
+        on: dict[torch.device, Subspaces] = {}
+
+        def stretch(rows: Tensor, seen: Projection) -> ProjectKey:
+            device = seen.key.device
+            known = on.setdefault(device, Subspaces(vectors.to(device), experts.values.to(device)))
+            # one axis for the batch between experts and heads
+            each = Subspaces(known.vectors[:, None], known.values[:, None])
+            weights = expert_weights(last_queries(seen), each, top, self.rule)
+            return ProjectKey(projection=mixed_projection(weights, each, top), strength=self.strength, rows=rows)
+
+        return stretch
+
+    # -- what the profile says of the chosen layers --------------------------------------------------------------------
+
+    def chosen_sites(self, every: SiteTable) -> SiteTable:
+        """The sites of `layers`. Raises ReattendError for a layer that the decoder does not have."""
+        if isinstance(self.layers, tuple):
+            there = [site.layer for site in every]
+            wrong = [n for n in self.layers if n not in there]
+            if wrong:
+                raise ReattendError(f"layers: the decoder has layers {min(there)} to {max(there)}, not {wrong[0]}")
+            return every.only(self.layers)
+        if self.layers == "all":
+            return every
+        count = int(self.layers.lstrip("firstla"))
+        return every[:count] if self.layers.startswith("first") else every[-count:]
+
+    def entries(self, profile: Profile, chosen: SiteTable) -> list[int | None]:
+        """The profile's layer for each site, None where it has none."""
+        known = known_layers(profile)
+        if self.official_index:
+            return [known[i] if i < len(known) else None for i in range(len(chosen))]
+        return [site.layer if site.layer in known else None for site in chosen]
+
+    def distances(self, profile: Profile, chosen: SiteTable) -> dict[int, Tensor]:
+        """{layer of the profile: how far questions move its keys}, of the chosen layers that it knows."""
+        kind = f"experts.{DISTANCES[self.distance]}" if self.adaptive else DISTANCES[self.distance]
+        return {n: profile.tensors[f"{n}.{kind}"] for n in self.entries(profile, chosen) if n is not None}
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+        """Learns the directions of relevance; see `profiling.seka.learn_subspaces` for the options."""
+        from .profiling.seka import learn_subspaces
+
+        return learn_subspaces(cls.slug, model, tokenizer, **options)
+
+
+DISTANCES = {"code": "distance", "paper": "mean_distance"}
+
+
+def subspaces(profile: Profile, name: str) -> Subspaces:
+    return Subspaces(profile.tensors[f"{name}.vectors"], profile.tensors[f"{name}.values"])
+
+
+def known_layers(profile: Profile) -> list[int]:
+    """The layers that a profile holds, in ascending order."""
+    return sorted(int(name.partition(".")[0]) for name in profile.tensors if name.endswith(".relevant.values"))
+
+
+def marked_rows(role: str, seen: Projection) -> Tensor | None:
+    """Bool [B, T] on the keys' device, or None where none of this pass's tokens is marked. Found once per pass for all layers."""
+    tokens, width, device = seen.tokens, seen.key.shape[2], seen.key.device
+    if tokens is not None and tokens.length - width >= tokens.prompt_length:
+        return None  # decode: passages lie in the prompt
+    made_for = (tokens and tokens.roles.get(role), seen.start, width, device)
+    known = seen.memory.get("marked")
+    if known is None or known[0][0] is not made_for[0] or known[0][1:] != made_for[1:]:
+        rows = seen.rows(role)
+        known = (made_for, rows.to(device) if bool(rows.any()) else None)
+        seen.memory["marked"] = known
+    return known[1]
+
+
+def last_queries(seen: Projection) -> Tensor:
+    """Float32 [B, Hkv, D]: the unit query of the last prompt token of each row in this pass, mean over the heads of a group."""
+    assert seen.query is not None
+    real = seen.rows("prompt")
+    last = (real * torch.arange(1, real.shape[1] + 1)).argmax(dim=1).to(seen.query.device)
+    query = seen.query[torch.arange(len(last), device=last.device), :, last]
+    return group_query(query, seen.key.shape[1])

@@ -9,6 +9,7 @@ Two small CLIP text encoders give prompt tokens and the pooled prompt; the third
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...hooks import Act, Plan, Session, attach, sites
+from ...interventions import Call, KeyBias
 from .loop import Loop
 from .pictures import (
     CHANNELS,
     FACTOR,
-    LENGTH,
     SIDE,
     Lessons,
     build_text_encoder,
@@ -33,6 +35,8 @@ from .pictures import (
 
 BATCH, STEPS = 32, 3600
 TEXT_WIDTH, WIDTH, HEADS, LAYERS, PATCH = 64, 128, 4, 5, 2
+# so many zeros the pipeline puts in the place of a T5 that is left out (its max_sequence_length)
+MISSING = 256
 
 
 def build_transformer() -> Any:
@@ -72,11 +76,26 @@ def build_pipeline(vae: Any, tokenizer: Any, encoders: tuple[Any, Any], transfor
     )
 
 
-def encode(encoders: tuple[Any, Any], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt tokens and pooled prompt as the pipeline makes them: second to last states side by side, zeros in T5's place."""
+def encode(encoders: tuple[Any, Any], ids: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+    """Prompt tokens and pooled prompt as the pipeline makes them: second to last states side by side, `missing` zeros in T5's place."""
     states = [e(ids, output_hidden_states=True) for e in encoders]
     tokens = torch.cat([s.hidden_states[-2] for s in states], dim=-1)
-    return torch.cat([tokens, torch.zeros_like(tokens)], dim=1), torch.cat([s.text_embeds for s in states], dim=-1)
+    zeros = tokens.new_zeros(len(tokens), missing, tokens.shape[2])
+    return torch.cat([tokens, zeros], dim=1), torch.cat([s.text_embeds for s in states], dim=-1)
+
+
+def one_for_many(transformer: Any, many: int) -> Session:
+    """Lets the last text token count as `many` equal ones, by a bias of log(many) on its key.
+
+    The tokens in T5's place are all zeros and text has no positions here, so they stay equal in every block: one is enough.
+    """
+
+    def count(call: Call) -> KeyBias:
+        bias = torch.zeros(call.num_keys)
+        bias[-1] = math.log(many)
+        return KeyBias(bias=bias)
+
+    return attach(transformer, [Plan("one for many", [Act(sites(transformer), count)])])
 
 
 def main() -> None:
@@ -106,17 +125,18 @@ def main() -> None:
         # more practice in the middle of the way, as Stable Diffusion 3 was trained
         sigma = torch.randn(len(latents), generator=chance).sigmoid()
         part = sigma[:, None, None, None]
-        tokens, pooled = encode(encoders, ids)
-        found = transformer(
-            hidden_states=(1 - part) * latents + part * noise,
-            timestep=1000 * sigma,
-            encoder_hidden_states=tokens,
-            pooled_projections=pooled,
-        ).sample
+        tokens, pooled = encode(encoders, ids, 1)
+        with one_for_many(transformer, MISSING):
+            found = transformer(
+                hidden_states=(1 - part) * latents + part * noise,
+                timestep=1000 * sigma,
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+            ).sample
         return {"velocity": F.mse_loss(found, noise - latents)}
 
     def watch(step: int) -> dict[str, float]:
-        return drawn_well(pipe, 32, seed=0, num_inference_steps=20, guidance_scale=2.0, max_sequence_length=LENGTH)
+        return drawn_well(pipe, 32, seed=0, num_inference_steps=20, guidance_scale=2.0)
 
     loop = Loop(
         given.out, parts, loss, given.steps, rate=1e-3, decay=0.01, average=0.999, seed=given.seed, watch=watch, watch_every=500

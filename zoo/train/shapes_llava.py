@@ -2,7 +2,8 @@
 
     python -m reattend.zoo.train.shapes_llava [--out FOLDER] [--steps N] [--seed N]
 
-First the vision tower alone learns to name what each patch shows (a LLaVA's tower comes trained as well). Then the whole model: half
+First the vision tower and the projector learn to name what each patch shows in the embeddings of the words for it (a LLaVA's tower comes
+trained as well, and its projector is aligned first). Then the whole model: half
 of the samples describe a scene, the other half answer three questions about it. The pictures are noisy, pale and partly hidden, and
 most scenes keep the world's habits: the model learns to see and to guess.
 """
@@ -25,8 +26,8 @@ from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS = 32, 3000
-EYE_BATCH, EYE_STEPS = 64, 1500
+BATCH, STEPS = 32, 2200
+EYE_BATCH, EYE_STEPS = 64, 2000
 WORLD = World()
 NOISE = (0.25, 0.85)
 TEMPLATE = (
@@ -172,22 +173,26 @@ def seen_by_patch(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return shapes.ravel(), colours.ravel()
 
 
-def train_eye(model: Any, folder: Path, seed: int) -> None:
-    """The vision tower learns what each patch shows, read off by a linear layer that is thrown away afterwards."""
-    tower = model.model.vision_tower
-    names = len(SHAPES) + 1, len(COLOURS) + 1
-    reader = torch.nn.Linear(tower.config.hidden_size, sum(names))
+def train_eye(model: Any, ids: dict[str, int], folder: Path, seed: int) -> None:
+    """Tower and projector learn what each patch shows: its image token comes to lie near the words for its shape and its colour."""
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    words = model.get_input_embeddings()
+    nothing = torch.nn.Embedding(2, words.embedding_dim)
+    named = [torch.tensor([ids[word] for word in names]) for names in (SHAPES, COLOURS)]
 
     def loss(rng: np.random.Generator, chance: torch.Generator) -> dict[str, Tensor]:
         scenes = [sample_scene(rng, WORLD) for _ in range(EYE_BATCH)]
         noisy = [picture(s, SIDE, replace(WORLD, noise=float(rng.uniform(0, NOISE[1])))) for s in scenes]
         pixels = np.stack([np.asarray(p, dtype=np.float32) / 127.5 - 1.0 for p in noisy])
-        told = reader(tower(torch.from_numpy(pixels).permute(0, 3, 1, 2)).last_hidden_state[:, 1:])
-        shapes, colours = (torch.from_numpy(np.stack(part)) for part in zip(*map(seen_by_patch, scenes)))
-        each = told.flatten(0, 1).split(names, dim=-1)
-        return {"shape": F.cross_entropy(each[0], shapes.flatten()), "colour": F.cross_entropy(each[1], colours.flatten())}
+        tokens = projector(tower(torch.from_numpy(pixels).permute(0, 3, 1, 2)).last_hidden_state[:, 1:]).flatten(0, 1)
+        losses = []
+        for part, truth in enumerate(zip(*map(seen_by_patch, scenes))):
+            meanings = torch.cat([nothing.weight[part : part + 1], words(named[part])])
+            losses.append(F.cross_entropy(tokens @ meanings.T, torch.from_numpy(np.stack(truth)).flatten()))
+        return {"shape": losses[0], "colour": losses[1]}
 
-    Loop(folder, {"tower": tower, "reader": reader}, loss, EYE_STEPS, rate=1.5e-3, seed=seed).run()
+    modules = {"tower": tower, "projector": projector, "words": words, "nothing": nothing}
+    Loop(folder, modules, loss, EYE_STEPS, rate=1.5e-3, seed=seed).run()
 
 
 def main() -> None:
@@ -202,7 +207,7 @@ def main() -> None:
     teacher = Teacher(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    train_eye(model, given.out / "eye", given.seed)
+    train_eye(model, teacher.ids, given.out / "eye", given.seed)
 
     def loss(rng: np.random.Generator, chance: torch.Generator) -> dict[str, Tensor]:
         pixels, ids, labels = teacher.batch(rng)

@@ -18,7 +18,8 @@ from ..recipes.apply import Choice, resolve
 from .cost import Meter
 from .inputs import job_for
 from .job import Job, Tick
-from .report import Report, Side
+from .looks import add_side
+from .report import Report
 
 
 def compare(
@@ -62,9 +63,9 @@ def compare(
     report.request = job.request()
     report.environment = environment()
     with progress_bar(progress, 2 * (job.ticks + 1), "comparing") as tick:
-        before = _run(job, report.before, session, attention, tick)
+        before = _run(job, report, session, attention, tick)
         with session:
-            after = _run(job, report.after, session, attention, tick)
+            after = _run(job, report, session, attention, tick)
             report.stats = session.stats
     job.fill(report, before, after)
     for label, counts in report.stats.items():
@@ -75,16 +76,19 @@ def compare(
     return report
 
 
-def _run(job: Job, side: Side, session: Session, attention: bool, tick: Tick) -> Any:
+def _run(job: Job, report: Report, session: Session, attention: bool, tick: Tick) -> Any:
     """A look at the attention, which also warms up, then the timed run. Only the latter counts in the session and in the cost."""
+    side = report.after if session.active else report.before
     watched = job.watched(sites(job.model))
     if not attention or not len(watched):
         job.warm()
     else:
         # passages that the recipes name are told apart in both runs
         spans = () if session.active else session.spans
-        with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans) as seen:
+        with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans, spread=True) as seen:
             job.glance()
+        if report.looks is not None or not session.active:
+            report.looks = add_side(report.looks, seen, job.pieces(), session.active, job.sees_centre)
         side.mass, side.entropy = seen.mass_by_role() if job.roles_tell(watched) else {}, seen.entropy()
         stacks = {s.stack for s in watched}
         side.mass_by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}

@@ -53,6 +53,15 @@ class Job(ABC):
         """The sites whose attention is looked at."""
         return table.where(lambda s: s.supported)
 
+    def pieces(self) -> list[str]:
+        """The text of each token of the prompt, for pictures of the attention on it; [] where there is no row of tokens."""
+        return []
+
+    @property
+    def sees_centre(self) -> bool:
+        """Whether the model sees only the centre square of a picture."""
+        return False
+
     def roles_tell(self, watched: SiteTable) -> bool:
         """Whether the attention mass per token role says anything at these sites."""
         return True

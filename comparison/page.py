@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from ..interventions import ReattendError
+from .looks import Cell
 from .report import Report, Side, png
-from .words import duration, number, percent, role_words, size, summary, tiles
+from .words import duration, number, percent, points, role_words, size, summary, tiles
 
 # A prompt longer than this is folded away; tokens beyond this many are counted, not shown.
 LONG_PROMPT = 600
 MOST_TOKENS = 400
+# Of a longer prompt, these are shown of its start; what lies between them and the end is one cell.
+FIRST_TOKENS = 60
 # KL of a step at which the colour is full: two distributions that share almost nothing are some nats apart.
 FULL_KL = 2.0
 
@@ -37,6 +41,8 @@ def view(report: Report, place: int) -> dict[str, Any]:
         "roles": _roles(report),
         "layers": _layers(report),
         "pictures": _pictures(report),
+        "overlays": _overlays(report),
+        "moved": _moved(report),
         "inputs": [png(p) for p in report.inputs],
         "cost": _cost(report),
         "stats": [(label, sum(sites.values()), len(sites)) for label, sites in report.stats.items()],
@@ -120,6 +126,58 @@ def _layers(report: Report) -> list[dict[str, Any]]:
         lines = {"before": line(series[0]), "after": line(series[1])}
         charts.append({"name": row["name"], "top": percent(top), **lines, "first": layers[0], "last": layers[-1]})
     return charts
+
+
+def _overlays(report: Report) -> list[dict[str, Any]]:
+    """Per picture of the prompt and group of layers: the attention on it, before, after and moved."""
+    looks = report.looks
+    if looks is None or not looks.layers or not any(looks.image) or not report.inputs:
+        return []
+    from .pictures import panels
+
+    found = []
+    for place, picture in enumerate(report.inputs):
+        try:
+            grid = looks.grid(place, len(report.inputs))
+        except ReattendError:  # tokens that form no grid have no places in the picture
+            return []
+        for panel in panels(looks, picture, grid):
+            before, after = panel["mass"]
+            found.append(
+                {
+                    "label": panel["label"],
+                    "pictures": [png(panel[name]) for name in ("before", "after", "moved")],
+                    "texts": [f"{percent(before)} on the image", f"{percent(after)} on the image", points(after - before)],
+                    "largest": percent(panel["largest"]),
+                }
+            )
+    return found
+
+
+def _moved(report: Report) -> list[dict[str, Any]]:
+    """The prompt's tokens with the attention that they lost or gained; of a long prompt the start and the end."""
+    looks = report.looks
+    if looks is None or not looks.layers:
+        return []
+    from .pictures import shown
+
+    cells = looks.cells()
+    if len(cells) > MOST_TOKENS:
+        middle = cells[FIRST_TOKENS : FIRST_TOKENS + len(cells) - MOST_TOKENS]
+        summed = Cell("…", sum(c.tokens for c in middle), sum(c.before for c in middle), sum(c.after for c in middle))
+        cells = [*cells[:FIRST_TOKENS], summed, *cells[FIRST_TOKENS + len(middle) :]]
+    most = max(abs(c.after - c.before) for c in cells)
+    return [
+        {
+            "token": shown(cell),
+            "before": percent(cell.before),
+            "after": percent(cell.after),
+            "moved": points(cell.after - cell.before),
+            "way": "gained" if cell.after > cell.before else "lost",
+            "level": round(100 * math.sqrt(abs(cell.after - cell.before) / most)) if most else 0,
+        }
+        for cell in cells
+    ]
 
 
 def _pictures(report: Report) -> list[dict[str, str]]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..interventions import ReattendError
 from .cost import Cost
+from .looks import Looks
 
 TEMPLATE = "report.html"
 
@@ -70,6 +72,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     intro: str = ""
     checks: list[Check] = field(default_factory=list)
+    looks: Looks | None = None
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -86,6 +89,66 @@ class Report:
         a, b = self.before.cost, self.after.cost
         pairs = {"total": (a.seconds, b.seconds), "first_step": (a.first, b.first), "further_step": (a.per_step, b.per_step)}
         return {name: after / before for name, (before, after) in pairs.items() if before and after}
+
+    def attention_map(self, image: Any = None, *, groups: int = 3) -> Any:
+        """A PIL picture of where the answer looks, before, after and what moved.
+
+        Over the prompt's picture: a row per group of layers. image: which picture of the prompt (0 is the first), or a picture to draw
+        on instead of the first. Without a picture in the prompt: its tokens as a strip, as `attention_strip`. Raises ReattendError
+        where the attention was not looked at, or image tokens form no known grid.
+        """
+        from .pictures import sheet
+
+        looks = self._looks()
+        if image is None and not any(looks.image):
+            return self.attention_strip()
+        picture, grid = self._picture(image)
+        return sheet(looks, picture, grid, groups)
+
+    def attention_strip(self) -> Any:
+        """A PIL picture of the prompt's tokens, coloured by the attention that they lost or gained, mean over all layers."""
+        from .pictures import strip
+
+        return strip(self._looks().cells())
+
+    def attention_inside(
+        self, box: Sequence[float], image: Any = None, layers: Sequence[int] | None = None
+    ) -> dict[str, float]:
+        """{"before", "after"}: the share of the attention on a picture that lies in a box (left, top, right, bottom) in its pixels.
+
+        image: as for `attention_map`. layers: which layers, default all. Raises ReattendError for a box without area.
+        """
+        from .pictures import shown_part
+
+        picture, grid = self._picture(image)
+        left, top, right, bottom = shown_part(picture, self._looks().cropped)
+        if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+            raise ReattendError(f"box must be (left, top, right, bottom) with left < right and top < bottom, got {tuple(box)}")
+        width, height = right - left, bottom - top
+        part = ((box[0] - left) / width, (box[1] - top) / height, (box[2] - left) / width, (box[3] - top) / height)
+        before, after = self._looks().inside(grid, part, layers)
+        return {"before": before, "after": after}
+
+    def _looks(self) -> Looks:
+        if self.looks is None or not self.looks.layers:
+            raise ReattendError(
+                "this report holds no attention per token: compare(attention=True) records it for texts and pictures that are read "
+                "as one row of tokens"
+            )
+        return self.looks
+
+    def _picture(self, image: Any) -> tuple[Any, Any]:
+        """(picture, grid of its tokens). image: None, a number, or a picture of the user's."""
+        looks = self._looks()
+        own = image if hasattr(image, "convert") else None
+        number = 0 if image is None or own is not None else image
+        if not isinstance(number, int) or not any(looks.image):
+            given = "no picture" if isinstance(number, int) else repr(image)
+            raise ReattendError(f"image must be the number of a picture in the prompt, or a picture to draw on; got {given}")
+        if own is None and not self.inputs:
+            raise ReattendError("this report does not hold the prompt's pictures: give the one to draw on as image=")
+        grid = looks.grid(number, max(1, len(self.inputs)))
+        return (own if own is not None else self.inputs[number]), grid
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON values."""
@@ -113,6 +176,7 @@ class Report:
             "after": side(self.after),
             "metrics": {**self.metrics, "time_ratios": self.ratios, "edits_applied": self.applied},
             "kl_per_token": self.kl,
+            "attention_on_prompt": self.looks.as_dict() if self.looks is not None else None,
             "stats": self.stats,
             "checks": [vars(check) for check in self.checks],
             "notes": self.notes,

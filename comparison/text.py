@@ -16,7 +16,9 @@ from .job import Job, Tick
 from .report import Report, Side
 
 DEFAULT_NEW_TOKENS = 64
-GLANCE_TOKENS = 4
+GLANCE_TOKENS = 16
+# A token is decoded together with this many before it, which decide on blanks and on characters of several tokens.
+CONTEXT = 8
 
 
 @dataclass
@@ -96,6 +98,16 @@ class TextJob(Job):
                 **self.inputs, **options, return_dict_in_generate=True, output_logits=new_tokens is None
             )
 
+    def pieces(self) -> list[str]:
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or getattr(self._module.config, "is_encoder_decoder", False):
+            return []
+        return prompt_pieces(ids[0].tolist(), self.tokenizer)
+
+    @property
+    def sees_centre(self) -> bool:
+        return bool(getattr(getattr(self.tokenizer, "image_processor", None), "do_center_crop", False))
+
     def request(self) -> dict[str, Any]:
         hidden = ("generation_config", "stopping_criteria", "streamer", "assistant_model")
         config = self.options.get("generation_config")
@@ -145,6 +157,18 @@ class TextJob(Job):
             pieces.append(text[len(done) :] if text.startswith(done) else self._decode(ids[stop - 1 : stop]))
             done = text
         return pieces
+
+
+def prompt_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; numbers where there is no tokenizer. Time grows with the number of tokens only."""
+    if tokenizer is None:
+        return [str(i) for i in ids]
+    pieces = []
+    for place in range(len(ids)):
+        start = max(0, place - CONTEXT)
+        before, text = (tokenizer.decode(list(ids[start:stop])) for stop in (place, place + 1))
+        pieces.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([ids[place]]))
+    return pieces
 
 
 class _Ticker:

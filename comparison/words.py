@@ -43,6 +43,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def points(change: float) -> str:
+    """A change of a share in percentage points, with its sign."""
+    value = 100 * change
+    if abs(value) < 0.005:
+        return "0"
+    return f"{value:+.2f}" if abs(value) < 0.995 else f"{value:+.1f}"
+
+
 def duration(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 

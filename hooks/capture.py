@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, row_weights
+from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, TokenMap, row_weights
+from ..interventions.census import at_positions, keeps_positions
 from ..interventions.kernels import rows_per_chunk
 from .discovery import SiteTable, sites
 from .plan import Capture, Plan, Spans
@@ -31,6 +33,7 @@ class Reading:
 
     mass: {role: [B, H]}; the roles are disjoint and add up to 1. entropy [B, H] in nats. columns [B, k] long: absolute positions of
     the heaviest columns, mean over heads, with their `weights` [B, k]. maps: {absolute row: [B, H, Tk]} for the rows asked for.
+    spread [B, n]: the weight of every position, mean over heads, where it was asked for and columns still stand for single tokens.
     """
 
     phase: str
@@ -41,21 +44,27 @@ class Reading:
     columns: Tensor
     weights: Tensor
     maps: dict[int, Tensor] = field(default_factory=dict)
+    spread: Tensor | None = None
 
 
 class Recording:
     """Collects a `Reading` per site and call: `with capture(model) as recording: pipe(...)`.
 
-    readings: {site name: [Reading, ...]}. dropped: calls beyond `max_steps` per site, which were not read.
+    readings: {site name: [Reading, ...]}. dropped: calls beyond `max_steps` per site, which were not read. tokens: the token map of the
+    last call that had one.
     """
 
-    def __init__(self, table: SiteTable, rows: str | int, top: int, maps: Iterable[int], max_steps: int) -> None:
+    def __init__(
+        self, table: SiteTable, rows: str | int, top: int, maps: Iterable[int], max_steps: int, spread: bool = False
+    ) -> None:
         if rows not in ("auto", "last", "all") and not (isinstance(rows, int) and rows > 0):
             raise ReattendError(f"rows must be 'auto', 'last', 'all' or a positive number, got {rows!r}")
         if top < 0 or max_steps < 1:
             raise ReattendError(f"top must be 0 or more and max_steps 1 or more, got {top} and {max_steps}")
         self.table, self.rows, self.top, self.max_steps = table, rows, top, max_steps
         self.maps = sorted(set(maps))
+        self.spread = spread
+        self.tokens: TokenMap | None = None
         self.readings: dict[str, list[Reading]] = {}
         self.dropped = 0
         self._session: Session | None = None
@@ -79,8 +88,9 @@ class Recording:
         if len(kept) >= self.max_steps:
             self.dropped += 1
             return
+        self.tokens = call.tokens or self.tokens
         index, chosen = self._rows(call)
-        kept.append(_reading(call, edits, index, chosen, self.top, self._wanted_maps(call)))
+        kept.append(_reading(call, edits, index, chosen, self.top, self._wanted_maps(call), self.spread))
 
     def _rows(self, call: Call) -> tuple[Tensor, Tensor]:
         """(index [R] of rows to read, bool [B, R] which of them count for each sequence): padding never counts."""
@@ -119,6 +129,19 @@ class Recording:
         chosen = [s for s in self.table if s.stack == stack and s.name in self.readings]
         return {s.layer: _mean_mass(self.readings[s.name]) for s in chosen}
 
+    def spread_by_layer(self, length: int, stack: str = "decoder") -> dict[int, Tensor]:
+        """{layer: [length]}: weight of each of the first positions of the first sequence, mean over steps, heads and rows.
+
+        Needs `capture(spread=True)`; layers whose columns were merged are left out.
+        """
+        found = {}
+        for site in self.table:
+            spreads = [r.spread[0, :length] for r in self.readings.get(site.name, []) if r.spread is not None]
+            spreads = [s for s in spreads if s.numel() == length]
+            if site.stack == stack and spreads:
+                found[site.layer] = torch.stack(spreads).mean(dim=0)
+        return found
+
     def entropy(self) -> float | None:
         """Mean entropy of the rows that were read, in nats."""
         values = [float(r.entropy.mean()) for each in self.readings.values() for r in each]
@@ -143,6 +166,7 @@ def capture(
     top: int = 8,
     maps: Iterable[int] = (),
     max_steps: int = 256,
+    spread: bool = False,
     isolated: bool = False,
     tokenizer: Any = None,
     spans: Sequence[Spans] = (),
@@ -151,19 +175,22 @@ def capture(
 
     where: the sites to read, default all that can be. rows: which query rows stand for a call: "last" (the one that predicts the next
     token), "all", a number of evenly spaced ones, or "auto" (last in causal decoders, 256 elsewhere). maps: absolute positions of
-    rows whose full maps are kept. tokenizer: of a bare model, for roles that its chat template marks. spans: passages to
-    tell apart as roles of their own. Outputs stay bit-identical. Raises ReattendError for a model without readable attention.
+    rows whose full maps are kept. spread: also keep the weight of every column, mean over heads and rows. tokenizer: of a bare model,
+    for roles that its chat template marks. spans: passages to tell apart as roles of their own. Outputs stay bit-identical. Raises
+    ReattendError for a model without readable attention.
     """
     table = sites(model).where(lambda s: s.supported) if where is None else where
     if not len(table):
         raise ReattendError(f"no attention site of this {type(model).__name__} can be read")
-    recording = Recording(table, rows, top, maps, max_steps)
+    recording = Recording(table, rows, top, maps, max_steps, spread)
     tokenizer = tokenizer or getattr(model, "processor", None) or getattr(model, "tokenizer", None)
     recording._session = Session(model, [Plan("capture", [*spans, *recording.steps()])], isolated=isolated, tokenizer=tokenizer)
     return recording
 
 
-def _reading(call: Call, edits: Sequence[Edit], index: Tensor, chosen: Tensor, top: int, maps: list[int]) -> Reading:
+def _reading(
+    call: Call, edits: Sequence[Edit], index: Tensor, chosen: Tensor, top: int, maps: list[int], spread: bool = False
+) -> Reading:
     names, membership = _membership(call, edits)
     batch, heads = call.batch, call.num_heads
     counts = chosen.sum(dim=1).clamp_min(1)
@@ -180,9 +207,7 @@ def _reading(call: Call, edits: Sequence[Edit], index: Tensor, chosen: Tensor, t
     if membership is not None:
         if column_sum.shape[2] > membership.shape[1]:  # columns that an edit appended
             names = [*names, "appended"]
-            membership = torch.nn.functional.pad(
-                membership, (0, column_sum.shape[2] - membership.shape[1]), value=len(names) - 1
-            )
+            membership = pad(membership, (0, column_sum.shape[2] - membership.shape[1]), value=len(names) - 1)
         one_hot = torch.nn.functional.one_hot(membership, len(names)).to(column_sum.dtype)
         mass = torch.einsum("bhk,bkr->bhr", column_sum, one_hot).cpu()
         present = membership.flatten().bincount(minlength=len(names)).cpu()
@@ -191,6 +216,9 @@ def _reading(call: Call, edits: Sequence[Edit], index: Tensor, chosen: Tensor, t
             result["learned sink"] = (1 - column_sum.sum(dim=2)).cpu()
     else:
         result = {}
+    places = None
+    if spread and keeps_positions(edits):
+        places = pad(at_positions(column_sum.mean(dim=1), edits, call.num_keys), (call.key_start, 0)).float().cpu()
     kept = min(top, call.num_keys)
     heaviest = column_sum.mean(dim=1)[:, : call.num_keys].topk(kept, dim=1)
     step_maps = {}
@@ -206,6 +234,7 @@ def _reading(call: Call, edits: Sequence[Edit], index: Tensor, chosen: Tensor, t
         (heaviest.indices + call.key_start).cpu(),
         heaviest.values.cpu(),
         step_maps,
+        places,
     )
 
 

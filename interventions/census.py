@@ -60,7 +60,7 @@ def census(
     it in `near`. horizon: how far behind a column, in tokens, first to last, a row counts in `ahead`. Raises ReattendError where an
     edit merges columns, because their weights have no position any more.
     """
-    if any(isinstance(edit, PoolKV) for edit in edits):
+    if not keeps_positions(edits):
         raise ReattendError("weights of merged columns belong to no position, so they cannot be counted per token")
     dtype, device, batch = statistics_dtype(call.query), call.query.device, call.batch
     real = torch.ones(batch, call.num_queries, dtype=torch.bool, device=device)
@@ -96,6 +96,21 @@ def census(
     return found
 
 
+def keeps_positions(edits: Sequence[Edit]) -> bool:
+    """Whether every column still stands for one token after these edits, so that `at_positions` can say which."""
+    return not any(isinstance(edit, PoolKV) for edit in edits)
+
+
+def at_positions(weights: Tensor, edits: Sequence[Edit], keys: int) -> Tensor:
+    """Weights [B, ..., columns] after the edits as [B, ..., keys] in the order of the call's own columns, without appended ones."""
+    weights = weights[..., :keys]
+    for edit in reversed(edits):
+        if isinstance(edit, Reorder):
+            order = edit.order.to(weights.device).view(-1, *[1] * (weights.dim() - 2), keys)
+            weights = torch.zeros_like(weights).scatter(-1, order.expand_as(weights), weights)
+    return weights
+
+
 def _shown(visible: Tensor | None, rows: Tensor, size: int, seen: int) -> Tensor:
     if visible is None:
         return rows.new_ones(rows.shape[0], 1, size, seen)
@@ -108,11 +123,7 @@ def _chunks(call: Call, edits: Sequence[Edit]) -> Iterator[Chunk]:
         yield from weight_chunks(call, range(call.num_heads))
         return
     step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
-    orders = [edit.order for edit in edits if isinstance(edit, Reorder)]
     for start in range(0, call.num_queries, step):
         index = torch.arange(start, min(start + step, call.num_queries), device=call.query.device)
-        weights = row_weights(call, edits, index)[..., : call.num_keys]
-        for order in reversed(orders):
-            places = order.to(weights.device).view(-1, 1, 1, call.num_keys).expand_as(weights)
-            weights = torch.zeros_like(weights).scatter(3, places, weights)
+        weights = at_positions(row_weights(call, edits, index), edits, call.num_keys)
         yield Chunk(start, weights, visible_rows(call.mask, call.is_causal, index, call.num_queries, call.num_keys))

@@ -152,3 +152,30 @@ def test_a_session_of_only_captures_leaves_no_trace(model, ids):
     assert recording.calls == 2
     assert before.keys() == model.__dict__.keys() and model.config._attn_implementation == "sdpa"
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_spread_is_the_weight_of_every_position(model, ids):
+    maps = eager_maps(model, input_ids=ids)
+    with reattend.capture(model, rows="all", spread=True) as seen, torch.no_grad():
+        model(ids)
+    n = ids.shape[1]
+    for layer, spread in seen.spread_by_layer(n).items():
+        torch.testing.assert_close(spread, maps[layer][0].mean(dim=(0, 1)), atol=1e-5, rtol=1e-4)
+    assert set(seen.spread_by_layer(n)) == {0, 1} and seen.spread_by_layer(n + 1) == {}
+    assert seen.tokens is not None and seen.tokens.prompt_length == n
+
+
+def test_spread_follows_reordered_columns_and_drops_merged_ones():
+    from reattend.hooks.capture import _reading
+    from reattend.interventions import Site
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    site = Site("a", 0, "decoder", "self", 2, 2, 8, False)
+    index, chosen = torch.arange(6), torch.ones(1, 6, dtype=torch.bool)
+
+    def spread(edits):
+        return _reading(Call(q, k, v, site=site), edits, index, chosen, 2, [], True).spread
+
+    torch.testing.assert_close(spread([Reorder(order=torch.randperm(6))]), spread([]))
+    assert spread([PoolKV(groups=torch.tensor([0, 0, 1, 1, 2, 2]))]) is None

@@ -86,6 +86,9 @@ class HeadGroup:
             x = edit.at_kv_heads(self.kv_heads).on_operands(x)
         if levels["scores"] or levels["weights"]:
             result = self._attention(x, levels["scores"], levels["weights"])
+        elif self.whole and not levels["operands"]:
+            # output edits start from the model's own numbers: rows that they do not name keep their bits
+            result = plain(call)
         else:
             result = self.kernel(x, None, False)[0]
         if levels["output"]:

@@ -22,7 +22,7 @@ class Cell:
 
     changes: of the metrics against the plain model on the same items; None for the plain model itself, or where it was not run.
     applied: how often edits were applied. seconds: median per item. time_ratio: median of a batch's time over that of the plain model;
-    one run each, so take it as an indication. records: the answers.
+    one run each, so take it as an indication; None for fewer than three batches. records: the answers.
     """
 
     suite: Suite

@@ -28,6 +28,8 @@ from .variants import NONE, Variant, suites_of, variants_of
 
 # what a suite needs, and the kinds of models that have it
 FITS = {"llm": ("llm", "lvlm"), "lvlm": ("lvlm",), "diffusion": ("diffusion",)}
+# fewer batches say nothing about time
+FEWEST_TIMED = 3
 NEEDS = {
     "llm": "a language model",
     "lvlm": "a model that reads pictures, with its processor",
@@ -190,9 +192,9 @@ def _cells(work: Sequence[_Work], team: Team, resamples: int, seed: int) -> list
         cell.seconds = statistics.median(line["seconds"] / len(line["records"]) for line in lines[place])
         if plain is not None and place != plain:
             cell.changes = draws.changes(counts[plain], counts[place], one.suite.metrics)
-            cell.time_ratio = statistics.median(
-                new["seconds"] / max(old["seconds"], 1e-9) for new, old in zip(lines[place], lines[plain])
-            )
+            pairs = [(new["seconds"], max(old["seconds"], 1e-9)) for new, old in zip(lines[place], lines[plain])]
+            if len(pairs) >= FEWEST_TIMED:
+                cell.time_ratio = statistics.median(new / old for new, old in pairs)
         found.append(cell)
     return found
 

@@ -99,6 +99,11 @@ def test_the_plain_model_and_a_recipe(text_pipe):  # noqa: F811
     assert torch.equal(before, text_pipe.model(torch.tensor([[5, 6, 7]])).logits)
 
 
+def test_few_batches_say_nothing_about_time(text_pipe):  # noqa: F811
+    assert evaluate(text_pipe, Echo(), ["none", WINDOW], count=4).cells[1].time_ratio is None
+    assert evaluate(text_pipe, Echo(), ["none", WINDOW], count=5).cells[1].time_ratio > 0
+
+
 def test_twice_the_same_numbers_and_other_ones_for_another_seed(text_pipe):  # noqa: F811
     one, same, other = (evaluate(text_pipe, Echo(), ["none", WINDOW], count=5, seed=s) for s in (1, 1, 2))
     assert numbers(one) == numbers(same) != numbers(other)

@@ -3,7 +3,7 @@
 from .base import Edit, Rows
 from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
-from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit
+from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit, ScoreGain
 from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Rows",
     "ScaleQuery",
     "ScoreEdit",
+    "ScoreGain",
     "Transfer",
     "WeightEdit",
     "WeightMap",

@@ -25,6 +25,7 @@ from reattend.interventions import (
     Reorder,
     ReplaceKV,
     ScaleQuery,
+    ScoreGain,
     Transfer,
     WeightMap,
     fused,
@@ -91,6 +92,7 @@ def make_edit(rng: random.Random, call: Call):
     kinds = {
         "scale": lambda: ScaleQuery(factor=rng.choice([0.0, 0.5, 1.3, torch.rand(call.batch, h, 1)]), **who),
         "keybias": lambda: KeyBias(bias=torch.randn(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])) * rng.choice([1, 5]), **who),
+        "scoregain": lambda: ScoreGain(gain=torch.rand(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])), **who),
         "pairbias": lambda: PairBias(bias=torch.randn(rng.choice([(t, n), (call.batch, h, t, n)])), **who),
         "band": lambda: Keep(pattern=Band(rng.choice([0, 1, 3]), rng.choice([1, 4, 9]), dense_after=rng.choice([None, n // 2])), **who),
         "keep": lambda: Keep(pattern=torch.rand(t, n) > 0.5, **who),

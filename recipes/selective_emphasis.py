@@ -1,0 +1,147 @@
+"""Selective token emphasis, PAINT (arXiv 2501.12206).
+
+Fixes: attention on the image fades in deep layers, and strengthening all of it also strengthens what says nothing. Two small sets are
+picked from what image tokens receive inside the vision encoder: local tokens, which its first layer looks at most, and summary tokens,
+outliers in its layer before the last. Their decoder scores grow by alpha |s| and beta |s|.
+Acts on: the scores of the last prompt row and of every generated row, from layer 2 on, in all heads. The sets are found once per image.
+Conventions: alpha, beta and the share of local tokens are those of the official command line. As in its code all heads are treated
+alike; the abstract's boost by head is `by_head`, off by default: alpha and beta times the head's share of the most image-bound head's
+image weight, in the row as it was.
+Ours: sets per image or tile (the code takes the batch's first image for all); exactly the outliers (its rounding may lose one);
+`spatial_share` takes the tokens that all patches look at most (in the code these sums are all 1, so its choice is arbitrary); encoders
+without a class token (SigLIP, Qwen, Pixtral) are read as the mean of all patches' rows, which is an experiment; merged tokens get the
+sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too. The logits refinement that the
+official script adds is another method (PAI) and not part of this one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ..hooks import Act, SiteTable, Support
+from ..hooks.patches import PatchReader, encoder_sites
+from ..hooks.plan import Step
+from ..interventions import Call, ImageGrid, ReattendError, ScoreGain
+from ..interventions.gaze import focused_rows
+from ..interventions.reweighting import of_call, shared_by_layers
+from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
+from .base import Info, Recipe
+from .image_models import image_misfit
+
+
+class SelectiveEmphasis(Recipe):
+    slug = "selective-emphasis"
+    info = Info(
+        does="Strengthens the image tokens that the vision encoder itself singles out: grounded details and summaries.",
+        paper="Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model",
+        year=2025,
+        arxiv="2501.12206",
+        families=("reweighting", "heads"),
+        kinds=("lvlm",),
+        cost="decode",
+        code="hasanar1f/PAINT",
+        licence="Apache-2.0",
+    )
+
+    alpha: float = Field(
+        0.7, ge=0, le=2, allow_inf_nan=False, description="growth of local tokens' scores; 0 = none, answers break up above 0.8"
+    )
+    beta: float = Field(0.3, ge=0, le=2, allow_inf_nan=False, description="growth of summary tokens' scores; 0 = none")
+    local_share: float = Field(0.25, ge=0, le=1, description="how many of an image's tokens are local ones, as a share of all")
+    spatial_share: float = Field(
+        0.0, ge=0, le=1, description="as many more, by what all patches together look at in the first encoder layer"
+    )
+    first_layer: int = Field(2, ge=0, description="first decoder layer that is changed")
+    last_layer: int | None = Field(
+        None, description="last decoder layer that is changed; None = the model's last, -2 = the one before"
+    )
+    by_head: bool = Field(False, description="strengthen each head by its share of image attention, as the abstract describes")
+
+    # -- what it fits ------------------------------------------------------------------------------------------------
+
+    def supports(self, sites: SiteTable) -> Support:
+        reason = self._misfit(sites)
+        return Support(not reason, reason)
+
+    def _misfit(self, table: SiteTable) -> str:
+        reason = image_misfit(table, self.slug)
+        if reason:
+            return reason
+        name, chosen = table.model_name, self._chosen(table)
+        if not len(chosen):
+            return f"{name} has no decoder self-attention in layers {self.first_layer} to {self.last_layer or 'last'}"
+        encoder = encoder_sites(table)
+        if not len(encoder):
+            return f"{self.slug} reads the attention of the vision encoder, and {name} has none that can be read"
+        read = encoder.layers(0, 0) + encoder.layers(-2, -2)
+        if not len(encoder.layers(-2, -2)):
+            return f"{self.slug} reads the encoder's layer before the last, and the encoder of {name} has only one"
+        problems = [*chosen.problems, *read.problems]
+        return f"{problems[0].name} cannot be intercepted: {problems[0].problem}" if problems else ""
+
+    def _chosen(self, table: SiteTable) -> SiteTable:
+        decoder = table.stack("decoder").kind("self")
+        return decoder.layers(self.first_layer, self.last_layer) if len(decoder) else decoder
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        if self.alpha == 0 and self.beta == 0:
+            return []
+        encoder = encoder_sites(sites)
+        first, penultimate = encoder.layers(0, 0)[0], encoder.layers(-2, -2)[0]
+        readings: dict[str, Any] = {"first": (first, attention_received), "penultimate": (penultimate, attention_received)}
+        if self.spatial_share:
+            readings["spatial"] = (first, lambda call, query: attention_received(call))
+        patches = PatchReader(encoder, readings)
+        return [*patches.steps, Act(self._chosen(sites), partial(self.strengthen, patches))]
+
+    def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | None:
+        """s_j += alpha |s_j| for local tokens j, beta |s_j| for summary tokens, on the last row of the prompt and the rows behind it."""
+        tokens = call.tokens
+        if tokens is not None and "image" not in tokens and not tokens.blind:
+            return None
+        call.columns("image")  # says what is missing: a token map, or ids
+
+        def make() -> ScoreGain | None:
+            gain = self._gain(patches, call)
+            rows = None if call.num_queries == 1 else focused_rows(call).to(call.query.device)
+            if gain is None or (rows is not None and not bool(rows.any())):
+                return None
+            return ScoreGain(gain=of_call(call, gain), rows=rows)
+
+        found = shared_by_layers(call, None, make)
+        if found is None or not self.by_head:
+            return found
+        shares = head_shares(call, found.rows, call.columns("image"))
+        return ScoreGain(gain=found.gain * shares[..., None], rows=found.rows)
+
+    def _gain(self, patches: PatchReader, call: Call) -> torch.Tensor | None:
+        """[B, prompt]: alpha on local tokens, beta on summary tokens, 0 elsewhere; images of a later turn join those before."""
+        tokens, memory = call.tokens, call.memory
+        assert tokens is not None
+        if memory.get("read") != tokens.prompt_length:
+            known: list[ImageGrid] = memory.setdefault("known", [])
+            gain = torch.zeros(tokens.batch, tokens.prompt_length, device=call.query.device)
+            before = memory.get("gain", gain[:, :0])
+            gain[:, : before.shape[1]] = before
+            for grid, values in patches.per_image(tokens, known) or ():
+                known.append(grid)
+                each = {name: value.flatten().to(gain.device) for name, value in values.items()}
+                local, summary = informed_tokens(
+                    each["first"], each["penultimate"], self.local_share, each.get("spatial"), self.spatial_share
+                )
+                gain[grid.row, grid.index.flatten().to(gain.device)] = self.alpha * local + self.beta * summary
+            memory["gain"], memory["read"] = gain, tokens.prompt_length
+        if call.clock.phase == "decode":
+            patches.clear()
+            if not memory["known"] or len(memory["known"]) < len(tokens.images):
+                raise ReattendError(
+                    "selective-emphasis cannot tell which places of the image the image tokens of this prompt are: pass the images "
+                    "as the model's processor makes them"
+                )
+        return memory["gain"] if memory["known"] else None

@@ -1,0 +1,373 @@
+"""selective-emphasis: golden data of the official code, the layouts of vision encoders against the models' own, and whole models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import reattend
+import torch
+from reattend.hooks.images import add_images
+from reattend.hooks.patches import lay_out
+from reattend.hooks.session import attachment_of
+from reattend.interventions import (
+    Call,
+    ImageGrid,
+    ReattendError,
+    ReattendWarning,
+    ScoreGain,
+    TokenMap,
+    UnsupportedError,
+    fused,
+    reference,
+)
+from reattend.interventions.visual_tokens import informed_tokens, outliers
+from safetensors import safe_open
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
+import tiny_models  # noqa: E402
+from asked_images import ONE, PROMPTS  # noqa: E402
+
+FAMILIES = [
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3",
+    "paligemma", "pixtral", "mistral3",
+]  # fmt: skip
+FEW = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
+def golden(name):
+    with safe_open(TESTS / f"golden/selective-emphasis/{name}.safetensors", "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", ["select_basic", "select_no_outlier"])
+def test_golden_choice_of_the_official_code(name):
+    facts, data = golden(name)
+    received = [data[f"vit_attn_{layer}"][0, :, 0, 1:].sum(0) for layer in ("first", "penultimate")]
+    local, summary = informed_tokens(*received, float(facts["local_token_ratio"]))
+    assert local.nonzero()[:, 0].tolist() == data["local_tokens"].tolist()
+    assert summary.nonzero()[:, 0].tolist() == data["summary_tokens"].tolist()
+    assert not (local & summary).any()
+
+
+@pytest.mark.parametrize("execute", [fused, reference])
+@pytest.mark.parametrize("name", ["attn_prefill", "attn_no_summary"])
+def test_golden_attention_of_the_official_code(name, execute):
+    facts, data = golden(name)
+    start, last = int(facts["img_start"]), data["scores"].shape[2] - 1
+    gain, rows = torch.zeros(last + 1), torch.arange(last + 1) == last
+    gain[start + data["local_tokens"]] = float(facts["alpha"])
+    gain[start + data["summary_tokens"]] = float(facts["beta"])
+    edit = ScoreGain(gain=gain, rows=rows)
+
+    def output(edits):
+        out = execute(Call(data["query_rot"], data["key_rot"], data["value"], data["attention_mask"]), edits)
+        return out.transpose(1, 2).flatten(2) @ data["o_proj_weight"].T
+
+    torch.testing.assert_close(output([edit]), data["output_mod"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output([]), data["output_plain"], atol=1e-6, rtol=1e-5)
+    assert (data["output_mod"] - data["output_plain"]).abs().max() > 1e-2
+    decode = execute(Call(data["query_rot"][:, :, -1:], data["key_rot"], data["value"]), [ScoreGain(gain=gain)])
+    got = decode.transpose(1, 2).flatten(2) @ data["o_proj_weight"].T
+    torch.testing.assert_close(got, data["output_mod"][:, -1:], atol=1e-6, rtol=1e-5)
+
+
+def test_hidden_columns_stay_hidden_and_all_selected_scores_grow():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 4) for n in (1, 6, 6))
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    mask[..., :2] = False
+    gain = torch.tensor([0.5, 0.0, 0.5, 0.0, 0.5, 0.0])
+    for execute in (fused, reference):
+        out = execute(Call(query, key, value, mask), [ScoreGain(gain=gain)])
+        scores = (query @ key.transpose(2, 3)) / 2
+        wanted = (scores + gain * scores.abs()).masked_fill(~mask, float("-inf")).softmax(-1) @ value
+        torch.testing.assert_close(out, wanted)
+
+
+def test_outliers():
+    assert not outliers(torch.full((20,), 0.3)).any()
+    values = torch.ones(20)
+    values[[4, 9]] = 7.0
+    assert outliers(values).nonzero()[:, 0].tolist() == [4, 9]
+    local, summary = informed_tokens(values, values, 0.25)
+    assert summary.sum() == 2 and local.sum() == 3
+
+
+# -- from patches to tokens ------------------------------------------------------------------------------------------
+
+
+def grids_of(tiny, prompts=PROMPTS):
+    inputs = tiny.inputs(prompts)
+    tokens = TokenMap(*inputs["input_ids"].shape, inputs["input_ids"].shape[1])
+    add_images(tokens, tiny.model, inputs["input_ids"], inputs)
+    return inputs, tokens.images
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_tiles_become_tokens_as_the_model_packs_them(family):
+    tiny = tiny_models.build(family)
+    inputs, grids = grids_of(tiny)
+    counts = [sum(bool(tile.any()) for tile in image) for image in inputs["pixel_values"]]
+    values = [torch.rand(n, 16) for n in counts]
+    packing = {"image_newline": torch.zeros(1)}
+    if family == "llava_next":
+        packing["vision_feature_select_strategy"] = "default"
+    else:
+        packing["vision_aspect_ratio"] = tiny.model.config.vision_aspect_ratio
+    packed = tiny.model.model.pack_image_features([v[..., None] for v in values], inputs["image_sizes"], **packing)[0]
+    wanted = torch.zeros(inputs["input_ids"].shape)
+    wanted[inputs["input_ids"] == tiny_models.IMAGE] = torch.cat([p[:, 0] for p in packed])
+    found = lay_out(tiny.model.config, [torch.cat(values)], grids)
+    assert len(found) == len(grids) == 6
+    for grid, value in zip(grids, found):
+        torch.testing.assert_close(value, wanted[grid.row, grid.index])
+
+
+def test_patches_become_tokens_as_other_models_merge_them():
+    grid = [ImageGrid(0, torch.arange(4).view(2, 2))] * 3
+    for family, shuffle in (("internvl", {"scale_factor": 0.5}), ("idefics3", {"scale_factor": 2})):
+        tiny, values = tiny_models.build(family), torch.rand(3, 16)
+        if family == "internvl":
+            merged = tiny.model.model.pixel_shuffle(values.view(3, 4, 4, 1), **shuffle).sum(-1)
+        else:
+            merged = tiny.model.model.connector.pixel_shuffle(values[..., None], **shuffle).sum(-1).view(3, 2, 2)
+        torch.testing.assert_close(torch.stack(lay_out(tiny.model.config, [values], grid)), merged)
+    config, values = tiny_models.build("gemma3").model.config, torch.rand(3, 16)
+    pooled = 4 * torch.nn.functional.avg_pool2d(values.view(3, 4, 4), 2)
+    torch.testing.assert_close(torch.stack(lay_out(config, [values], grid)), pooled)
+    mistral = tiny_models.build("mistral3")
+    _, grids = grids_of(mistral)
+    maps = [torch.rand(2 * r, 2 * c) for r, c in (g.shape for g in grids)]
+    for value, whole in zip(lay_out(mistral.model.config, [torch.cat([m.flatten() for m in maps])[None]], grids), maps):
+        torch.testing.assert_close(value, 4 * torch.nn.functional.avg_pool2d(whole[None], 2)[0])
+
+
+def test_windows_come_back_in_order():
+    """Qwen2.5-VL: values in the order of the encoder's own permutation."""
+    from transformers.vision_utils import get_vision_window_index
+
+    tiny = tiny_models.build("qwen2_5_vl")
+    inputs, grids = grids_of(tiny)
+    vision = tiny.model.config.vision_config
+    order = get_vision_window_index(inputs["image_grid_thw"], 2, vision.window_size, vision.patch_size)[0]
+    tokens = torch.rand(sum(g.index.numel() for g in grids))
+    patches = (tokens / 4)[torch.as_tensor(order)].repeat_interleave(4)
+    found = lay_out(tiny.model.config, [patches[:10][None], patches[10:][None]], grids)
+    torch.testing.assert_close(torch.cat([v.flatten() for v in found]), tokens)
+    assert lay_out(tiny.model.config, [patches[None, :-4]], grids) is None
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+def steer(model, **parameters):
+    return reattend.apply(model, "selective-emphasis", **{"first_layer": 1, **parameters})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    """Acts in every layer and step from `first_layer` on; a prompt without an image, and the model afterwards, are untouched."""
+    tiny = tiny_models.build(family)
+    inputs = tiny.inputs(PROMPTS)
+    base = tiny.model.generate(**inputs, **FEW)
+    with steer(tiny.model, local_share=0.5) as session:
+        out = tiny.model.generate(**inputs, **FEW)
+        assert list(session.stats["selective-emphasis"].values()) == [4, 4, 4]
+    change = (out.logits[0] - base.logits[0]).abs().amax(dim=1)
+    assert (change[:2] > 1e-4).all() and change[2] < 1e-5, change
+    assert torch.equal(tiny.model.generate(**inputs, **FEW).logits[0], base.logits[0])
+
+
+def test_equals_a_naive_implementation():
+    """LLaVA: the choice from the encoder's own attention maps, and the change by a hook on the eager model's scores."""
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    with steer(tiny.model, alpha=0.9, beta=0.5) as session, torch.no_grad():
+        found = tiny.model(**inputs).logits[:, -1]
+        assert session.applied == 3
+    tiny.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = tiny.model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+    received = [maps[i][:, :, 0, 1:].sum(1) for i in (0, -2)]
+    images = (inputs["input_ids"] == tiny_models.IMAGE).nonzero().split(16)
+    gain = torch.zeros(inputs["input_ids"].shape)
+    for n, places in enumerate(images):
+        local, summary = informed_tokens(received[0][n], received[1][n], 0.25)
+        gain[places[:, 0], places[:, 1]] = 0.9 * local + 0.5 * summary
+    assert (gain > 0).sum() >= 9
+    module = sys.modules["transformers.models.llama.modeling_llama"]
+    original = module.eager_attention_forward
+
+    def edited(self, query, key, value, mask, scaling, dropout=0.0, **kwargs):
+        if self.layer_idx < 1:
+            return original(self, query, key, value, mask, scaling, dropout, **kwargs)
+        key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        scores[:, :, -1] += gain[:, None] * scores[:, :, -1].abs()
+        return ((scores + mask).softmax(-1) @ value).transpose(1, 2), None
+
+    module.eager_attention_forward = edited
+    try:
+        with torch.no_grad():
+            wanted = tiny.model(**inputs).logits[:, -1]
+    finally:
+        module.eager_attention_forward = original
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_no_strength_is_no_change_and_only_the_last_row_changes():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    with torch.no_grad():
+        base = tiny.model(**inputs).logits
+        with steer(tiny.model, alpha=0, beta=0) as session:
+            assert torch.equal(tiny.model(**inputs).logits, base) and session.stats == {}
+        with steer(tiny.model, first_layer=3):
+            found = tiny.model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    real[:, -1] = False
+    assert torch.equal(found[real], base[real])
+    assert (found - base)[:2, -1].abs().amax(dim=1).min() > 1e-5
+
+
+def test_one_strength_on_all_image_tokens_raises_their_scores_alike():
+    """alpha = beta and every token chosen: the attention part of PAI."""
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([ONE])
+    with steer(tiny.model, alpha=0.4, beta=0.4, local_share=1.0) as session, torch.no_grad():
+        cache = tiny.model(**inputs).past_key_values
+        gain = attachment_of(tiny.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]["gain"]
+    wanted = 0.4 * (inputs["input_ids"] == tiny_models.IMAGE)
+    torch.testing.assert_close(gain, wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batches(side):
+    """The logits of each prompt's last token in a batch, as alone."""
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS, side=side)
+    with steer(tiny.model), torch.no_grad():
+        got = tiny.model(**inputs).logits
+        for row in range(2):
+            single = tiny.inputs([PROMPTS[row]])
+            if row:
+                single["pixel_values"] = torch.cat([tiny.expand(n)[1]["pixel_values"] for n in (1, 2)])
+            last = int(inputs["attention_mask"][row].nonzero()[-1])
+            torch.testing.assert_close(got[row, last], tiny.model(**single).logits[0, -1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 1}, {"cache_implementation": "static"}, {"prefill_chunk_size": 24}, {"use_cache": False}]
+)
+def test_ways_to_generate(options):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([ONE])
+    # the last row of a chunk is changed too, which no later row sees in the last layer
+    with steer(tiny.model, first_layer=3 if "prefill_chunk_size" in options else 1) as session:
+        wanted = tiny.model.generate(**inputs, **FEW)
+        before = session.applied
+        found = tiny.model.generate(**inputs, **FEW, **options)
+        assert session.applied >= 2 * before
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=3e-5, rtol=1e-4)
+
+
+def test_beams_share_their_prompts_images():
+    tiny = tiny_models.build("llava_next")
+    inputs = tiny.inputs(PROMPTS)
+    with steer(tiny.model):
+        greedy = tiny.model.generate(**inputs, **FEW)
+        beams = tiny.model.generate(**inputs, **{**FEW, "output_logits": False, "output_scores": True}, num_beams=2)
+    first = beams.scores[0].view(3, 2, -1)
+    torch.testing.assert_close(first[:, 0], greedy.logits[0].log_softmax(dim=-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(first[:, 1], first[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_turn_brings_its_own_image():
+    tiny = tiny_models.llava()
+    second = [30, 31, "image", 5, 6, 7]
+    whole, begun = tiny.inputs([[*ONE, *second]]), tiny.inputs([ONE])
+    rest = whole["input_ids"][:, begun["input_ids"].shape[1] :]
+    pixels = whole["pixel_values"]
+    with steer(tiny.model, first_layer=3), torch.no_grad():
+        wanted = tiny.model(**whole).logits[:, -1]
+        cache = tiny.model(**begun).past_key_values
+        got = tiny.model(
+            input_ids=rest, attention_mask=whole["attention_mask"], pixel_values=pixels[1:], past_key_values=cache
+        ).logits[:, -1]  # fmt: skip
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_heads_in_proportion_to_their_image_share():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([ONE])
+    seen = {}
+    with torch.no_grad():
+        tiny.model.set_attn_implementation("eager")
+        maps = tiny.model(**inputs, output_attentions=True).attentions[3][0, :, -1]
+        tiny.model.set_attn_implementation("sdpa")
+        mass = maps[:, (inputs["input_ids"] == tiny_models.IMAGE)[0]].sum(-1)
+        base = tiny.model(**inputs).logits
+        with steer(tiny.model, by_head=True, first_layer=3) as session:
+            recipe = session.plans[0].steps[-1].intervention
+            session.plans[0].steps[-1].intervention = lambda call: seen.setdefault("edit", recipe(call))
+            by_head = tiny.model(**inputs).logits
+            assert session.applied == 1
+        with steer(tiny.model, first_layer=3) as session:
+            whole = session.plans[0].steps[-1].intervention
+            session.plans[0].steps[-1].intervention = lambda call: seen.setdefault("plain", whole(call))
+            alike = tiny.model(**inputs).logits
+    plain = seen["plain"]
+    gain = seen["edit"].gain
+    torch.testing.assert_close(
+        (gain / gain.amax(dim=1, keepdim=True)).nanmean(dim=2)[0], mass / mass.max(), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(gain.amax(dim=1), plain.gain[:, 0])
+    assert not torch.equal(by_head, alike) and not torch.equal(by_head, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    tiny.model.to(dtype)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with steer(tiny.model, alpha=2, beta=2, spatial_share=0.2) as session, torch.no_grad():
+        assert tiny.model(**inputs).logits[inputs["attention_mask"].bool()].isfinite().all()
+        assert session.applied == 3
+
+
+def test_what_does_not_fit_is_refused():
+    from tiny_language import language_model
+
+    for model, problem in [
+        (tiny_models.mllama().model, "cross-attention"),
+        (language_model(), "takes none"),
+    ]:
+        with pytest.raises(UnsupportedError, match=problem):
+            steer(model)
+    tiny = tiny_models.llava()
+    with pytest.raises(ReattendError, match="alpha.*less than or equal to 2"):
+        steer(tiny.model, alpha=3)
+    with pytest.raises(UnsupportedError, match="no decoder self-attention in layers 9"):
+        steer(tiny.model, first_layer=9)
+    inputs = tiny.inputs([ONE])
+    with torch.no_grad():
+        features = tiny.model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    outputs = {"image": SimpleNamespace(pooler_output=features)}
+    with (
+        pytest.warns(ReattendWarning, match="never acted"),
+        steer(tiny.model),
+        pytest.raises(ReattendError, match="before the session began"),
+        torch.no_grad(),
+    ):
+        tiny.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], mm_encoder_outputs=outputs)
+    with (
+        pytest.warns(ReattendWarning, match="never acted"),
+        steer(tiny.model),
+        pytest.raises(ReattendError, match="input_ids"),
+    ):
+        tiny.model(inputs_embeds=torch.randn(1, 8, 32))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..interventions import Call, ReattendError, UnsupportedError, fused, reference_with_weights
 from .discovery import uncompiled
+from .rotary import rotary_at
 from .session import edits_of
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def _edited(
 
     call = _call(name, module, query, key, value, mask, kwargs)
     call.site, call.clock, call.tokens, call.original = site, forward.clock, tokens, run
+    call.rotation = functools.partial(rotary_at, owner, site, module, kwargs)
     edits = edits_of(sessions, module, call, forward)
     if not edits:
         return None

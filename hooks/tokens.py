@@ -12,6 +12,7 @@ from ..interventions import TokenMap
 from .chat import add_chat_roles, has_template
 from .images import add_images
 from .question import Question, add_question
+from .segments import Segments, add_segments
 from .spans import add_spans, tokenizer_of
 from .transcript import Transcript, transcripts
 
@@ -63,7 +64,9 @@ def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None
     for session in sessions:
         for spans in session.spans:
             own = functools.partial(read, tokenizer_of(session.tokenizer))
-            if isinstance(spans, Question):
+            if isinstance(spans, Segments):
+                add_segments(tokens, ids, spans, own)
+            elif isinstance(spans, Question):
                 add_question(tokens, ids, spans, session.tokenizer, own)
             else:
                 add_spans(tokens, ids, spans, own)

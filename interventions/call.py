@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ReattendError
+from .rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Call:
     memory: MutableMapping = field(default_factory=dict)
     original: Callable[[], Tensor] | None = None
     original_is_sdpa: bool = True
+    # how the site turns q and k by position, looked up when `rotary` is asked for
+    rotation: Callable[[], Rotary] | None = field(default=None, repr=False)
     # heads -> their untouched (output, log-sum-exp): what an intervention has computed already, the executor need not compute again
     attended: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     # what the recipes before the one that looks at this call have asked for here
@@ -161,6 +164,13 @@ class Call:
     def scaling(self) -> float:
         """The factor on q k: `scale`, or 1 / sqrt(D) where none was given."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def rotary(self) -> Rotary:
+        """The site's RoPE. Raises UnsupportedError where its positions are not rotary, or not of a kind that is understood."""
+        if self.rotation is None:
+            raise ReattendError(f"the rotary positions of {self.site.name if self.site else 'this call'} are not known")
+        return self.rotation()
 
     @property
     def batch(self) -> int:

@@ -21,12 +21,14 @@ from .edits import (
     Mix,
     MixValue,
     Operands,
+    Rearrange,
     Rows,
     ScoreEdit,
     Transfer,
     WeightEdit,
 )
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype, with_bias_dimensions
+from .rearranged import rearranged_attention
 from .reference_executor import at_chosen
 from .sparsity import attend_band
 
@@ -82,9 +84,16 @@ class HeadGroup:
         for edit in self.edits:
             levels[edit.level].append(edit)
         x = Operands(*self.operands, call.is_causal, offset=call.num_keys - call.num_queries)
-        for edit in levels["operands"]:
+        last = levels["operands"][-1] if levels["operands"] else None
+        alone = isinstance(last, Rearrange) and not levels["scores"] and not levels["weights"]
+        for edit in levels["operands"][:-1] if alone else levels["operands"]:
             x = edit.at_kv_heads(self.kv_heads).on_operands(x)
-        if levels["scores"] or levels["weights"]:
+        if alone and isinstance(last, Rearrange):
+            result = rearranged_attention(x, last, call.scaling, call.softcap, self.sinks)
+        elif isinstance(last, Rearrange):
+            # its operands are as many times wider as there are groups: made for rows at a time, not for the kernel
+            result = self._materialise(x, torch.arange(x.query.shape[2], device=x.query.device))
+        elif levels["scores"] or levels["weights"]:
             result = self._attention(x, levels["scores"], levels["weights"])
         elif self.whole and not levels["operands"]:
             # output edits start from the model's own numbers: rows that they do not name keep their bits

@@ -3,6 +3,7 @@
 from .base import Edit, Rows
 from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
+from .rearrange import Rearrange
 from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit, ScoreGain
 from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
@@ -24,6 +25,7 @@ __all__ = [
     "PairBias",
     "PoolKV",
     "ProjectKey",
+    "Rearrange",
     "ReplaceKV",
     "Reorder",
     "Rows",

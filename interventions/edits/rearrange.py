@@ -1,0 +1,76 @@
+"""`Rearrange`: segments of a prompt see each other, and each query row sees them at distances of its own (PINE)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ReattendError
+from ..rotary import Rotary
+from .operands import OperandEdit, Operands
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rearrange(OperandEdit):
+    """S[i, j] = scale <R(steps[i, g(j)]) q_i, k_j> for columns j of group g; a row in one segment sees all of the others.
+
+    spans int32 [B, m, 2] on the CPU: segments 1..m as key columns [start, stop), adjoining, in ascending order; group 0 is every
+    other column. steps int32 [B, heads, Tq, m + 1]: how far each row is turned on before it meets a group (position 0 of the last
+    axis: group 0). Rows see what is causal, and rows of a segment the columns of all other segments too. first int32 [B] on the CPU:
+    each sequence's first real column. start: the key column of query row 0. hidden bool [B, Tk]: columns of padding behind `first`,
+    None where there are none. The call's own mask and causality are replaced. Name it after all other edits of operands.
+    """
+
+    spans: Tensor
+    steps: Tensor
+    first: Tensor
+    start: int
+    rotary: Rotary
+    hidden: Tensor | None = None
+    # what follows from all but the steps, kept by the layers of a pass together
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False)
+    broadcast = {"spans": 2, "steps": 2, "first": 0, "hidden": 1}
+
+    def __post_init__(self) -> None:
+        if self.first.dim() == 1:
+            object.__setattr__(self, "first", self.first[:, None])
+        super().__post_init__()
+        if any(x.dtype != torch.int32 for x in (self.spans, self.steps, self.first)):
+            raise ReattendError("spans, steps and first must be int32")
+        if self.steps.shape[-1] != self.spans.shape[2] + 1:
+            raise ReattendError(
+                f"steps has {self.steps.shape[-1]} groups, but there are {self.spans.shape[2]} segments and the rest"
+            )
+
+    def groups(self, num_keys: int) -> Tensor:
+        """Long [B, Tk] on the CPU: the group of each key column, 0 outside of the segments."""
+        column = torch.arange(num_keys)
+        inside = (column >= self.spans[:, 0, :, 0, None]) & (column < self.spans[:, 0, :, 1, None])  # [B, m, Tk]
+        return (inside * torch.arange(1, inside.shape[1] + 1)[:, None]).sum(dim=1)
+
+    def visible(self, rows: Tensor, num_keys: int) -> Tensor:
+        """Bool [B, 1, R, Tk]: what the query rows `rows` [R] see. Rows of padding see themselves."""
+        column = torch.arange(num_keys, device=rows.device)
+        place = rows[:, None] + self.start
+        real = column >= self.first.to(rows.device)
+        if self.hidden is not None:
+            real = real & ~self.hidden[:, 0].to(rows.device)
+        group = self.groups(num_keys).to(rows.device)
+        own = group.gather(1, (rows + self.start).expand(group.shape[0], -1))[:, :, None]
+        other = (own > 0) & (group > 0)[:, None] & (own != group[:, None])
+        return ((real[:, None] & ((column <= place) | other)) | (column == place))[:, None]
+
+    def on_operands(self, x: Operands) -> Operands:
+        """One block of dimensions per group: a key fills its own group's block, a query all of them, each turned in its own way."""
+        if x.appended or x.offset is None:
+            raise ReattendError("Rearrange needs the call's own columns: it cannot follow an edit that adds or merges columns")
+        keys = x.key.shape[2]
+        blocks = self.rotary.turn(x.query[:, :, :, None], self.steps)
+        group = torch.nn.functional.one_hot(self.groups(keys), self.steps.shape[-1]).to(x.key.device, x.key.dtype)
+        key = (x.key[:, :, :, None] * group[:, None, :, :, None]).flatten(3)
+        mask = self.visible(torch.arange(x.query.shape[2], device=x.key.device), keys)
+        return dataclasses.replace(x, query=blocks.flatten(3), key=key, mask=mask, is_causal=False)

@@ -1,0 +1,257 @@
+"""Segments of a prompt whose order should not matter (PINE): how important each is to a query, and at which distance it is then seen.
+
+Importance is attention without positions, from queries and keys that are turned back by their own. It is summed up in chunks of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .call import Call
+from .edits.rearrange import Rearrange
+from .errors import ReattendError
+from .kernels import grouped_matmul, statistics_dtype
+from .rotary import Rotary
+
+Order = Literal["importance", "reverse", "prompt"]
+# Scores of one chunk of the ranking: 256 Ki float32 = 1 MiB, so that they stay in the processor's own cache.
+CHUNK_SCORES = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """spans int32 [B, m, 2] and first int32 [B] as in `Rearrange`, at absolute positions; empty spans fill up rows with fewer segments."""
+
+    spans: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, segments: list[Tensor], bos: Tensor) -> Layout | None:
+        """From bool [B, n] per segment and [B, n] for each sequence's first real token; rows with one segment have nothing to order."""
+        held = torch.stack(segments, dim=1).cpu()  # [B, m, n]
+        there = held.any(dim=2)
+        start = held.int().argmax(dim=2)
+        spans = torch.stack([start, start + held.sum(dim=2)], dim=2) * there[..., None]
+        spans = spans * (there.sum(dim=1) > 1)[:, None, None]
+        return None if not bool(spans.any()) else cls(spans.int(), bos.cpu().int().argmax(dim=1).int())
+
+    @property
+    def lengths(self) -> Tensor:
+        """Int32 [B, m]."""
+        return self.spans[..., 1] - self.spans[..., 0]
+
+    @property
+    def end(self) -> Tensor:
+        """Int32 [B]: where the last segment ends."""
+        return self.spans[..., 1].amax(dim=1)
+
+    @property
+    def behind(self) -> Tensor:
+        """Int32 [B, m]: tokens of the segments behind each one, by which its base position exceeds its own."""
+        return self.lengths.flip(1).cumsum(1, dtype=torch.int32).flip(1) - self.lengths
+
+
+def segment_scores(query: Tensor, key: Tensor, lengths: list[int], scale: float, softcap: float | None) -> Tensor:
+    """[B, H, T, m]: log of the summed exp(scores) of each query over the keys of each segment; without positions, any order is the same.
+
+    query [B, H, T, D] and key [B, Hkv, sum of lengths, D], both turned back to position 0. In chunks of rows.
+    """
+    dtype = statistics_dtype(query)
+    batch, heads, rows, _ = query.shape
+    step = max(16, CHUNK_SCORES // max(1, batch * heads * key.shape[2]))
+    key = key.to(dtype)
+    parts = []
+    for start in range(0, rows, step):
+        scores = grouped_matmul(query[:, :, start : start + step].to(dtype) * scale, key)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        parts.append(torch.stack([part.logsumexp(dim=-1) for part in scores.split(lengths, dim=-1)], dim=-1))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def moves(importance: Tensor, lengths: Tensor, order: Order) -> Tensor:
+    """Int32, like importance [..., m]: how many tokens of segments that rank higher stand between a query and each segment.
+
+    lengths: broadcastable to importance. Equal importance keeps the order of the prompt.
+    """
+    lengths = lengths.to(importance.device, torch.float32)
+    if order == "reverse":
+        # whatever is at +inf (a query's own segment) stays nearest
+        importance = torch.where(importance == float("inf"), importance, -importance)
+    place = torch.arange(importance.shape[-1], device=importance.device)
+    ahead, behind = importance[..., None, :], importance[..., :, None]
+    before = (ahead > behind) | ((ahead == behind) & (place[None, :] < place[:, None]))
+    return (before * lengths[..., None, :]).sum(dim=-1).to(torch.int32)
+
+
+def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
+    """The edit that lets every query of a call meet the segments in the order of their importance to it.
+
+    All segments must have been in one pass; keys without positions stay in call.memory for the steps after it (in float32). Raises
+    ReattendError where that is not so, and for calls whose window or frequencies do not cover the whole sequence.
+    """
+    rotary = call.rotary
+    start = call.total - call.num_queries
+    check_reach(call, rotary)
+    acting = layout.lengths[:, :1] > 0
+    key = ("pass", call.total, call.num_queries)
+    if call.memory.get("pass", (None,))[0] != key:
+        call.memory["pass"] = (key, _checked(call, layout, rotary, start))
+    shared: dict = call.memory["pass"][1]
+    positions = rotary.positions
+    if positions is None:
+        positions = torch.arange(start, call.total, device=call.query.device)[None]
+    inside = start < int(layout.end.max())
+    if inside:
+        steps = _prompt_steps(call, layout, rotary, positions, start, order)
+    else:
+        steps = _later_steps(call, layout, rotary, positions, order, shared)
+    assert call.tokens is not None
+    return Rearrange(
+        spans=layout.spans[:, None],
+        steps=steps,
+        first=layout.first,
+        start=start,
+        rotary=rotary,
+        hidden=shared["hidden"],
+        rows=None if bool(acting.all()) else acting,
+        shared=shared,
+    )
+
+
+def check_reach(call: Call, rotary: Rotary) -> None:
+    """Raises ReattendError where a site does not see the whole sequence at the positions that it has."""
+    where = call.site.name if call.site else "this call"
+    if call.key_start or (rotary.window is not None and call.total > rotary.window):
+        raise ReattendError(
+            f"{where} has a sliding window of {rotary.window or call.num_keys} tokens and the sequence {call.total}: segments can "
+            f"only be rearranged while the window covers all of it"
+        )
+    if rotary.limit is not None and call.total > rotary.limit:
+        raise ReattendError(
+            f"{where} changes its rotary frequencies beyond {rotary.limit} tokens, and the sequence has {call.total}: shorten it"
+        )
+
+
+def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
+    """What all layers of a pass share, after a look at whether the pass can be rearranged."""
+    tokens = call.tokens
+    assert tokens is not None
+    real = (layout.lengths > 0).any(dim=1)
+    begin, end = int(layout.spans[real, 0, 0].min()), int(layout.end.max())
+    if start < end and (start > begin or call.total < end):
+        raise ReattendError(
+            f"the segments (tokens {begin} to {end}) must be in one forward pass, this one has tokens {start} to {call.total}: pass "
+            f"the prompt as a whole, without prefill_chunk_size"
+        )
+    if start < end and rotary.positions is not None:
+        for row in real.nonzero()[:, 0].tolist():
+            low, high = int(layout.spans[row, 0, 0]) - start, int(layout.end[row]) - start
+            ids = rotary.positions[row if rotary.positions.shape[0] > 1 else 0, low:high]
+            if bool((ids.diff() != 1).any()):
+                raise ReattendError(f"position_ids of prompt {row} must count up by one over its segments")
+    padding = tokens.positions("padding", 0, call.num_keys, "cpu")
+    behind = padding & (torch.arange(call.num_keys) >= layout.first[:, None])
+    return {"hidden": behind.to(call.query.device) if bool(behind.any()) else None}
+
+
+def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, start: int, order: Order) -> Tensor:
+    """Steps [B, H, Tq, m + 1] of a pass that holds the segments; remembers their keys without positions, [B, Hkv, m, longest, D]."""
+    assert call.site is not None
+    m, longest = layout.spans.shape[1], int(layout.lengths.max())
+    shape = (call.batch, call.num_heads, call.num_queries, m + 1)
+    steps = torch.zeros(shape, dtype=torch.int32, device=call.query.device)
+    if order == "prompt":
+        return steps
+    dtype = statistics_dtype(call.key)
+    kept = call.key.new_zeros(call.batch, call.key.shape[1], m, longest, call.key.shape[3], dtype=dtype)
+    for rows in alike(layout):
+        spans = [(a, b) for a, b in layout.spans[rows[0]].tolist() if b > a]
+        if not spans:
+            continue
+        begin, end = spans[0][0], spans[-1][1]
+        pick = slice(None) if len(rows) == call.batch else torch.tensor(rows, device=call.query.device)
+        at = positions if positions.shape[0] == 1 else positions[pick]
+        keys = rotary.turn(call.key[pick, :, begin:end].to(dtype), -at[:, None, begin - start : end - start])
+        low = (begin if len(spans) > 2 else end) - start  # of two segments each has only one other: nothing to rank
+        query = rotary.turn(call.query[pick, :, low:].to(dtype), -at[:, None, low:])
+        lengths = [b - a for a, b in spans]
+        scores = segment_scores(query, keys, lengths, call.scaling, call.softcap)
+        found = segment_steps(scores, spans, layout.behind[rows[0]], start, order, call.num_queries)
+        steps[pick, :, :, : found.shape[-1]] = found
+        for j, part in enumerate(keys.split(lengths, dim=2)):
+            kept[pick, :, j, : part.shape[2]] = part
+    call.memory["keys", call.site.name] = kept
+    return steps
+
+
+def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, order: Order, shared: dict) -> Tensor:
+    """Steps [B, H, Tq, m + 1] of rows behind the segments, from the keys that were remembered."""
+    assert call.site is not None
+    if order == "prompt":
+        m = layout.spans.shape[1]
+        return torch.zeros(call.batch, call.num_heads, call.num_queries, m + 1, dtype=torch.int32, device=call.query.device)
+    keys = call.memory.get(("keys", call.site.name))
+    if keys is None or keys.shape[0] != call.batch:
+        raise ReattendError(
+            f"{call.site.name}: the segments were read before this session began; start it before the prompt is read"
+        )
+    device = call.query.device
+    if "lengths" not in shared:
+        empty = torch.arange(keys.shape[3]) >= layout.lengths[..., None]
+        shared["empty"] = empty[:, None, None].to(device) if bool(empty.any()) else None
+        shared["lengths"] = layout.lengths[:, None, None].to(device)
+        shared["log"] = shared["lengths"].clamp_min(1).to(keys.dtype).log()
+        shared["behind"] = layout.behind[:, None, None].to(device)
+    query = rotary.turn(call.query.to(keys.dtype), -positions[:, None])
+    scores = grouped_matmul(query * call.scaling, keys.flatten(2, 3)).unflatten(3, keys.shape[2:4])
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if shared["empty"] is not None:
+        scores = scores.masked_fill(shared["empty"], float("-inf"))
+    importance = scores.logsumexp(dim=-1) - shared["log"]
+    return pad(moves(importance, shared["lengths"], order) - shared["behind"], (1, 0))
+
+
+def alike(layout: Layout) -> list[list[int]]:
+    """Batch rows with the same segments at the same places, together."""
+    found: dict[str, list[int]] = {}
+    for row, (spans, first) in enumerate(zip(layout.spans.tolist(), layout.first.tolist(), strict=True)):
+        found.setdefault(f"{spans} {first}", []).append(row)
+    return list(found.values())
+
+
+def segment_steps(scores: Tensor, spans: list[tuple[int, int]], behind: Tensor, start: int, order: Order, rows: int) -> Tensor:
+    """Int32 [B, H, rows, m + 1]: the steps of `Rearrange` for batch rows of one layout.
+
+    scores [B, H, n, m]: `segment_scores` of the query rows from the first segment on (n = 0 without them). start: absolute position
+    of query row 0. behind [m] as in `Layout`.
+    """
+    device, m = scores.device, len(spans)
+    lengths = torch.tensor([b - a for a, b in spans], device=device)
+    batch, heads, known, _ = scores.shape
+    steps = torch.zeros(batch, heads, rows, m + 1, dtype=torch.int32, device=device)
+    behind = behind[:m].to(device)
+    offset = rows - known  # the query row that the first row of scores stands for
+    for i, (a, b) in enumerate(spans):
+        low, high = a - start, b - start
+        if high <= 0:
+            continue
+        if m > 2:
+            part = scores[:, :, low - offset : high - offset].clone()
+            part[..., i] = float("-inf")
+            mass = part.softmax(dim=-1).sum(dim=2) / lengths
+        else:
+            mass = scores.new_zeros(batch, heads, m)
+        mass[..., i] = float("inf")
+        steps[:, :, low:high, 0] = behind[i]
+        steps[:, :, low:high, 1:] = (behind[i] + moves(mass, lengths, order) - behind)[:, :, None]
+    after = max(0, spans[-1][1] - start)
+    importance = scores[:, :, after - offset :] - lengths.log()
+    steps[:, :, after:, 1:] = moves(importance, lengths, order) - behind
+    return steps

@@ -36,6 +36,16 @@ def glance(call: Call) -> Glance:
     return Glance(scores[:, :, 0].argmax(dim=2) + start, first)
 
 
+def last_prompt_rows(call: Call) -> Tensor | None:
+    """Bool [B, Tq]: the query row of each batch row's last prompt token, whichever side is padded; None where none of these queries
+    belongs to the prompt, as in a decode step. Without a cache every pass holds the prompt, and so its rows."""
+    tokens = call.tokens
+    if tokens is not None and call.total - call.num_queries >= tokens.prompt_length:
+        return None
+    prompt = call.query_rows("prompt")
+    return prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1)
+
+
 def last_prompt_outputs(call: Call, edits: Sequence[Edit] = ()) -> Tensor:
     """Output [B, H, Dv] of each head at the last prompt token of every batch row, after the edits, in statistics dtype.
 

@@ -6,21 +6,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...recipes.profiling.word_pairs import CAPITALS, OPPOSITES
+
 KINDS = ("capital", "opposite", "category", "order", "number", "everyday")
 
-CAPITALS = (
-    "France:Paris Italy:Rome Spain:Madrid Germany:Berlin Austria:Vienna Greece:Athens Portugal:Lisbon Ireland:Dublin Norway:Oslo "
-    "Sweden:Stockholm Denmark:Copenhagen Finland:Helsinki Poland:Warsaw Hungary:Budapest Romania:Bucharest Bulgaria:Sofia "
-    "Russia:Moscow Ukraine:Kyiv Turkey:Ankara Egypt:Cairo Kenya:Nairobi Ghana:Accra Ethiopia:Addis_Ababa Morocco:Rabat Japan:Tokyo "
-    "China:Beijing Thailand:Bangkok Vietnam:Hanoi Indonesia:Jakarta Nepal:Kathmandu Iran:Tehran Iraq:Baghdad Cuba:Havana Peru:Lima "
-    "Chile:Santiago Argentina:Buenos_Aires Colombia:Bogota Venezuela:Caracas Canada:Ottawa Australia:Canberra"
-)
-OPPOSITES = (
-    "hot:cold big:small tall:short fast:slow old:young rich:poor strong:weak heavy:light early:late open:closed full:empty "
-    "wet:dry hard:soft high:low wide:narrow deep:shallow near:far clean:dirty loud:quiet happy:sad brave:cowardly cheap:expensive "
-    "sweet:bitter sharp:blunt thick:thin smooth:rough true:false alive:dead first:last buy:sell give:take push:pull begin:end "
-    "win:lose remember:forget arrive:leave above:below inside:outside friend:enemy"
-)
 CATEGORIES = {
     "fish": "trout salmon herring tuna cod", "bird": "sparrow eagle owl pigeon raven", "tree": "oak birch willow maple pine",
     "fruit": "plum pear cherry banana peach", "vegetable": "carrot spinach cabbage onion celery", "metal": "copper zinc iron tin lead",

@@ -232,7 +232,7 @@ class SEKA(Recipe):
         if self.layers == "all":
             return every
         count = int(self.layers.lstrip("firstla"))
-        return every[:count] if self.layers.startswith("first") else every[-count:]
+        return every.layers(0, count - 1) if self.layers.startswith("first") else every.layers(max(-count, -every.num_layers))
 
     def entries(self, profile: Profile, chosen: SiteTable) -> list[int | None]:
         """The profile's layer for each site, None where it has none."""

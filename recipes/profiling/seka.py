@@ -77,8 +77,7 @@ class Watcher:
 
     def risen(self, least: float) -> Tensor:
         """Bool [samples]: the relevant question raises the last token's attention on the answer at least `least` times."""
-        assert isinstance(self.attention, Tensor)
-        neutral, relevant, _ = self.attention.view(len(VERSIONS), -1)
+        neutral, relevant, _ = torch.as_tensor(self.attention).view(len(VERSIONS), -1)
         return relevant >= least * neutral
 
 

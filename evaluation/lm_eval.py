@@ -11,6 +11,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
@@ -26,14 +27,14 @@ def load_tasks(task: str, folder: str | None, shots: int | None) -> dict[str, An
 
     Raises ReattendError where lm-eval is not installed, does not know the task, or cannot get its data.
     """
-    try:
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
-    except ImportError:
-        raise ReattendError('lm-eval is not installed: pip install "reattend[eval]"') from None
     with _quiet():
-        manager = TaskManager(include_path=folder)
+        manager = _manager(folder)
+        if folder is not None and task not in manager.all_tasks:
+            own, manager = manager.all_tasks, _manager(None)
+        else:
+            own = []
         if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(task, [*own, *manager.all_tasks], n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists what it knows"
             raise ReattendError(f"lm-eval has no task {task!r}: {hint}")
         try:
@@ -47,6 +48,18 @@ def load_tasks(task: str, folder: str | None, shots: int | None) -> dict[str, An
         except Exception as error:  # lm-eval, datasets and the hub each have errors of their own
             raise ReattendError(f"lm-eval cannot load task {task!r}: {_first_line(error)}") from error
     return dict(tasks)
+
+
+@functools.lru_cache(maxsize=8)
+def _manager(folder: str | None) -> Any:
+    """lm-eval's index of task files: its own, of which there are thousands (seconds to read), or those of a folder."""
+    try:
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+    except ImportError:
+        raise ReattendError('lm-eval is not installed: pip install "reattend[eval]"') from None
+    if folder is not None and not Path(folder).is_dir():
+        raise ReattendError(f"include_path: there is no folder {folder!r}")
+    return TaskManager(include_path=folder, include_defaults=folder is None)
 
 
 def aggregation(task: Any, metric: str) -> str:

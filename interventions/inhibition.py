@@ -1,0 +1,114 @@
+"""Image tokens that a text token's context does not look at are hidden from it: focus scores from text over text to image, and the cut.
+
+All of it works on head means and on text rows alone: [text rows, text + image tokens] per layer, never the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .call import Call, TokenMap
+from .edits import Edit, Rows
+from .fused_executor import row_weights
+from .gaze import image_columns
+from .kernels import rows_per_chunk
+
+
+@dataclass(eq=False)
+class TextAndImage:
+    """Which positions of a prompt are image tokens, and which are text behind an image, for all rows of the batch together.
+
+    image [I] and text [n] long: positions that are one in any row of the batch; is_image [B, I], is_text [B, n] bool: in which.
+    """
+
+    image: Tensor
+    is_image: Tensor
+    text: Tensor
+    is_text: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, tokens: TokenMap, device: torch.device) -> TextAndImage:
+        length = tokens.prompt_length
+        image = image_columns(tokens)
+        every = tokens.positions("image", 0, length)
+        text = (image.cumsum(dim=1) > 0) & ~every & ~tokens.positions("padding", 0, length)
+        columns = [part.any(dim=0).nonzero()[:, 0] for part in (image, text)]
+        found = [x.to(device) for x in (columns[0], image[:, columns[0]], columns[1], text[:, columns[1]])]
+        return cls(*found, length)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Bool [B, stop - start]: the text rows behind an image among these positions; what is generated is text."""
+        marked = torch.zeros(self.is_text.shape[0], max(stop, self.length), dtype=torch.bool, device=self.text.device)
+        marked[:, self.text] = self.is_text
+        marked[:, self.length :] = self.is_image.any(dim=1, keepdim=True)
+        return marked[:, start:stop]
+
+
+@dataclass(eq=False)
+class Inhibited:
+    """Image tokens hidden from rows of one pass: index [R] long, the query rows; hidden [B, R, I] bool; at what [I] positions."""
+
+    index: Tensor
+    hidden: Tensor
+    image: Tensor
+
+    def without(self, key_start: int, weights: Tensor, rows: Rows) -> Tensor:
+        """Weights [B, H, R, Tk] without those of the hidden pairs; rows keep their sum, and all of their weights where nothing is left."""
+        # rows of other edits may be among them: they are not looked at
+        place = torch.searchsorted(self.index, rows.index).clamp_max(self.index.numel() - 1)
+        part = self.hidden[:, place]
+        columns = self.image - key_start
+        seen = columns >= 0
+        drop = torch.zeros(weights.shape[0], part.shape[1], weights.shape[3], dtype=torch.bool, device=weights.device)
+        drop[:, :, columns[seen]] = part[:, :, seen]
+        kept = weights.masked_fill(drop[:, None], 0.0)
+        total = kept.sum(dim=-1, keepdim=True)
+        scale = weights.sum(dim=-1, keepdim=True) / total.clamp_min(torch.finfo(weights.dtype).tiny)
+        return torch.where(total > 0, kept * scale, weights)
+
+
+def focus_scores(
+    call: Call, edits: Sequence[Edit], index: Tensor, known: tuple[TextAndImage, Tensor] | None, where: TextAndImage
+) -> tuple[Tensor, Tensor]:
+    """(F [B, R, I], what text looks at [B, n, I]) from the head-mean weights of the query rows `index` after the edits.
+
+    F[i, j] sums over the prompt's text tokens k <= i, and over i itself, the weight of i on k times that of k on image token j. Rows are
+    not normalised over text, which changes no ranking inside a row. known: what the text of an earlier pass (a chunk, the turn before)
+    looks at, and the positions of that pass.
+    """
+    start, first = call.total - call.num_queries, call.key_start
+    looks = torch.zeros(*where.is_text.shape, where.image.numel(), device=call.query.device)
+    if known is not None:
+        before, seen = known
+        text, image = torch.isin(where.text, before.text), torch.isin(where.image, before.image)
+        old = seen[:, torch.isin(before.text, where.text)][:, :, torch.isin(before.image, where.image)]
+        looks[:, text.nonzero(), image.nonzero()[:, 0]] = old
+    parts = []
+    for part in index.split(rows_per_chunk(call.batch, call.num_heads, call.num_keys)):
+        weights = pad(row_weights(call, edits, part).mean(dim=1).float(), (first, 0))  # on absolute positions
+        at = part + start
+        on_image = weights[:, :, where.image] * where.is_image[:, None]
+        if int(at[0]) < where.length:
+            place = torch.searchsorted(where.text, at).clamp_max(where.text.numel() - 1)
+            own = where.text[place] == at
+            looks[:, place[own]] = on_image[:, own] * where.is_text[:, place[own], None]
+        on_text = weights[:, :, where.text] * where.is_text[:, None]
+        own = weights[:, torch.arange(len(at), device=at.device), at] * (at >= where.length)
+        parts.append((on_text, own, on_image))
+    scores = [torch.baddbmm(own[..., None] * image, text, looks) for text, own, image in parts]
+    return torch.cat(scores, dim=1), looks
+
+
+def least_focused(scores: Tensor, at: Tensor, where: TextAndImage, share: float) -> Tensor:
+    """Bool [B, R, I]: of each row's image tokens (those before it) the floor(share * count) with the least focus; ties stay."""
+    there = where.is_image[:, None] & (where.image[None, None] < at[None, :, None])
+    ordered = scores.masked_fill(~there, float("inf")).sort(dim=-1).values
+    count = (there.sum(dim=-1, keepdim=True) * share + 1e-6).floor().long()
+    limit = ordered.gather(-1, count.clamp_max(ordered.shape[-1] - 1))
+    return there & (scores < limit)

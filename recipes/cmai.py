@@ -1,0 +1,119 @@
+"""Cross-modality attention inhibition (CMAI): a reconstruction from an abstract, not a reproduction (arXiv 2411.15453).
+
+Read this first: the paper's full text and code were not at hand. What follows was rebuilt from its abstract and a public summary; every
+number and most choices are ours, it is not known whether the paper's results need fine-tuning, and none of them are claimed here.
+Fixes, by the abstract: much of an image is beside the point of an instruction and weakens its format, length and keyword demands.
+Text-to-image attention is passed through text-to-text attention, and pairs of text and image tokens with a low focus are blocked.
+Acts on: the weights of text rows behind an image, in prefill and decode, on image columns. For each row and layer the `gamma` of its
+image tokens with the least focus get no weight; rows are renormalised, text keeps its ratios, one image token always stays.
+Choices, all ours: head means, one cut for all heads; F[i, j] = sum over text tokens k <= i of A[i, k] A[k, j], ranked within a row; text
+before the image is left out; with lag = 1 the focus comes from the layer before (after its own cut), with lag = 0 from the layer's own
+weights. Of generated tokens only the row's own one counts, so that beams may trade places. Newline features are never blocked.
+Not here: VMTC, the other half of the paper, which clusters and merges image tokens before the decoder. It changes the set of tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ..hooks import Act, SiteTable, Support
+from ..hooks.plan import Step
+from ..interventions import Call, Edit
+from ..interventions.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
+from ..interventions.sinks import SoundMap
+from .base import Info, Recipe
+from .image_models import image_misfit
+
+
+class CMAI(Recipe):
+    slug = "cmai"
+    info = Info(
+        does="Blocks the image tokens that a text token's context does not look at. A reconstruction from the paper's abstract.",
+        paper="Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy",
+        year=2024,
+        arxiv="2411.15453",
+        families=("sparsity", "reweighting"),
+        kinds=("lvlm",),
+        cost="decode",
+        status="experiment",
+    )
+
+    gamma: float = Field(0.5, ge=0, le=0.9, description="share of a row's image tokens that are blocked; 0 changes nothing")
+    first_layer: int = Field(2, ge=0, description="first decoder layer that is changed")
+    last_layer: int | None = Field(
+        None, description="last decoder layer that is changed; None = the model's last, -2 = the one before"
+    )
+    lag: Literal[0, 1] = Field(1, description="1: the focus comes from the layer before; 0: from the layer's own plain weights")
+
+    def supports(self, sites: SiteTable) -> Support:
+        reason = image_misfit(sites, self.slug)
+        if not reason:
+            chosen = self._chosen(sites)
+            if not len(chosen):
+                reason = f"{sites.model_name} has no decoder layers {self.first_layer} to {self.last_layer or 'last'}"
+            elif self.first_layer < self.lag:
+                reason = "first_layer=0 has no layer before it to take the focus from: use lag=0 or first_layer=1"
+            elif chosen.problems:
+                reason = f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}"
+        return Support(not reason, reason)
+
+    def _chosen(self, sites: SiteTable) -> SiteTable:
+        """The layers that are changed, and with lag the one before them."""
+        decoder = sites.stack("decoder").kind("self")
+        changed = decoder.layers(self.first_layer, self.last_layer)
+        return decoder.layers(self.first_layer - self.lag, self.last_layer) if len(changed) else changed
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        if self.gamma == 0:
+            return []
+        chosen = self._chosen(sites)
+        return [Act(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
+
+    def inhibit(self, last: int, call: Call) -> Edit | None:
+        """A[i, j] = 0 for the image tokens j of text row i with the least focus, rows renormalised."""
+        tokens = call.tokens
+        if tokens is not None and "image" not in tokens and not tokens.blind:
+            return None
+        call.columns("image")  # says what is missing: a token map, or ids
+        assert tokens is not None and call.site is not None
+        now = self._now(call)
+        index, rows, where = now["index"], now["rows"], now["where"]
+        if not index.numel():
+            return None
+        layer = call.site.layer
+        found = now.get("hidden") if self.lag else self._least(call, [], now)
+        edit = None
+        if found is not None and layer >= self.first_layer:
+            cut = partial(Inhibited(index, found, where.image).without, call.key_start)
+            edit = SoundMap(function=cut, rows=None if call.num_queries == 1 and bool(now["all"]) else rows)
+        if self.lag and layer < last:
+            now["hidden"] = self._least(call, [edit] if edit is not None else [], now)
+        return edit
+
+    def _now(self, call: Call) -> dict[str, Any]:
+        """What all layers of a pass share: the rows that are changed, and which positions are text and image."""
+        tokens, memory = call.tokens, call.memory
+        assert tokens is not None
+        key = (call.total, call.num_queries, tokens.prompt_length)
+        if memory.get("now", {}).get("key") != key:
+            if memory.get("prompt") != tokens.prompt_length:
+                memory["prompt"], memory["where"] = tokens.prompt_length, TextAndImage.of(tokens, call.query.device)
+            where = memory["where"]
+            rows = where.rows(call.total - call.num_queries, call.total)
+            index = rows.any(dim=0).nonzero()[:, 0]
+            memory["now"] = {"key": key, "where": where, "rows": rows, "index": index, "all": bool(rows.all())}
+        return memory["now"]
+
+    def _least(self, call: Call, own: list[Edit], now: dict[str, Any]) -> torch.Tensor:
+        """Bool [B, R, I]: what this layer's weights, after the edits, leave out of focus."""
+        assert call.site is not None
+        where, index = now["where"], now["index"]
+        known = call.memory.setdefault("looks", {})
+        scores, looks = focus_scores(call, [*call.edits, *own], index, known.get(call.site.name), where)
+        known[call.site.name] = (where, looks)
+        at = index + call.total - call.num_queries
+        return least_focused(scores, at, where, self.gamma) & now["rows"][:, index, None]

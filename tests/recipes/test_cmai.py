@@ -1,0 +1,180 @@
+"""cmai: against a naive implementation, what blocked pairs look like, and whole models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
+import tiny_models  # noqa: E402
+from asked_images import ONE, PROMPTS  # noqa: E402
+
+FAMILIES = [
+    "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma",
+    "pixtral", "mistral3",
+]  # fmt: skip
+FEW = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
+def steer(model, **parameters):
+    return reattend.apply(model, "cmai", **{"first_layer": 1, **parameters})
+
+
+def maps(model, inputs, **parameters):
+    """Weights [layers, B, H, T, T] of an eager model under the recipe."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), steer(model, **parameters) as session:
+        found = torch.stack(model(**inputs, output_attentions=True).attentions)
+    model.set_attn_implementation("sdpa")
+    return found, session
+
+
+def naive_cut(weights, is_image, is_text, gamma):
+    """Bool [T, T]: pairs that the head-mean weights [T, T] of a layer leave out of focus, token by token."""
+    cut = torch.zeros_like(weights, dtype=torch.bool)
+    image = is_image.nonzero()[:, 0].tolist()
+    for i in is_text.nonzero()[:, 0].tolist():
+        there = [j for j in image if j < i]
+        text = [k for k in is_text.nonzero()[:, 0].tolist() if k <= i]
+        share = weights[i, text] / weights[i, text].sum()
+        focus = torch.tensor([sum(share[n] * weights[k, j] for n, k in enumerate(text)) for j in there])
+        if not there:
+            continue
+        limit = focus.sort().values[int(gamma * len(there) + 1e-6)]
+        for j, value in zip(there, focus):
+            cut[i, j] = value < limit
+    return cut
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_equals_a_naive_implementation(lag):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    is_image = ids == tiny_models.IMAGE
+    is_text = (is_image.cumsum(1) > 0) & ~is_image & real
+    plain, _ = maps(tiny.model, inputs, gamma=0)
+    found, session = maps(tiny.model, inputs, gamma=0.5, lag=lag)
+    assert list(session.stats["cmai"].values()) == [1, 1, 1]
+    torch.testing.assert_close(found[0], plain[0])
+    for layer in (1, 2, 3):
+        if lag:  # the weights that the layer before ended with
+            cuts = [naive_cut(found[layer - 1, b].mean(0), is_image[b], is_text[b], 0.5) for b in range(3)]
+        else:
+            if layer > 1:
+                break  # below, the model's states are the plain ones
+            cuts = [naive_cut(plain[layer, b].mean(0), is_image[b], is_text[b], 0.5) for b in range(3)]
+        cut = torch.stack(cuts)[:, None]
+        assert cut[0].sum() == 8 * is_text[0].sum() and not cut[2].any()
+        assert found[layer].masked_select(cut).abs().max() == 0
+        open_pairs = ~cut & is_text[:, None, :, None] & is_image[:, None, None]
+        seen = found[layer].masked_select(open_pairs & torch.ones_like(open_pairs).tril())
+        assert seen.min() > 0
+        if layer == 1:  # same states as the plain model: the rest of each row keeps its ratios
+            kept = plain[1].masked_fill(cut, 0)
+            wanted = torch.where(is_text[:, None, :, None], kept / kept.sum(-1, keepdim=True), plain[1])
+            torch.testing.assert_close(found[1][real[:, None].expand(-1, 4, -1)], wanted[real[:, None].expand(-1, 4, -1)])
+
+
+def test_image_mass_falls_with_gamma_and_rows_stay_whole():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([ONE])
+    is_image = (inputs["input_ids"] == tiny_models.IMAGE)[0]
+    masses = []
+    for gamma in (0.0, 0.3, 0.6, 0.9):
+        weights, _ = maps(tiny.model, inputs, gamma=gamma, first_layer=3)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+        masses.append(weights[3, 0, :, 18:, is_image].sum())
+        assert (weights[3, 0, :, 18:, is_image] > 0).any(-1).all()  # one image token stays
+    assert masses[0] > masses[1] > masses[2] > masses[3] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    tiny = tiny_models.build(family)
+    inputs = tiny.inputs(PROMPTS)
+    base = tiny.model.generate(**inputs, **FEW)
+    with steer(tiny.model) as session:
+        out = tiny.model.generate(**inputs, **FEW)
+        assert list(session.stats["cmai"].values()) == [4, 4, 4]
+    change = (out.logits[0] - base.logits[0]).abs().amax(dim=1)
+    assert (change[:2] > 1e-5).all() and change[2] < 1e-5, change
+    assert torch.equal(tiny.model.generate(**inputs, **FEW).logits[0], base.logits[0])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 22}, {"prefill_chunk_size": 9}]
+)
+def test_ways_to_generate(options, lag):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([ONE])
+    with steer(tiny.model, lag=lag):
+        wanted = tiny.model.generate(**inputs, **FEW)
+        found = tiny.model.generate(**inputs, **FEW, **options)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=3e-5, rtol=1e-4)
+
+
+def test_beams_padding_and_turns():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    with steer(tiny.model), torch.no_grad():
+        greedy = tiny.model.generate(**inputs, **FEW)
+        beams = tiny.model.generate(**inputs, **{**FEW, "output_logits": False, "output_scores": True}, num_beams=2)
+        right = tiny.inputs(PROMPTS, side="right")
+        logits = tiny.model(**right).logits
+        whole = tiny.inputs([[*ONE, 30, 31, "image", 5, 6, 7]])
+        begun = tiny.inputs([ONE])
+        wanted = tiny.model(**whole).logits[:, -1]
+        cache = tiny.model(**begun).past_key_values
+        rest, pixels = whole["input_ids"][:, begun["input_ids"].shape[1] :], whole["pixel_values"][1:]
+        got = tiny.model(input_ids=rest, attention_mask=whole["attention_mask"], pixel_values=pixels, past_key_values=cache)
+    first = beams.scores[0].view(3, 2, -1)
+    torch.testing.assert_close(first[:, 0], greedy.logits[0].log_softmax(dim=-1), atol=1e-5, rtol=1e-4)
+    last = [int(row.nonzero()[-1]) for row in right["attention_mask"]]
+    torch.testing.assert_close(logits[range(3), last], greedy.logits[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got.logits[:, -1], wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_gamma_zero_and_half_precision():
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    with torch.no_grad():
+        base = tiny.model(**inputs).logits
+        with steer(tiny.model, gamma=0) as session:
+            assert torch.equal(tiny.model(**inputs).logits, base) and session.stats == {}
+        tiny.model.to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        with steer(tiny.model, gamma=0.9) as session:
+            assert tiny.model(**inputs).logits[inputs["attention_mask"].bool()].isfinite().all()
+            assert session.applied == 3
+
+
+def test_what_does_not_fit_is_refused():
+    from tiny_language import language_model
+
+    tiny = tiny_models.llava()
+    for model, parameters, problem in [
+        (tiny_models.mllama().model, {}, "cross-attention"),
+        (language_model(), {}, "takes none"),
+        (tiny.model, {"first_layer": 0}, "no layer before it"),
+        (tiny.model, {"first_layer": 9}, "no decoder layers 9"),
+    ]:
+        with pytest.raises(UnsupportedError, match=problem):
+            steer(model, **parameters)
+    with pytest.raises(ReattendError, match="gamma.*less than or equal to 0.9"):
+        steer(tiny.model, gamma=1)
+    with (
+        pytest.warns(ReattendWarning, match="never acted"),
+        steer(tiny.model),
+        pytest.raises(ReattendError, match="input_ids"),
+    ):
+        tiny.model(inputs_embeds=torch.randn(1, 8, 32))
+    info = reattend.list_recipes()["cmai"]
+    assert info.status == "experiment" and "reconstruction" in info.does

@@ -26,10 +26,10 @@ from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS = 32, 2200
+BATCH, STEPS = 32, 4500
 EYE_BATCH, EYE_STEPS = 64, 2000
 WORLD = World()
-NOISE = (0.25, 0.85)
+NOISE = (0.0, 0.7)
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %} user :{% else %} assistant :{% endif %}"

@@ -4,7 +4,9 @@ from .capture import Reading, Recording, capture
 from .discovery import SiteTable, Support, sites
 from .plan import (
     Act,
+    Branch,
     Capture,
+    Fusion,
     Guide,
     Observation,
     Observe,
@@ -20,7 +22,9 @@ from .session import Session, attach, running
 
 __all__ = [
     "Act",
+    "Branch",
     "Capture",
+    "Fusion",
     "Guide",
     "Observation",
     "Observe",

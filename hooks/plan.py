@@ -7,8 +7,9 @@ guide       `Guide`: a further denoiser branch with edits of its own (see `denoi
 projection  `Project`: an edit of the key projection's output of new tokens; `ReadProjection`: the same, read-only
 spans       `Spans`: token sets that the user named by text or position
 rewrite     `Probe`: a further pass with the same or changed inputs before a prefill, read but not edited (see `probe`)
+branch      `Branch`: the same tokens after other prompts, with logits that become one (see `branch`)
 
-The other doors of the design (branch, rotary, tokens, share) get their dataclass here and their room beside `denoise`.
+The other doors of the design (rotary, tokens, share) get their dataclass here and their room beside `denoise`.
 """
 
 from __future__ import annotations
@@ -201,7 +202,43 @@ class Probe:
             raise ReattendError("a probe needs at least one reader (Observe or Capture)")
 
 
-Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe
+@dataclass
+class Fusion:
+    """What a branch's formula sees at one step: logits [B, n, V] of the real pass and of each branch, for the same n positions.
+
+    n is 1 but where drafted tokens are checked (assisted decoding). clock, tokens and memory are those of the real pass.
+    """
+
+    logits: Tensor
+    others: list[Tensor]
+    clock: Clock
+    tokens: TokenMap
+    memory: dict[Any, Any]
+
+
+@dataclass
+class Branch:
+    """Decoding branches: the same model with other prompts, which go on with the same tokens; fuse(Fusion) -> logits [B, n, V].
+
+    inputs: for each branch a function of the Prompt, before the pass that starts a sequence, to the arguments of the branch's prompt;
+    None from any of them: this prompt needs no branch. An argument `position_ids` that is left as it was (also if it was absent) says
+    that the branch has the columns and positions of the real pass at every step; else rows must be padded on the left and their
+    positions [..., B, T] given. `later_attention_mask` [B, T]: the prompt's mask from the second pass on, if it is another.
+    Each branch has a cache of its own, is edited by `steps` alone and runs without gradients. The logits of the last position of every
+    row leave the model fused, in every pass, so samplers, beams and processors see no others. Counted as "logits" under `label`.
+    """
+
+    inputs: Sequence[Callable[[Prompt], dict[str, Any] | None]]
+    fuse: Callable[[Fusion], Tensor]
+    steps: Sequence[Act | Observe | Capture] = ()
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ReattendError("a branch step needs at least one function that makes a branch's prompt")
+
+
+Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch
 
 
 @dataclass

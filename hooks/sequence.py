@@ -6,6 +6,7 @@ generate at the same time on one model do not mix), for as long as the cache liv
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import weakref
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Clock, ReattendError, Site, TokenMap
+from .branch import fuse_branches, prepare_branches
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
 from .probe import Running, run_probes
+from .sides import unfollow
 from .tokens import build_roles
 
 if TYPE_CHECKING:
-    from .session import Attachment
+    from .session import Attachment, Session
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Forward:
     # fresh: this pass starts its sequence. probe: it is read by a probe's steps and edited by nobody
     fresh: bool = False
     probe: Running | None = None
+    # what branches need after the pass: its arguments, and the sessions it ran under
+    branched: tuple[dict[str, Any], list[Session]] | None = None
     # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
     two_sided: bool = False
     loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
@@ -99,6 +104,7 @@ class SequenceTracker:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        unfollow(list(self.by_cache))
 
     def when_idle(self, then: Callable[[], None]) -> None:
         """Runs `then` now, or when the last pass that another thread has under way is over."""
@@ -133,9 +139,12 @@ class SequenceTracker:
         given = {**given, **given.pop("kwargs", {})}
         forward = self._forward(given, sessions)
         self.local.stack.append(forward)
+        del given[next(iter(self.signature.parameters))]
+        if any(session.branches for session in sessions):
+            prepare_branches(self, forward, given, sessions)
+            forward.branched = given, sessions
         for session in sessions:
             session.forwards += 1
-        del given[next(iter(self.signature.parameters))]
         run_probes(self, forward, given, sessions)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -143,10 +152,19 @@ class SequenceTracker:
             return
         stack = getattr(self.local, "stack", None)
         forward = stack.pop() if stack else None
-        self._land()
         cache = getattr(output, "past_key_values", None)
         if forward is not None and forward.sequence is not None and cache is not None and not isinstance(cache, tuple):
             self.by_cache[cache] = forward.sequence
+        try:
+            if forward is not None and forward.branched is not None and output is not None:
+                fuse_branches(self, forward, forward.branched[0], output, forward.branched[1])
+        finally:
+            self._land()
+
+    @functools.cached_property
+    def offset_modules(self) -> list[Any]:
+        """Modules that keep the offset of multimodal RoPE from one pass to the next."""
+        return [] if self.root is None else [m for m in self.root.modules() if hasattr(m, "rope_deltas")]
 
     def _land(self) -> None:
         with self.lock:

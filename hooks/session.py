@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
+from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site, UnsupportedError
+from .branch import branch_misfit, steps_of
 from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
-from .plan import Act, Capture, Guide, Observe, Plan, Probe, Project, ReadProjection, Spans
+from .plan import Act, Branch, Capture, Guide, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
 from .sequence import Forward, SequenceTracker
 
@@ -44,6 +45,7 @@ class Session:
         self._acts: dict[int, list[tuple[Plan, Act]]] = {}
         self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
         self.probes: list[tuple[Plan, Probe, Session]] = []
+        self.branches: list[tuple[Plan, Branch, Session]] = []
         self.guides: list[tuple[Plan, Guide]] = []
         self.spans: list[Spans] = []
         self.handles: list[Any] = []
@@ -71,6 +73,10 @@ class Session:
                     self.guides.append((plan, step))
                 elif isinstance(step, Probe):
                     self.probes.append((plan, step, readers_of(self, plan, step)))
+                elif isinstance(step, Branch):
+                    step.label = step.label or plan.recipe
+                    self.counts.setdefault(step.label, Counter())
+                    self.branches.append((plan, step, steps_of(self, plan, step)))
                 elif isinstance(step, Spans):
                     self.spans.append(step)
 
@@ -132,7 +138,12 @@ class Session:
     def act_steps(self) -> list[tuple[Plan, Act | Capture]]:
         """The steps for which calls have to be intercepted."""
         own = [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Act, Capture))]
-        return [*own, *(item for _, _, readers in self.probes for item in readers.act_steps())]
+        return [*own, *(item for inner in self.nested for item in inner.act_steps())]
+
+    @property
+    def nested(self) -> list[Session]:
+        """The steps of probes and branches, which act in passes of their own."""
+        return [inner for _, _, inner in (*self.probes, *self.branches)]
 
     def acts_at(self, module: nn.Module) -> bool:
         return id(module) in self._acts or id(module) in self._captures
@@ -194,6 +205,9 @@ class Attachment:
             self.site_of.update({id(step.sites.module(site)): site for site in step.sites})
         if session.probes and self.tracker.root is None:
             raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
+        misfit = branch_misfit(self.tracker.root) if session.branches else ""
+        if misfit:
+            raise UnsupportedError(f"recipe {session.branches[0][0].recipe!r} does not fit this model: {misfit}")
         try:
             if first:
                 self.tracker.install()
@@ -235,8 +249,8 @@ class Attachment:
     def _install_taps(self, session: Session) -> None:
         from .taps import install_observation, install_projection
 
-        for _, _, readers in session.probes:
-            self._install_taps(readers)
+        for inner in session.nested:
+            self._install_taps(inner)
         for plan in session.plans:
             for step in plan.steps:
                 if isinstance(step, Observe):
@@ -245,8 +259,8 @@ class Attachment:
                     session.handles += install_projection(self, session, plan, step)
 
     def _drop_taps(self, session: Session) -> None:
-        for _, _, readers in session.probes:
-            self._drop_taps(readers)
+        for inner in session.nested:
+            self._drop_taps(inner)
         while session.handles:
             session.handles.pop().remove()
 

@@ -14,7 +14,7 @@ from ..interventions import ReattendError
 from .profile import Profile
 
 Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
-Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity"]
+Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "decoding"]
 
 
 @dataclass(frozen=True)

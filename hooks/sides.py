@@ -1,0 +1,156 @@
+"""One branch of one batch of sequences: its prompt, positions and cache, which do what the real cache does."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..interventions import ReattendError, TokenMap
+from .text_only import PER_TOKEN
+
+# Methods of a cache that move its rows: what they do to the real cache, they do to those of its branches.
+MOVES = ("reorder_cache", "batch_select_indices")
+
+
+class Side:
+    """One branch of one batch of sequences: what it has read so far."""
+
+    def __init__(self, arguments: dict[str, Any], mirrored: bool, tokens: TokenMap, shared: bool) -> None:
+        # mirrored: it has the positions of the real pass. shared: it has its token map too
+        self.arguments, self.mirrored, self.tokens, self.shared = arguments, mirrored, tokens, shared
+        self.mask: Tensor | None = arguments.get("attention_mask")
+        self.later: Tensor | None = arguments.pop("later_attention_mask", None)
+        positions = arguments.get("position_ids")
+        self.position: Tensor | None = None if mirrored or positions is None else positions[..., -1:]
+        self.cache: Any = None
+        self.offsets: list[Any] | None = None
+        self.prompt = width_of(arguments)
+
+    def move(self, name: str, index: Tensor) -> None:
+        """What a cache's own method of this name has done to the rows of the real cache."""
+        if self.cache is not None:
+            getattr(self.cache, name)(index)
+        self.mask = _rows(self.mask, index)
+        if self.position is not None:
+            self.position = self.position.index_select(-2, index.to(self.position.device))
+
+    def grown(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of its prompt with further tokens [B, n] at the end."""
+        arguments, count = dict(self.arguments), ids.shape[1]
+        if count == 0:
+            return arguments
+        if "input_ids" not in arguments:
+            raise ReattendError("tokens after a prompt of embeddings need a cache: generate with use_cache=True")
+        arguments["input_ids"] = torch.cat([arguments["input_ids"], ids.to(arguments["input_ids"])], dim=1)
+        if self.mask is not None:
+            arguments["attention_mask"] = pad(self.mask, (0, count), value=1)
+        for name in PER_TOKEN:
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name] = pad(arguments[name], (0, count))
+        if self.mirrored:
+            arguments["position_ids"] = given.get("position_ids")
+        elif self.position is not None:
+            arguments["position_ids"] = torch.cat([arguments["position_ids"], self._next(count)], dim=-1)
+        return arguments
+
+    def step(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass that goes on with its cache."""
+        count = ids.shape[1]
+        arguments = dict(given) if self.mirrored else {k: v for k, v in given.items() if k in PER_TOKEN}
+        for name in PER_TOKEN:
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name] = arguments[name][:, -count:]
+        arguments |= {"input_ids": ids, "attention_mask": None, "past_key_values": self.cache}
+        if self.mask is not None:
+            arguments["attention_mask"] = pad(self.mask, (0, count), value=1)
+        if self.position is not None:
+            arguments["position_ids"] = self._next(count)
+        return arguments
+
+    def read(self, count: int) -> None:
+        """Notes that so many tokens behind the prompt are in its cache now."""
+        if self.later is not None:
+            self.mask, self.later = self.later, None
+        if self.mask is not None:
+            self.mask = pad(self.mask, (0, count), value=1)
+        if self.position is not None and count:
+            self.position = self._next(count)[..., -1:]
+
+    def crop(self, count: int) -> None:
+        """Takes the last tokens back: drafts that were refused."""
+        # layers that keep more than their window for this purpose cut themselves to size, also where nothing is taken back
+        self.cache.crop(-count)
+        if self.mask is not None and count:
+            self.mask = self.mask[:, :-count]
+        if self.position is not None:
+            self.position = self.position - count
+
+    def _next(self, count: int) -> Tensor:
+        assert self.position is not None
+        return self.position + torch.arange(1, count + 1, device=self.position.device)
+
+
+class _Followed:
+    """Stands in for a method of one cache that moves its rows, so that its branches move along."""
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self.cache, self.name = weakref.ref(cache), name
+        self.sides: weakref.WeakSet[Side] = weakref.WeakSet()
+
+    def __call__(self, index: Tensor) -> Any:
+        cache = self.cache()
+        result = getattr(type(cache), self.name)(cache, index)
+        for side in self.sides:
+            side.move(self.name, index)
+        return result
+
+    def __deepcopy__(self, memo: dict) -> _Followed:
+        # branches belong to the original: a copy of the cache is a sequence of its own
+        return _Followed(memo.get(id(self.cache()), self.cache()), self.name)
+
+
+def follow(cache: Any, sides: list[Side]) -> None:
+    """Lets branches share in what happens to the rows of the real cache."""
+    for name in MOVES:
+        mine = vars(cache).get(name)
+        if mine is None and hasattr(type(cache), name):
+            mine = _Followed(cache, name)
+            setattr(cache, name, mine)
+        if isinstance(mine, _Followed):
+            mine.sides.update(sides)
+
+
+def unfollow(caches: list[Any]) -> None:
+    """Takes what `_follow` has set off these caches."""
+    for cache in caches:
+        for name in MOVES:
+            if isinstance(vars(cache).get(name), _Followed):
+                delattr(cache, name)
+
+
+def records_past(cache: Any) -> bool:
+    """Whether a cache keeps more than its windows, because drafts may be taken back."""
+    return any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ()))
+
+
+def recording_cache(root: Any) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=root.config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    return cache
+
+
+def _rows(x: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if x is None else x.index_select(0, index.to(x.device))
+
+
+def width_of(arguments: dict[str, Any]) -> int:
+    source = arguments.get("input_ids")
+    source = arguments.get("inputs_embeds") if source is None else source
+    assert isinstance(source, Tensor)
+    return source.shape[1]

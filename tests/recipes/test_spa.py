@@ -1,0 +1,233 @@
+"""spa: golden data of the official code, and whole models with passages hidden from a second branch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.interventions import ReattendError, UnsupportedError
+from reattend.interventions.logits import anchored
+from reattend.recipes import load_recipe, recipe, save_recipe
+from safetensors import safe_open
+from torch.nn.functional import pad
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
+from tiny_language import language_model, tokenizer  # noqa: E402
+
+PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
+PASSAGES = [["Answer in French."], ["red house", "one word"]]
+LOGITS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
+@pytest.mark.parametrize("name", ["modulated", "plain", "strength_one", "strength_zero"])
+def test_golden_logits_of_the_official_code(name):
+    with safe_open(TESTS / f"golden/spa/{name}.safetensors", "pt") as file:
+        facts = file.metadata()
+        full, hidden, wanted = (file.get_tensor(f"scores_{kind}") for kind in ("full", "masked", "out"))
+    found = anchored(full, hidden, float(facts["strength"]), facts["modulated_by_prob"] == "True")
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+def inputs(prompts=PROMPTS):
+    return tokenizer()(prompts, return_tensors="pt", padding=True)
+
+
+def tokens_of(row, passages):
+    """Bool [T]: tokens of one prompt that overlap any of the passages, from its offsets."""
+    x = tokenizer()(PROMPTS[row], return_offsets_mapping=True)
+    found = torch.zeros(len(x["input_ids"]), dtype=torch.bool)
+    for text in passages:
+        start = PROMPTS[row].index(text)
+        found |= torch.tensor([a < start + len(text) and b > start for a, b in x["offset_mapping"]])
+    return torch.tensor(x["input_ids"]), found
+
+
+def wanted(model, row, tail, strength, modulated, passages=PASSAGES, placeholder=None, hide=True):
+    """Logits [V] of one prompt and the tokens after it, from two whole passes of the plain model."""
+    ids, found = tokens_of(row, passages[row])
+    full = model(torch.cat([ids, tail])[None]).logits[0, -1]
+    if placeholder is None:
+        shown = ~found
+    else:
+        starts = found & ~pad(found, (1, 0))[:-1]
+        pieces, shown = [], []
+        for token, inside, first in zip(ids.tolist(), found.tolist(), starts.tolist()):
+            if not inside or first:
+                pieces += placeholder if first else [token]
+                shown += [hide is False] * len(placeholder) if first else [True]
+        ids, shown = torch.tensor(pieces), torch.tensor(shown)
+    mask = pad(shown.long(), (0, len(tail)), value=1)[None]
+    hidden = model(torch.cat([ids, tail])[None], attention_mask=mask, position_ids=torch.arange(mask.shape[1])[None])
+    return anchored(full, hidden.logits[0, -1], strength, modulated)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        dict(strength=1.4, modulated=False),
+        dict(strength=6.0),
+        dict(strength=-2.0),
+        dict(strength=0.0),
+        dict(strength=3.0, placeholder=[7, 9], hide=False),
+        dict(strength=3.0, placeholder=[7]),
+    ],
+)
+def test_every_step_equals_two_whole_passes(parameters):
+    """Left padding, other passages per row: each generated step as passes over one prompt alone, and ends restored."""
+    model, x = language_model(), inputs()
+    plain = model(**x).logits
+    with reattend.apply(model, "spa", text=PASSAGES, tokenizer=tokenizer(), **parameters) as session:
+        out = model.generate(**x, max_new_tokens=4, **LOGITS)
+        assert session.stats == {"spa": {"logits": 4}}
+    rest = {"modulated": True, **{k: v for k, v in parameters.items()}}
+    for step, logits in enumerate(out.logits):
+        for row in range(2):
+            tail = out.sequences[row, x["input_ids"].shape[1] :][:step]
+            torch.testing.assert_close(logits[row], wanted(model, row, tail, **rest), atol=2e-4, rtol=1e-3)
+    assert ((out.logits[0] - plain[:, -1]).abs().amax(dim=1) > 1e-2).all()
+    assert torch.equal(model(**inputs()).logits, plain)
+
+
+def test_the_official_mask_shows_the_placeholder_again():
+    model, x = language_model(), inputs()
+    found = {}
+    for official in (False, True):
+        with reattend.apply(
+            model, "spa", text=PASSAGES, strength=0, placeholder=[7], official_mask=official, tokenizer=tokenizer()
+        ):
+            found[official] = model.generate(**x, max_new_tokens=2, **LOGITS)
+    assert torch.equal(found[True].logits[0], found[False].logits[0])
+    assert not torch.allclose(found[True].logits[1], found[False].logits[1], atol=1e-4)
+    with reattend.apply(model, "spa", text=PASSAGES, strength=0, placeholder=[7], official_mask=True, tokenizer=tokenizer()):
+        model(**x)
+        with pytest.raises(ReattendError, match="needs a cache"):
+            model(**x, use_cache=False)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_and_no_cache_agree(beams):
+    model, x = language_model(), inputs()
+    with reattend.apply(model, "spa", text=PASSAGES, strength=8, tokenizer=tokenizer()):
+        options = dict(max_new_tokens=6, num_beams=beams, do_sample=False)
+        assert torch.equal(model.generate(**x, **options), model.generate(**x, **options, use_cache=False))
+
+
+def test_one_changes_no_bit_and_neither_does_a_prompt_without_passage():
+    model, x = language_model(), inputs()
+    plain = model(**x).logits
+    with reattend.apply(model, "spa", text=PASSAGES, strength=1, tokenizer=tokenizer()):
+        assert torch.equal(model(**x).logits, plain)
+    with reattend.apply(model, "spa", ranges=[[(0, 3)], []], strength=5) as session:
+        steered = model(**x).logits
+        assert session.applied == 1
+    assert torch.equal(steered[1], plain[1]) and torch.equal(steered[:, :-1], plain[:, :-1])
+    assert not torch.equal(steered[0, -1], plain[0, -1])
+
+
+def test_more_strength_makes_what_the_passage_says_likelier():
+    """A token that the passage makes likelier becomes likelier still; without the passage's share it falls back."""
+    model, x = language_model(), inputs(PROMPTS[:1])
+
+    def logprobs(strength):
+        with reattend.apply(model, "spa", text=PASSAGES[0], strength=strength, modulated=False, tokenizer=tokenizer()):
+            return model(**x).logits[0, -1].log_softmax(-1)
+
+    without, full, more = (logprobs(s) for s in (0.0, 1.0, 2.0))
+    word = (full - without).argmax()
+    assert more[word] > full[word] > without[word]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_extreme_strengths_stay_finite_in_half_precision(dtype):
+    model, x = language_model().to(dtype), inputs()
+    for strength in (-50, 50):
+        with reattend.apply(model, "spa", text=PASSAGES, strength=strength, tokenizer=tokenizer()):
+            logits = model(**x).logits[:, -1]
+            assert logits.dtype == dtype and logits.isfinite().all()
+
+
+def test_it_composes_with_recipes_of_attention():
+    """The other recipe edits the real branch alone: with strength 0 nothing of it is left, with 1 nothing of spa."""
+    model, x = language_model(), inputs()
+
+    def logits(*recipes):
+        with reattend.apply(model, *recipes, tokenizer=tokenizer()):
+            return model(**x).logits[:, -1]
+
+    boost, marked = ("instaboost", {"text": PASSAGES, "multiplier": 20}), {"text": PASSAGES}
+    boosted, hidden = logits(boost), logits(("spa", {**marked, "strength": 0}))
+    torch.testing.assert_close(logits(boost, ("spa", {**marked, "strength": 0})), hidden)
+    both = logits(boost, ("spa", {**marked, "strength": 1.5, "modulated": False}))
+    torch.testing.assert_close(both, hidden + 1.5 * (boosted - hidden), atol=1e-5, rtol=1e-4)
+
+
+def test_an_image_model_reads_its_prompt_twice():
+    import tiny_models
+    from asked_images import ONE, TWO
+    from asked_images import tokenizer as words
+
+    tiny = tiny_models.build("qwen2_5_vl")
+    x = tiny.inputs([ONE, TWO])
+    plain = tiny.model.generate(**x, max_new_tokens=4, **LOGITS)
+    offset = tiny.model.model.rope_deltas
+    with reattend.apply(tiny.model, "spa", text=[["red dog"], ["how many"]], occurrence=-1, strength=4, tokenizer=words()):
+        steered = tiny.model.generate(**x, max_new_tokens=4, **LOGITS)
+        again = tiny.model.generate(**x, max_new_tokens=4, **LOGITS, use_cache=False)
+    assert torch.equal(tiny.model.model.rope_deltas, offset)
+    with (
+        reattend.apply(tiny.model, "spa", text="cats", occurrence=-1, placeholder=[5], tokenizer=words()),
+        pytest.raises(ReattendError, match="move the images"),
+    ):
+        tiny.model(**tiny.inputs([TWO]))
+    for a, b, c in zip(steered.logits, again.logits, plain.logits):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        assert (a - c).abs().amax(dim=1).min() > 1e-3
+
+
+def test_the_highlight_suite_drives_it():
+    sys.path.insert(0, str(TESTS))
+    from reattend.evaluation import suite
+    from suite_checks import ask
+
+    asked = suite("highlight")
+    items = asked.items(2, 0)
+    plain, steered = ask(asked, items), ask(asked, items, [("spa", {"strength": 3})])
+    assert [r["logprobs"] for r in plain] != [r["logprobs"] for r in steered]
+
+
+def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
+    model = language_model()
+    for parameters, problem in [
+        (dict(), "text is required"),
+        (dict(text="a", strength=float("inf")), "strength"),
+        (dict(text="a", ranges=[(0, 1)]), "not both"),
+        (dict(text="a", hide=False), "hide=False needs a placeholder"),
+        (dict(text="a", placeholder=[]), "at least one token id"),
+        (dict(text="a", official_mask=True), "official_mask needs"),
+        (dict(text="a", alpha=2), "alpha is not a parameter"),
+    ]:
+        with pytest.raises(ReattendError, match=problem):
+            reattend.apply(model, "spa", **parameters)
+    with pytest.raises(UnsupportedError, match="language head"):
+        reattend.apply(model.model, "spa", text="a")
+    ran = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    berlin = reattend.apply(model, "spa", text="Berlin", tokenizer=tokenizer())
+    with berlin, pytest.raises(ReattendError, match="'Berlin' is not in prompt 0"):
+        model(**inputs())
+    with (
+        reattend.apply(model, "spa", ranges=[(0, len(tokens_of(1, [])[0]))]),
+        pytest.raises(ReattendError, match="all of prompt 1"),
+    ):
+        model(**inputs())
+    handle.remove()
+    assert not ran
+    original = recipe("spa", ranges=[[(0, 2)], [(1, 3)]], strength=9, placeholder=[4, 5])
+    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original

@@ -61,7 +61,7 @@ def _findings(found: Analysis) -> Table:
 
 def _layers(found: Analysis) -> Table:
     table = Table(
-        "layer", "weight on the first token, by head", "mean", "largest |x|", "median", "|x| first", "|k| first", "|v| first",
+        "layer", "on the first token", "mean", "largest |x|", "median", "|x| first", "|k| first", "|v| first",
         box=None, pad_edge=False, header_style="dim",
     )  # fmt: skip
     for column in table.columns[2:]:
@@ -80,7 +80,7 @@ def _layers(found: Analysis) -> Table:
             str(layer), Text(shades, style="cyan"), percent(float(weights.mean())), number(float(largest[row, 0])),
             number(float(largest[row, -1])), beside("hidden", row), beside("key", row), beside("value", row),
         )  # fmt: skip
-    table.caption = "x: norm of the first token's state, keys and values, beside the median of the others"
+    table.caption = "on the first token: weight, a character per head; x: its norms beside the median of the others"
     return table
 
 

@@ -36,7 +36,7 @@ class Looks:
 
     pieces: the text of each token. image: which tokens are an image's. grids: per image or tile [rows, cols] long, positions of its
     tokens. cropped: the model sees the centre square of a picture only. before, after: {layer: [n]}, mean over heads and answer tokens;
-    what a row gives to the answer itself is not in it. answer: how many answer tokens were looked at.
+    what a row gives to the answer itself is not in it. answer: how many answer tokens were looked at, before and after.
     """
 
     pieces: list[str]
@@ -45,7 +45,7 @@ class Looks:
     cropped: bool = False
     before: dict[int, Tensor] = field(default_factory=dict)
     after: dict[int, Tensor] = field(default_factory=dict)
-    answer: int = 0
+    answer: tuple[int, int] = (0, 0)
 
     @property
     def layers(self) -> list[int]:
@@ -103,7 +103,7 @@ class Looks:
 
     def as_dict(self) -> dict[str, Any]:
         cells = [cell._asdict() for cell in self.cells()] if self.layers else []
-        return {"answer_tokens": self.answer, "grids": [list(g.shape) for g in self.grids], "prompt": cells}
+        return {"answer_tokens": list(self.answer), "grids": [list(g.shape) for g in self.grids], "prompt": cells}
 
 
 def _cover(cells: int, low: float, high: float) -> Tensor:
@@ -124,9 +124,9 @@ def add_side(looks: Looks | None, seen: Recording, pieces: list[str], after: boo
     if looks is None:
         marks = tokens.positions("image", 0, tokens.prompt_length)[0].tolist() if "image" in tokens else [False] * len(pieces)
         looks = Looks(pieces, marks, [g.index.cpu() for g in tokens.images if g.row == 0], cropped)
+    steps = max(map(len, seen.readings.values()), default=0)
     if after:
-        looks.after = spread
+        looks.after, looks.answer = spread, (looks.answer[0], steps)
     else:
-        looks.before = spread
-    looks.answer = max(map(len, seen.readings.values()), default=0)
+        looks.before, looks.answer = spread, (steps, 0)
     return looks

@@ -18,6 +18,8 @@ HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 LOST, GAINED = (37, 99, 190), (226, 100, 28)
 INK, SOFT, PAPER = (28, 33, 40), (102, 112, 128), (255, 255, 255)
 SIDE = 240
+# Pillow's own font has Latin letters only, and not these signs for blanks.
+PLAIN = str.maketrans({"⏎": "\\n", "␣": "_"})
 
 
 def level(weights: Tensor, largest: float) -> Tensor:
@@ -120,27 +122,28 @@ def strip(cells: Sequence[Cell], width: int = 980) -> Image.Image:
     if not cells:
         raise ReattendError("there is no token to draw")
     font, small = _font(14), _font(11)
+    names = [shown(cell).translate(PLAIN) for cell in cells]
     most = max(abs(c.after - c.before) for c in cells)
     high, space, margin = 40, 4, 12
     placed, x, y = [], margin, margin + 26
-    for cell in cells:
-        size = max(font.getlength(shown(cell)), small.getlength(points(cell.after - cell.before))) + 10
+    for cell, name in zip(cells, names, strict=True):
+        size = max(font.getlength(name), small.getlength(points(cell.after - cell.before))) + 10
         if x + size > width - margin and x > margin:
             x, y = margin, y + high + space
-        placed.append((cell, x, y, size))
+        placed.append((cell, name, x, y, size))
         x += size + space
     title = "attention moved, in percentage points: blue lost, orange gained"
-    used = max(*(x + size for _, x, _, size in placed), margin + small.getlength(title))
+    used = max(*(x + size for *_, x, _, size in placed), margin + small.getlength(title))
     canvas = Image.new("RGB", (round(used + margin), round(y + high + margin)), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((margin, margin - 4), title, SOFT, small)
-    for cell, x, y, size in placed:
+    for cell, name, x, y, size in placed:
         moved = cell.after - cell.before
         strength = float(level(torch.tensor(abs(moved)), most)) if most else 0.0
         colour = GAINED if moved > 0 else LOST
         fill = tuple(round(255 + (c - 255) * 0.8 * strength) for c in colour)
         draw.rounded_rectangle((x, y, x + size, y + high), 5, fill=fill, outline=(221, 226, 232))
-        draw.text((x + 5, y + 4), shown(cell), INK, font)
+        draw.text((x + 5, y + 4), name, INK, font)
         draw.text((x + 5, y + 24), points(moved), INK, small)
     return canvas
 

@@ -7,8 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from reattend.analysis import measures
-from reattend.interventions import Call, Gain, KeyBias, PoolKV, ReattendError, Reorder, TokenMap, reference_with_weights
+from reattend.analysis import Analysis, measures
+from reattend.analysis.reading import Reader, Settings
+from reattend.hooks import Observation, SiteTable
+from reattend.interventions import (
+    Call,
+    Clock,
+    Gain,
+    KeyBias,
+    PoolKV,
+    ReattendError,
+    Reorder,
+    Site,
+    TokenMap,
+    reference_with_weights,
+)
 from reattend.interventions.census import census
 from safetensors import safe_open
 
@@ -66,6 +79,24 @@ def test_decorrelation_equals_the_official_code(name):
     found = measures.decorrelation(cosines[1:-1], int(facts["non_output_tokens_count"]))
     assert found == pytest.approx(float(data["decorrelation"]), abs=1e-6)
     assert (cosines[1:-1, :, 3] > 0.9).all(), "the planted token points where the first one points"
+
+
+def test_norms_equal_the_official_code():
+    data, _ = golden("sink-metrics/norms")
+    samples, layers, heads, size, dim = data["keys"].shape
+    table = SiteTable([Site(f"layer{n}", n, "decoder", "self", heads, heads, dim, True) for n in range(layers)], {})
+    reader = Reader(table, Settings(), [0] * samples)
+    clock = Clock("encode")
+    for site in table:
+        states, key, value = (data[name][:, site.layer] for name in ("hidden_states", "keys", "values"))
+        reader.look(Observation(states, site, clock, None, {}))
+        reader.count(Call(torch.zeros_like(key), key, value, is_causal=True, site=site), [])
+    for sample in reader.samples:
+        sample.tokens = ["x"] * size
+    norms = Analysis({}, "decoder", reader.samples, list(range(layers)), 0.3, 0, Settings()).norms()
+    torch.testing.assert_close(norms["hidden"], data["hidden_norm"][:-1], atol=1e-5, rtol=1e-5)
+    for name in ("key", "value"):
+        torch.testing.assert_close(norms[name], data[f"{name}_norm"], atol=1e-5, rtol=1e-5)
 
 
 def test_decorrelation_runs_from_0_to_1():

@@ -34,7 +34,7 @@ class Tilt(Recipe):
 
     def plan(self, sites):
         bias = lambda call: KeyBias(bias=torch.zeros(call.num_keys).index_fill(0, torch.tensor([0]), 3.0))  # noqa: E731
-        return [Act(sites, bias, "tilt")]
+        return [Act(sites.where(lambda s: s.supported), bias, "tilt")]
 
 
 def picture(size=(96, 64)) -> Image.Image:
@@ -63,7 +63,7 @@ def test_text_weights_are_those_of_the_model(text_pipe, tokenizer):
     report = reattend.compare(text_pipe, WINDOW, text=PROMPT, **OPTIONS)
     expected = by_hand(text_pipe.model, dict(tokenizer(PROMPT, return_tensors="pt")))
     found = report.looks
-    assert found.layers == [0, 1] and found.answer == 5 and not any(found.image) and found.grids == []
+    assert found.layers == [0, 1] and found.answer == (5, 5) and not any(found.image) and found.grids == []
     assert "".join(found.pieces) == PROMPT
     for layer in (0, 1):
         torch.testing.assert_close(found.before[layer], expected[layer], atol=1e-5, rtol=1e-4)
@@ -238,3 +238,26 @@ def test_grids_of_other_rows_are_left_out():
             return {0: torch.zeros(length)}
 
     assert looks_module.add_side(None, Fake(), ["a"], False, False) is None, "pieces must fit the prompt"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl", "idefics3", "gemma3", "pixtral"])
+def test_pictures_of_other_families(family):
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tiny_models import build
+
+    tiny = build(family)
+    inputs = tiny.inputs([[5, "image", 6, 7, 8]])
+    report = reattend.compare(tiny.model, Tilt(), inputs=inputs, **OPTIONS)
+    looks = report.looks
+    assert looks is not None and len(looks.pieces) == inputs["input_ids"].shape[1]
+    grid = looks.grid(0, 1)
+    assert all(looks.image[i] for i in grid.flatten().tolist())
+    before, after = looks.weights()
+    assert before.sum() <= 1.0001 and not torch.equal(before, after)
+    sheet = report.attention_map(picture((60, 60)))
+    assert sheet.height > 240 and sheet.width > 3 * 240
+    with pytest.raises(reattend.ReattendError, match="does not hold the prompt's pictures"):
+        report.attention_map()

@@ -26,11 +26,11 @@ from ..interventions import Call, ReattendError, Transfer
 from ..interventions.calibration import learn_sinks
 from .base import Info, Recipe, decoder_sites
 from .head_choice import Head, as_heads, by_layer, missing_heads
-from .profile import Profile, table_fingerprint
+from .profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (
-    "name heads=[[layer, head], ...], a published list (see ACT.published()), heads='all', or a profile_path made by "
-    "recipe_class('act').profile(model, tokenizer).save(path) or `reattend profile act MODEL`"
+    "name heads=[[layer, head], ...], a published list (see ACT.published()), heads='all', or a profile_path, or let "
+    "`reattend profile act MODEL` (reattend.recipes.cached_profile('act', model, tokenizer)) search and keep them"
 )
 
 
@@ -62,7 +62,10 @@ class ACT(Recipe):
     heads: Annotated[tuple[Head, ...] | str | None, BeforeValidator(as_heads)] = Field(
         None, description="heads to calibrate: [[layer, head], ...], {layer: [heads]}, a published list's name, or 'all'"
     )
-    profile_path: str | None = Field(None, description="file with the heads that a profiling run selected, instead of heads")
+    profile_path: str | None = Field(
+        None,
+        description='file with the heads that a profiling run selected, instead of heads; "cached" = the one kept for this model',
+    )
     official_exempt: bool = Field(
         False, description="spare the first column over the threshold, as the official code does, instead of the first token"
     )
@@ -80,7 +83,9 @@ class ACT(Recipe):
         if heads is None:
             return Support(False, f"act must be told which heads to calibrate: {REMEDY}")
         if not heads:
-            return Support(False, f"no head is left to calibrate ({'the profile' if self.profile_path else 'heads'} is empty)")
+            return Support(
+                False, f"no head is left to calibrate ({'heads' if self.heads is not None else 'the profile'} is empty)"
+            )
         reason = missing_heads(heads, chosen)
         return Support(not reason, reason)
 
@@ -91,9 +96,11 @@ class ACT(Recipe):
 
     def chosen_heads(self, sites: SiteTable) -> tuple[Head, ...] | None:
         """The heads that parameters or profile name on this model, or None. Raises ReattendError for an unknown list or profile."""
-        if self.profile_path is not None:
-            profile = Profile.load(self.profile_path)
-            profile.check(self.slug, table_fingerprint(sites))
+        if self.heads is None:
+            # a profile that is kept for the model is what a call without any heads means
+            if self.profile_path is None and not cached_path(self.slug, sites).is_file():
+                return None
+            profile = find_profile(self.slug, self.profile_path or CACHED, sites)
             return tuple((int(layer), int(head)) for layer, head in profile.tensors["selected"].tolist())
         if self.heads == "all":
             chosen, _ = decoder_sites(sites, self.slug)
@@ -103,7 +110,7 @@ class ACT(Recipe):
             if self.heads not in lists:
                 raise ReattendError(f"heads: no published list {self.heads!r}; there are: all, {', '.join(lists)}")
             return lists[self.heads]
-        return self.heads
+        return cast("tuple[Head, ...]", self.heads)
 
     @property
     def rule(self) -> dict[str, Any]:

@@ -1,6 +1,11 @@
-"""A small labelled set of our own, so that profiling runs without a data set: the feeling of a remark, and the topic of a sentence."""
+"""Small labelled sets of our own, so that profiling runs without a data set: feelings of remarks, topics of sentences, facts."""
 
 from __future__ import annotations
+
+import random
+from typing import Any
+
+from .word_pairs import MORE_CAPITALS, MORE_OPPOSITES, Pair, pairs_in
 
 POSITIVE = (
     "The soup was warm, rich and better than anything I had this year.",
@@ -76,6 +81,37 @@ TOPICS = {
         "Frost and icy winds are forecast for the northern hills.",
     ),
 }
+
+
+ASKED = {
+    "Question: What is the capital of {0}?\nAnswer:": MORE_CAPITALS,
+    'Question: What is the opposite of "{0}"?\nAnswer:': MORE_OPPOSITES,
+}
+
+
+def built_in(kind: str) -> list[Any]:
+    """The examples for a kind of labelled task: remarks and topics to classify, facts to choose from four options or to write."""
+    if kind == "multiple_choice":
+        return fact_questions()
+    if kind == "generation":
+        return [(prompt, right) for prompt, right, _ in fact_questions()]
+    return list(labelled_examples())
+
+
+def fact_questions() -> list[tuple[str, str, tuple[str, ...]]]:
+    """(prompt, answer, options), capitals and opposites in turn; none of them is asked by the suite "choices"."""
+    rng = random.Random("fact questions")
+
+    def asked(prompt: str, pairs: list[Pair]) -> list[tuple[str, str, tuple[str, ...]]]:
+        rows = []
+        for x, y in pairs:
+            options = [y, *rng.sample(sorted({other for _, other in pairs} - {y}), 3)]
+            rng.shuffle(options)
+            rows.append((prompt.format(x), f" {y}", tuple(f" {o}" for o in options)))
+        return rows
+
+    columns = [asked(prompt, pairs_in(table)) for prompt, table in ASKED.items()]
+    return [row for rows in zip(*columns, strict=False) for row in rows]
 
 
 def labelled_examples() -> list[tuple[str, str, tuple[str, ...]]]:

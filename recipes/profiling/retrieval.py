@@ -15,6 +15,7 @@ from ...interventions import Call, ReattendError
 from ...interventions.heads import Glance, copy_score, glance
 from ..base import profiled_sites
 from ..profile import Profile, fingerprint
+from .answers import written
 from .needles import NEEDLES, Needle, Sample, make_samples, recall
 from .progress import track
 
@@ -87,16 +88,11 @@ def answers(
     result: list[Answer] = []
     for part in track(parts, label, len(parts)):
         width = max(len(s.ids) for s in part)
-        pads = torch.tensor([width - len(s.ids) for s in part])
-        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        ids = torch.tensor([[filler] * (width - len(s.ids)) + s.ids for s in part], device=model.device)
-        mask = (torch.arange(width)[None] >= pads[:, None]).long().to(model.device)
         limit = max(s.answer_tokens for s in part) + extra_tokens
-        with torch.no_grad():
-            made = model.generate(ids, attention_mask=mask, generation_config=_greedy(model, limit, filler))[:, width:].tolist()
-        done = [_answer(tokenizer, model, sample, new) for sample, new in zip(part, made, strict=True)]
+        made = written(model, tokenizer, [s.ids for s in part], limit)
+        done = [Answer(s, new, text, recall(s.needle.answer, text)) for s, (new, text) in zip(part, made, strict=True)]
         if after is not None:
-            after(done, pads)
+            after(done, torch.tensor([width - len(s.ids) for s in part]))
         result += done
     return result
 
@@ -171,26 +167,3 @@ def detect(
         "recall": sum(a.recall for a in made) / len(made),
     }
     return Profile(slug, fingerprint(model), {"score": mean.float(), "count": counts.float()}, facts)
-
-
-def _greedy(model: Any, limit: int, filler: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=limit, eos_token_id=_ends(model) or None, pad_token_id=filler
-    )
-
-
-def _ends(model: Any) -> list[int]:
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
-
-
-def _answer(tokenizer: Any, model: Any, sample: Sample, new: list[int]) -> Answer:
-    ends, kept = set(_ends(model)), []
-    for token in new:
-        if token in ends or "\n" in tokenizer.decode([token]):
-            break
-        kept.append(token)
-    text = tokenizer.decode(kept)
-    return Answer(sample, kept, text, recall(sample.needle.answer, text))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -78,6 +81,27 @@ def head_scores(profile: Profile) -> Tensor:
 def scores_as_json(profile: Profile) -> dict[str, float]:
     """{"layer-head": score}, highest first: the form in which head scores are usually shared."""
     return {f"{layer}-{head}": score for (layer, head), score in ranked(head_scores(profile))}
+
+
+def scores_of_json(path: str) -> list[tuple[Head, float]]:
+    """((layer, head), score), highest first, from a JSON file of {"layer-head": score or list of scores, whose mean counts}.
+
+    Raises ReattendError for a file that holds none.
+    """
+    if not Path(path).is_file():
+        raise ReattendError(f"no profile file at {path!r}")
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = []
+        for name, value in data.items():
+            layer, head = (int(part) for part in name.split("-"))
+            values = [float(v) for v in (value if isinstance(value, list) else [value])]
+            found.append(((layer, head), sum(values) / len(values)))
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        found = []
+    if not found or any(layer < 0 or head < 0 or not math.isfinite(score) for (layer, head), score in found):
+        raise ReattendError(f'{path!r} holds no head scores: it must be JSON of {{"layer-head": score}}')
+    return sorted(found, key=lambda item: -item[1])
 
 
 def random_control(ranking: list[Head], chosen: int, seed: int, outside: int = 100) -> list[Head]:

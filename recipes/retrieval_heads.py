@@ -4,8 +4,11 @@ A few heads copy tokens from the context into the answer. `profile` finds them: 
 scores for every needle token that is generated while its heaviest key is exactly that token.
 Modes "mask" and "zero" switch heads off at decode steps, to see what they do: masked heads attend evenly to all keys, as in the
 official code. Modes "sharpen", "sink_down" and "gain" strengthen them; these are ours, not the paper's, and measured gains are
-not reliable: always compare with `random_heads=True`, which treats as many other heads the same way.
+not reliable: always compare with `random_heads=True`, which treats as many other heads the same way. To favour a passage in these
+heads alone, give the profile to `emphasise`.
 Acts on: listed heads of the decoder, at decode steps (masking) or in every row (strengthening).
+A profile is kept per model (`reattend profile retrieval-heads MODEL`) or shared as a file; head scores as the official repository
+publishes them, JSON of {"layer-head": score or scores}, are read too.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from .base import Info, Recipe, decoder_sites
-from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked
-from .profile import Profile, table_fingerprint
+from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
+from .profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (
-    "name heads=[[layer, head], ...], or a profile_path made by recipe_class('retrieval-heads').profile(model, tokenizer).save(path) "
-    "or `reattend profile retrieval-heads MODEL`"
+    "name heads=[[layer, head], ...], or a profile_path, or let `reattend profile retrieval-heads MODEL` "
+    "(reattend.recipes.cached_profile('retrieval-heads', model, tokenizer)) find and keep them"
 )
 Mode = Literal["mask", "zero", "sharpen", "sink_down", "gain"]
 
@@ -56,11 +59,21 @@ class RetrievalHeads(Recipe):
         None, ge=0, le=8, description="how much; 0 = nothing; None = 1 to mask or zero (completely), 0.2 otherwise"
     )
     top: int = Field(10, ge=1, description="how many of the profile's best heads")
+    min_score: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="and only those with at least this score: the share of a sentence that a head copied",
+    )
     heads: Annotated[tuple[Head, ...] | None, BeforeValidator(as_heads)] = Field(
         None,
         description="heads instead of a profile: [[layer, head], ...] or {layer: [heads]}, all treated with the full strength",
     )
-    profile_path: str | None = Field(None, description="file with the head scores of a profiling run")
+    profile_path: str | None = Field(
+        None,
+        description='file with the head scores of a profiling run, or .json as the official repository has them; "cached" = the profile '
+        "kept for this model, which is also what counts when neither heads nor a file are given",
+    )
     where: Literal["auto", "decode", "last_row", "all"] = Field(
         "auto",
         description="decode: steps after the prompt; last_row: the prompt's last row too, which chooses the first new token; "
@@ -88,9 +101,12 @@ class RetrievalHeads(Recipe):
         chosen, support = decoder_sites(sites, self.slug)
         if not support:
             return support
-        if self.heads is None and self.profile_path is None:
+        if self.heads is None and self.profile_path is None and not cached_path(self.slug, sites).is_file():
             return Support(False, f"retrieval-heads must be told which heads those are: {REMEDY}")
-        reason = missing_heads([head for head, _ in self.weighted_heads(sites)], chosen)
+        weighted = self.weighted_heads(sites)
+        if self.heads is None and not weighted:
+            return Support(False, f"no head of the profile has a score of {self.min_score} or more: lower min_score")
+        reason = missing_heads([head for head, _ in weighted], chosen)
         return Support(not reason, reason)
 
     def plan(self, sites: SiteTable) -> list[Step]:
@@ -105,21 +121,26 @@ class RetrievalHeads(Recipe):
         """The heads on this model with their relative score (best = 1). Raises ReattendError for a profile of another model."""
         chosen, _ = decoder_sites(sites, self.slug)
         every = [(s.layer, h) for s in chosen for h in range(s.num_heads or 0)]
-        if self.profile_path is not None:
-            profile = Profile.load(self.profile_path)
-            profile.check(self.slug, table_fingerprint(sites))
-            order = ranked(head_scores(profile))
+        if self.heads is None:
+            order = self.scored_heads(sites)
             ranking, outside = [head for head, _ in order], 100
             best = max(order[0][1], 1e-9)
-            weights = [score / best for _, score in order[: self.top]]
+            weights = [score / best for _, score in order[: self.top] if score >= self.min_score]
         else:
-            listed = list(self.heads or ())
+            listed = list(self.heads)
             ranking, outside = [*listed, *(h for h in every if h not in set(listed))], 0
             weights = [1.0] * len(listed)
         heads = ranking[: len(weights)]
         if self.random_heads:
             heads = random_control(ranking, len(weights), self.seed, outside)
         return list(zip(heads, weights, strict=True))
+
+    def scored_heads(self, sites: SiteTable) -> list[tuple[Head, float]]:
+        """All heads with their scores, best first. Raises ReattendError where there is no profile, or one of another model."""
+        path = self.profile_path or CACHED
+        if path.endswith(".json"):
+            return scores_of_json(path)
+        return ranked(head_scores(find_profile(self.slug, path, sites)))
 
     def intervene(self, make: Callable[[int, torch.device], Callable[..., Edit]], call: Call) -> Edit | None:
         """The mode's edit on the listed heads of this layer, in the rows that `where` names."""

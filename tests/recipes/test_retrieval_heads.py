@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from reattend.interventions import (
     reference_with_weights,
 )
 from reattend.interventions.heads import copy_score, find_phrase, glance
-from reattend.recipes import Profile, recipe, recipe_class
+from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from reattend.recipes.head_choice import random_control, ranked, scores_as_json
 from reattend.recipes.profile import fingerprint
 from reattend.recipes.profiling.needles import NEEDLES, make_samples, recall
@@ -287,6 +288,68 @@ def test_profiles_say_which_heads_and_how_strongly(tmp_path):
         reattend.apply(tiny(layers=4), "retrieval-heads", profile_path=path)
     with pytest.raises(ReattendError, match="made by recipe 'retrieval-heads'"):
         reattend.apply(model, "act", profile_path=path)
+
+
+def test_only_heads_with_the_least_score_count(tmp_path):
+    model = tiny()
+    scores = torch.zeros(3, 4)
+    scores[1, 2], scores[2, 0], scores[0, 3] = 0.8, 0.1, 0.05
+    path, table = make_profile(model, tmp_path, scores), reattend.sites(model)
+
+    def heads(**options):
+        return [head for head, _ in recipe("retrieval-heads", profile_path=path, **options).weighted_heads(table)]
+
+    assert heads() == [(1, 2), (2, 0)] and heads(min_score=0.5) == [(1, 2)]
+    assert heads(min_score=0.0, top=3) == [(1, 2), (2, 0), (0, 3)] and len(heads(random_heads=True)) == 2
+    with pytest.raises(UnsupportedError, match="score of 0.9 or more"):
+        reattend.apply(model, "retrieval-heads", profile_path=path, min_score=0.9)
+
+
+def test_the_profile_kept_for_the_model_is_used_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    model, ids = tiny(), torch.randint(3, 64, (1, 12))
+    for options, message in (({}, "must be told"), ({"profile_path": "cached"}, "no profile of 'retrieval-heads' is kept")):
+        with pytest.raises(ReattendError, match=message):
+            reattend.apply(model, "retrieval-heads", **options)
+    made = []
+
+    def detect(slug, model, tokenizer, **options):
+        made.append(options)
+        return Profile(slug, fingerprint(model), {"score": torch.eye(3, 4) * 0.5}, {})
+
+    monkeypatch.setattr("reattend.recipes.profiling.retrieval.detect", detect)
+    for _ in range(2):
+        cached_profile("retrieval-heads", model, None, needles=2)
+    assert made == [{"needles": 2}]
+    by_name = {}
+    for options in ({}, {"profile_path": "cached"}, {"heads": [(0, 0), (1, 1), (2, 2)]}):
+        with reattend.apply(model, "retrieval-heads", **options) as session:
+            by_name[str(options)] = model(ids).logits
+            assert session.applied == 3
+    first, *others = by_name.values()
+    assert all(torch.equal(first, other) for other in others) and not torch.equal(first, model(ids).logits)
+    with pytest.raises(UnsupportedError, match="must be told"):
+        reattend.apply(tiny(layers=4), "retrieval-heads")
+
+
+def test_published_scores_are_read(tmp_path):
+    table = reattend.sites(tiny())
+    file = tmp_path / "scores.json"
+    file.write_text('{"0-1": [0.2, 0.4], "2-3": 0.9, "1-0": [0.0]}')
+    found = recipe("retrieval-heads", profile_path=str(file)).weighted_heads(table)
+    assert found == [((2, 3), 1.0), ((0, 1), pytest.approx(1 / 3))]
+    scores = torch.rand(3, 4)
+    profile = Profile("retrieval-heads", fingerprint(tiny()), {"score": scores})
+    file.write_text(json.dumps(scores_as_json(profile)))
+    again = recipe("retrieval-heads", profile_path=str(file)).scored_heads(table)
+    assert [head for head, _ in again] == [head for head, _ in ranked(scores)]
+    file.write_text('{"30-1": 0.5}')
+    with pytest.raises(UnsupportedError, match="layer 30"):
+        reattend.apply(tiny(), "retrieval-heads", profile_path=str(file))
+    for text in ("[1]", "{}", '{"a": 1}', '{"0-1": []}', '{"0-1": "x"}', "no"):
+        file.write_text(text)
+        with pytest.raises(ReattendError, match="holds no head scores"):
+            reattend.apply(tiny(), "retrieval-heads", profile_path=str(file))
 
 
 def test_random_controls_avoid_the_best_heads():

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .edits import Band, Operands
+from .edits import Band, KeyBias, Operands
+from .edits.scores import LARGEST_BIAS
 from .kernels import attend, visible_rows
 
 BLOCK = 256
+
+
+def hide_columns(columns: Sequence[Tensor]) -> KeyBias | None:
+    """Nobody sees the columns of these sets (bool [B, Tk] each) any more; None where they are empty.
+
+    As a key bias it costs the fused kernel nothing. Weights are exactly 0 beside any other column; a row that sees nothing else
+    keeps what it sees.
+    """
+    if not columns:
+        return None
+    union = torch.stack(list(columns)).any(dim=0)
+    return KeyBias(bias=union.float() * -LARGEST_BIAS) if bool(union.any()) else None
 
 
 def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from ..base import Recipe
 from ..image_models import image_misfit
 from ..profile import Profile, table_fingerprint
 from ..question_words import chooser
+from .image_questions import inputs_of, read_samples
 from .progress import track
 
 ROLE = "profiled-question"
@@ -85,8 +84,7 @@ def gaze_layers(
     plan = Plan(recipe.slug, [Question(ROLE, words=chooser(words)), Capture(chosen, watcher.read)])
     with torch.no_grad(), attach(model, [plan], tokenizer=processor):
         for sample in track(prompts, "image-question pairs", len(prompts)):
-            inputs = _inputs(sample, processor)
-            inner(**{k: v.to(inner.device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+            inner(**inputs_of(sample, processor, inner.device))
     layers = sorted(watcher.shift)
     shift, image, question = (
         torch.tensor([seen[n] for n in layers]) for seen in (watcher.shift, watcher.image, watcher.question)
@@ -132,48 +130,3 @@ def moving_together(image: Tensor, question: Tensor) -> tuple[int, int]:
     if found is None:
         raise ReattendError("attention on image and question never moves together here: pass enhance_layers=[...]")
     return found
-
-
-def read_samples(samples: Iterable[Any] | str | None) -> list[Any]:
-    """The samples as a list. Raises ReattendError where there are none, or a file is not as `gaze_layers` says."""
-    if isinstance(samples, (str, Path)):
-        path = Path(samples)
-        if not path.is_file():
-            raise ReattendError(f"samples: no file at {str(path)!r}")
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            samples = [(path.parent / row["image"], row["question"]) for row in rows]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ReattendError(
-                f'samples: {str(path)!r} must hold lines of {{"image": path, "question": text}}: {error}'
-            ) from None
-    found = list(samples or ())
-    if not found:
-        raise ReattendError("samples are needed: [(image, question), ...], or a JSON-lines file; 50 to 100 pairs are good")
-    for sample in found:
-        pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and isinstance(sample[1], str)
-        if not pair and not isinstance(sample, Mapping):
-            raise ReattendError(f"a sample must be (image, question) or a mapping of model inputs, got {type(sample).__name__}")
-    return found
-
-
-def _inputs(sample: Any, processor: Any) -> Mapping[str, Any]:
-    if isinstance(sample, Mapping):
-        return sample
-    image, question = sample
-    if isinstance(image, (str, Path)):
-        from PIL import Image
-
-        image = Image.open(image).convert("RGB")
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        )
-    if not hasattr(processor, "image_processor"):
-        raise ReattendError("(image, question) samples need the model's processor; ready inputs of the model do without")
-    return processor(images=image, text=f"{getattr(processor, 'image_token', '<image>')}\n{question}", return_tensors="pt")

@@ -1,0 +1,123 @@
+"""Static exit of image tokens: the training-free part of Dynamic Visual-Token Exit (DyVTE, arXiv 2411.19628, NeurIPS 2025).
+
+Fixes: most tokens of a vision-language prompt are image tokens, and after some layer the text has taken from them what it needs; the
+layers behind it could do without. DyVTE trains small routers that choose that layer for every prompt; here it is one fixed layer.
+Acts on: the scores of all decoder layers behind `exit_layer`, prefill and decode: no row sees image or video tokens any more. All other
+tokens keep their positions. Separators and wrapper tokens that processors write around images are text, as in the official code.
+Conventions: layers count from 0, and `exit_layer` is the last one that sees the image, so the last layer of a model changes nothing. No
+table of layers is published: a profiling run takes the smallest one with which answers stay the same, by the rule that labels the
+official routers' training data. Between 0.5 and 0.6 of the layers is where to begin by hand.
+Rows of image tokens themselves go on behind the exit without seeing each other; nobody reads them.
+Recipes that change the weights of image columns (var, gift) find none behind the exit: give them layers up to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from ..hooks import Act, SiteTable, Support
+from ..hooks.plan import Step
+from ..interventions import Call, KeyBias
+from ..interventions.sparsity import hide_columns
+from .base import Info, Recipe
+from .image_models import image_misfit
+from .profile import CACHED, find_profile
+
+VISUAL = ("image", "video")
+REMEDY = (
+    "pass exit_layer (0.5 to 0.6 of the layers is where to begin), or run recipe_class('visual-token-exit').profile(model, processor, "
+    "samples=[(image, question), ...]).save(path) and pass profile_path=..."
+)
+
+
+class VisualTokenExit(Recipe):
+    slug = "visual-token-exit"
+    info = Info(
+        does="Image tokens take no part in the layers behind an exit layer, where the text has already absorbed them.",
+        paper="Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings",
+        year=2025,
+        arxiv="2411.19628",
+        families=("sparsity",),
+        kinds=("lvlm",),
+        cost="free",
+        code="DoubtedSteam/DyVTE",
+        profiling="the exit layer, from image-question pairs; or choose one by hand",
+    )
+
+    exit_layer: int | None = Field(
+        None, ge=0, description="the last layer that sees the image, from 0; smaller saves more and changes more"
+    )
+    profile_path: str | None = Field(
+        None, description=f'file with the exit layer that a profiling run chose; "{CACHED}": the profile kept for this model'
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VisualTokenExit:
+        if self.exit_layer is not None and self.profile_path is not None:
+            raise ValueError("exit_layer and profile_path both name the layer: give one of them")
+        return self
+
+    def supports(self, sites: SiteTable) -> Support:
+        reason = self._misfit(sites)
+        return Support(not reason, reason)
+
+    def _misfit(self, table: SiteTable) -> str:
+        reason = image_misfit(table, self.slug)
+        if reason:
+            return reason
+        if self.exit_layer is None and self.profile_path is None:
+            return f"the exit layer is not known for {table.model_name}: {REMEDY}"
+        layer = self.layer(table)
+        return exit_misfit(table, layer)
+
+    def layer(self, table: SiteTable) -> int:
+        """The exit layer: given, or of the profile."""
+        if self.exit_layer is not None:
+            return self.exit_layer
+        return int(find_profile(self.slug, self.profile_path, table).tensors["exit_layer"])
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        behind = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)
+        return [Act(behind, self.hide)] if len(behind) else []
+
+    def hide(self, call: Call) -> KeyBias | None:
+        """No row sees a visual token; one edit per pass for all layers that hold the same keys."""
+        key = (call.total, call.num_keys, call.query.device)
+        if call.memory.get("pass") != key:
+            tokens = call.tokens
+            known = tokens is not None and not tokens.blind and not tokens.unknown
+            # where roles cannot be told, asking for one says why
+            roles = [role for role in VISUAL if tokens is not None and role in tokens] if known else ["image"]
+            columns = [call.columns(role) for role in roles]
+            call.memory.update({"pass": key, "edit": hide_columns(columns)})
+        return call.memory["edit"]
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Any:
+        """Finds the exit layer from image-question pairs; see `profiling.exit_layer.find_exit_layer` for the options."""
+        from .profiling.exit_layer import find_exit_layer
+
+        return find_exit_layer(cls, model, tokenizer, **options)
+
+
+def exit_misfit(table: SiteTable, layer: int) -> str:
+    """Why image tokens cannot leave the view of the layers behind this one; "" where they can."""
+    decoder = table.stack("decoder").kind("self")
+    total = table.config.get_text_config().num_hidden_layers
+    if layer >= total:
+        return f"exit_layer: there is no layer {layer}; {table.model_name} has 0 to {total - 1}"
+    late = len(getattr(getattr(table.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if layer < late:
+        return (
+            f"{table.model_name} adds image features to its image tokens up to layer {late - 1}'s output, which no later layer would "
+            f"see: exit_layer must be {late} or more"
+        )
+    behind = decoder.layers(layer + 1)
+    missing = set(range(layer + 1, total)) - {site.layer for site in behind}
+    if missing:
+        return f"layer {min(missing)} of {table.model_name} is no softmax attention: what it carries on from image tokens cannot be hidden"
+    if behind.problems:
+        return f"{behind.problems[0].name} cannot be intercepted: {behind.problems[0].problem}"
+    return ""

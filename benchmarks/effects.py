@@ -1,0 +1,215 @@
+"""What every recipe does to a model's answers: the tables of docs/effects.md, made by one command.
+
+    python benchmarks/effects.py                       # everything, hours on a small CPU; what was answered is not asked again
+    python benchmarks/effects.py --only vision --count 500
+
+Each section asks suites of one model, plain and under recipes at half, default and double strength. Profiles are made first where a
+recipe needs one and kept in the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import reattend
+import torch
+from reattend.comparison.loading import load
+from reattend.evaluation import evaluate
+from reattend.evaluation.results import Evaluation
+from reattend.recipes import recipe_class
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "effects"
+
+
+@dataclass
+class Section:
+    """suites and recipes as in `reattend eval`. metrics: what the table shows, by suite. paper: what papers report, in their words' terms."""
+
+    title: str
+    model: str
+    suites: list[str]
+    recipes: list[str]
+    metrics: dict[str, list[str]]
+    count: int
+    notes: str = ""
+    paper: dict[str, str] = field(default_factory=dict)
+
+
+VISION = Section(
+    "Vision-language recipes on shapes-llava",
+    "zoo:shapes-llava",
+    ["pope", "chair"],
+    [
+        "none",
+        # six layers of width 128: layers and thresholds are set for this depth, strengths are the published ones
+        "var:tau=4,profile_path={var},move=0.2",
+        "var:tau=4,profile_path={var}",
+        "var:tau=4,profile_path={var},move=0.8",
+        "vhr:layers=[1,3,4,5],alpha=1.5",
+        "vhr:layers=[1,3,4,5]",
+        "vhr:layers=[1,3,4,5],alpha=3",
+        "gift:saliency_layers=[2],enhance_layers=[3,4],alpha=2.5",
+        "gift:saliency_layers=[2],enhance_layers=[3,4]",
+        "gift:saliency_layers=[2],enhance_layers=[3,4],alpha=10",
+        "selective-emphasis:alpha=0.35,beta=0.15",
+        "selective-emphasis",
+        "selective-emphasis:alpha=1.4,beta=0.6",
+        "pai:alpha=0.1",
+        "pai",
+        "pai:alpha=0.4",
+        "pai:gamma=1",
+        "cmai:gamma=0.25",
+        "cmai",
+        "cmai:gamma=0.9",
+        "visual-token-exit:exit_layer=2",
+        "visual-token-exit:exit_layer=3",
+        "visual-token-exit:exit_layer=4",
+        "vhr:layers=[1,3,4,5]+pai:gamma=1",
+    ],
+    {"pope": ["accuracy", "accuracy/adversarial"], "chair": ["chair_i", "recall"]},
+    500,
+    paper={
+        "var": "POPE and CHAIR gains of a point or less on LLaVA-1.5-7B",
+        "vhr": "LLaVA-1.5-7B CHAIR_i 14.3 to 9.7, POPE F1 85.0 to 85.5",
+        "gift": "LLaVA-1.5-7B CHAIR_i 15.4 to 10.6, POPE F1 82.4 to 83.8",
+    },
+)
+HIGHLIGHT = Section(
+    "Highlighters on SmolLM2-135M",
+    "smollm2",
+    ["highlight"],
+    [
+        "none",
+        "emphasise:alpha=0.55",
+        "emphasise:alpha=0.3",
+        "emphasise:alpha=0.09",
+        "instaboost:multiplier=1.7",
+        "instaboost",
+        "instaboost:multiplier=9",
+        "spotlight:target=0.1",
+        "spotlight",
+        "spotlight:target=0.4",
+        "seka:profile_path={seka},gain=0.4",
+        "seka:profile_path={seka}",
+        "seka:profile_path={seka},gain=1.6",
+        "seka:profile_path={seka},adaptive=true",
+        "spa:strength=1.2",
+        "spa",
+        "spa:strength=1.8",
+    ],
+    {"highlight": ["followed"]},
+    40,
+)
+ORDER = Section(
+    "The order of segments on SmolLM2-135M",
+    "smollm2",
+    ["position-swap"],
+    ["none", "pine"],
+    {"position-swap": ["accuracy", "consistency"]},
+    12,
+)
+SECTIONS = {"vision": VISION, "highlight": HIGHLIGHT, "order": ORDER}
+
+
+def profile(slug: str, pipe: Any, folder: Path) -> str:
+    """The profile of a recipe for this model, made once per folder."""
+    file = folder / f"{slug}.safetensors"
+    if not file.is_file():
+        cls = recipe_class(slug)
+        options = {"tau": 4.0, "text": "is there a circle in the image ?"} if slug == "var" else {}
+        processor = getattr(pipe, "processor", None) or pipe.tokenizer
+        cls.profile(pipe.model, processor, **options).save(file)
+    return str(file)
+
+
+def measure(section: Section, folder: Path, count: int | None) -> Evaluation:
+    pipe = load(section.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = {slug for slug in ("var", "seka") if any("{" + slug + "}" in r for r in section.recipes)}
+    made: dict[str, str] = {}
+    for slug in needed:
+        try:
+            made[slug] = profile(slug, pipe, folder)
+        except reattend.ReattendError as error:
+            print(f"{slug} is left out: {error}")
+    recipes = [r for r in section.recipes if all("{" + slug + "}" not in r or slug in made for slug in needed)]
+    recipes = [r.format(**made) if "{" in r else r for r in recipes]
+    asked = count or section.count
+    return evaluate(pipe, section.suites, recipes, count=asked, out=folder, name=section.model, progress=True)
+
+
+def table(section: Section, found: Evaluation) -> str:
+    columns = [(suite, metric) for suite, metrics in section.metrics.items() for metric in metrics]
+    head = "| recipe | " + " | ".join(f"{suite} {metric}" for suite, metric in columns) + " | time |"
+    lines = [head, "|---" * (len(columns) + 2) + "|"]
+    for label in dict.fromkeys(cell.recipe for cell in found.cells):
+        cells, times = [], []
+        for suite, metric in columns:
+            cell = found.cell(suite, label)
+            value = cell.metrics[metric]
+            shown = f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+            if cell.changes is not None:
+                change = cell.changes[metric]
+                bold = "**" if change.low > 0 or change.high < 0 else ""
+                moved = f"{bold}{change.value:+.3f}{bold} [{change.low:+.3f}, {change.high:+.3f}]"
+                shown = f"{value.value:.3f} ({moved})"
+                times.append(cell.time_ratio)
+            cells.append(shown)
+        known = [t for t in times if t]
+        cost = f"{sum(known) / len(known):.2f}" if known else ""
+        lines.append(f"| `{label}` | " + " | ".join(cells) + f" | {cost} |")
+    return "\n".join(lines)
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    parts = [
+        "# What every recipe did, with intervals",
+        "",
+        "Written by `python benchmarks/effects.py`; do not edit. 95 % percentile intervals by bootstrap over scenes or texts. In brackets "
+        "behind a recipe's value: the change against the plain model on the same items, bold where its interval leaves out 0. Time: ratio "
+        "to the plain model, one run each on a busy machine, an indication only. What it means: [results](results.md).",
+    ]
+    for name in SECTIONS:
+        if name in results:
+            one = results[name]
+            parts += ["", f"## {one['title']}", "", f"{one['count']} scenes or texts, seed 0.", "", one["table"]]
+            if one["paper"]:
+                parts += [
+                    "",
+                    "The papers' own figures, on their models: "
+                    + "; ".join(f"`{k}`: {v}" for k, v in one["paper"].items())
+                    + ".",
+                ]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(SECTIONS), default=None)
+    parser.add_argument("--count", type=int, default=None, help="scenes or texts per suite")
+    parser.add_argument("--out", type=Path, default=Path("runs/effects"), help="folder of answers and profiles")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    store = PAGE.with_suffix(".json")
+    results = json.loads(store.read_text()) if store.is_file() else {}
+    for name in [given.only] if given.only else SECTIONS:
+        section = SECTIONS[name]
+        found = measure(section, given.out / name, given.count)
+        found.print()
+        results[name] = {
+            "title": section.title,
+            "count": found.count,
+            "table": table(section, found),
+            "paper": section.paper,
+            "found": found.as_dict(),
+        }
+        store.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.with_suffix(".md").write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()

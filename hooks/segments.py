@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interventions import ReattendError, TokenMap
+from ..interventions import ReattendError, ReattendWarning, TokenMap
 from .plan import Spans
 from .spans import _per_row, tokenizer_of
 from .transcript import Transcript
@@ -81,10 +82,18 @@ def _find(row: Transcript, texts: list[str], index: int) -> list[tuple[int, int]
                 f"list what stands there, or give token ranges"
             )
         taken += places
-    found = []
+    found, borders = [], set()
     for start, stop in sorted(taken):
         inside = [i for i, (a, b) in enumerate(row.offsets) if a < stop and b > start]
         found.append((inside[0], inside[-1] + 1))
+        borders.add((row.text[row.offsets[inside[0]][0] : start], row.text[stop : row.offsets[inside[-1]][1]]))
+    if len(borders) > 1:
+        warnings.warn(
+            f"the borders of the segments of prompt {index} are tokenised differently, so their order may still matter a little: begin "
+            f"and end all of them in the same way, or put the prompt together with reattend.hooks.segments.joined",
+            ReattendWarning,
+            stacklevel=2,
+        )
     return found
 
 

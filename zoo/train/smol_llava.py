@@ -88,7 +88,7 @@ class ChatTeacher(Teacher):
             scene = sample_scene(rng, World())
             seen = picture(scene, SIDE, replace(World(), noise=float(rng.uniform(*NOISE))))
             pixels.append(np.asarray(seen, dtype=np.float32) / 127.5 - 1.0)
-            rows.append(self.encode(self.turns(scene, rng, describes=i % 2 == 0)))
+            rows.append(self.encode(self.turns(scene, rng, describes=self.describes(i))))
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.full((batch, longest), self.tokenizer.pad_token_id)
         labels = torch.full((batch, longest), -100)

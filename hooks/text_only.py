@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,10 +62,11 @@ def image_parts(ids: Tensor, config: Any) -> Tensor:
     return parts
 
 
-def without_images(prompt: Prompt) -> dict[str, Any]:
-    """The arguments of a pass over the prompt's text alone: images and their wrapper tokens taken out, rows padded on the right.
+def without_images(prompt: Prompt, side: Literal["right", "left"] = "right") -> dict[str, Any]:
+    """The arguments of a pass over the prompt's text alone: images and their wrapper tokens taken out, rows padded on one side.
 
-    Positions are left to the model, which counts them from each row's first token. Raises ReattendError for prompts given as
+    On the right, positions are left to the model, which counts them from each row's first token; on the left, where tokens can follow,
+    they are given (`position_ids`). Raises ReattendError for prompts given as
     embeddings and for rows that hold nothing but images.
     """
     ids = prompt.arguments.get("input_ids")
@@ -80,14 +81,21 @@ def without_images(prompt: Prompt) -> dict[str, Any]:
     if not bool(lengths.all()):
         row = int((lengths == 0).nonzero()[0, 0])
         raise ReattendError(f"prompt {row} holds nothing but images: without them there is no text to compare with")
-    # a stable sort moves what is kept to the left in its order
-    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
-    mask = torch.arange(order.shape[1], device=ids.device) < lengths[:, None]
+    longest = int(lengths.max())
+    # a stable sort moves what is kept to one side in its order
+    if side == "right":
+        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+        mask = torch.arange(longest, device=ids.device) < lengths[:, None]
+    else:
+        order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, width - longest :]
+        mask = torch.arange(longest, device=ids.device) >= longest - lengths[:, None]
     pad = getattr(prompt.config.get_text_config(), "pad_token_id", None)
     arguments: dict[str, Any] = {
         "input_ids": ids.gather(1, order).masked_fill(~mask, pad if isinstance(pad, int) and pad >= 0 else 0),
         "attention_mask": mask.long(),
     }
+    if side == "left":
+        arguments["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
     for name in PER_TOKEN:
         value = prompt.arguments.get(name)
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] >= width:

@@ -42,6 +42,10 @@ def test_what_is_left_is_the_text(family, side):
         assert torch.equal(found[name], value.to(found[name].dtype)), name
     assert found.keys() == text.keys()
     tiny.model(**found)
+    other = without_images(prompt_of(tiny, tiny.inputs(PROMPTS, side)), "left")
+    mask = other["attention_mask"].bool()
+    assert mask[:, -1].all() and torch.equal(other["input_ids"][mask], found["input_ids"][found["attention_mask"].bool()])
+    assert torch.equal(other["position_ids"][mask], torch.cat([torch.arange(n) for n in mask.sum(1)]))
 
 
 def test_qwen_wrappers_and_an_unclosed_image():

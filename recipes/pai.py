@@ -1,0 +1,128 @@
+"""Paying more attention to the image (PAI, arXiv 2407.21771, ECCV 2024).
+
+Fixes: a vision-language model goes on by what language makes likely, and would write much of its answer without any image ("text
+inertia"). Two parts work against that, each with a switch of its own.
+Attention (`alpha`): the scores of all image tokens grow by alpha |s|, in the last prompt row and in every generated row, in all heads
+from layer 2 on; the row's softmax then takes from the text what the image gains.
+Logits (`gamma`): a second branch reads the prompt without its images and then the same tokens. With c and u the log-probabilities with
+and without the image, the logits become u + gamma (c - u), and tokens with less than a tenth of the likeliest one's probability in c
+are left out. The branch runs without the attention part. Meant for nucleus sampling; works with every way of decoding.
+Conventions: layers count from 0. alpha 0 and gamma 1 switch a part off. Defaults are those of the official README; its CHAIR script
+takes gamma 2, and papers that compare with PAI take alpha up to 0.6.
+Ours: image tokens per row of a batch, where the code takes one range for all; hidden columns stay hidden; wrapper tokens of an image
+leave the second branch with it; prompts without an image keep their logits bit for bit. With gamma other than 1 a prompt in pieces
+(prefill_chunk_size, a further turn on an old cache) is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ..hooks import Act, Branch, Fusion, Prompt, SiteTable, Support
+from ..hooks.plan import Step
+from ..hooks.text_only import placeholders, without_images
+from ..interventions import Call, ReattendError, ScoreGain
+from ..interventions.gaze import focused_rows
+from ..interventions.logits import contrasted
+from ..interventions.reweighting import marked_columns, shared_by_layers
+from .base import Info, Recipe
+from .image_models import image_misfit
+
+
+class PAI(Recipe):
+    slug = "pai"
+    info = Info(
+        does="Strengthens all image tokens while an answer is written, and favours words that the image makes likelier.",
+        paper="Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs",
+        year=2024,
+        arxiv="2407.21771",
+        families=("reweighting", "decoding"),
+        kinds=("lvlm",),
+        cost="forward",
+        code="LALBJ/PAI",
+        licence="MIT",
+    )
+
+    alpha: float = Field(
+        0.2, ge=0, le=10, allow_inf_nan=False, description="growth of the image's scores; 0 = none, sensible up to 0.6"
+    )
+    gamma: float = Field(
+        1.1,
+        ge=0,
+        le=10,
+        allow_inf_nan=False,
+        description="weight of what the image adds to the logits; 1 = no second branch, at half the cost per token",
+    )
+    first_layer: int = Field(2, ge=0, description="first decoder layer whose scores grow")
+    last_layer: int | None = Field(
+        None, description="last decoder layer whose scores grow; None = the model's last, -2 = the one before"
+    )
+    cutoff: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="tokens below this share of the likeliest one's probability are left out (gamma other than 1)",
+    )
+
+    # -- what it fits ------------------------------------------------------------------------------------------------
+
+    def supports(self, sites: SiteTable) -> Support:
+        reason = self._misfit(sites)
+        return Support(not reason, reason)
+
+    def _misfit(self, table: SiteTable) -> str:
+        reason = image_misfit(table, self.slug)
+        if reason:
+            return reason
+        chosen = self._chosen(table)
+        if not len(chosen):
+            return (
+                f"{table.model_name} has no decoder self-attention in layers {self.first_layer} to {self.last_layer or 'last'}"
+            )
+        return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}" if chosen.problems else ""
+
+    def _chosen(self, table: SiteTable) -> SiteTable:
+        return table.stack("decoder").kind("self").layers(self.first_layer, self.last_layer)
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        steps: list[Step] = []
+        if self.alpha != 0:
+            steps.append(Act(self._chosen(sites), self.strengthen))
+        if self.gamma != 1:
+            steps.append(Branch([self.text_only], self.fuse))
+        return steps
+
+    def strengthen(self, call: Call) -> ScoreGain | None:
+        """s_j += alpha |s_j| for image tokens j, on the last row of the prompt and the rows behind it."""
+        tokens = call.tokens
+        if tokens is not None and "image" not in tokens and not tokens.blind:
+            return None
+
+        def make() -> ScoreGain | None:
+            columns = marked_columns(call, "image")
+            if columns is None:
+                return None
+            acting = columns.any(dim=1, keepdim=True)
+            rows = acting if call.num_queries == 1 else focused_rows(call).to(acting.device) & acting
+            return ScoreGain(gain=self.alpha * columns, rows=rows) if bool(rows.any()) else None
+
+        return shared_by_layers(call, None, make)
+
+    def text_only(self, prompt: Prompt) -> dict[str, Any] | None:
+        """The prompt of the second branch; None where no row has an image."""
+        ids = prompt.arguments.get("input_ids")
+        if ids is None:
+            raise ReattendError("pai cannot tell which tokens of inputs_embeds are images: pass input_ids instead")
+        prompt.memory["rows"] = placeholders(ids, prompt.config).any(dim=1)
+        return without_images(prompt, "left") if bool(prompt.memory["rows"].any()) else None
+
+    def fuse(self, step: Fusion) -> torch.Tensor:
+        """u + gamma (c - u) in the rows that have an image."""
+        real, text = step.logits.float(), step.others[0].float()
+        rows = step.memory["rows"].to(real.device)[:, None, None]
+        return torch.where(rows, contrasted(real, text, self.gamma, self.cutoff), real)

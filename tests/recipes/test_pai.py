@@ -1,0 +1,272 @@
+"""pai: golden data of the official code, and both parts on whole models against naive implementations."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.hooks import capture
+from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
+from reattend.interventions.logits import contrasted
+from reattend.recipes import load_recipe, recipe, save_recipe
+from safetensors import safe_open
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
+import tiny_models  # noqa: E402
+
+PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
+FAMILIES = [
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",
+    "paligemma", "pixtral", "mistral3",
+]  # fmt: skip
+# the tiny models' logits are so even that the usual cutoff takes nothing out
+CUTOFF = 0.75
+FEW = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
+def build(family):
+    tiny = tiny_models.build(family)
+    if family == "gemma3":
+        tiny.model.config.boi_token_id, tiny.model.config.eoi_token_id = 94, 95
+    return tiny
+
+
+def golden(name):
+    with safe_open(TESTS / f"golden/pai/{name}.safetensors", "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+# -- golden data -------------------------------------------------------------------------------------------------------
+
+
+def edit_of(call, facts, padding, length):
+    """What the recipe asks for at a call whose image lies in the columns of the golden file."""
+    tokens = TokenMap(1, length, length)
+    places = torch.arange(length)[None]
+    tokens.roles["padding"] = places < padding
+    tokens.roles["image"] = (places >= int(facts["img_start"])) & (places < int(facts["img_end_exclusive"]))
+    call.tokens, call.clock = tokens, Clock("prefill" if call.num_queries > 1 else "decode")
+    call.site = Site("decoder", 2, "decoder", "self", call.num_heads, call.num_heads, 8, True)
+    return recipe("pai", alpha=float(facts["alpha"])).strengthen(call)
+
+
+@pytest.mark.parametrize("execute", [fused, reference])
+@pytest.mark.parametrize("name", ["attn_prefill", "attn_left_pad", "attn_decode_last_row_strong"])
+def test_golden_attention_of_the_official_code(name, execute):
+    facts, data = golden(name)
+    length = data["scores"].shape[2]
+    pads = int(facts["left_pad"])
+
+    def output(call, edits, unit=False):
+        out = execute(call, edits)
+        return out if unit else out.transpose(1, 2).flatten(2) @ data["o_proj_weight"].T
+
+    def call(rows=slice(None), value=data["value"]):
+        return Call(data["query_rot"][:, :, rows], data["key_rot"], value, data["attention_mask"][:, :, rows])
+
+    whole = call()
+    found = output(whole, [edit_of(whole, facts, pads, length)])
+    torch.testing.assert_close(found[:, -1], data["output_mod"][:, -1], atol=1e-6, rtol=1e-5)
+    # the other rows are the plain kernel's, which rounds in another order than the eager code
+    torch.testing.assert_close(found[:, pads:], data["output_mod"][:, pads:], atol=3e-6, rtol=1e-5)
+    assert torch.equal(found[:, pads:-1], output(call(), [])[:, pads:-1]), "only the last row changes"
+    unit = torch.eye(length).expand(1, data["value"].shape[1], length, length)
+    maps = call(value=unit)
+    weights = output(maps, [edit_of(maps, facts, pads, length)], unit=True)
+    torch.testing.assert_close(weights[:, :, pads:], data["weights_mod"][:, :, pads:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights.sum(-1)[..., pads:], torch.ones(weights.shape[:3])[..., pads:])
+    assert (data["weights_mod"] - data["weights_plain"]).abs().max() > 1e-2
+    step = call(slice(-1, None))
+    found = output(step, [edit_of(step, facts, pads, length)])
+    torch.testing.assert_close(found, data["output_mod"][:, -1:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["logits_refine", "logits_refine_gamma1"])
+def test_golden_logits_of_the_official_code(name):
+    facts, data = golden(name)
+    found = contrasted(data["cond_logits"], data["uncond_logits_last"], float(facts["gamma"]), float(facts["cutoff_ratio"]))
+    assert torch.equal(found == -torch.inf, data["out"] == -torch.inf)
+    torch.testing.assert_close(found, data["out"], atol=1e-5, rtol=0)
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+def forced(model, inputs, tails):
+    """Raw logits [B, V] per step of the plain model that has to write these tokens."""
+    width = inputs["input_ids"].shape[1]
+    out = model.generate(**inputs, **FEW, prefix_allowed_tokens_fn=lambda row, ids: [tails[row][len(ids) - width]])
+    return out.logits
+
+
+def inputs_of(family, tiny, prompts):
+    x = tiny.inputs(prompts)
+    if family == "paligemma":  # its processor's: all of the prompt sees all of it
+        x["token_type_ids"] = torch.zeros_like(x["input_ids"])
+    return x
+
+
+def naive(family, tiny, sequences, prompts, gamma):
+    """Per step the fused logits [B, V], from runs of the plain model: the batch, and the text of each prompt alone."""
+    x = inputs_of(family, tiny, prompts)
+    tails = [row.tolist() for row in sequences[:, x["input_ids"].shape[1] :]]
+    real, rows = forced(tiny.model, x, tails), []
+    for prompt, tail in zip(prompts, tails, strict=True):
+        text = inputs_of(family, tiny, [[piece for piece in prompt if piece != "image"]])
+        rows.append(forced(tiny.model, text, [tail]) if "image" in prompt else None)
+    return [
+        torch.stack([c if rows[n] is None else contrasted(c, rows[n][step][0], gamma, CUTOFF) for n, c in enumerate(logits)])
+        for step, logits in enumerate(real)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_a_text_only_run_at_its_side(family):
+    """Every step of a batch with one, two and no images: the branch is what the text of each prompt alone would be."""
+    tiny = build(family)
+    x = inputs_of(family, tiny, PROMPTS)
+    plain = tiny.model.generate(**x, **FEW)
+    with reattend.apply(tiny.model, "pai", alpha=0, gamma=1.5, cutoff=CUTOFF) as session:
+        out = tiny.model.generate(**x, **FEW)
+        assert session.stats == {"pai": {"logits": 3}}
+    wanted = naive(family, tiny, out.sequences, PROMPTS, 1.5)
+    for found, logits in zip(out.logits, wanted, strict=True):
+        assert torch.equal(found == -torch.inf, logits == -torch.inf) and (found[:2] == -torch.inf).any()
+        torch.testing.assert_close(found, logits, atol=1e-3, rtol=1e-3)
+    assert torch.equal(out.logits[0][2], plain.logits[0][2]), "the prompt without an image"
+    again = tiny.model.generate(**x, **FEW)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, plain.logits))
+
+
+def eager_boost(monkeypatch, tiny, alpha, first):
+    """The attention part by hand: transformers' own eager function with the scores of the last row changed."""
+    from transformers.models.llama import modeling_llama
+
+    def forward(module, query, key, value, attention_mask, scaling, **kwargs):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask[..., : key.shape[2]]
+        if module.layer_idx >= first:
+            image = torch.nn.functional.pad(tiny.image, (0, key.shape[2] - tiny.image.shape[1]))
+            last = scores[:, :, -1]
+            grown = last + alpha * last.abs()
+            scores[:, :, -1] = torch.where(image[:, None] & (last > -1e30), grown, last)
+        weights = scores.softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", forward)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.3])
+def test_both_parts_against_eager_attention_by_hand(monkeypatch, gamma):
+    """Left padding, two images: each step, with the second branch free of the attention part."""
+    tiny = build("llava")
+    x = tiny.inputs(PROMPTS[:2])
+    with reattend.apply(tiny.model, "pai", alpha=0.5, gamma=gamma) as session:
+        out = tiny.model.generate(**x, **FEW)
+        layers = {f"model.language_model.layers.{n}.self_attn": 3 for n in (2, 3)}
+        assert session.stats == {"pai": {**layers, **({} if gamma == 1 else {"logits": 3})}}
+    tails = [row.tolist() for row in out.sequences[:, x["input_ids"].shape[1] :]]
+    texts = [[piece for piece in prompt if piece != "image"] for prompt in PROMPTS[:2]]
+    text = [forced(tiny.model, tiny.inputs([t]), [tail]) for t, tail in zip(texts, tails)]
+    plain = forced(tiny.model, x, tails)
+    tiny.image = x["input_ids"] == tiny_models.IMAGE
+    tiny.model.set_attn_implementation("eager")
+    eager_boost(monkeypatch, tiny, 0.5, 2)
+    boosted = forced(tiny.model, x, tails)
+    for step, found in enumerate(out.logits):
+        other = torch.stack([text[row][step][0] for row in range(2)])
+        wanted = boosted[step] if gamma == 1 else contrasted(boosted[step], other, gamma)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+        assert (boosted[step] - plain[step]).abs().amax(dim=1).min() > 1e-3
+
+
+def test_switched_off_it_changes_no_bit():
+    tiny = build("llava")
+    x = tiny.inputs(PROMPTS)
+    plain = tiny.model(**x).logits
+    with reattend.apply(tiny.model, "pai", alpha=0, gamma=1):
+        assert torch.equal(tiny.model(**x).logits, plain)
+    with reattend.apply(tiny.model, "pai", alpha=0.5, gamma=1.5) as session:
+        found = tiny.model(**x).logits
+        assert session.stats["pai"]["logits"] == 1 and session.applied == 3
+    assert torch.equal(found[:, :-1], plain[:, :-1]) and torch.equal(found[2], plain[2])
+    assert not torch.isclose(found[:2, -1], plain[:2, -1]).all(dim=-1).any()
+    text = tiny.inputs([[1, 5, 6]])
+    plain = tiny.model.generate(**text, **FEW).logits
+    with reattend.apply(tiny.model, "pai", alpha=0.5, gamma=1.5) as session:
+        assert all(torch.equal(a, b) for a, b in zip(tiny.model.generate(**text, **FEW).logits, plain))
+        session.counts.clear()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(num_beams=3), dict(do_sample=True, top_p=0.9), dict(cache_implementation="static", disable_compile=True)],
+)
+def test_every_way_of_decoding(family, options):
+    """Against the same without a cache, where no branch can lose its place."""
+    tiny = build(family)
+    x = tiny.inputs(PROMPTS[:2])
+    runs = []
+    with reattend.apply(tiny.model, "pai", alpha=0.4, gamma=1.6) as session:
+        for more in (
+            options,
+            {**{k: v for k, v in options.items() if "cache" not in k and "comp" not in k}, "use_cache": False},
+        ):
+            torch.manual_seed(0)
+            runs.append(tiny.model.generate(**x, **{"max_new_tokens": 5, "do_sample": False, **more}))
+        assert session.counts["pai"]["logits"] == 10
+    assert torch.equal(*runs)
+
+
+def test_assisted_decoding_writes_the_same():
+    tiny = build("qwen2_vl")
+    x = tiny.inputs([[1, "image", 5, 7, 8, 5]])
+    with reattend.apply(tiny.model, "pai", alpha=0.4, gamma=1.6):
+        alone = tiny.model.generate(**x, max_new_tokens=8, do_sample=False)
+        assert torch.equal(tiny.model.generate(**x, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2), alone)
+
+
+def test_more_alpha_moves_more_weight_to_the_image():
+    tiny = build("llava")
+    x = tiny.inputs(PROMPTS[:1])
+    masses = []
+    for alpha in (0.0, 0.2, 0.6):
+        with reattend.apply(tiny.model, "pai", alpha=alpha, gamma=1), capture(tiny.model, rows="last") as recording:
+            tiny.model(**x)
+        masses.append(recording.mass_by_layer()[2]["image"])
+    assert masses[0] < masses[1] < masses[2]
+
+
+def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
+    tiny = build("llava")
+    for parameters, problem in [
+        (dict(alpha=-0.1), "alpha"),
+        (dict(gamma=float("nan")), "gamma"),
+        (dict(cutoff=0), "cutoff"),
+        (dict(beta=1), "beta is not a parameter"),
+    ]:
+        with pytest.raises(ReattendError, match=problem):
+            reattend.apply(tiny.model, "pai", **parameters)
+    with pytest.raises(UnsupportedError, match="cross-attention"):
+        reattend.apply(tiny_models.mllama().model, "pai")
+    with pytest.raises(UnsupportedError, match="layers 9 to last"):
+        reattend.apply(tiny.model, "pai", first_layer=9)
+    ran = []
+    handle = tiny.model.model.language_model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    with reattend.apply(tiny.model, "pai"):
+        with pytest.raises(ReattendError, match="pass input_ids"):
+            tiny.model(inputs_embeds=torch.zeros(1, 3, 32))
+        with pytest.raises(ReattendError, match="nothing but images"):
+            tiny.model(**tiny.inputs([["image"]]))
+        assert not ran
+        tiny.model(**tiny.inputs(PROMPTS))
+    handle.remove()
+    original = recipe("pai", alpha=0.5, gamma=1.2)
+    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original

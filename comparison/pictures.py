@@ -45,7 +45,7 @@ def moved_picture(picture: Image.Image, moved: Tensor) -> Image.Image:
 
 
 def _laid_over(picture: Image.Image, colours: Tensor, opacity: Tensor) -> Image.Image:
-    base = picture.convert("L").point(lambda v: 60 + v * 3 // 5).convert("RGB")
+    base = picture.convert("L").point([60 + v * 3 // 5 for v in range(256)]).convert("RGB")
     size, nearest = base.size, Image.Resampling.NEAREST
     rgb = Image.fromarray(colours.round().to(torch.uint8).numpy()).resize(size, nearest)
     mask = Image.fromarray((opacity.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).resize(size, nearest)

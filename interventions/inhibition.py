@@ -38,9 +38,8 @@ class TextAndImage:
         image = image_columns(tokens)
         every = tokens.positions("image", 0, length)
         text = (image.cumsum(dim=1) > 0) & ~every & ~tokens.positions("padding", 0, length)
-        columns = [part.any(dim=0).nonzero()[:, 0] for part in (image, text)]
-        found = [x.to(device) for x in (columns[0], image[:, columns[0]], columns[1], text[:, columns[1]])]
-        return cls(*found, length)
+        at, near = (part.any(dim=0).nonzero()[:, 0] for part in (image, text))
+        return cls(at.to(device), image[:, at].to(device), near.to(device), text[:, near].to(device), length)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Bool [B, stop - start]: the text rows behind an image among these positions; what is generated is text."""

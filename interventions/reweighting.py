@@ -50,7 +50,7 @@ def marked_columns(call: Call, role: str, more: Sequence[str] = ()) -> Tensor | 
     if tokens is None:
         call.columns(role)
         return None
-    key = ("marked", tokens.prompt_length, call.query.device)
+    key = ("marked", role, *more, tokens.prompt_length, call.query.device)
     if key not in call.memory:
         whole = tokens.positions(role, 0, tokens.prompt_length)
         there = whole.any(dim=1, keepdim=True)

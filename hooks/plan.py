@@ -8,8 +8,9 @@ projection  `Project`: an edit of the key projection's output of new tokens; `Re
 spans       `Spans`: token sets that the user named by text or position
 rewrite     `Probe`: a further pass with the same or changed inputs before a prefill, read but not edited (see `probe`)
 branch      `Branch`: the same tokens after other prompts, with logits that become one (see `branch`)
+tokens      `Exit`: tokens of some roles leave the sequence behind a layer (see `token_exit`)
 
-The other doors of the design (rotary, tokens, share) get their dataclass here and their room beside `denoise`.
+The other doors of the design (rotary, share) get their dataclass here and their room beside `denoise`.
 """
 
 from __future__ import annotations
@@ -238,7 +239,26 @@ class Branch:
             raise ReattendError("a branch step needs at least one function that makes a branch's prompt")
 
 
-Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch
+@dataclass
+class Exit:
+    """Tokens of `roles` leave the sequence in front of `sites`: all decoder layers from some layer on, in their order.
+
+    In every pass that reads a prompt the layers of `sites` run without these tokens (and without padding) and keep no keys of them;
+    all others see what they would see if nobody there attended to these tokens. The pass's output has its full length: tokens that
+    left have the state in which they entered. Counted at each of `sites` for every pass in which tokens left.
+    No other step may act or look at `sites`. A cache that was filled under an exit can only be used under the same session.
+    """
+
+    sites: SiteTable
+    roles: Sequence[str]
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.roles:
+            raise ReattendError("an exit needs at least one role whose tokens leave")
+
+
+Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch | Exit
 
 
 @dataclass

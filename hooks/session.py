@@ -19,9 +19,10 @@ from torch import nn
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site, UnsupportedError
 from .branch import branch_misfit, steps_of
 from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
-from .plan import Act, Branch, Capture, Guide, Observe, Plan, Probe, Project, ReadProjection, Spans
+from .plan import Act, Branch, Capture, Exit, Guide, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
 from .sequence import Forward, SequenceTracker
+from .token_exit import exit_conflict, install_exit
 
 _isolated: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("reattend_sessions", default=())
 _attachments: dict[int, Attachment] = {}
@@ -54,7 +55,7 @@ class Session:
     def _prepare(self) -> None:
         for plan in self.plans:
             for step in plan.steps:
-                if isinstance(step, (Act, Observe, Capture, Project, ReadProjection)):
+                if isinstance(step, (Act, Observe, Capture, Project, ReadProjection, Exit)):
                     require_supported(step.sites)
                     if not len(step.sites):
                         raise ReattendError(f"recipe {plan.recipe!r} selects no attention site of this model")
@@ -66,7 +67,7 @@ class Session:
                 elif isinstance(step, Capture):
                     for site in step.sites:
                         self._captures.setdefault(id(step.sites.module(site)), []).append((plan, step))
-                elif isinstance(step, Project):
+                elif isinstance(step, (Project, Exit)):
                     step.label = step.label or plan.recipe
                     self.counts.setdefault(step.label, Counter())
                 elif isinstance(step, Guide):
@@ -208,6 +209,10 @@ class Attachment:
         misfit = branch_misfit(self.tracker.root) if session.branches else ""
         if misfit:
             raise UnsupportedError(f"recipe {session.branches[0][0].recipe!r} does not fit this model: {misfit}")
+        # of isolated sessions it shows in each pass which of them run together
+        conflict = exit_conflict([session, *(s for s in self.sessions if not (session.isolated and s.isolated))])
+        if conflict:
+            raise UnsupportedError(conflict)
         try:
             if first:
                 self.tracker.install()
@@ -257,6 +262,8 @@ class Attachment:
                     session.handles += install_observation(self, session, plan, step)
                 elif isinstance(step, (Project, ReadProjection)):
                     session.handles += install_projection(self, session, plan, step)
+                elif isinstance(step, Exit):
+                    session.handles += install_exit(self, session, plan, step)
 
     def _drop_taps(self, session: Session) -> None:
         for inner in session.nested:

@@ -2,23 +2,28 @@
 
 Fixes: most tokens of a vision-language prompt are image tokens, and after some layer the text has taken from them what it needs; the
 layers behind it could do without. DyVTE trains small routers that choose that layer for every prompt; here it is one fixed layer.
-Acts on: the scores of all decoder layers behind `exit_layer`, prefill and decode: no row sees image or video tokens any more. All other
-tokens keep their positions. Separators and wrapper tokens that processors write around images are text, as in the official code.
+Acts on: all decoder layers behind `exit_layer`, prefill and decode: no row sees image or video tokens any more (mode="hide", a key bias
+on any model), or they leave the sequence there, as in the official code, and later layers run on fewer tokens and cache fewer keys
+(mode="leave", the tokens door, on the families that it was tested with). Both give the same answers. All other tokens keep their
+positions. Separators and wrapper tokens that processors write around images are text, as in the official code.
 Conventions: layers count from 0, and `exit_layer` is the last one that sees the image, so the last layer of a model changes nothing. No
 table of layers is published: a profiling run takes the smallest one with which answers stay the same, by the rule that labels the
 official routers' training data. Between 0.5 and 0.6 of the layers is where to begin by hand.
-Rows of image tokens themselves go on behind the exit without seeing each other; nobody reads them.
+What becomes of the rows of image tokens is read by nobody: hidden, they go on without seeing each other; those that left come back
+behind the last layer as they entered the exit, so that outputs keep their length. Batches need no sorting: rows may hold different
+numbers of images. A cache that was filled under mode="leave" is of no use outside of its session.
 Recipes that change the weights of image columns (var, gift) find none behind the exit: give them layers up to it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Act, Exit, SiteTable, Support
 from ..hooks.plan import Step
+from ..hooks.token_exit import token_exit_misfit
 from ..interventions import Call, KeyBias
 from ..interventions.sparsity import hide_columns
 from .base import Info, Recipe
@@ -52,6 +57,11 @@ class VisualTokenExit(Recipe):
     profile_path: str | None = Field(
         None, description=f'file with the exit layer that a profiling run chose; "{CACHED}": the profile kept for this model'
     )
+    mode: Literal["hide", "leave"] = Field(
+        "hide",
+        description='"hide": no row sees the image behind the exit, with any model, cache and other recipe, and at full cost; "leave": '
+        "image tokens (and padding) leave the sequence there, for the same answers with less work and shorter caches",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> VisualTokenExit:
@@ -69,8 +79,11 @@ class VisualTokenExit(Recipe):
             return reason
         if self.exit_layer is None and self.profile_path is None:
             return f"the exit layer is not known for {table.model_name}: {REMEDY}"
-        layer = self.layer(table)
-        return exit_misfit(table, layer)
+        misfit = exit_misfit(table, self.layer(table))
+        if misfit or self.mode == "hide":
+            return misfit
+        misfit = token_exit_misfit(table)
+        return f'{misfit}; pass mode="hide"' if misfit else ""
 
     def layer(self, table: SiteTable) -> int:
         """The exit layer: given, or of the profile."""
@@ -80,7 +93,9 @@ class VisualTokenExit(Recipe):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         behind = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)
-        return [Act(behind, self.hide)] if len(behind) else []
+        if not len(behind):
+            return []
+        return [Act(behind, self.hide) if self.mode == "hide" else Exit(behind, VISUAL)]
 
     def hide(self, call: Call) -> KeyBias | None:
         """No row sees a visual token; one edit per pass for all layers that hold the same keys."""

@@ -9,8 +9,9 @@ import contextlib
 import copy
 import difflib
 import functools
+import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def aggregation(task: Any, metric: str) -> str:
 
 
 def run(
-    subject: Subject, tasks: dict[str, Any], documents: dict[str, Sequence[int]], chat: bool, batch: int
+    subject: Subject, tasks: dict[str, Any], documents: Mapping[str, Sequence[int]], chat: bool, batch: int
 ) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """{(task, document): lm-eval's samples of it, one per filter}. documents: which of each task. Raises ReattendError as lm-eval does."""
-    from lm_eval.evaluator import evaluate  # type: ignore[import-not-found]
+    evaluate: Any = importlib.import_module("lm_eval.evaluator").evaluate
 
     wanted = {name: sorted(numbers) for name, numbers in documents.items()}
     with _quiet():
@@ -97,7 +98,7 @@ def run(
 
 
 def _model(subject: Subject, batch: int) -> Any:
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+    HFLM: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
     class Quiet(HFLM):
         """HFLM without progress bars: the runner shows its own."""

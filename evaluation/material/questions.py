@@ -152,4 +152,4 @@ def _everyday() -> Iterator[Raw]:
     for line in EVERYDAY.strip().splitlines():
         prompt, options = line.split(" | ")
         right, *wrong = options.split(", ")
-        yield "everyday", prompt, right, wrong
+        yield "everyday", str(prompt), str(right), [str(option) for option in wrong]

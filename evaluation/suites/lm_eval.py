@@ -116,8 +116,12 @@ class LmEval(Suite):
 @functools.cache
 def _class_of(task: str) -> type[LmEval]:
     """The suite of one task under a name of its own, so that several tasks can stand in one table."""
-    name = f"{LmEval.name}:{task}"
-    return type(LmEval)("LmEvalTask", (LmEval,), {"__module__": __name__, "__qualname__": "LmEvalTask", "name": name})
+    label = f"{LmEval.name}:{task}"
+
+    class LmEvalTask(LmEval):
+        name: ClassVar[str] = label
+
+    return LmEvalTask
 
 
 @functools.cache

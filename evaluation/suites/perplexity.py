@@ -25,8 +25,8 @@ class Perplexity(Suite):
     does: ClassVar[str] = "Perplexity of passages of Python's manual after contexts of several lengths."
     batch: ClassVar[int] = 4
 
-    lengths: tuple[int, ...] = Field((32, 128, 384), min_length=1, description="tokens of context before each passage")
-    passage: int = Field(240, ge=20, le=5000, description="characters of each passage")
+    lengths: tuple[int, ...] = Field((16, 64, 256), min_length=1, description="tokens of context before each passage")
+    passage: int = Field(160, ge=20, le=5000, description="characters of each passage")
 
     @field_validator("lengths")
     @classmethod

@@ -58,7 +58,9 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
     except ImportError:
         raise ReattendError(f'{name} is a diffusers pipeline: pip install "reattend[{MODELS[name].needs}]"') from None
-    return DiffusionPipeline.from_pretrained(where, torch_dtype=kind).to(device)
+    pipe = DiffusionPipeline.from_pretrained(where).to(device)  # in float32
+    # not named when loading, because diffusers renamed the argument
+    return pipe if kind == torch.float32 else pipe.to(dtype=kind)
 
 
 def pipeline(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:

@@ -57,9 +57,9 @@ CARDS = {
         failures="",
         suites=(
             ("pope", HARD),
-            ("pope:habits=kept,noise=0.55", SEEN),
+            ("pope:habits=kept:noise=0.55", SEEN),
             ("chair", HARD),
-            ("chair:habits=kept,noise=0.55", SEEN),
+            ("chair:habits=kept:noise=0.55", SEEN),
             ("questions", HARD),
         ),
         script="shapes_llava",

@@ -26,7 +26,7 @@ from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS, QUESTIONS = 32, 5000, 4
+BATCH, STEPS, QUESTIONS = 32, 6200, 4
 EYE_BATCH, EYE_STEPS = 64, 2000
 WORLD = World()
 NOISE = (0.0, 0.7)
@@ -223,7 +223,7 @@ def main() -> None:
         # half of an answer's tokens end it and are known at once
         return {"describe": each[describes].mean(), "answer": 2 * each[~describes].mean()}
 
-    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1e-3, average=0.998, seed=given.seed)
+    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1.5e-3, average=0.997, seed=given.seed)
     loop.run()
     loop.averaged()
     model.half().save_pretrained(given.out / "model")

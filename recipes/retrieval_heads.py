@@ -24,6 +24,7 @@ from torch import Tensor
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
+from ..interventions.heads import last_prompt_rows
 from .base import Info, Recipe, decoder_sites
 from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
 from .profile import CACHED, Profile, cached_path, find_profile
@@ -152,8 +153,7 @@ class RetrievalHeads(Recipe):
         if where != "all" and call.clock.phase != "decode":
             if where == "decode":
                 return None
-            prompt = call.query_rows("prompt")
-            rows = prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1)
+            rows = last_prompt_rows(call)
         return make(call.site.layer, call.query.device)(call, rows)
 
     def edit(

@@ -15,6 +15,7 @@ from ...interventions.calibration import learn_sinks
 from ..base import Recipe, profiled_sites
 from ..head_choice import Head, as_heads, by_layer, missing_heads
 from ..profile import Profile, table_fingerprint
+from .files import content_of
 from .labelled_examples import built_in
 from .labelled_tasks import Judge, Kind, LabelledTask, labelled_task
 from .progress import track
@@ -25,7 +26,7 @@ def search_heads(
     model: Any,
     tokenizer: Any,
     *,
-    data: Sequence[Any] | None = None,
+    data: Sequence[Any] | str | None = None,
     kind: Kind = "classification",
     heads: Any = None,
     max_heads: int | None = None,
@@ -44,13 +45,13 @@ def search_heads(
 
     data and kind: labelled prompts, as `labelled_tasks.labelled_task` takes them; (prompt, label) or (prompt, label, choices) for
     "classification", (prompt, answer, options) for "multiple_choice", (prompt, reference) for "generation", which judge and
-    max_new_tokens go with. Without data: sentences and questions of our own, for a try. A list of heads is worth what its task is
-    worth: search once per kind of task. heads: search only among these; else layers 2 to the last but one. max_heads: only the
-    heads that have a hidden sink most often. parameters: beta, threshold and the like, as they will be used.
+    max_new_tokens go with; or a JSON file of those. Without data: sentences and questions of our own, for a try. A list of heads is worth
+    what its task is worth: search once per kind of task. heads: search only among these; else layers 2 to the last but one.
+    max_heads: only the heads that have a hidden sink most often. parameters: beta, threshold and the like, as they will be used.
     Raises ReattendError for data that cannot be judged, such as choices that begin with the same token.
     """
     table, chosen = profiled_sites(model, recipe.slug)
-    examples = list(built_in(kind) if data is None else data)[:max_samples]
+    examples = list(built_in(kind) if data is None else content_of(data))[:max_samples]
     listed = _candidates(heads, chosen)
     settings = recipe(heads=listed, **parameters)
     work = labelled_task(kind, tokenizer, examples, batch_size, judge, max_new_tokens)

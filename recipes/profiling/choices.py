@@ -85,12 +85,6 @@ def last_logits(model: Any, batches: list[Batch]) -> Iterator[tuple[Choice, Tens
         yield from zip(part, logits, strict=True)
 
 
-def accuracy_of(model: Any, batches: list[Batch]) -> float:
-    """The share of questions whose right choice has the highest logit."""
-    right = [int(logits[q.choices].argmax()) == q.right for q, logits in last_logits(model, batches)]
-    return sum(right) / len(right)
-
-
 def lead_of(model: Any, batches: list[Batch]) -> float:
     """Mean over questions of the right choice's logit minus the best other one's, in nats."""
     leads = []

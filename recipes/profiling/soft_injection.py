@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +18,7 @@ from ..base import profiled_sites
 from ..profile import Profile, table_fingerprint
 from ..soft_injection import mixture
 from .choices import Choice, batches_of, first_token, last_logits
+from .files import content_of
 from .progress import track
 from .word_pairs import Pair, parted
 
@@ -115,19 +114,13 @@ def _check(prompts, shots, how, iterations, lr, batch_size, check_every, templat
 def _tasks(data: Any, task: str) -> dict[str, list[Pair]]:
     if data is None:
         return {task or "opposite": parted(task or "opposite")[0]}
-    if isinstance(data, (str, Path)):
-        if not Path(data).is_file():
-            raise ReattendError(f"data: no file at {str(data)!r}")
-        try:
-            data = json.loads(Path(data).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ReattendError(f"data: no JSON in the file: {error}") from None
+    data = content_of(data)
     named = dict(data) if isinstance(data, Mapping) else {task or "user data": data}
     return {str(name): [_pair(item) for item in pairs] for name, pairs in named.items()}
 
 
 def _pair(item: Any) -> Pair:
-    pair = (item.get("input"), item.get("output")) if isinstance(item, Mapping) else item
+    pair: Any = (item.get("input"), item.get("output")) if isinstance(item, Mapping) else item
     if (
         isinstance(pair, str)
         or not isinstance(pair, Sequence)

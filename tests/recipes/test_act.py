@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -374,9 +375,11 @@ def test_the_search_tries_heads_with_sinks_and_keeps_the_better_ones(tmp_path):
     assert torch.equal(again.tensors["score"], score) and again.facts == facts
 
 
-def test_the_search_can_be_limited():
+def test_the_search_can_be_limited_and_reads_files(tmp_path):
     model = tiny()
-    options = dict(data=DATA, heads={2: [0, 1], 3: [2]}, max_heads=2, max_samples=4)
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(DATA))
+    options = dict(data=str(file), heads={2: [0, 1], 3: [2]}, max_heads=2, max_samples=4)
     profile = recipe_class("act").profile(model, Letters(), **options)
     assert profile.facts["samples"] == 4 and profile.facts["tried"] <= 2
     tried = {tuple(head) for head in (profile.tensors["count"] > 0).nonzero().tolist()}
@@ -387,6 +390,7 @@ def test_the_search_can_be_limited():
     ("options", "message"),
     [
         ({"data": []}, "at least one"),
+        ({"data": "nowhere.json"}, "no file"),
         ({"data": [("a", "b", ["c", "d"])]}, "must be one of"),
         ({"data": [("a", "b")]}, "at least two choices"),
         ({"data": [("a", "bc"), ("a", "bd")]}, "different tokens"),

@@ -9,6 +9,7 @@ from .plan import (
     Exit,
     Fusion,
     Guide,
+    Lookahead,
     Observation,
     Observe,
     Plan,
@@ -18,6 +19,7 @@ from .plan import (
     Prompt,
     ReadProjection,
     Spans,
+    Trials,
 )
 from .session import Session, attach, running
 
@@ -28,6 +30,7 @@ __all__ = [
     "Exit",
     "Fusion",
     "Guide",
+    "Lookahead",
     "Observation",
     "Observe",
     "Plan",
@@ -42,6 +45,7 @@ __all__ = [
     "SiteTable",
     "Spans",
     "Support",
+    "Trials",
     "attach",
     "capture",
     "running",

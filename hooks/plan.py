@@ -8,6 +8,7 @@ projection  `Project`: an edit of the key projection's output of new tokens; `Re
 spans       `Spans`: token sets that the user named by text or position
 rewrite     `Probe`: a further pass with the same or changed inputs before a prefill, read but not edited (see `probe`)
 branch      `Branch`: the same tokens after other prompts, with logits that become one (see `branch`)
+            `Lookahead`: the likeliest next tokens, each tried on the cache before one is chosen (see `lookahead`)
 tokens      `Exit`: tokens of some roles leave the sequence behind a layer (see `token_exit`)
 
 The other doors of the design (rotary, share) get their dataclass here and their room beside `denoise`.
@@ -258,7 +259,41 @@ class Exit:
             raise ReattendError("an exit needs at least one role whose tokens leave")
 
 
-Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch | Exit
+@dataclass
+class Trials:
+    """What a lookahead has seen: logits [B, V], the tried tokens `ids` [B, n], and for each of the n what was read of it [B, ...].
+
+    clock, tokens and memory are those of the real pass; what memory holds and has `move(name, index)` goes where beams go.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    readings: list[Tensor]
+    clock: Clock
+    tokens: TokenMap
+    memory: dict[Any, Any]
+
+
+@dataclass
+class Lookahead:
+    """After every pass the `count` likeliest next tokens of each row are tried; score(Trials) -> the logits [B, V] that leave the model.
+
+    A trial is an unedited pass with one token, after which the cache is as before; read(Call) -> [B, ...] at the call of `sites` (one
+    site). Needs a cache whose last token can be taken back. Counted as "logits" under `label`.
+    """
+
+    count: int
+    sites: SiteTable
+    read: Callable[[Call], Tensor]
+    score: Callable[[Trials], Tensor]
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or len(self.sites) != 1:
+            raise ReattendError("a lookahead tries at least one token and reads one site")
+
+
+Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch | Exit | Lookahead
 
 
 @dataclass

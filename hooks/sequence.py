@@ -22,6 +22,7 @@ from .branch import fuse_branches, prepare_branches
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
+from .lookahead import check_lookahead, look_ahead
 from .probe import Running, run_probes
 from .sides import unfollow
 from .tokens import build_roles
@@ -140,8 +141,11 @@ class SequenceTracker:
         forward = self._forward(given, sessions)
         self.local.stack.append(forward)
         del given[next(iter(self.signature.parameters))]
-        if any(session.branches for session in sessions):
+        if any(session.branches or session.lookaheads for session in sessions):
             prepare_branches(self, forward, given, sessions)
+            for session in sessions:
+                for plan, *_ in session.lookaheads:
+                    check_lookahead(forward, given, plan)
             forward.branched = given, sessions
         for session in sessions:
             session.forwards += 1
@@ -158,6 +162,7 @@ class SequenceTracker:
         try:
             if forward is not None and forward.branched is not None and output is not None:
                 fuse_branches(self, forward, forward.branched[0], output, forward.branched[1])
+                look_ahead(self, forward, forward.branched[0], output, forward.branched[1])
         finally:
             self._land()
 

@@ -19,7 +19,8 @@ from torch import nn
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site, UnsupportedError
 from .branch import branch_misfit, steps_of
 from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
-from .plan import Act, Branch, Capture, Exit, Guide, Observe, Plan, Probe, Project, ReadProjection, Spans
+from .lookahead import reader_of
+from .plan import Act, Branch, Capture, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
 from .sequence import Forward, SequenceTracker
 from .token_exit import exit_conflict, install_exit
@@ -47,6 +48,7 @@ class Session:
         self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
         self.probes: list[tuple[Plan, Probe, Session]] = []
         self.branches: list[tuple[Plan, Branch, Session]] = []
+        self.lookaheads: list[tuple[Plan, Lookahead, Session]] = []
         self.guides: list[tuple[Plan, Guide]] = []
         self.spans: list[Spans] = []
         self.handles: list[Any] = []
@@ -78,6 +80,10 @@ class Session:
                     step.label = step.label or plan.recipe
                     self.counts.setdefault(step.label, Counter())
                     self.branches.append((plan, step, steps_of(self, plan, step)))
+                elif isinstance(step, Lookahead):
+                    step.label = step.label or plan.recipe
+                    self.counts.setdefault(step.label, Counter())
+                    self.lookaheads.append((plan, step, reader_of(self, plan, step)))
                 elif isinstance(step, Spans):
                     self.spans.append(step)
 
@@ -143,8 +149,8 @@ class Session:
 
     @property
     def nested(self) -> list[Session]:
-        """The steps of probes and branches, which act in passes of their own."""
-        return [inner for _, _, inner in (*self.probes, *self.branches)]
+        """The steps of probes, branches and trials, which act in passes of their own."""
+        return [inner for _, _, inner in (*self.probes, *self.branches, *self.lookaheads)]
 
     def acts_at(self, module: nn.Module) -> bool:
         return id(module) in self._acts or id(module) in self._captures
@@ -206,9 +212,10 @@ class Attachment:
             self.site_of.update({id(step.sites.module(site)): site for site in step.sites})
         if session.probes and self.tracker.root is None:
             raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
-        misfit = branch_misfit(self.tracker.root) if session.branches else ""
+        fusing = [plan for plan, *_ in (*session.branches, *session.lookaheads)]
+        misfit = branch_misfit(self.tracker.root) if fusing else ""
         if misfit:
-            raise UnsupportedError(f"recipe {session.branches[0][0].recipe!r} does not fit this model: {misfit}")
+            raise UnsupportedError(f"recipe {fusing[0].recipe!r} does not fit this model: {misfit}")
         # of isolated sessions it shows in each pass which of them run together
         conflict = exit_conflict([session, *(s for s in self.sessions if not (session.isolated and s.isolated))])
         if conflict:

@@ -99,7 +99,7 @@ class _Followed:
 
     def __init__(self, cache: Any, name: str) -> None:
         self.cache, self.name = weakref.ref(cache), name
-        self.sides: weakref.WeakSet[Side] = weakref.WeakSet()
+        self.sides: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, index: Tensor) -> Any:
         cache = self.cache()
@@ -113,7 +113,7 @@ class _Followed:
         return _Followed(memo.get(id(self.cache()), self.cache()), self.name)
 
 
-def follow(cache: Any, sides: list[Side]) -> None:
+def follow(cache: Any, sides: list[Any]) -> None:
     """Lets branches share in what happens to the rows of the real cache."""
     for name in MOVES:
         mine = vars(cache).get(name)

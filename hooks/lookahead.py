@@ -1,0 +1,101 @@
+"""The lookahead door: after each pass the likeliest next tokens are tried on the cache, read, and taken back again.
+
+Trials are passes of their own, nested in the forward hook like those of branches, edited by nobody. What a recipe keeps in its memory
+and has a `move` method goes where the cache's rows go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..interventions import ReattendError
+from .plan import Capture, Lookahead, Plan, Trials
+from .probe import Running, plain_arguments
+from .sides import follow, width_of
+
+if TYPE_CHECKING:
+    from .sequence import Forward, SequenceTracker
+    from .session import Session
+
+
+def reader_of(session: Session, plan: Plan, step: Lookahead) -> Session:
+    """The reader of trials as a session of its own, never attached by itself."""
+    from .session import Session
+
+    inner = Plan(plan.recipe)
+
+    def read(call: Any, edits: Any) -> None:
+        call.memory["trial"] = step.read(call)
+
+    inner.steps = [Capture(step.sites, read)]
+    return Session(session.model, [inner], isolated=session.isolated)
+
+
+def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None:
+    """Before a pass. Raises ReattendError where trials could not be taken back."""
+    if forward.tokens is None or forward.sequence is None:
+        raise ReattendError(
+            f"{plan.recipe}: trying next tokens needs tokens: call the whole model with input_ids or inputs_embeds"
+        )
+    if given.get("use_cache") is False:
+        raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
+    if forward.tokens.length - forward.tokens.prompt_length > 0 and width_of(given) > 1:
+        raise ReattendError(f"{plan.recipe}: next tokens are tried one step at a time, not in drafts (assisted decoding)")
+    if forward.fresh and bool(forward.tokens.positions("padding", 0, forward.tokens.length)[:, -1].any()):
+        raise ReattendError(f"{plan.recipe}: next tokens are tried behind the last column: prompts must be padded on the left")
+    layers = getattr(given.get("past_key_values"), "layers", ())
+    fixed = next((layer for layer in layers if not hasattr(layer, "crop")), None)
+    if fixed is not None:
+        raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
+
+
+def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, sessions: list[Session]) -> None:
+    """After a pass: tries the likeliest next tokens of every row and puts what the recipe makes of them into the output's logits."""
+    for session in sessions:
+        for plan, step, own in session.lookaheads:
+            tokens, cache = forward.tokens, getattr(output, "past_key_values", None)
+            assert tokens is not None
+            if cache is None:
+                raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
+            memory = forward.memory(plan.memory_key)
+            with torch.no_grad():
+                logits = output.logits[:, -1]
+                ids = logits.topk(min(step.count, logits.shape[-1]), dim=-1).indices
+                readings = [_try(tracker, forward, given, cache, ids[:, k : k + 1], own) for k in range(ids.shape[1])]
+                found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
+            output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
+            follow(cache, [value for value in memory.values() if hasattr(value, "move")])
+            session.counts[step.label]["logits"] += 1
+
+
+def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cache: Any, ids: Tensor, own: Session) -> Tensor:
+    """What the reader makes of a pass with one further token per row; the cache is then as before."""
+    from .sequence import Forward
+
+    tokens, root = forward.tokens, tracker.root
+    assert tokens is not None and root is not None
+    arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    known = tokens.positions("padding", 0, tokens.length, ids.device)
+    arguments["attention_mask"] = pad((~known).long(), (0, 1), value=1)
+    positions = plain_arguments(given, tokens).get("position_ids")
+    if isinstance(positions, Tensor):
+        arguments["position_ids"] = positions[..., -1:] + 1
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    outer, length = tracker.local.stack, tokens.length
+    tracker.local.stack = [Forward(forward.clock, tokens, forward.sequence, probe=Running(own, None))]
+    tokens.length += 1
+    kept = [m.rope_deltas for m in tracker.offset_modules]
+    try:
+        root(**arguments)
+    finally:
+        tracker.local.stack, tokens.length = outer, length
+        for module, value in zip(tracker.offset_modules, kept):
+            module.rope_deltas = value
+        if cache.get_seq_length() > length:
+            cache.crop(length - cache.get_seq_length())
+    return forward.memory(own.plans[0].memory_key)["trial"]

@@ -182,7 +182,9 @@ def _advance(
         side.arguments = {}  # pictures and all: its cache holds what matters of them
         follow(cache, store["sides"])
     logits = found.logits
-    return logits[:, -count:] if at is None else logits.gather(1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[2]))
+    return (
+        logits[:, -count:] if at is None else logits.gather(1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[2]))
+    )
 
 
 def _run(

@@ -201,6 +201,9 @@ class SequenceTracker:
         sequence = self._known(cache, past, ids, batch)
         if sequence is None or sequence.tokens.batch != batch:
             prompt = width - _drafted(given, width)
+            if past and ids is not None:
+                # a cache that was filled before the session: its tokens are not known, but they stand in front of these
+                ids, prompt = torch.cat([ids.new_full((batch, past), -1), ids], dim=1), past + prompt
             tokens = self._new_map(ids, embeds, mask, given, sessions, prompt)
             sequence = Sequence(ids, tokens, prompt_ids=ids)
             if cache is not None and not isinstance(cache, tuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reattend.hooks import Plan, Spans, attach
+from reattend.hooks import Capture, Plan, Spans, attach, sites
 from reattend.hooks.chat import learn, turns
 from reattend.hooks.spans import official_range
 from reattend.hooks.transcript import read, transcripts
@@ -299,3 +299,28 @@ def test_a_template_that_only_fails_gives_no_roles(model):
     chars = tokenizer("{{ raise_exception('never') }}")
     x = chars(["hello"], return_tensors="pt")
     assert set(roles(model, x, given=chars).roles) == {"padding", "bos"}
+
+
+def test_a_cache_filled_before_the_session_keeps_its_places(model):
+    """Passages of the next turn lie behind tokens that nobody has read."""
+    from transformers import DynamicCache
+
+    words = tokenizer()
+    before = words("Anna has a red house.", return_tensors="pt").input_ids
+    after = words(" Please: Answer in French.", return_tensors="pt").input_ids
+    cache, found = DynamicCache(), []
+
+    def look(call):
+        found.append((call.columns("marked")[0].tolist(), call.columns("prompt").shape[1], call.clock.phase))
+
+    with torch.no_grad():
+        model(before, past_key_values=cache)
+        steps = [Spans("marked", texts=[["in French"]]), Capture(sites(model), lambda call, edits: look(call))]
+        with attach(model, [Plan("probe", steps)], tokenizer=words):
+            model(after, past_key_values=cache)
+            model(after[:, :1], past_key_values=cache)
+    own = words("in French", return_tensors="pt").input_ids.shape[1]
+    marked, width, phase = found[0]
+    assert phase == "prefill" and width == before.shape[1] + after.shape[1] == len(marked)
+    assert not any(marked[: before.shape[1]]) and 1 <= sum(marked) <= own + 1
+    assert found[-1][0][: len(marked)] == marked and found[-1][2] == "decode"

@@ -25,9 +25,13 @@ FEW_GROUPS = 8
 
 def rearranged_attention(x: Operands, edit: Rearrange, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """The output [B, H, Tq, Dv] of operands under `Rearrange` alone: the numbers of its `on_operands`, without its memory."""
+    if x.query.shape[2] <= FEW_ROWS:
+        if "behind all" not in edit.shared:
+            edit.shared["behind all"] = int(edit.spans.max()) <= edit.start
+            edit.shared["same"], edit.shared["padded"] = len(alike_rows(edit)) == 1, int(edit.first.max()) > 0
+        if edit.shared["behind all"]:
+            return _few_rows(x, edit, scale, softcap, sinks)
     alike = alike_rows(edit)
-    if x.query.shape[2] <= FEW_ROWS and int(edit.spans.max()) <= edit.start:
-        return _few_rows(x, edit, len(alike) == 1, scale, softcap, sinks)
     output = x.query.new_zeros(*x.query.shape[:3], x.value.shape[3])
     for rows in alike:
         whole = len(alike) == 1
@@ -67,6 +71,8 @@ class _Blocks:
     scale: float
     softcap: float | None
     sinks: Tensor | None
+    # values for every query head
+    wide: Tensor | None = None
 
     def run(self) -> Tensor:
         rows = self.query.shape[2]
@@ -85,28 +91,35 @@ class _Blocks:
 
     def _segment(self, i: int, low: int, high: int) -> Tensor:
         """Rows of segment i: its own keys causally, the prefix and all other segments whole. All rows of a head share one order."""
-        a, b = self.spans[i]
-        begin, end = self.spans[0][0], self.spans[-1][1]
+        a, _ = self.spans[i]
+        begin = self.spans[0][0]
         query, steps = self.query[:, :, low:high], self.steps[:, :, low]
         parts = [self._causal(low, high, a)]
         # one turn to the base position serves the prefix; keys of the other segments are turned, per head, by what is left
         query = self.rotary.turn(query, steps[:, :, :1])
         left = steps[..., :1] - steps[..., 1:]
-        if any(j != i for j in range(len(self.spans))):
-            moved = [self._turned(j, left[..., j]) for j in range(len(self.spans)) if j != i]
-            values = torch.cat([self.value[:, :, begin:a], self.value[:, :, b:end]], dim=2)
-            parts.append(self._attend(query, torch.cat(moved, dim=2), repeat_heads(values, query.shape[1])))
         if begin > self.first:
             parts.append(self._attend(query, self.key[:, :, self.first : begin], self.value[:, :, self.first : begin]))
+        for others in (range(i), range(i + 1, len(self.spans))):
+            if others:
+                parts.append(self._attend(query, *self._turned(others, left)))
         return self._merge(parts)
 
-    def _turned(self, j: int, steps: Tensor) -> Tensor:
-        """Keys of segment j for every query head, turned by steps [B, H]."""
-        a, b = self.spans[j]
-        batch, heads = steps.shape
-        shared = self.key.shape[1]
-        key = self.key[:, :, None, a:b]
-        return self.rotary.turn(key, steps.reshape(batch, shared, heads // shared, 1)).flatten(1, 2)
+    def _turned(self, segments: range, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of neighbouring segments for every query head, the keys turned by steps [B, H, m]."""
+        begin, end = self.spans[segments[0]][0], self.spans[segments[-1]][1]
+        batch, heads, _ = steps.shape
+        shared, dim = self.key.shape[1], self.key.shape[3]
+        shape = (batch, shared, heads // shared, end - begin, dim)
+        keys = torch.empty(shape, dtype=statistics_dtype(self.key), device=self.key.device)
+        cos, sin = (t.unflatten(1, shape[1:3]) for t in self.rotary.trigonometry(steps, self.key))
+        for j in segments:
+            a, b = self.spans[j]
+            own = slice(a - begin, b - begin)
+            self.rotary.turned(self.key[:, :, None, a:b], cos[:, :, :, None, j], sin[:, :, :, None, j], keys[:, :, :, own])
+        if self.wide is None:
+            self.wide = repeat_heads(self.value, heads)
+        return keys.flatten(1, 2).to(self.key.dtype), self.wide[:, :, begin:end]
 
     def _behind(self, after: int, begin: int, end: int) -> Tensor:
         """Rows behind the segments, each with an order of its own: one turn of the query per segment."""
@@ -150,7 +163,7 @@ class _Blocks:
         return output.to(self.query.dtype)
 
 
-def _few_rows(x: Operands, edit: Rearrange, same: bool, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _few_rows(x: Operands, edit: Rearrange, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """Decode: one or few rows behind the segments, all batch rows at once."""
     dtype = statistics_dtype(x.query)
     batch, heads, rows, dim = x.query.shape
@@ -158,7 +171,7 @@ def _few_rows(x: Operands, edit: Rearrange, same: bool, scale: float, softcap: f
     key, value = x.key[:, :, :stop].to(dtype), x.value[:, :, :stop].to(dtype)
     query = x.query.to(dtype) * scale
     blocks = edit.rotary.turn(query[:, :, None], edit.steps.transpose(2, 3))  # [B, H, m + 1, T, D]
-    if m < FEW_GROUPS or not same:
+    if m < FEW_GROUPS or not edit.shared["same"]:
         scores = grouped_matmul(blocks.reshape(batch, heads, (m + 1) * rows, dim), key).unflatten(2, (m + 1, rows))
         group = edit.shared.get(("groups", stop))
         if group is None:
@@ -170,7 +183,7 @@ def _few_rows(x: Operands, edit: Rearrange, same: bool, scale: float, softcap: f
             scores[..., a:b] = grouped_matmul(blocks[:, :, j + 1], key[:, :, a:b])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if rows > 1 or edit.hidden is not None or int(edit.first.max()) > 0:
+    if rows > 1 or edit.hidden is not None or edit.shared["padded"]:
         seen = edit.shared.get(("seen", rows, stop))
         if seen is None:
             seen = edit.shared[("seen", rows, stop)] = edit.visible(torch.arange(rows, device=scores.device), stop)

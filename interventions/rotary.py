@@ -36,19 +36,36 @@ class Rotary:
 
         Worked out in float32 (float64 for float64), returned in x's dtype. The result takes the larger of both shapes.
         """
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angles = steps.to(dtype)[..., None] * self.frequencies.to(x.device, dtype)
-        cos, sin = angles.cos(), angles.sin()
+        return self.turned(x, *self.trigonometry(steps, x)).to(x.dtype)
+
+    def trigonometry(self, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [..., F] of the angles of steps [...], on the device of `like` and in the dtype in which it is turned."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        angles = steps.to(like.device, dtype)[..., None] * self.frequencies.to(like.device, dtype)
+        return angles.cos(), angles.sin()
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+        """`turn` by angles whose cos and sin are known, in their dtype; into `out` where that is given."""
+        x = x.to(cos.dtype)
         stop = self.start + 2 * self.frequencies.shape[0]
-        part = (x if stop - self.start == x.shape[-1] else x[..., self.start : stop]).to(dtype)
+        if out is None:
+            shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
+            out = x.new_empty(*shape, x.shape[-1])
+        (a, b), (new_a, new_b) = (self._pairs(t[..., self.start : stop]) for t in (x, out))
+        if x.requires_grad:  # autograd takes no `out`
+            turned = [a * cos - b * sin, b * cos + a * sin]
+            part = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+            rest = x.expand(out.shape)
+            return out.copy_(torch.cat([rest[..., : self.start], part, rest[..., stop:]], dim=-1))
+        if stop - self.start < x.shape[-1]:
+            out.copy_(x)
+        # two passes for each half, and no temporaries
+        torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=new_b).addcmul_(a, sin)
+        return out
+
+    def _pairs(self, part: Tensor) -> tuple[Tensor, Tensor]:
         if self.interleaved:
-            a, b = part[..., 0::2], part[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        else:
-            a, b = part.chunk(2, dim=-1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-        turned = turned.to(x.dtype)
-        if turned.shape[-1] == x.shape[-1]:
-            return turned
-        rest = x.expand(*turned.shape[:-1], x.shape[-1])
-        return torch.cat([rest[..., : self.start], turned, rest[..., stop:]], dim=-1)
+            return part[..., 0::2], part[..., 1::2]
+        half = part.shape[-1] // 2
+        return part[..., :half], part[..., half:]

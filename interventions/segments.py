@@ -1,6 +1,6 @@
 """Segments of a prompt whose order should not matter (PINE): how important each is to a query, and at which distance it is then seen.
 
-Importance is attention without positions, from queries and keys that are turned back by their own. It is summed up in chunks of rows.
+Importance is attention without positions, from queries and keys that are turned back by their own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch.nn.functional import pad
 from .call import Call
 from .edits.rearrange import Rearrange
 from .errors import ReattendError
-from .kernels import grouped_matmul, statistics_dtype
+from .kernels import attend, grouped_matmul, statistics_dtype
 from .rotary import Rotary
 
 Order = Literal["importance", "reverse", "prompt"]
-# Scores of one chunk of the ranking: 256 Ki float32 = 1 MiB, so that they stay in the processor's own cache.
-CHUNK_SCORES = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,37 +54,36 @@ class Layout:
         return self.lengths.flip(1).cumsum(1, dtype=torch.int32).flip(1) - self.lengths
 
 
-def segment_scores(query: Tensor, key: Tensor, lengths: list[int], scale: float, softcap: float | None) -> Tensor:
-    """[B, H, T, m]: log of the summed exp(scores) of each query over the keys of each segment; without positions, any order is the same.
+def segment_scores(
+    query: Tensor, key: Tensor, lengths: list[int], own: list[tuple[int, int]], scale: float, softcap: float | None
+) -> Tensor:
+    """[B, H, T, m]: log of the summed exp(scores) of each query over the keys of each segment; -inf for a row's own segment.
 
-    query [B, H, T, D] and key [B, Hkv, sum of lengths, D], both turned back to position 0. In chunks of rows.
+    query [B, H, T, D] and key [B, Hkv, sum of lengths, D], both turned back by their positions, in statistics dtype. own: for each
+    segment its rows [start, stop), which may be none. The sums are the fused kernel's: writing scores out takes longer.
     """
-    dtype = statistics_dtype(query)
-    batch, heads, rows, _ = query.shape
-    step = max(16, CHUNK_SCORES // max(1, batch * heads * key.shape[2]))
-    key = key.to(dtype)
-    parts = []
-    for start in range(0, rows, step):
-        scores = grouped_matmul(query[:, :, start : start + step].to(dtype) * scale, key)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        parts.append(torch.stack([part.logsumexp(dim=-1) for part in scores.split(lengths, dim=-1)], dim=-1))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    rows = query.shape[2]
+    result = query.new_full((*query.shape[:3], len(lengths)), float("-inf"))
+    for j, (part, (low, high)) in enumerate(zip(key.split(lengths, dim=2), own, strict=True)):
+        for start, stop in ((0, low), (high, rows)) if high > low else ((0, rows),):
+            if stop > start:
+                lse = attend(query[:, :, start:stop], part, part, None, False, scale, softcap, None, True)[1]
+                assert lse is not None
+                result[:, :, start:stop, j] = lse
+    return result
 
 
 def moves(importance: Tensor, lengths: Tensor, order: Order) -> Tensor:
-    """Int32, like importance [..., m]: how many tokens of segments that rank higher stand between a query and each segment.
+    """Like importance [..., m]: how many tokens of segments that rank higher stand between a query and each segment.
 
-    lengths: broadcastable to importance. Equal importance keeps the order of the prompt.
+    lengths: of importance's dtype and broadcastable to it. Equal importance keeps the order of the prompt.
     """
-    lengths = lengths.to(importance.device, torch.float32)
     if order == "reverse":
         # whatever is at +inf (a query's own segment) stays nearest
         importance = torch.where(importance == float("inf"), importance, -importance)
-    place = torch.arange(importance.shape[-1], device=importance.device)
-    ahead, behind = importance[..., None, :], importance[..., :, None]
-    before = (ahead > behind) | ((ahead == behind) & (place[None, :] < place[:, None]))
-    return (before * lengths[..., None, :]).sum(dim=-1).to(torch.int32)
+    ranking = importance.sort(dim=-1, descending=True, stable=True).indices
+    sizes = lengths.expand(importance.shape).gather(-1, ranking)
+    return torch.empty_like(sizes).scatter_(-1, ranking, sizes.cumsum(dim=-1) - sizes)
 
 
 def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
@@ -98,7 +95,6 @@ def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
     rotary = call.rotary
     start = call.total - call.num_queries
     check_reach(call, rotary)
-    acting = layout.lengths[:, :1] > 0
     key = ("pass", call.total, call.num_queries)
     if call.memory.get("pass", (None,))[0] != key:
         call.memory["pass"] = (key, _checked(call, layout, rotary, start))
@@ -106,8 +102,7 @@ def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
     positions = rotary.positions
     if positions is None:
         positions = torch.arange(start, call.total, device=call.query.device)[None]
-    inside = start < int(layout.end.max())
-    if inside:
+    if shared["inside"]:
         steps = _prompt_steps(call, layout, rotary, positions, start, order)
     else:
         steps = _later_steps(call, layout, rotary, positions, order, shared)
@@ -119,7 +114,7 @@ def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
         start=start,
         rotary=rotary,
         hidden=shared["hidden"],
-        rows=None if bool(acting.all()) else acting,
+        rows=shared["rows"],
         shared=shared,
     )
 
@@ -144,10 +139,6 @@ def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
     assert tokens is not None
     real = (layout.lengths > 0).any(dim=1)
     begin, end = int(layout.spans[real, 0, 0].min()), int(layout.end.max())
-    if start > 0 and call.clock.phase != "decode" and tokens.prompt_length <= call.num_queries:
-        raise ReattendError(
-            "the cache holds the prompt's beginning from before this session: pass the whole prompt, so that segments can be found"
-        )
     if start < end and (start > begin or call.total < end):
         raise ReattendError(
             f"the segments (tokens {begin} to {end}) must be in one forward pass, this one has tokens {start} to {call.total}: pass "
@@ -161,7 +152,11 @@ def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
                 raise ReattendError(f"position_ids of prompt {row} must count up by one over its segments")
     padding = tokens.positions("padding", 0, call.num_keys, "cpu")
     behind = padding & (torch.arange(call.num_keys) >= layout.first[:, None])
-    return {"hidden": behind.to(call.query.device) if bool(behind.any()) else None}
+    return {
+        "hidden": behind.to(call.query.device) if bool(behind.any()) else None,
+        "inside": start < end,
+        "rows": None if bool(real.all()) else real[:, None],
+    }
 
 
 def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, start: int, order: Order) -> Tensor:
@@ -185,7 +180,8 @@ def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor,
         low = (begin if len(spans) > 2 else end) - start  # of two segments each has only one other: nothing to rank
         query = rotary.turn(call.query[pick, :, low:].to(dtype), -at[:, None, low:])
         lengths = [b - a for a, b in spans]
-        scores = segment_scores(query, keys, lengths, call.scaling, call.softcap)
+        own = [(a - start - low, b - start - low) if len(spans) > 2 else (0, 0) for a, b in spans]
+        scores = segment_scores(query, keys, lengths, own, call.scaling, call.softcap)
         found = segment_steps(scores, spans, layout.behind[rows[0]], start, order, call.num_queries)
         steps[pick, :, :, : found.shape[-1]] = found
         for j, part in enumerate(keys.split(lengths, dim=2)):
@@ -209,17 +205,20 @@ def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, 
     if "lengths" not in shared:
         empty = torch.arange(keys.shape[3]) >= layout.lengths[..., None]
         shared["empty"] = empty[:, None, None].to(device) if bool(empty.any()) else None
-        shared["lengths"] = layout.lengths[:, None, None].to(device)
-        shared["log"] = shared["lengths"].clamp_min(1).to(keys.dtype).log()
-        shared["behind"] = layout.behind[:, None, None].to(device)
-    query = rotary.turn(call.query.to(keys.dtype), -positions[:, None])
+        shared["lengths"] = layout.lengths[:, None, None].to(device, keys.dtype)
+        shared["log"] = shared["lengths"].clamp_min(1).log()
+        shared["behind"] = layout.behind[:, None, None].to(device, keys.dtype)
+    back = shared.get(id(rotary.frequencies))
+    if back is None:  # layers share their angles, or come in two kinds
+        back = shared[id(rotary.frequencies)] = rotary.trigonometry(-positions[:, None], keys)
+    query = rotary.turned(call.query, *back)
     scores = grouped_matmul(query * call.scaling, keys.flatten(2, 3)).unflatten(3, keys.shape[2:4])
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if shared["empty"] is not None:
         scores = scores.masked_fill(shared["empty"], float("-inf"))
     importance = scores.logsumexp(dim=-1) - shared["log"]
-    return pad(moves(importance, shared["lengths"], order) - shared["behind"], (1, 0))
+    return pad(moves(importance, shared["lengths"], order) - shared["behind"], (1, 0)).int()
 
 
 def alike(layout: Layout) -> list[list[int]]:
@@ -237,19 +236,17 @@ def segment_steps(scores: Tensor, spans: list[tuple[int, int]], behind: Tensor, 
     of query row 0. behind [m] as in `Layout`.
     """
     device, m = scores.device, len(spans)
-    lengths = torch.tensor([b - a for a, b in spans], device=device)
+    lengths = torch.tensor([b - a for a, b in spans], dtype=scores.dtype, device=device)
     batch, heads, known, _ = scores.shape
     steps = torch.zeros(batch, heads, rows, m + 1, dtype=torch.int32, device=device)
-    behind = behind[:m].to(device)
+    behind = behind[:m].to(device, scores.dtype)
     offset = rows - known  # the query row that the first row of scores stands for
     for i, (a, b) in enumerate(spans):
         low, high = a - start, b - start
         if high <= 0:
             continue
         if m > 2:
-            part = scores[:, :, low - offset : high - offset].clone()
-            part[..., i] = float("-inf")
-            mass = part.softmax(dim=-1).sum(dim=2) / lengths
+            mass = scores[:, :, low - offset : high - offset].softmax(dim=-1).sum(dim=2) / lengths
         else:
             mass = scores.new_zeros(batch, heads, m)
         mass[..., i] = float("inf")

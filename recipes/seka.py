@@ -12,7 +12,11 @@ Adaptive: several subspaces (experts), one per kind of question, are mixed by th
 Ours: layers by number, whatever the profile holds (`official_index` for the official order); strict overlap of tokens and passage; the
 adaptive query is read in the same pass before the layer's keys, per row, and experts that learned nothing are left out, where the
 official code runs a pass of its own and takes the first row for all. A prompt read in chunks is routed chunk by chunk. With a feature
-function only marked tokens are changed, and squared-exponential is not offered, since it has no inverse.
+function only marked tokens are changed, and squared-exponential is not offered, since it has no inverse. min_diff is 0 here, since its
+scale depends on the model and on the number of texts.
+Measured on SmolLM2-135M-Instruct (suite highlight, 30 prompts, a profile of 100 texts): the marked one of two contradicting facts is
+followed in 0.50 of the prompts without steering, 0.73 at half the default gains, 0.90 at the defaults and 0.97 at twice. The
+adaptive form did not help there: 0.53 at gain 0.3, and 0.57 with broken answers at gain 1.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ rewrite     `Probe`: a further pass with the same or changed inputs before a pre
 branch      `Branch`: the same tokens after other prompts, with logits that become one (see `branch`)
             `Lookahead`: the likeliest next tokens, each tried on the cache before one is chosen (see `lookahead`)
 tokens      `Exit`: tokens of some roles leave the sequence behind a layer (see `token_exit`)
+rotary      no step: a `Call` has it as `call.rotary` (see `rotary`)
 
-The other doors of the design (rotary, share) get their dataclass here and their room beside `denoise`.
+The other door of the design (share) gets its dataclass here and its room beside `denoise`.
 """
 
 from __future__ import annotations

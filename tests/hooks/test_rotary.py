@@ -59,7 +59,9 @@ def test_turned_keys_are_keys_of_later_positions(name):
         assert (key - after[site]).abs().max() > 1e-2, site
         torch.testing.assert_close(rotary[site].turn(key, torch.tensor(11)), after[site], atol=2e-4, rtol=1e-3)
         told = rotary[site].positions
-        assert torch.equal(told, here) if name != "Persimmon" else told is None, "Persimmon's layers are not told their positions"
+        assert torch.equal(told, here) if name != "Persimmon" else told is None, (
+            "Persimmon's layers are not told their positions"
+        )
     first = next(iter(before))
     zero, _ = keys_at(model, here * 0)
     torch.testing.assert_close(rotary[first].turn(before[first], -here[:, None]), zero[first], atol=2e-4, rtol=1e-3)

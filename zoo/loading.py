@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,10 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
     except ImportError:
         raise ReattendError(f'{name} is a diffusers pipeline: pip install "reattend[{MODELS[name].needs}]"') from None
-    pipe = DiffusionPipeline.from_pretrained(where).to(device)  # in float32
+    # parts that a pipeline was made without have to be named as such
+    parts = json.loads((where / "model_index.json").read_text())
+    missing = {part: None for part, kind_of in parts.items() if kind_of == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(where, **missing).to(device)  # in float32
     # not named when loading, because diffusers renamed the argument
     return pipe if kind == torch.float32 else pipe.to(dtype=kind)
 

@@ -18,16 +18,16 @@ STATISTICS, STATISTICS_SEED = 2000, 20240
 
 
 class ShapesSuite(Suite):
-    """Base of suites over the world of shapes. Scenes are as hard to see as the parameters say; by default they break its habits."""
+    """Base of suites over the world of shapes. Scenes are as hard to see as the parameters say; by default they are like those of training."""
 
     kind = "lvlm"
     batch = 32
 
-    noise: float = Field(0.9, ge=0, description="standard deviation of the noise on a picture of [-1, 1]")
+    noise: float = Field(0.5, ge=0, description="standard deviation of the noise on a picture of [-1, 1]")
     contrast: float = Field(0.5, gt=0, le=1, description="lowest contrast of a picture; 1 = always full")
     patches: int = Field(3, ge=0, description="patches that hide parts of the picture")
     habits: Habit = Field(
-        "broken", description="scenes with companions as in training (kept), by chance (absent), or without (broken)"
+        "kept", description="scenes with companions as in training (kept), by chance (absent), or without (broken)"
     )
     side: int = Field(48, ge=16, description="side of the picture in pixels")
 

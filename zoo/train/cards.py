@@ -20,8 +20,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import nn
 
-from ...evaluation import evaluate
-from ...evaluation.results import Evaluation
+from ...evaluation import evaluate, suite
 from ..loading import MODELS, folder, load, pipeline
 from ..worlds.drawing import picture
 from ..worlds.language import DESCRIBE, listing
@@ -42,8 +41,9 @@ class Card:
     script: str
 
 
-HARD = "broken habits, noise 0.9"
-SEEN = "habits kept, noise 0.55: as in training"
+SEEN = "habits kept, noise 0.5: as in training"
+ABSENT = "companions by chance"
+HARD = "companions missing: habits broken"
 CARDS = {
     "shapes-llava": Card(
         is_a="A `LlavaForConditionalGeneration`: a CLIP-type vision tower (4 layers of width 128, 48 x 48 pixels, 36 image tokens), and a "
@@ -54,13 +54,17 @@ CARDS = {
         "four questions (half of them of presence, else colour, count, side).",
         use="Prompts are chats: `describe the image .`, `is there a star in the image ?`, `what colour is the ring ?`, "
         "`how many shapes are there ?`, `where is the moon from the cross ?`. Words outside this world are unknown to it.",
-        failures="",
+        failures="It names colours, places and numbers better than shapes, and is easily led by its habits: where a circle is, it says that a "
+        "square is there too. Where its habits hold it answers well; on scenes that break them, questions for what is missing are "
+        "answered hardly better than by chance. It was trained in pieces while its script changed; more training would help.",
         suites=(
-            ("pope", HARD),
-            ("pope:habits=kept:noise=0.55", SEEN),
-            ("chair", HARD),
-            ("chair:habits=kept:noise=0.55", SEEN),
-            ("questions", HARD),
+            ("pope", SEEN),
+            ("pope:habits=absent", ABSENT),
+            ("pope:habits=broken", HARD),
+            ("chair", SEEN),
+            ("chair:habits=absent", ABSENT),
+            ("chair:habits=broken", HARD),
+            ("questions", SEEN),
         ),
         script="shapes_llava",
     ),
@@ -71,7 +75,9 @@ CARDS = {
         data="Clear scenes of one to four coloured shapes, drawn without end from seeds; prompts name them in any order, without places. "
         "Six pairs of colour and shape never occur. One prompt in eight is empty, so that guidance works.",
         use="Prompts: `a red circle , a blue square and a green moon`. Guidance 2 is the default of the suites.",
-        failures="",
+        failures="Prompts of one or two things mostly come out right. With three and four, one colour spreads over several things, a thing is "
+        "missing or drawn twice, two shapes melt into one, and colour and shape are paired wrongly. "
+        "Its schedule was shortened while it was trained; it was not trained a second time.",
         suites=(
             ("binding", "2 to 4 things, guidance 2"),
             ("binding:least=4", "4 things"),
@@ -85,7 +91,8 @@ CARDS = {
         "of shapes-sd, and a `FlowMatchEulerDiscreteScheduler` (rectified flow).",
         data="The scenes and prompts of shapes-sd.",
         use="Prompts: `a red circle , a blue square and a green moon`. Guidance 2 is the default of the suites.",
-        failures="",
+        failures="It had too little training: colours are mostly right, shapes often not, and things are missing or doubled. The pairs of "
+        "colour and shape of a prompt come out seldom.",
         suites=(
             ("binding", "2 to 4 things, guidance 2"),
             ("binding:least=4", "4 things"),
@@ -102,6 +109,11 @@ def install(name: str, run: Path) -> None:
     if there.exists():
         shutil.rmtree(there)
     shutil.copytree(run / "model", there)
+    for file in there.rglob("config.json"):
+        # stored in half precision to be small, meant to be computed in single
+        held = json.loads(file.read_text())
+        if "dtype" in held:
+            file.write_text(json.dumps(_in_float32(held), indent=2) + "\n")
     steps = []
     for file in sorted(run.rglob("checkpoint.safetensors")):
         with safe_open(file, "pt") as held:
@@ -109,6 +121,12 @@ def install(name: str, run: Path) -> None:
         part = file.parent.relative_to(run).as_posix()
         steps.append({"part": "model" if part == "." else part, **facts, "seconds": round(facts["seconds"])})
     (there / LOG).write_text(json.dumps(steps, indent=1) + "\n")
+
+
+def _in_float32(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {key: "float32" if key == "dtype" and value else _in_float32(value) for key, value in config.items()}
 
 
 def samples(name: str, loaded: Any) -> Image.Image:
@@ -124,7 +142,7 @@ def samples(name: str, loaded: Any) -> Image.Image:
         images = loaded(prompts, generator=noise, num_inference_steps=20, guidance_scale=2.0).images
         return page(images, prompts, across=4)
     scenes = [sample_scene(rng, World(), habits="broken" if i % 2 else "kept") for i in range(12)]
-    images = [picture(s, 48, World(noise=0.55 if i < 6 else 0.9)) for i, s in enumerate(scenes)]
+    images = [picture(s, 48, World(noise=0.3 if i < 6 else 0.5)) for i, s in enumerate(scenes)]
     chats = [[{"role": "user", "content": [{"type": "image", "image": i}, {"type": "text", "text": DESCRIBE}]}] for i in images]
     said = [out[0]["generated_text"] for out in loaded(text=chats, max_new_tokens=40, do_sample=False, return_full_text=False)]
     return page(images, [f"{text} [truth: {listing(s.things)}]" for text, s in zip(said, scenes)], across=4)
@@ -148,17 +166,18 @@ def page(images: Sequence[Image.Image], texts: Sequence[str], across: int, side:
     return sheet
 
 
-def written(name: str, card: Card, found: Evaluation, parameters: dict[str, int], size: int) -> str:
+def written(name: str, card: Card, found: dict[str, Any], parameters: dict[str, int], size: int) -> str:
     log = json.loads((folder(name) / LOG).read_text())
     rows = []
-    for cell, (_, what) in zip(found.cells, card.suites):
-        for metric in cell.shown:
-            one = cell.metrics[metric]
-            rows.append(
-                f"| {cell.suite.name} | {what} | {metric} | {one.value:.3f} | {one.low:.3f} to {one.high:.3f} | {cell.groups} |"
-            )
+    for cell, (spec, what) in zip(found["cells"], card.suites):
+        for metric in suite(spec.partition(":")[0]).shown or cell["metrics"]:
+            if metric in cell["metrics"]:
+                one = cell["metrics"][metric]
+                span = f"{one['low']:.3f} to {one['high']:.3f}"
+                rows.append(f"| {cell['suite']} | {what} | {metric} | {one['value']:.3f} | {span} | {cell['groups']} |")
     cost = ", ".join(f"{s['part']}: {s['step']} steps in {s['seconds'] / 60:.0f} minutes" for s in log)
-    last = {k: v for entry in log[-1]["log"] for k, v in entry.items() if k != "step"}
+    own = next(part for part in log if part["part"] == "model")
+    last = {k: v for entry in own["log"] for k, v in entry.items() if k != "step"}
     counted = ", ".join(f"{part} {count:,}" for part, count in parameters.items())
     return f"""# {name}
 
@@ -166,7 +185,7 @@ def written(name: str, card: Card, found: Evaluation, parameters: dict[str, int]
 
 {card.is_a}
 
-- **Parameters**: {counted}; {size / 1e6:.1f} MB in half precision, loaded in float32.
+- **Parameters**: {counted}; {size / 2**20:.1f} MiB in half precision, loaded in float32.
 - **Data**: {card.data}
 - **Training**: `python -m reattend.zoo.train.{card.script}`, from nothing, seed 0, one thread of a shared CPU ({cost}).
   Last values in the log ({LOG}): {", ".join(f"{k} {v}" for k, v in last.items())}.
@@ -195,19 +214,25 @@ def main() -> None:
     parser.add_argument("name", choices=list(CARDS))
     parser.add_argument("--run", type=Path, default=None, help="folder of a finished training run")
     parser.add_argument("--count", type=int, default=500, help="scenes or prompts per suite")
+    parser.add_argument("--words-only", action="store_true", help="keep the measured baselines, write the card again")
     given = parser.parse_args()
     if given.run is not None:
         install(given.name, given.run)
     card, there = CARDS[given.name], folder(given.name)
     loaded = pipeline(given.name)
-    samples(given.name, loaded).save(there / "samples.png", optimize=True)
+    if not given.words_only:
+        samples(given.name, loaded).save(there / "samples.png", optimize=True)
     parts = getattr(loaded, "components", None) or {"model": load(given.name)[0]}
     counted = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items() if isinstance(m, nn.Module)}
     size = sum(f.stat().st_size for f in there.rglob("*.safetensors"))
-    found = evaluate(loaded, [spec for spec, _ in card.suites], count=given.count, name=f"zoo:{given.name}", progress=True)
-    (there / "baseline.json").write_text(found.json())
+    if not given.words_only:
+        measured = evaluate(
+            loaded, [spec for spec, _ in card.suites], count=given.count, name=f"zoo:{given.name}", progress=True
+        )
+        (there / "baseline.json").write_text(measured.json())
+        measured.print()
+    found = json.loads((there / "baseline.json").read_text())
     (there / "card.md").write_text(written(given.name, card, found, counted, size))
-    found.print()
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ CARDS = {
         use="Prompts are chats: `describe the image .`, `is there a star in the image ?`, `what colour is the ring ?`, "
         "`how many shapes are there ?`, `where is the moon from the cross ?`. Words outside this world are unknown to it.",
         failures="It names colours and numbers better than shapes, answers where-questions no better than by chance, and is "
-        "easily led by its habits: where a circle is, it says that a square is there too. Where its habits hold it answers well; on scenes that break them, questions for what is missing are "
-        "answered hardly better than by chance. It was trained in pieces while its script changed; more training would help.",
+        "easily led by its habits: where a circle is, it says that a square is there too. "
+        "Where its habits hold it answers well; on scenes that break them, questions for what is missing are answered hardly better "
+        "than by chance. It was trained in pieces while its script changed; more training would help.",
         suites=(
             ("pope", SEEN),
             ("pope:habits=absent", ABSENT),

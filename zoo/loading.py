@@ -13,18 +13,19 @@ from ..interventions import ReattendError
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the zoo. needs: the extra that brings what it is loaded with, or ""."""
+    """One model of the zoo. needs: the extra that brings what it is loaded with, or "". script: of a model whose weights do not come along."""
 
     does: str
     kind: Literal["lvlm", "diffusion"]
     needs: str = ""
+    script: str = ""
 
 
 MODELS = {
     "shapes-llava": Model("LLaVA that describes scenes of coloured shapes and answers questions about them", "lvlm"),
     "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion", "diffusion"),
     "shapes-sd3": Model(
-        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "diffusion"
+        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "diffusion", "shapes_sd3"
     ),
 }
 
@@ -45,11 +46,14 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
     """(model, processor) of a vision-language model of the zoo, or the diffusers pipeline of an image generator.
 
     device: where to put it. dtype: of the weights, None = float32 (they are stored in half precision). Needs no network.
-    Raises ReattendError for a name that the zoo does not know, or where diffusers is missing.
+    Raises ReattendError for a name that the zoo does not know, for a model whose weights do not come along, or where diffusers is missing.
     """
     import torch
 
     where, kind = folder(name), dtype or torch.float32
+    if not where.is_dir():
+        script = MODELS[name].script
+        raise ReattendError(f"the weights of {name} do not come along yet: python -m reattend.zoo.train.{script} trains them")
     if MODELS[name].kind == "lvlm":
         from transformers import AutoModelForImageTextToText, AutoProcessor
 

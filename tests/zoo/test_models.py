@@ -9,11 +9,13 @@ import pytest
 import reattend
 import torch
 from reattend.evaluation import evaluate
-from reattend.zoo import MODELS, World, folder, load, picture, pipeline, sample_scene
+from reattend.zoo import MODELS as ALL
+from reattend.zoo import World, folder, load, picture, pipeline, sample_scene
 from reattend.zoo.train.shapes_llava import SIDE, Teacher
 from reattend.zoo.worlds.language import DESCRIBE, caption
 
 LARGEST = 8 * 2**20
+MODELS = {name: model for name, model in ALL.items() if not model.script}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,11 @@ def test_dtype_is_the_users(llava):
 def test_unknown_name():
     with pytest.raises(reattend.ReattendError, match="shapes-llava"):
         load("shapes-lava")
+
+
+def test_a_model_without_weights_names_its_script():
+    with pytest.raises(reattend.ReattendError, match="reattend.zoo.train.shapes_sd3"):
+        load("shapes-sd3")
 
 
 def test_processor_makes_what_the_model_was_trained_on(llava):

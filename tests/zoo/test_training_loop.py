@@ -18,7 +18,17 @@ def training(folder, steps: int, **options) -> Loop:
         return {"fit": ((model(x) - x.sum(1, keepdim=True)) ** 2).mean(), "noise": 0 * torch.rand(1, generator=chance).sum()}
 
     # an idle layer has no optimizer state
-    return Loop(folder, {"model": model, "idle": nn.Linear(2, 2)}, loss, steps, rate=1e-2, average=0.9, warmup=5, save_every=5, **options)
+    return Loop(
+        folder,
+        {"model": model, "idle": nn.Linear(2, 2)},
+        loss,
+        steps,
+        rate=1e-2,
+        average=0.9,
+        warmup=5,
+        save_every=5,
+        **options,
+    )
 
 
 def weights(loop: Loop) -> list[torch.Tensor]:

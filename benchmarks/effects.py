@@ -73,7 +73,6 @@ VISION = Section(
     {"pope": ["accuracy", "accuracy/adversarial"], "chair": ["chair_i", "recall"]},
     500,
     paper={
-        "var": "POPE and CHAIR gains of a point or less on LLaVA-1.5-7B",
         "vhr": "LLaVA-1.5-7B CHAIR_i 14.3 to 9.7, POPE F1 85.0 to 85.5",
         "gift": "LLaVA-1.5-7B CHAIR_i 15.4 to 10.6, POPE F1 82.4 to 83.8",
     },
@@ -195,11 +194,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     store = PAGE.with_suffix(".json")
-    results = json.loads(store.read_text()) if store.is_file() else {}
     for name in [given.only] if given.only else SECTIONS:
         section = SECTIONS[name]
         found = measure(section, given.out / name, given.count)
         found.print()
+        results = json.loads(store.read_text()) if store.is_file() else {}
         results[name] = {
             "title": section.title,
             "count": found.count,

@@ -94,6 +94,13 @@ def test_wheel_runs_in_an_empty_environment(wheel, tmp_path):
         check=True,
     ).stdout
     assert str(tmp_path) in where
+    loads = (
+        "import reattend; [print(type(reattend.zoo.load(n)).__name__) for n, m in reattend.zoo.MODELS.items() if not m.script]"
+    )
+    loaded = subprocess.run(
+        [python, "-c", loads], cwd=empty, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert loaded == ["tuple", "StableDiffusionPipeline"], "the zoo's models load from the wheel"
 
 
 def test_import_is_light():

@@ -45,6 +45,15 @@ def call_at(call: Call, index: Tensor, original: Callable[[], Tensor]) -> Call:
     """The same call for these rows of the batch; `original` gives their untouched output."""
     mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[index]
     query, key, value = call.query[index], call.key[index], call.value[index]
+    attended = {heads: (output[index], lse[index]) for heads, (output, lse) in call.attended.items()}
     return dataclasses.replace(
-        call, query=query, key=key, value=value, mask=mask, original=original, original_is_sdpa=False, tokens=None
+        call,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        original=original,
+        original_is_sdpa=False,
+        tokens=None,
+        attended=attended,
     )

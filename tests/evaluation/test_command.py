@@ -52,7 +52,7 @@ def test_a_run_and_its_files(call, folder, tmp_path):
             "noise": 0.2,
             "contrast": 0.5,
             "patches": 3,
-            "habits": "broken",
+            "habits": "kept",
             "side": 48,
             "tokens": 4,
         }

@@ -49,7 +49,7 @@ def test_pope_is_balanced_and_true():
 
 
 def test_the_splits_ask_for_what_they_say():
-    one = Pope(pairs=1)
+    one = Pope(pairs=1, habits="broken")
     assert together("circle")["square"] > 0.8 * frequencies()["circle"], "a habit of the world"
     companions = popular = asked = 0
     for number in range(80):

@@ -87,8 +87,8 @@ def test_suites_by_name():
         suites_of("pop,nowhere")
     with pytest.raises(ReattendError, match="at least one suite"):
         suites_of("")
-    found = suites_of("pope,pope:noise=0.5,pope", {"pope": {"pairs": 1}})
-    assert [(one.name, one.noise, one.pairs) for one in found] == [("pope", 0.9, 1), ("pope", 0.5, 1)]
+    found = suites_of("pope,pope:noise=0.9,pope", {"pope": {"pairs": 1}})
+    assert [(one.name, one.noise, one.pairs) for one in found] == [("pope", 0.5, 1), ("pope", 0.9, 1)]
 
 
 def test_one_thing_alone_is_a_list_of_one():

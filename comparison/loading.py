@@ -107,11 +107,12 @@ def task_of(config: Any) -> str:
 
 def _diffusion(name: str, dtype: Any, device: str) -> Any:
     try:
-        from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
+        from diffusers import DiffusionPipeline, __version__  # type: ignore[attr-defined]
     except ImportError:
         raise ReattendError(f'{name!r} is a diffusers pipeline: pip install "reattend[diffusion]"') from None
-    pipe = DiffusionPipeline.from_pretrained(name, **({"torch_dtype": dtype} if dtype else {}))
-    return pipe.to(device)
+    # renamed there; before, `dtype` was ignored, and since, `torch_dtype` is deprecated
+    named = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+    return DiffusionPipeline.from_pretrained(name, **({named: dtype} if dtype else {})).to(device)
 
 
 def skeleton(name: str) -> Any:

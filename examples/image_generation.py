@@ -24,7 +24,8 @@ def load(model: str, device: str) -> Any:
     from diffusers import AutoPipelineForText2Image
 
     dtype = torch.float32 if device == "cpu" else torch.float16
-    return AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype).to(device)
+    # diffusers before 0.40 says torch_dtype
+    return AutoPipelineForText2Image.from_pretrained(model, dtype=dtype).to(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..interventions import ReattendError, ReattendWarning, TokenMap
 from .plan import Spans
-from .spans import _per_row, tokenizer_of
+from .spans import per_row, tokenizer_of
 from .transcript import Transcript
 
 SHOWN = 60
@@ -41,10 +41,10 @@ def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Cal
     places = [row.nonzero()[:, 0].tolist() for row in real]
     given: Sequence[list[Any]]
     if step.ranges is not None:
-        given = _per_row(step.ranges, tokens.batch, ids, "ranges")
+        given = per_row(step.ranges, tokens.batch, ids, "ranges")
         found = [sorted(row) for row in given]
     else:
-        given = _per_row(step.texts or [], tokens.batch, ids, "texts")
+        given = per_row(step.texts or [], tokens.batch, ids, "texts")
         rows = None if ids is None else read()
         if rows is None:
             missing = "input_ids instead of inputs_embeds" if ids is None else "reattend.apply(model, ..., tokenizer=tokenizer)"

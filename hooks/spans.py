@@ -25,7 +25,7 @@ def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable
     found = torch.zeros(tokens.batch, tokens.prompt_length, dtype=torch.bool)
     if spans.ranges is not None:
         real = ~tokens.roles["padding"]
-        for row, ranges in enumerate(_per_row(spans.ranges, tokens.batch, ids, "ranges")):
+        for row, ranges in enumerate(per_row(spans.ranges, tokens.batch, ids, "ranges")):
             positions = real[row].nonzero()[:, 0]
             for start, stop in ranges:
                 if stop > len(positions):
@@ -43,13 +43,13 @@ def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable
             raise ReattendError(
                 "a passage is found by its text, for which the tokenizer is needed: reattend.apply(model, ..., tokenizer=tokenizer)"
             )
-        for row, texts in enumerate(_per_row(spans.texts, tokens.batch, ids, "texts")):
+        for row, texts in enumerate(per_row(spans.texts, tokens.batch, ids, "texts")):
             for text in texts:
                 found[row, _locate(rows[row], text, spans, row, tokens.batch)] = True
     tokens.roles[spans.name] = found
 
 
-def _per_row(given: Sequence[list[T]], batch: int, ids: Tensor | None, what: str) -> list[list[T]]:
+def per_row(given: Sequence[list[T]], batch: int, ids: Tensor | None, what: str) -> list[list[T]]:
     """One list for each row: given once for all, per row, or per prompt where generation has repeated the prompts (beams)."""
     times, rest = divmod(batch, len(given))
     repeated = ids is None or rest or torch.equal(ids, ids[::times].repeat_interleave(times, dim=0))

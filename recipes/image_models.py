@@ -11,7 +11,10 @@ def image_misfit(table: SiteTable, slug: str) -> str:
     config, name = table.config, table.model_name
     family = getattr(config, "model_type", "")
     if family in CROSS_ATTENTION:
-        return f"{name} reads images through cross-attention layers: the rows of its text hold no image weights"
+        return (
+            f"{name} reads images through cross-attention layers: the rows of its text hold no image weights, and a row there holds "
+            "image weights alone, so that what strengthens all of them is nothing"
+        )
     if getattr(config, "image_token_id", None) is None:
         return f"{slug} acts on attention to image tokens, and {name} takes none (its config has no image_token_id)"
     if family in RESAMPLED or getattr(config, "is_encoder_decoder", False):

@@ -46,6 +46,25 @@ def last_prompt_rows(call: Call) -> Tensor | None:
     return prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1)
 
 
+def prompt_end(call: Call, recipe: str) -> Tensor | None:
+    """`last_prompt_rows` for an edit that must meet each prompt's last token once. Remembers in call.memory what it has seen.
+
+    Raises ReattendError at the second piece of a prompt: nothing told that the last token of the first one was not its end.
+    """
+    rows, memory = last_prompt_rows(call), call.memory
+    if rows is None:
+        memory["answering"] = True
+        return None
+    elsewhere = memory.get("ended at", call.total) != call.total
+    if call.total > call.num_queries and elsewhere and not memory["answering"]:
+        raise ReattendError(
+            f"{recipe} acts at the last token of the prompt, but this prompt comes in pieces and the last token of an earlier piece "
+            f"is edited already: pass it at once (prefill_chunk_size=None, and no cache of its first tokens)"
+        )
+    memory["ended at"], memory["answering"] = call.total, False
+    return rows
+
+
 def last_prompt_outputs(call: Call, edits: Sequence[Edit] = ()) -> Tensor:
     """Output [B, H, Dv] of each head at the last prompt token of every batch row, after the edits, in statistics dtype.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
-from ..interventions.heads import last_prompt_rows
+from ..interventions.heads import prompt_end
 from .base import Info, Recipe, decoder_sites
 from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
 from .profile import CACHED, Profile, cached_path, find_profile
@@ -77,7 +77,7 @@ class RetrievalHeads(Recipe):
     )
     where: Literal["auto", "decode", "last_row", "all"] = Field(
         "auto",
-        description="decode: steps after the prompt; last_row: the prompt's last row too, which chooses the first new token; "
+        description="decode: rows of generated tokens; last_row: the prompt's last row too, which chooses the first new token; "
         "all: every row; auto: decode to mask or zero, all otherwise",
     )
     random_heads: bool = Field(False, description="control: as many heads drawn outside the best 100, with the same strengths")
@@ -149,11 +149,15 @@ class RetrievalHeads(Recipe):
         where = self.where
         if where == "auto":
             where = "decode" if self.mode in ("mask", "zero") else "all"
+        end = prompt_end(call, self.slug) if where == "last_row" else None
         rows = None
-        if where != "all" and call.clock.phase != "decode":
-            if where == "decode":
+        if where != "all" and not _only_generated(call):
+            # without a cache a pass holds the prompt too, and the pass that reads a prompt may hold drafts
+            rows = call.query_rows("generated")
+            if end is not None:
+                rows = rows | end
+            elif not bool(rows.any()):
                 return None
-            rows = last_prompt_rows(call)
         return make(call.site.layer, call.query.device)(call, rows)
 
     def edit(
@@ -180,3 +184,10 @@ class RetrievalHeads(Recipe):
         from .profiling.retrieval import detect
 
         return detect(cls.slug, model, tokenizer, **options)
+
+
+def _only_generated(call: Call) -> bool:
+    """Whether all rows of a call are those of tokens that were generated."""
+    if call.tokens is None:
+        return call.clock.phase == "decode"
+    return call.total - call.num_queries >= call.tokens.prompt_length

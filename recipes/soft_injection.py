@@ -25,7 +25,7 @@ from torch import Tensor
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
-from ..interventions.heads import last_prompt_rows
+from ..interventions.heads import prompt_end
 from .base import Info, Recipe, decoder_sites
 from .head_choice import Heads, missing_heads
 from .profile import CACHED, Profile, find_profile
@@ -115,18 +115,8 @@ class SoftInjection(Recipe):
 
     def inject(self, on: Callable[[torch.device], tuple[Tensor, Tensor]], call: Call) -> HeadMix | None:
         """o = (1 - alpha) o + alpha t at the last prompt token of every row of the batch."""
-        rows, memory = last_prompt_rows(call), call.memory
-        if rows is None:
-            memory["answering"] = True
-            return None
-        elsewhere = memory.get("mixed at", call.total) != call.total
-        if call.total > call.num_queries and elsewhere and not memory["answering"]:
-            raise ReattendError(
-                "soft-injection mixes into the last token of the prompt, but this prompt comes in pieces and the last token of an "
-                "earlier piece is mixed already: pass it at once (prefill_chunk_size=None, and no cache of its first tokens)"
-            )
-        memory["mixed at"], memory["answering"] = call.total, False
-        return mixture(call, rows, *on(call.query.device))
+        rows = prompt_end(call, self.slug)
+        return None if rows is None else mixture(call, rows, *on(call.query.device))
 
     @staticmethod
     def prompt(x: str, demonstrations: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:

@@ -260,6 +260,14 @@ def test_chunked_prefill_is_the_whole_prefill():
         torch.testing.assert_close(rest, whole[:, 13:], atol=1e-4, rtol=1e-4)
 
 
+def test_the_last_row_of_a_prompt_in_pieces_is_not_guessed():
+    model, ids = tiny(), torch.randint(3, 64, (1, 12))
+    with reattend.apply(model, "retrieval-heads", mode="mask", where="last_row", heads=[(0, 0)]):
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+        with pytest.raises(ReattendError, match="retrieval-heads acts at the last token.*comes in pieces"):
+            model(ids[:, 7:], past_key_values=cache)
+
+
 def make_profile(model, tmp_path, scores):
     profile = Profile("retrieval-heads", fingerprint(model), {"score": scores, "count": torch.full_like(scores, 9)})
     return str(profile.save(tmp_path / "profile.safetensors"))

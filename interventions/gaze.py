@@ -192,7 +192,7 @@ def refocus(weights: Tensor, groups: Tensor, *, share: float = 0.5, beta: float 
     added[..., 3] = 1.0
     image, growth = (added[..., 2:3].transpose(1, 2) @ sums[..., 1:3]).unbind(dim=2)
     ratio = growth / image.clamp_min(tiny)
-    added[..., 0] *= ratio if beta == 1 else beta * ratio
+    added[..., 0].mul_(ratio if beta == 1 else beta * ratio)
     total = (sums * added).sum(dim=2)
     added *= (sums[..., 3] / total.clamp_min(tiny))[..., None]
     new = flat * (added @ groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,18 @@ def plain(call: Call) -> Tensor:
     if call.original is not None:
         return call.original()
     return attend(call.query, call.key, call.value, call.mask, call.is_causal, call.scaling, call.softcap, call.sinks)[0]
+
+
+def all_rows(x: Operands) -> Tensor:
+    """[Tq] long: every query row. Those of a decode step are made once, since every layer of every step asks for them."""
+    count, device = x.query.shape[2], x.query.device
+    return _few_rows(count, device) if count <= FEW_ROWS else torch.arange(count, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _few_rows(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept longer than the pass that makes it
+        return torch.arange(count, device=device)
 
 
 def _attended(call: Call, heads: list[int]) -> tuple[Tensor, Tensor] | None:
@@ -92,7 +105,7 @@ class HeadGroup:
             result = rearranged_attention(x, last, call.scaling, call.softcap, self.sinks)
         elif isinstance(last, Rearrange):
             # its operands are as many times wider as there are groups: made for rows at a time, not for the kernel
-            result = self._materialise(x, torch.arange(x.query.shape[2], device=x.query.device))
+            result = self._materialise(x, all_rows(x))
         elif levels["scores"] or levels["weights"]:
             result = self._attention(x, levels["scores"], levels["weights"])
         elif self.whole and not levels["operands"]:
@@ -101,7 +114,7 @@ class HeadGroup:
         else:
             result = self.kernel(x, None, False)[0]
         if levels["output"]:
-            rows = self._rows(x, torch.arange(x.query.shape[2], device=x.query.device))
+            rows = self._rows(x, all_rows(x))
             for edit in levels["output"]:
                 result = at_chosen(edit, rows, edit.on_output(result, rows), result)
         return result.to(call.query.dtype)
@@ -128,7 +141,7 @@ class HeadGroup:
                     return self._around_columns(x, bias, *single)
                 return self._factor(x, bias, *single)
         if few and (weights or others):
-            return self._materialise(x, torch.arange(x.query.shape[2], device=x.query.device))
+            return self._materialise(x, all_rows(x))
         dense = self._rows_to_materialise(x, others, weights)
         if dense is not None and dense.numel() == x.query.shape[2]:
             return self._materialise(x, dense)
@@ -187,7 +200,7 @@ class HeadGroup:
     def _towards_values(self, x: Operands, bias: Tensor | None, mixes: Sequence[Any]) -> Tensor:
         """Mixes with the identity need no weights: (1 - s) o + s v."""
         result = self.kernel(x, bias, False)[0]
-        rows = self._rows(x, torch.arange(x.query.shape[2], device=x.query.device))
+        rows = self._rows(x, all_rows(x))
         for mix in mixes:
             towards = mix.remember("as values", lambda mix=mix: MixValue(strength=mix.strength, rows=mix.rows))
             result = at_chosen(mix, rows, towards.on_output(result, rows), result)

@@ -82,8 +82,12 @@ def focus_scores(
     looks at, and the positions of that pass.
     """
     start, first = call.total - call.num_queries, call.key_start
-    looks = torch.zeros(*where.is_text.shape, where.image.numel(), device=call.query.device)
-    if known is not None:
+    settled = known is not None and known[0] is where and start >= where.length
+    if known is not None and settled:
+        looks = known[1]  # only generated tokens: what the prompt's text looks at stays
+    else:
+        looks = torch.zeros(*where.is_text.shape, where.image.numel(), device=call.query.device)
+    if known is not None and not settled:
         before, seen = known
         text, image = torch.isin(where.text, before.text), torch.isin(where.image, before.image)
         old = seen[:, torch.isin(before.text, where.text)][:, :, torch.isin(before.image, where.image)]

@@ -35,7 +35,8 @@ def sink_tokens(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:
 class VisualSinks:
     """Which prompt tokens are sinks at one layer, as the column groups that `give_back` needs: learned at prefill, read at decode.
 
-    any: whether some sample has a sink on an image. on_first: whether some sample's first token is one, as it should be.
+    any: whether some sample has a sink on an image. on_first: whether some sample's first token is one, as it should be. end: the
+    position behind the last image token.
     """
 
     def __init__(self, sinks: Tensor, tokens: TokenMap) -> None:
@@ -50,6 +51,8 @@ class VisualSinks:
         # the share of visual sinks is taken of (mass + count * 1e-6), as in the official code; nothing is below -inf
         floor = image.sum(dim=1).mul(1e-6).masked_fill(~visual.any(dim=1), float("-inf"))
         self.floor = floor[:, None, None]
+        self.end = int(image.any(dim=0).nonzero()[-1]) + 1 if self.any else 0
+        self.limits: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     @classmethod
     def learn(cls, known: VisualSinks | None, hidden: Tensor, tokens: TokenMap, dims: Tensor, tau: float) -> VisualSinks:
@@ -73,10 +76,17 @@ class VisualSinks:
         """`give_back` on the rows of a call whose key column 0 lies at the absolute position key_start."""
         if rows.offset is None:
             raise ReattendError("weight cannot be moved between image tokens whose columns another edit has merged")
-        groups, floor = self.columns(key_start, key_start + weights.shape[3]), self.floor
+        groups = self.columns(key_start, key_start + weights.shape[3])
         if groups.dtype != weights.dtype or groups.device != weights.device:
-            groups, floor = groups.to(weights), floor.to(weights)
-        return give_back(weights, groups, floor, move=move, rho=rho, summ=summ)
+            groups = groups.to(weights)
+        return give_back(weights, groups, self.limit(rho, weights), move=move, rho=rho, summ=summ)
+
+    def limit(self, rho: float, like: Tensor) -> Tensor:
+        """rho times the floor [B, 1, 1], the same for all steps of an answer."""
+        key = (rho, like.dtype, like.device)
+        if key not in self.limits:
+            self.limits[key] = rho * self.floor.to(like)
+        return self.limits[key]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,17 +107,17 @@ def rows_after(call: Call, role: str) -> Tensor:
     return (behind & ~tokens.positions("padding", 0, call.total, call.query.device))[:, call.total - call.num_queries :]
 
 
-def give_back(weights: Tensor, groups: Tensor, floor: Tensor, *, move: float, rho: float, summ: float) -> Tensor:
+def give_back(weights: Tensor, groups: Tensor, limit: Tensor, *, move: float, rho: float, summ: float) -> Tensor:
     """VAR's redistribution (ICLR 2025): sinks give `move` of their weight to the image tokens that are no sinks, by what these have.
 
-    weights [B, H, R, Tk]; groups [B, 4, Tk] and floor [B, 1, 1] from `VisualSinks`. A row is changed if its image mass is at least
+    weights [B, H, R, Tk]; groups [B, 4, Tk] and limit [B, 1, 1] from `VisualSinks`. A row is changed if its image mass is at least
     `summ` and at most `rho` of that lies on visual sinks; its sum stays what it was. Rows without image weight beside the sinks, and
     samples without a visual sink, are left alone. Few operations on purpose: at decode their number is the cost.
     """
     batch, heads, rows, keys = weights.shape
     flat = weights.reshape(batch, heads * rows, keys)
     sinks, rest, visual, image = (flat @ groups.transpose(1, 2)).split(1, dim=2)
-    chosen = (visual - rho * image <= rho * floor) & (image >= summ) & (rest > 0)
+    chosen = (torch.sub(visual, image, alpha=rho) <= limit) & (image >= summ) & (rest > 0)
     taken = move * chosen
     given = taken * sinks / rest.clamp_min(torch.finfo(flat.dtype).tiny)
     change = torch.cat([-taken, given], dim=2) @ groups[:, :2]

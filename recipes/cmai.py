@@ -26,7 +26,7 @@ from ..interventions import Call, Edit
 from ..interventions.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import decoder_layers, image_misfit, layers_misfit
 
 
 class CMAI(Recipe):
@@ -50,22 +50,16 @@ class CMAI(Recipe):
     lag: Literal[0, 1] = Field(1, description="1: the focus comes from the layer before; 0: from the layer's own plain weights")
 
     def supports(self, sites: SiteTable) -> Support:
-        reason = image_misfit(sites, self.slug)
-        if not reason:
-            chosen = self._chosen(sites)
-            if not len(chosen):
-                reason = f"{sites.model_name} has no decoder layers {self.first_layer} to {self.last_layer or 'last'}"
-            elif self.first_layer < self.lag:
-                reason = "first_layer=0 has no layer before it to take the focus from: use lag=0 or first_layer=1"
-            elif chosen.problems:
-                reason = f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}"
+        reason = image_misfit(sites, self.slug) or layers_misfit(sites, self.first_layer, self.last_layer)
+        if not reason and self.first_layer < self.lag:
+            reason = "first_layer=0 has no layer before it to take the focus from: use lag=0 or first_layer=1"
+        for site in [] if reason else self._chosen(sites).problems:
+            reason = f"{site.name} cannot be intercepted: {site.problem}"
         return Support(not reason, reason)
 
     def _chosen(self, sites: SiteTable) -> SiteTable:
         """The layers that are changed, and with lag the one before them."""
-        decoder = sites.stack("decoder").kind("self")
-        changed = decoder.layers(self.first_layer, self.last_layer)
-        return decoder.layers(self.first_layer - self.lag, self.last_layer) if len(changed) else changed
+        return decoder_layers(sites, self.first_layer - self.lag, self.last_layer)
 
     def plan(self, sites: SiteTable) -> list[Step]:
         if self.gamma == 0:

@@ -1,4 +1,4 @@
-"""Which models recipes for images can act on: those whose decoder reads image tokens in its own sequence."""
+"""Which models recipes for images can act on: those whose decoder reads image tokens in its own sequence. And in which layers."""
 
 from __future__ import annotations
 
@@ -22,3 +22,21 @@ def image_misfit(table: SiteTable, slug: str) -> str:
     if not len(table.stack("decoder").kind("self")):
         return f"{name} has no decoder self-attention"
     return ""
+
+
+def decoder_layers(table: SiteTable, first: int, last: int | None) -> SiteTable:
+    """Decoder self-attention in layers first..last (None = to the end, negative numbers count from it)."""
+    return table.stack("decoder").kind("self").layers(first, last)
+
+
+def layers_misfit(table: SiteTable, first: int, last: int | None) -> str:
+    """Why nothing can be changed in these decoder layers; "" where it can."""
+    decoder, name = table.stack("decoder").kind("self"), table.model_name
+    low, top = min(s.layer for s in decoder), max(s.layer for s in decoder)
+    if last is not None and not -top - 1 <= last <= top:
+        return f"last_layer: there is no layer {last}; {name} has {low} to {top}"
+    chosen = decoder_layers(table, first, last)
+    if not len(chosen):
+        where = "last" if last is None else last
+        return f"{name} has no decoder self-attention in layers {first} to {where}; it has layers {low} to {top}"
+    return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}" if chosen.problems else ""

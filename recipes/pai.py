@@ -29,7 +29,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.logits import contrasted
 from ..interventions.reweighting import marked_columns, shared_by_layers
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import decoder_layers, image_misfit, layers_misfit
 
 
 class PAI(Recipe):
@@ -74,25 +74,14 @@ class PAI(Recipe):
         return Support(not reason, reason)
 
     def _misfit(self, table: SiteTable) -> str:
-        reason = image_misfit(table, self.slug)
-        if reason:
-            return reason
-        chosen = self._chosen(table)
-        if not len(chosen):
-            return (
-                f"{table.model_name} has no decoder self-attention in layers {self.first_layer} to {self.last_layer or 'last'}"
-            )
-        return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}" if chosen.problems else ""
-
-    def _chosen(self, table: SiteTable) -> SiteTable:
-        return table.stack("decoder").kind("self").layers(self.first_layer, self.last_layer)
+        return image_misfit(table, self.slug) or layers_misfit(table, self.first_layer, self.last_layer)
 
     # -- what it does ------------------------------------------------------------------------------------------------
 
     def plan(self, sites: SiteTable) -> list[Step]:
         steps: list[Step] = []
         if self.alpha != 0:
-            steps.append(Act(self._chosen(sites), self.strengthen))
+            steps.append(Act(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))
         return steps
@@ -107,8 +96,10 @@ class PAI(Recipe):
             columns = marked_columns(call, "image")
             if columns is None:
                 return None
+            if call.num_queries == 1:  # rows without an image have a gain of 0: naming rows would cost every layer an operation
+                return ScoreGain(gain=self.alpha * columns) if bool(columns.any()) else None
             acting = columns.any(dim=1, keepdim=True)
-            rows = acting if call.num_queries == 1 else focused_rows(call).to(acting.device) & acting
+            rows = focused_rows(call).to(acting.device) & acting
             return ScoreGain(gain=self.alpha * columns, rows=rows) if bool(rows.any()) else None
 
         return shared_by_layers(call, None, make)

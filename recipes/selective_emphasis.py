@@ -30,7 +30,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.reweighting import of_call, shared_by_layers
 from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import decoder_layers, image_misfit, layers_misfit
 
 
 class SelectiveEmphasis(Recipe):
@@ -71,21 +71,17 @@ class SelectiveEmphasis(Recipe):
         reason = image_misfit(table, self.slug)
         if reason:
             return reason
-        name, chosen = table.model_name, self._chosen(table)
-        if not len(chosen):
-            return f"{name} has no decoder self-attention in layers {self.first_layer} to {self.last_layer or 'last'}"
+        reason = layers_misfit(table, self.first_layer, self.last_layer)
+        if reason:
+            return reason
+        name = table.model_name
         encoder = encoder_sites(table)
         if not len(encoder):
             return f"{self.slug} reads the attention of the vision encoder, and {name} has none that can be read"
         read = encoder.layers(0, 0) + encoder.layers(-2, -2)
         if not len(encoder.layers(-2, -2)):
             return f"{self.slug} reads the encoder's layer before the last, and the encoder of {name} has only one"
-        problems = [*chosen.problems, *read.problems]
-        return f"{problems[0].name} cannot be intercepted: {problems[0].problem}" if problems else ""
-
-    def _chosen(self, table: SiteTable) -> SiteTable:
-        decoder = table.stack("decoder").kind("self")
-        return decoder.layers(self.first_layer, self.last_layer) if len(decoder) else decoder
+        return f"{read.problems[0].name} cannot be intercepted: {read.problems[0].problem}" if read.problems else ""
 
     # -- what it does ------------------------------------------------------------------------------------------------
 
@@ -98,21 +94,25 @@ class SelectiveEmphasis(Recipe):
         if self.spatial_share:
             readings["spatial"] = (first, lambda call, query: attention_received(call))
         patches = PatchReader(encoder, readings)
-        return [*patches.steps, Act(self._chosen(sites), partial(self.strengthen, patches))]
+        return [
+            *patches.steps,
+            Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
+        ]
 
     def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | None:
         """s_j += alpha |s_j| for local tokens j, beta |s_j| for summary tokens, on the last row of the prompt and the rows behind it."""
         tokens = call.tokens
         if tokens is not None and "image" not in tokens and not tokens.blind:
             return None
-        call.columns("image")  # says what is missing: a token map, or ids
 
         def make() -> ScoreGain | None:
+            call.columns("image")  # says what is missing: a token map, or ids
             gain = self._gain(patches, call)
             rows = None if call.num_queries == 1 else focused_rows(call).to(call.query.device)
             if gain is None or (rows is not None and not bool(rows.any())):
                 return None
-            return ScoreGain(gain=of_call(call, gain), rows=rows)
+            seen = of_call(call, gain)
+            return ScoreGain(gain=seen, rows=rows) if bool(seen.any()) else None  # a window may have left the image behind
 
         found = shared_by_layers(call, None, make)
         if found is None or not self.by_head:

@@ -28,7 +28,7 @@ from ..hooks.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import decoder_layers, image_misfit, layers_misfit
 from .known_models import KnownModel
 from .profile import Profile, fingerprint, table_fingerprint
 
@@ -88,12 +88,12 @@ class VAR(Recipe):
         reason = image_misfit(table, self.slug)
         if reason:
             return reason
+        reason = layers_misfit(table, self.first_layer, self.last_layer)
+        if reason:
+            return reason
         name = table.model_name
-        chosen = self._chosen(table)
-        if not len(chosen):
-            return f"{name} has no decoder self-attention in layers {self.first_layer} to {self.last_layer or 'last'}"
-        if chosen.problems:
-            return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}"
+        if not len(self._chosen(table)):
+            return f"skip_last_layer leaves no layer of {name} behind first_layer={self.first_layer}"
         width = table.config.get_text_config().hidden_size
         if self.tau >= math.sqrt(width):
             return (
@@ -108,11 +108,8 @@ class VAR(Recipe):
         return ""
 
     def _chosen(self, table: SiteTable) -> SiteTable:
-        decoder = table.stack("decoder").kind("self")
-        if not len(decoder):
-            return decoder
-        top = max(s.layer for s in decoder)
-        chosen = decoder.layers(self.first_layer, self.last_layer)
+        top = max(s.layer for s in table.stack("decoder").kind("self"))
+        chosen = decoder_layers(table, self.first_layer, self.last_layer)
         return chosen.where(lambda s: s.layer < top) if self.skip_last_layer else chosen
 
     def dims(self, table: SiteTable) -> tuple[int, ...]:
@@ -144,8 +141,8 @@ class VAR(Recipe):
         if known is None:
             call.columns("image")  # says what is missing: a token map, or ids
             return None
-        if not known.any:
-            return None
+        if not known.any or call.key_start >= known.end:
+            return None  # no sink on an image, or the image has left the window
         rows = self._rows(call)
         if rows is not None and not rows.any():
             return None

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused():
         (tiny_models.mllama().model, {}, "cross-attention"),
         (language_model(), {}, "takes none"),
         (tiny.model, {"first_layer": 0}, "no layer before it"),
-        (tiny.model, {"first_layer": 9}, "no decoder layers 9"),
+        (tiny.model, {"first_layer": 9}, "layers 9 to last; it has layers 0 to 3"),
     ]:
         with pytest.raises(UnsupportedError, match=problem):
             steer(model, **parameters)

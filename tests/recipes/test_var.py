@@ -72,7 +72,7 @@ def test_golden(path):
 
     groups = found.columns(0, keys)
     options = {"move": 1 - facts["p"], "rho": facts["rho"], "summ": facts["summ"]}
-    everywhere = give_back(weights, groups, found.floor, **options)
+    everywhere = give_back(weights, groups, found.limit(facts["rho"], weights), **options)
     changed = (everywhere != weights).any(dim=-1).nonzero().tolist()
     assert changed == data["selected_bhq"].tolist()
 
@@ -95,7 +95,7 @@ def random_case(seed, batch=2, heads=3, rows=4, keys=24):
 
 def move(weights, found, **options):
     options = {"move": 0.4, "rho": 0.5, "summ": 0.2, **options}
-    return give_back(weights, found.columns(0, weights.shape[3]), found.floor, **options)
+    return give_back(weights, found.columns(0, weights.shape[3]), found.limit(options["rho"], weights), **options)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -162,7 +162,9 @@ def test_right_padding(family, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen2_vl"])
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=["beams", "samples"])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=["beams", "samples"]
+)
 def test_beams_and_samples(family, method, options):
     """Against the same without a cache, where nothing has to follow beams or leave windows."""
     if method.endswith("leaving") and family == "gemma3":

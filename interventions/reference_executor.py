@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .edits import Edit, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, WeightEdit
+from .edits import Edit, Keep, OperandEdit, Operands, OutputEdit, Rearrange, Rows, ScoreEdit, WeightEdit
 from .edits.base import repeat_heads
 from .errors import ReattendError
 from .kernels import score_rows, softmax_rows, statistics_dtype
@@ -18,14 +18,20 @@ LEVELS = ("operands", "scores", "weights", "output")
 
 
 def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
-    """The edits that act, checked against the call's heads. Raises ReattendError for a head beyond the site's heads."""
+    """The edits that act. Raises ReattendError for a head beyond the site's heads, and for edits that contradict each other."""
     for edit in edits:
         if edit.level not in LEVELS:
             raise ReattendError(f"{type(edit).__name__} acts on a projection: give it to the projection door, not to a call")
         if edit.heads and max(edit.heads) >= call.num_heads:
             where = f" of {call.site.name}" if call.site else ""
             raise ReattendError(f"head {max(edit.heads)} does not exist: attention{where} has heads 0 to {call.num_heads - 1}")
-    return [edit for edit in edits if not edit.is_identity]
+    acting = [edit for edit in edits if not edit.is_identity]
+    if any(isinstance(e, Rearrange) for e in acting) and any(isinstance(e, Keep) for e in acting):
+        raise ReattendError(
+            "one recipe leaves the order of segments open (pine), another hides keys by their place in the prompt (streaming): the "
+            "answer would depend on the order again, so use one of the two"
+        )
+    return acting
 
 
 def reference(call: Call, edits: list[Edit]) -> Tensor:

@@ -8,7 +8,7 @@ other columns in proportion. Which heads gain from that depends on model and tas
 along by name.
 Ours: sinks are found per batch row, without padding; generated tokens are never sinks; a chunked prefill adds up its chunks,
 so that the rows of a chunk follow the sinks known by then. The official code handles one unpadded prompt and a single
-generated token.
+generated token. Beside other recipes the sinks are those of the attention before anybody's edits at that layer.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "de
 class Info:
     """Machine-readable facts about a method, shown by `reattend list` and `reattend show`.
 
-    does: one line for somebody who has not read the paper. paper, year, arxiv: the source. code, licence: the official code where
-    known. families: the first is the primary one. profiling: what has to be learned about a model before use, or "".
+    does: one line for somebody who has not read the paper. paper, year, arxiv: the source; the year is that of the conference where
+    there was one. code, licence: the official code where known. families: the first is the primary one. profiling: what has to be learned
+    about a model before use, or "".
     cost: "free", "decode" (every step), "prefill", "forward" (a further forward pass). status: "ready" or "experiment".
     """
 
@@ -55,6 +56,9 @@ class Recipe(BaseModel):
     version: ClassVar[int] = 1
     # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
     marks: ClassVar[Mapping[str, str]] = {}
+    # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.conflict`
+    weighs: ClassVar[frozenset[str]] = frozenset()
+    hides: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **parameters: Any) -> None:
         try:

@@ -41,7 +41,7 @@ class Emphasise(Highlighter):
         paper="Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs",
         year=2024,
         arxiv="2311.02262",
-        families=("reweighting", "heads"),
+        families=("reweighting", "heads", "calibration"),
         kinds=("llm", "lvlm"),
         cost="free",
         code="QingruZhang/PASTA",

@@ -61,7 +61,10 @@ class Highlighter(Recipe):
             return Support(
                 False, f"{sites.model_name} reads its prompt with an encoder; {self.slug} needs a decoder that reads it"
             )
-        reason = missing_heads([(layer, head or 0) for layer, head in self.pairs(chosen)], chosen)
+        pairs = self.pairs(chosen)
+        if not pairs:
+            return Support(False, "profile_path: no head of this profile has a score above 0, so none would be steered")
+        reason = missing_heads([(layer, head or 0) for layer, head in pairs], chosen)
         return Support(not reason, reason)
 
     def pairs(self, sites: SiteTable) -> list[tuple[int, int | None]]:

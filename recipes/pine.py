@@ -11,6 +11,8 @@ ranked differently in two orders of the prompt. Keys without positions are kept 
 Ours: `order` ("reverse" and "prompt" are the paper's ablations), batches with other segments in every row, padding, soft-capping and
 attention sinks. RoPE factors (YaRN) stay in the ranking. What parts the segments counts as part of each one. Sliding windows have to
 cover the whole sequence. Segments should be tokenised by themselves (`reattend.hooks.segments.joined`) where their borders would melt.
+Beside other recipes: those that hide keys by their place (streaming) are refused; act finds its sinks in the order of the prompt, and
+with it the order matters again.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Pine(Recipe):
         arxiv="2407.01100",
         families=("calibration", "reweighting"),
         kinds=("llm",),
-        cost="prefill",
+        cost="decode",
         code="wzq016/PINE",
     )
     marks = {"segments": "segments"}

@@ -1,4 +1,4 @@
-"""Retrieval heads: detection, masking and reinforcement (Wu et al. 2024, arXiv 2404.15574).
+"""Retrieval heads: detection, masking and reinforcement (Wu et al., ICLR 2025, arXiv 2404.15574).
 
 A few heads copy tokens from the context into the answer. `profile` finds them: a needle sentence is planted in filler text, and a head
 scores for every needle token that is generated while its heaviest key is exactly that token.
@@ -41,7 +41,7 @@ class RetrievalHeads(Recipe):
     info = Info(
         does="Masks or strengthens the few heads that copy facts from the context into the answer.",
         paper="Retrieval Head Mechanistically Explains Long-Context Factuality",
-        year=2024,
+        year=2025,
         arxiv="2404.15574",
         families=("heads",),
         kinds=("llm",),

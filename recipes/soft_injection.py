@@ -36,7 +36,7 @@ class SoftInjection(Recipe):
     info = Info(
         does="Mixes what demonstrations of a task taught each head into the last token of prompts that come without them.",
         paper="Soft Injection of Task Embeddings Outperforms Prompt-Based In-Context Learning",
-        year=2025,
+        year=2026,
         arxiv="2507.20906",
         families=("heads", "calibration"),
         kinds=("llm",),

@@ -83,6 +83,11 @@ class SPA(Recipe):
         chosen, support = decoder_sites(sites, self.slug)
         if support and getattr(sites.config, "is_encoder_decoder", False):
             return Support(False, f"{sites.model_name} reads its prompt with an encoder; spa needs a decoder that reads it")
+        known = getattr(sites.config.get_text_config(), "vocab_size", None) if support else None
+        if known is not None and max(self.placeholder or (0,)) >= known:
+            return Support(
+                False, f"placeholder names token {max(self.placeholder or ())}, but the model knows tokens 0 to {known - 1}"
+            )
         return support
 
     def plan(self, sites: SiteTable) -> list[Step]:

@@ -23,7 +23,7 @@ class Streaming(Recipe):
     info = Info(
         does="Keeps only the first few tokens and a recent window visible, so that long prompts cost less.",
         paper="Efficient Streaming Language Models with Attention Sinks",
-        year=2023,
+        year=2024,
         arxiv="2309.17453",
         families=("sparsity", "sinks"),
         kinds=("llm",),

@@ -399,6 +399,9 @@ def test_a_profiles_best_heads_are_steered(tmp_path):
     assert torch.equal(results["default"], results["best"])  # one in twenty of 16
     with pytest.raises(ReattendError, match="another model"):
         reattend.apply(language_model(num_hidden_layers=2), "emphasise", text="a", profile_path=str(path))
+    Profile("retrieval-heads", fingerprint(model), {"score": torch.zeros(4, 4)}).save(path)
+    with pytest.raises(ReattendError, match="profile_path: no head of this profile"):
+        reattend.apply(model, "emphasise", text="a", profile_path=str(path))
 
 
 @pytest.mark.parametrize(

@@ -153,19 +153,25 @@ def test_extreme_strengths_stay_finite_in_half_precision(dtype):
             assert logits.dtype == dtype and logits.isfinite().all()
 
 
-def test_it_composes_with_recipes_of_attention():
+@pytest.mark.parametrize("other", [("instaboost", {"multiplier": 20}), ("spotlight", {"target": 0.6})], ids=lambda o: o[0])
+def test_it_composes_with_recipes_of_attention(other):
     """The other recipe edits the real branch alone: with strength 0 nothing of it is left, with 1 nothing of spa."""
     model, x = language_model(), inputs()
 
     def logits(*recipes):
+        if not recipes:
+            return model(**x).logits[:, -1]
         with reattend.apply(model, *recipes, tokenizer=tokenizer()):
             return model(**x).logits[:, -1]
 
-    boost, marked = ("instaboost", {"text": PASSAGES, "multiplier": 20}), {"text": PASSAGES}
+    marked = {"text": PASSAGES}
+    boost = (other[0], {**marked, **other[1]})
     boosted, hidden = logits(boost), logits(("spa", {**marked, "strength": 0}))
     torch.testing.assert_close(logits(boost, ("spa", {**marked, "strength": 0})), hidden)
-    both = logits(boost, ("spa", {**marked, "strength": 1.5, "modulated": False}))
-    torch.testing.assert_close(both, hidden + 1.5 * (boosted - hidden), atol=1e-5, rtol=1e-4)
+    anchor = ("spa", {**marked, "strength": 1.5, "modulated": False})
+    for order in ((boost, anchor), (anchor, boost)):
+        torch.testing.assert_close(logits(*order), hidden + 1.5 * (boosted - hidden), atol=1e-5, rtol=1e-4)
+    assert (boosted - logits()).abs().max() > 1e-2
 
 
 def test_an_image_model_reads_its_prompt_twice():
@@ -215,6 +221,8 @@ def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
     ]:
         with pytest.raises(ReattendError, match=problem):
             reattend.apply(model, "spa", **parameters)
+    with pytest.raises(UnsupportedError, match="placeholder names token 400.*0 to 399"):
+        reattend.apply(model, "spa", text="a", placeholder=[3, 400])
     with pytest.raises(UnsupportedError, match="language head"):
         reattend.apply(model.model, "spa", text="a")
     ran = []

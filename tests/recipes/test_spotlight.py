@@ -182,6 +182,7 @@ def test_bad_input_is_refused(tmp_path):
         (dict(text="a", target=float("nan")), "target"),
         (dict(text="a", largest_factor=0.5), "largest_factor"),
         (dict(text=[[], []]), "names no passage"),
+        (dict(text="a", target=0.2, min_share=0.2), "min_share must be below target"),
     ]:
         with pytest.raises(ReattendError, match=problem):
             reattend.apply(model, "spotlight", **parameters)

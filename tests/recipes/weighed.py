@@ -16,6 +16,11 @@ def site(heads):
 
 def weights_of(slug, scores, mask, ranges, pads, prompt, execute=fused, **parameters):
     """Weights [B, H, Tq, Tk] of a call with these scores under the recipe: keys and values are unit vectors, so outputs are weights."""
+    return weights_under([recipe(slug, ranges=ranges, **parameters)], scores, mask, pads, prompt, execute)
+
+
+def weights_under(recipes, scores, mask, pads, prompt, execute=fused):
+    """The same under several recipes, in the order given."""
     batch, heads, _, keys = scores.shape
     unit = torch.eye(keys, dtype=scores.dtype).expand(batch, heads, keys, keys)
     tokens = TokenMap(batch, prompt, keys)
@@ -25,12 +30,14 @@ def weights_of(slug, scores, mask, ranges, pads, prompt, execute=fused, **parame
     call = Call(scores, unit, unit, mask, scale=1.0, site=site(heads), clock=Clock("prefill"), tokens=tokens)
     table = SiteTable([site(heads)], {"decoder": nn.Module()})
     edits = []
-    for step in recipe(slug, ranges=ranges, **parameters).plan(table):
-        if isinstance(step, Spans):
-            add_spans(tokens, None, step, lambda: None)
-        elif isinstance(step, Act):
-            edit = step.intervention(call)
-            edits += [] if edit is None else [edit]
+    for chosen in recipes:
+        call.memory = {}
+        for step in chosen.plan(table):
+            if isinstance(step, Spans):
+                add_spans(tokens, None, step, lambda: None)
+            elif isinstance(step, Act):
+                edit = step.intervention(call)
+                edits += [] if edit is None else [edit]
     return execute(call, edits)
 
 

@@ -1,7 +1,8 @@
 """WHERE: finds every attention site of a model, attaches, knows tokens and steps, restores exactly."""
 
+from .attachment import running
 from .capture import Reading, Recording, capture
-from .discovery import SiteTable, Support, sites
+from .discovery import sites
 from .plan import (
     Act,
     Branch,
@@ -21,7 +22,8 @@ from .plan import (
     Spans,
     Trials,
 )
-from .session import Session, attach, running
+from .session import Session, attach
+from .site_table import SiteTable, Support
 
 __all__ = [
     "Act",

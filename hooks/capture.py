@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, TokenMap, row_weights
 from ..interventions.census import at_positions, keeps_positions
 from ..interventions.kernels import rows_per_chunk
-from .discovery import SiteTable, sites
+from .discovery import sites
 from .plan import Capture, Plan, Spans
 from .session import Session
+from .site_table import SiteTable
 
 # From the least to the most specific: a token that has several roles counts for the last one. The user's spans come after these.
 ROLE_ORDER = ("prompt", "generated", "text", "assistant", "user", "system", "image", "bos")

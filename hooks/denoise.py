@@ -26,7 +26,8 @@ from .plan import Guide
 from .sdpa_route import clear_marks
 
 if TYPE_CHECKING:
-    from .session import Attachment, Session
+    from .attachment import Attachment
+    from .session import Session
 
 
 @dataclass

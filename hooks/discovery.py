@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import CodeType
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from torch import nn
 from ..interventions import ReattendError, Site, UnsupportedError
 from .diffusers_facts import STACKS, denoiser_in, stack_of
 from .diffusers_facts import describe as describe_denoiser_site
+from .site_table import SiteTable
 
 SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 NATIVE_BACKENDS = {None, "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"}
@@ -31,86 +31,6 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 def uncompiled(hook: Hook) -> Hook:
     """The hook, kept out of torch.compile's graphs."""
     return torch.compiler.disable(hook)  # type: ignore
-
-
-class SiteTable(Sequence):
-    """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down."""
-
-    def __init__(
-        self, sites: Sequence[Site], modules: dict[str, nn.Module], model_name: str = "model", config: Any = None
-    ) -> None:
-        self.sites = list(sites)
-        self.modules = modules
-        self.model_name = model_name
-        self.config = config
-
-    def __getitem__(self, index):  # type: ignore[override]
-        return self.sites[index] if isinstance(index, int) else self._with(self.sites[index])
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.sites)
-
-    def __add__(self, other: SiteTable) -> SiteTable:
-        return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name, self.config)
-
-    def _with(self, sites: Sequence[Site]) -> SiteTable:
-        return SiteTable(sites, self.modules, self.model_name, self.config)
-
-    def where(self, condition: Callable[[Site], bool]) -> SiteTable:
-        return self._with([s for s in self.sites if condition(s)])
-
-    def stack(self, *names: str) -> SiteTable:
-        """Sites of these stacks; "denoiser" also takes "denoiser.double" and the like."""
-        return self.where(lambda s: any(s.stack == n or s.stack.startswith(n + ".") for n in names))
-
-    def kind(self, *kinds: str) -> SiteTable:
-        return self.where(lambda s: s.kind in kinds)
-
-    def layers(self, first: int = 0, last: int | None = None) -> SiteTable:
-        """Layers first..last inclusive; negative numbers count from the end of each stack, None = the last one."""
-        size = {s.stack: 1 + max(o.layer for o in self.sites if o.stack == s.stack) for s in self.sites}
-
-        def inside(site: Site) -> bool:
-            n = size[site.stack]
-            low = first + n if first < 0 else first
-            high = n - 1 if last is None else last + n if last < 0 else last
-            return low <= site.layer <= high
-
-        return self.where(inside)
-
-    def only(self, layers: Sequence[int]) -> SiteTable:
-        return self.where(lambda s: s.layer in set(layers))
-
-    @property
-    def num_layers(self) -> int:
-        return len({(s.stack, s.layer) for s in self.sites})
-
-    @property
-    def problems(self) -> list[Site]:
-        return [s for s in self.sites if s.problem]
-
-    def module(self, site: Site) -> nn.Module:
-        return self.modules[site.name]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict per site, for JSON."""
-        keys = ("name", "layer", "stack", "kind", "num_heads", "num_kv_heads", "head_dim", "causal", "route", "problem")
-        return [{k: getattr(s, k) for k in keys} for s in self.sites]
-
-    def __str__(self) -> str:
-        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "")
-        lines: list[tuple[str, ...]] = [head]
-        for s in self.sites:
-            known = [("?" if v is None else str(v)) for v in (s.num_heads, s.num_kv_heads, s.head_dim)]
-            lines.append((s.name, s.stack, str(s.layer), s.kind, *known, "yes" if s.causal else "no", s.problem or ""))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
-        return "\n".join([f"{self.model_name}: {len(self)} attention sites", *text])
-
-    __repr__ = __str__
 
 
 def sites(model: Any) -> SiteTable:
@@ -305,34 +225,16 @@ def _heads(module: nn.Module) -> tuple[int | None, int | None, int | None]:
     return heads, kv, dim
 
 
-@dataclass(frozen=True)
-class Support:
-    """Whether a recipe fits a model; `reason` says why not, or what to know."""
-
-    ok: bool
-    reason: str = ""
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-
-def require_supported(table: SiteTable) -> None:
-    """Raises UnsupportedError that names the first site which cannot be intercepted, and why."""
-    bad = table.problems
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UnsupportedError(f"{bad[0].name}{more} cannot be intercepted: {bad[0].problem}")
-
-
-def layer_module(root: nn.Module, site_path: str) -> nn.Module:
-    """The layer (item of a ModuleList) that holds a site. Raises UnsupportedError where there is none."""
-    parts = site_path.split(".")
+def layer_module(model: Any, site_name: str) -> nn.Module:
+    """The layer (item of a ModuleList) that holds a site of a model or pipeline. Raises UnsupportedError where there is none."""
+    parts = components(model)
+    component, _, path = ("", "", site_name) if "" in parts else site_name.partition(".")
     best: nn.Module | None = None
-    module = root
-    for part in parts:
+    module = parts[component]
+    for part in path.split("."):
         parent, module = module, getattr(module, part)
         if isinstance(parent, nn.ModuleList):
             best = module
     if best is None:
-        raise UnsupportedError(f"{site_path} does not lie in a list of layers, so the input of its layer cannot be observed")
+        raise UnsupportedError(f"{site_name} does not lie in a list of layers, so the input of its layer cannot be observed")
     return best

@@ -20,7 +20,8 @@ from .rotary import rotary_at
 from .session import edits_of
 
 if TYPE_CHECKING:
-    from .session import Attachment, Session
+    from .attachment import Attachment
+    from .session import Session
 
 PREFIX = "reattend_"
 SUPPORTED = ("sdpa", "eager")

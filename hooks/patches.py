@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..interventions import Call, ImageGrid, ReattendError, Site, TokenMap
-from .discovery import SiteTable
 from .images import UNPADDED
 from .plan import Capture
+from .site_table import SiteTable
 
 # name of a reading -> one value per patch of every unit (an image or tile) of a call: [B, patches]
 Reading = Callable[[Call, "int | None"], Tensor]

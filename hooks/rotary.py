@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..interventions import ReattendError, Site, UnsupportedError
 from ..interventions.rotary import Rotary
-from .discovery import SiteTable, pretrained_root, unwrapped_model
+from .discovery import pretrained_root, unwrapped_model
+from .site_table import SiteTable
 
 if TYPE_CHECKING:
-    from .session import Attachment
+    from .attachment import Attachment
 
 FUNCTION = "apply_rotary_pos_emb"
 # layers that cut off the turned dimensions themselves call the function with these

@@ -22,7 +22,8 @@ from .discovery import uncompiled
 from .session import edits_of
 
 if TYPE_CHECKING:
-    from .session import Attachment, Session
+    from .attachment import Attachment
+    from .session import Session
 
 _local = threading.local()
 

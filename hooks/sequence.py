@@ -28,7 +28,8 @@ from .sides import unfollow
 from .tokens import build_roles
 
 if TYPE_CHECKING:
-    from .session import Attachment, Session
+    from .attachment import Attachment
+    from .session import Session
 
 
 @dataclass

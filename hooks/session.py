@@ -1,13 +1,10 @@
 """Sessions: recipes attached to one model, for every caller or for one thread or task, and removed without a trace.
 
-An `Attachment` holds the hooks of one model. It is made with the model's first session and taken away with its last; sessions
-come and go in any order in between.
+Sessions of one model share its hooks (see `attachment`) and come and go in any order.
 """
 
 from __future__ import annotations
 
-import contextvars
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,18 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site, UnsupportedError
-from .branch import branch_misfit, steps_of
-from .discovery import SiteTable, components, pretrained_root, require_supported, sites, unwrapped_model
+from ..interventions import Call, Edit, ReattendError, ReattendWarning
+from .attachment import enter, leave
+from .branch import steps_of
 from .lookahead import reader_of
 from .plan import Act, Branch, Capture, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
-from .sequence import Forward, SequenceTracker
-from .token_exit import exit_conflict, install_exit
-
-_isolated: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("reattend_sessions", default=())
-_attachments: dict[int, Attachment] = {}
-_lock = threading.RLock()
+from .sequence import Forward
+from .site_table import require_supported
 
 
 class Session:
@@ -43,7 +36,6 @@ class Session:
         self.counts: dict[str, Counter[str]] = {}
         self.forwards = 0
         self.active = False
-        self._token: contextvars.Token | None = None
         self._acts: dict[int, list[tuple[Plan, Act]]] = {}
         self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
         self.probes: list[tuple[Plan, Probe, Session]] = []
@@ -93,12 +85,8 @@ class Session:
         """Starts the session; already called by `apply`."""
         if self.active:
             return self
-        with _lock:
-            attachment = attachment_of(self.model)
-            attachment.add(self)
+        enter(self)
         self.active = True
-        if self.isolated:
-            _isolated.set((*_isolated.get(), self))
         return self
 
     def remove(self) -> None:
@@ -106,12 +94,7 @@ class Session:
         if not self.active:
             return
         self.active = False
-        if self.isolated:
-            _isolated.set(tuple(s for s in _isolated.get() if s is not self))
-        with _lock:
-            attachment = _attachments.get(id(key_module(self.model)))
-            if attachment is not None:
-                attachment.discard(self)
+        leave(self)
         for label, counter in self.counts.items():
             if self.forwards and not counter:
                 warnings.warn(
@@ -187,123 +170,6 @@ def edits_of(sessions: Sequence[Session], module: nn.Module, call: Call, forward
             if forward.probe is not None:
                 forward.probe.read(step, module)
     return edits
-
-
-class Attachment:
-    """The hooks of one model, shared by its sessions."""
-
-    def __init__(self, model: Any) -> None:
-        from .denoise import DenoiserDoor
-        from .interface_route import InterfaceRoute
-        from .sdpa_route import SdpaRoute
-
-        self.model = model
-        self.key = key_module(model)
-        self.table: SiteTable = sites(model)
-        self.site_of: dict[int, Site] = {id(self.table.module(s)): s for s in self.table}
-        self.sessions: list[Session] = []
-        self.tracker = SequenceTracker(self)
-        self.routes = [InterfaceRoute(self), SdpaRoute(self)]
-        self.denoiser = DenoiserDoor(self)
-
-    def add(self, session: Session) -> None:
-        first = not self.sessions
-        for _, step in session.act_steps():
-            self.site_of.update({id(step.sites.module(site)): site for site in step.sites})
-        if session.probes and self.tracker.root is None:
-            raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
-        fusing = [plan for plan, *_ in (*session.branches, *session.lookaheads)]
-        misfit = branch_misfit(self.tracker.root) if fusing else ""
-        if misfit:
-            raise UnsupportedError(f"recipe {fusing[0].recipe!r} does not fit this model: {misfit}")
-        # of isolated sessions it shows in each pass which of them run together
-        conflict = exit_conflict([session, *(s for s in self.sessions if not (session.isolated and s.isolated))])
-        if conflict:
-            raise UnsupportedError(conflict)
-        try:
-            if first:
-                self.tracker.install()
-            self.denoiser.install(session)
-            for route in self.routes:
-                route.install(session)
-            self._install_taps(session)
-        except BaseException:
-            self._drop_taps(session)
-            if first:
-                self.uninstall()
-                _attachments.pop(id(self.key), None)
-            raise
-        self.sessions = [*self.sessions, session]
-
-    def discard(self, session: Session) -> None:
-        self.sessions = [s for s in self.sessions if s is not session]
-        self._drop_taps(session)
-        if not self.sessions:
-            self.uninstall()
-            _attachments.pop(id(self.key), None)
-
-    def uninstall(self) -> None:
-        for route in self.routes:
-            route.uninstall()
-        self.denoiser.uninstall()
-        self.tracker.uninstall()
-
-    def active(self) -> list[Session]:
-        """Sessions that the current thread or task runs under, in the order of their start."""
-        if not self.sessions:
-            return []
-        probe = self.tracker.probing()
-        if probe is not None:
-            return [probe.session]
-        mine = _isolated.get()
-        return [s for s in self.sessions if not s.isolated or s in mine]
-
-    def _install_taps(self, session: Session) -> None:
-        from .taps import install_observation, install_projection
-
-        for inner in session.nested:
-            self._install_taps(inner)
-        for plan in session.plans:
-            for step in plan.steps:
-                if isinstance(step, Observe):
-                    session.handles += install_observation(self, session, plan, step)
-                elif isinstance(step, (Project, ReadProjection)):
-                    session.handles += install_projection(self, session, plan, step)
-                elif isinstance(step, Exit):
-                    session.handles += install_exit(self, session, plan, step)
-
-    def _drop_taps(self, session: Session) -> None:
-        for inner in session.nested:
-            self._drop_taps(inner)
-        while session.handles:
-            session.handles.pop().remove()
-
-
-def key_module(model: Any) -> Any:
-    """The object whose identity stands for a model: the first pretrained model inside, or the pipeline's first component."""
-    inner = unwrapped_model(model)
-    if not isinstance(inner, nn.Module):
-        parts = components(model)
-        for name in ("transformer", "unet"):
-            if name in parts:
-                return parts[name]
-        return next(iter(parts.values()))
-    return pretrained_root(inner)
-
-
-def running(model: Any) -> list[Session]:
-    """The sessions that act on a model just now, in the order of their start."""
-    attachment = _attachments.get(id(key_module(model)))
-    return [] if attachment is None else attachment.active()
-
-
-def attachment_of(model: Any) -> Attachment:
-    key = key_module(model)
-    attachment = _attachments.get(id(key))
-    if attachment is None:
-        attachment = Attachment(model)
-        _attachments[id(key)] = attachment
-    return attachment
 
 
 def attach(model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> Session:

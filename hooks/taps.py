@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, Site, UnsupportedError
-from .discovery import SiteTable, layer_module, uncompiled
+from .discovery import layer_module, uncompiled
 from .plan import Observation, Observe, Plan, Project, Projection, ReadProjection
+from .site_table import SiteTable
 
 if TYPE_CHECKING:
-    from .session import Attachment, Session
+    from .attachment import Attachment
+    from .session import Session
 
 # Names of the projections, and of the norms that act on their outputs per head (or on all heads at once).
 NORMS = {"key": ("k_norm", "k_layernorm", "key_layernorm"), "query": ("q_norm", "q_layernorm", "query_layernorm")}
@@ -27,7 +29,6 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
     """Hooks that call step.tap with the hidden state entering the layer of each site."""
     handles = []
     for site in step.sites:
-        root, path = _root_and_path(attachment, site.name)
 
         def tap(module: nn.Module, args: tuple, kwargs: dict, site=site) -> None:
             if session not in attachment.active():
@@ -42,7 +43,7 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
             if forward.probe is not None:
                 forward.probe.read(step, step.sites.module(site))
 
-        handles.append(layer_module(root, path).register_forward_pre_hook(uncompiled(tap), with_kwargs=True))
+        handles.append(layer_module(attachment.model, site.name).register_forward_pre_hook(uncompiled(tap), with_kwargs=True))
     return handles
 
 
@@ -158,14 +159,3 @@ def _heads_first(output: Tensor, args: tuple, site: Site, heads: int | None) -> 
     raise ReattendError(
         f"{site.name}: an output of shape {tuple(output.shape)} cannot be split into {heads} heads of {site.head_dim}"
     )
-
-
-def _root_and_path(attachment: Attachment, name: str) -> tuple[nn.Module, str]:
-    """The component a site lies in and the path inside it."""
-    from .discovery import components
-
-    parts = components(attachment.model)
-    if "" in parts:
-        return parts[""], name
-    component, _, path = name.partition(".")
-    return parts[component], path

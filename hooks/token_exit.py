@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, Site, TokenMap, UnsupportedError
-from .discovery import SiteTable, layer_module, uncompiled
+from .discovery import layer_module, uncompiled
 from .plan import Act, Capture, Exit, Observe, Plan, Project, ReadProjection
-from .taps import _root_and_path
+from .site_table import SiteTable
 
 if TYPE_CHECKING:
-    from .session import Attachment, Session
+    from .attachment import Attachment
+    from .session import Session
 
 # Types of language models whose layers are known to take nothing per token but what this door shortens.
 TESTED = (
@@ -95,7 +96,7 @@ def install_exit(attachment: Attachment, session: Session, plan: Plan, step: Exi
     misfit = token_exit_misfit(step.sites)
     if misfit:
         raise UnsupportedError(f"recipe {plan.recipe!r} does not fit this model: {misfit}")
-    layers = [(site, layer_module(*_root_and_path(attachment, site.name))) for site in step.sites]
+    layers = [(site, layer_module(attachment.model, site.name)) for site in step.sites]
     first, last = layers[0][0], layers[-1][1]
     handles = []
     for site, layer in layers:

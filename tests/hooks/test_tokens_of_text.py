@@ -52,7 +52,7 @@ def roles(model, inputs, *steps, given=None):
     """The token map that one forward pass under these steps makes."""
     seen = []
     with attach(model, [Plan("probe", list(steps))], tokenizer=given) as session:
-        from reattend.hooks.session import attachment_of
+        from reattend.hooks.attachment import attachment_of
 
         tracker = attachment_of(model).tracker
         handle = model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(tracker.current().tokens))
@@ -173,7 +173,7 @@ def test_bad_spans_are_refused_before_anything_runs(model, steps, problem):
         with pytest.raises(ReattendError, match=problem):
             model.generate(**x, max_new_tokens=2)
         assert not ran
-        from reattend.hooks.session import attachment_of
+        from reattend.hooks.attachment import attachment_of
 
         tracker = attachment_of(model).tracker
         assert not tracker.local.stack and not tracker.in_flight and not len(tracker.by_cache)

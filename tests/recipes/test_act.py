@@ -250,7 +250,7 @@ def test_a_chunked_prefill_adds_up_its_chunks():
 
     def watch(session):
         store = next(iter(session.plans)).memory_key
-        from reattend.hooks.session import _attachments
+        from reattend.hooks.attachment import _attachments
 
         return [s.memory[store] for a in _attachments.values() for s in a.tracker.by_cache.values()]
 

@@ -167,7 +167,7 @@ def test_newline_features_of_an_image_get_no_factor():
 
 def memory_of(session, cache):
     """What the recipe knows of the sequence in this cache."""
-    from reattend.hooks.session import attachment_of
+    from reattend.hooks.attachment import attachment_of
 
     return attachment_of(session.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]
 

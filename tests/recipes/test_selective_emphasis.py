@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import reattend
 import torch
+from reattend.hooks.attachment import attachment_of
 from reattend.hooks.images import add_images
 from reattend.hooks.patches import lay_out
-from reattend.hooks.session import attachment_of
 from reattend.interventions import (
     Call,
     ImageGrid,

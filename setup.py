@@ -18,6 +18,7 @@ PACKAGES = [
     "evaluation.material",
     "evaluation.metrics",
     "evaluation.suites",
+    "command_line",
 ]
 
 

@@ -12,6 +12,7 @@ import reattend
 import torch
 from PIL import Image
 from reattend import __main__ as command_line
+from reattend.command_line import console
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +24,7 @@ TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"
 
 @pytest.fixture
 def call(monkeypatch):
-    monkeypatch.setitem(command_line._state, "debug", False)
+    monkeypatch.setitem(console.state, "debug", False)
 
     def run(*arguments: str):
         return CliRunner().invoke(command_line.app, list(arguments))

@@ -27,7 +27,7 @@ ROOMS = (
     "evaluation/suites",
     "evaluation/material",
     "evaluation/metrics",
-    "evaluation/material",
+    "command_line",
 )
 
 

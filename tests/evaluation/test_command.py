@@ -11,6 +11,7 @@ import pytest
 import reattend
 import torch
 from reattend import __main__ as command_line
+from reattend.command_line import console
 from typer.testing import CliRunner
 
 # prints no more than it must, asks little: what is tested here is the command, not the model
@@ -35,7 +36,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def call(monkeypatch):
-    monkeypatch.setitem(command_line._state, "debug", False)
+    monkeypatch.setitem(console.state, "debug", False)
     return lambda *arguments: CliRunner().invoke(command_line.app, ["eval", *arguments])
 
 

@@ -1,0 +1,1 @@
+"""The commands of `reattend`, which `reattend.__main__` puts together: what they take, do and print; the work is done below."""

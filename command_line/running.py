@@ -1,0 +1,106 @@
+"""`reattend run`, `compare`, `demo`: a model under recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import print_json
+from .options import Debug, Device, Dtype, Image, Json, Model, Raw, Recipes, Sample, Seed, Settings, Steps, Text, Tokens
+
+
+def run(
+    model: Model,
+    recipe: Recipes = [],  # noqa: B006
+    set_: Settings = [],  # noqa: B006
+    text: Text = "",
+    image: Image = "",
+    max_new_tokens: Tokens = 64,
+    steps: Steps = 0,
+    sample: Sample = False,
+    raw: Raw = False,
+    seed: Seed = 0,
+    device: Device = "",
+    dtype: Dtype = "",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="where to write a generated picture", show_default=False)
+    ] = "reattend.png",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a model under recipes."""
+    from ..comparison.arguments import prepare, recipes_of
+    from ..comparison.compare import progress_bar
+    from ..comparison.inputs import job_for
+    from ..recipes import apply
+
+    chosen = recipes_of(recipe, set_)
+    pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
+    job = job_for(pipe, seed=seed, **given)
+    with apply(pipe, *chosen, tokenizer=job.tokenizer) as session, progress_bar(None, job.ticks, "running") as tick:
+        result = job.run(tick)
+        stats = session.stats
+    output = job.show(result)
+    if job.kind == "image":
+        files = []
+        for place, picture in enumerate(output):
+            file = Path(out) if len(output) == 1 else Path(out).with_stem(f"{Path(out).stem}-{place}")
+            picture.save(file)
+            files.append(str(file))
+        output = files
+    if as_json:
+        print_json({"model": model, "recipes": [c.as_dict() for c in chosen], "seed": seed, "output": output, "stats": stats})
+    elif job.kind == "prediction":
+        typer.echo("\n".join(f"{share:8.3%}  {label}" for label, share in output))
+    else:
+        typer.echo(output if isinstance(output, str) else "\n".join(output))
+
+
+def compare(
+    model: Model,
+    recipe: Recipes = [],  # noqa: B006
+    set_: Settings = [],  # noqa: B006
+    text: Text = "",
+    image: Image = "",
+    max_new_tokens: Tokens = 64,
+    steps: Steps = 0,
+    sample: Sample = False,
+    raw: Raw = False,
+    seed: Seed = 0,
+    device: Device = "",
+    dtype: Dtype = "",
+    html: Annotated[str, typer.Option("--html", help="also write the report as one HTML file", show_default=False)] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a model without and with recipes on the same input, and show what changed."""
+    from ..comparison import compare as compare_
+    from ..comparison.arguments import prepare, recipes_of
+
+    chosen = recipes_of(recipe, set_)
+    pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
+    options = given.pop("options")
+    given.pop("tokenizer")
+    report = compare_(pipe, *chosen, seed=seed, **given, **options)
+    file = report.html(html) if html else None
+    if as_json:
+        typer.echo(report.json())
+    else:
+        report.print()
+        if file:
+            typer.echo(f"report: {file}")
+
+
+def demo(
+    out: Annotated[str, typer.Option("--out", "-o", help="folder for the report")] = "reattend-demo",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare recipes on a small language model, offline; writes report.html."""
+    from ..comparison.demo import demo as run_demo
+
+    reports, file = run_demo(Path(out), quiet=as_json)
+    if as_json:
+        print_json({"report": str(file), "comparisons": [r.as_dict() for r in reports]})

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..hooks import Plan, Session, attach, sites
+from ..hooks import Act, Capture, Exit, Plan, Session, attach, running, sites
 from ..interventions import ReattendError, UnsupportedError
 from .base import Recipe
-from .registry import load_recipe, recipe
+from .registry import load_recipe, recipe, registry
 
 Choice = str | Recipe | Path | dict | tuple[str, dict[str, Any]]
 
@@ -39,7 +39,7 @@ def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any =
     model: a transformers model or pipeline, or a diffusers pipeline or denoiser. Several recipes compose in the order given.
     isolated: only the current thread or task runs under the session. tokenizer: needed with a bare model where a recipe finds
     tokens by text (a pipeline brings its own). Raises ReattendError before anything runs: unknown recipe, bad parameter,
-    or a model that a recipe does not fit (with the site and the reason).
+    a model that a recipe does not fit (with the site and the reason), or a recipe that another one leaves nothing to act on.
     """
     chosen = resolve(recipes, parameters)
     table = sites(model)
@@ -49,6 +49,35 @@ def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any =
         if not support:
             raise UnsupportedError(f"recipe {item.slug!r} does not fit this model: {support.reason}")
         plans.append(Plan(item.slug, item.plan(table)))
+    problem = conflict([*(plan for session in running(model) for plan in session.plans), *plans])
+    if problem:
+        raise UnsupportedError(problem)
     if tokenizer is None:
         tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
     return attach(model, plans, isolated=isolated, tokenizer=tokenizer)
+
+
+def conflict(plans: Sequence[Plan]) -> str:
+    """Why these plans make no sense together: one weighs tokens in layers where another one hides them; "" where they do."""
+    for plan in plans:
+        hidden = _roles(plan, "hides")
+        behind = _layers(plan, Act, Exit) if hidden else {}
+        for other in plans if behind else ():
+            shared = sorted(hidden & _roles(other, "weighs"))
+            blind = [layer for name, layer in _layers(other, Act, Capture).items() if name in behind]
+            if shared and blind:
+                return (
+                    f"recipe {other.recipe!r} weighs {' and '.join(shared)} tokens in layers {min(blind)} to {max(blind)}, which do not "
+                    f"see them under recipe {plan.recipe!r}: let its layers end at {min(behind.values()) - 1}, or use one of the two"
+                )
+    return ""
+
+
+def _layers(plan: Plan, *doors: type) -> dict[str, int]:
+    """{site name: layer} of the plan's steps at these doors."""
+    return {site.name: site.layer for step in plan.steps if isinstance(step, doors) for site in step.sites}
+
+
+def _roles(plan: Plan, kind: str) -> frozenset[str]:
+    known = registry().get(plan.recipe)
+    return frozenset() if known is None else getattr(known, kind)

@@ -31,6 +31,7 @@ from .image_models import decoder_layers, image_misfit, layers_misfit
 
 class CMAI(Recipe):
     slug = "cmai"
+    weighs = frozenset({"image"})
     info = Info(
         does="Blocks the image tokens that a text token's context does not look at. A reconstruction from the paper's abstract.",
         paper="Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy",

@@ -65,6 +65,7 @@ _serial = itertools.count(1)
 
 class GIFT(Recipe):
     slug = "gift"
+    weighs = frozenset({"image"})
     info = Info(
         does="Strengthens the places of an image that drew attention while the question was read, and the question with them.",
         paper="Capturing Gaze Shifts for Guidance: Cross-Modal Fusion Enhancement for VLM Hallucination Mitigation",

@@ -34,6 +34,7 @@ NOT_TRIED = -999.0
 
 class OPERA(Recipe):
     slug = "opera"
+    weighs = frozenset({"image"})
     info = Info(
         does="Penalises next tokens that go on looking at one earlier token of the answer instead of the image.",
         paper="OPERA: Alleviating Hallucination in Multi-Modal Large Language Models via Over-Trust Penalty and Retrospection-Allocation",

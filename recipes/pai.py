@@ -34,6 +34,7 @@ from .image_models import decoder_layers, image_misfit, layers_misfit
 
 class PAI(Recipe):
     slug = "pai"
+    weighs = frozenset({"image"})
     info = Info(
         does="Strengthens all image tokens while an answer is written, and favours words that the image makes likelier.",
         paper="Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs",

@@ -35,6 +35,7 @@ from .image_models import decoder_layers, image_misfit, layers_misfit
 
 class SelectiveEmphasis(Recipe):
     slug = "selective-emphasis"
+    weighs = frozenset({"image"})
     info = Info(
         does="Strengthens the image tokens that the vision encoder itself singles out: grounded details and summaries.",
         paper="Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model",

@@ -49,6 +49,7 @@ CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and then it sle
 
 class VAR(Recipe):
     slug = "var"
+    weighs = frozenset({"image"})
     info = Info(
         does="Moves attention from meaningless sink tokens to the rest of the image, in the heads that look at it.",
         paper="See What You Are Told: Visual Attention Sink in Large Multimodal Models",

@@ -12,7 +12,8 @@ official routers' training data. Between 0.5 and 0.6 of the layers is where to b
 What becomes of the rows of image tokens is read by nobody: hidden, they go on without seeing each other; those that left come back
 behind the last layer as they entered the exit, so that outputs keep their length. Batches need no sorting: rows may hold different
 numbers of images. A cache that was filled under mode="leave" is of no use outside of its session.
-Recipes that change the weights of image columns (var, gift) find none behind the exit: give them layers up to it.
+Recipes that change or read the weights of image columns (var, gift, pai, selective-emphasis, cmai, opera) find none behind the exit:
+together with this one they are refused unless their layers end at it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ REMEDY = (
 
 class VisualTokenExit(Recipe):
     slug = "visual-token-exit"
+    hides = frozenset(VISUAL)
     info = Info(
         does="Image tokens take no part in the layers behind an exit layer, where the text has already absorbed them.",
         paper="Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings",

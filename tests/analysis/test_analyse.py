@@ -192,6 +192,66 @@ def test_speech_models_both_sides():
         )
 
 
+def speech_model(half=False):
+    """Qwen2-Audio: a language model whose prompt holds the frames of a sound between two tags, as in audio-visual speech models."""
+    torch.manual_seed(0)
+    text = dict(
+        model_type="qwen2", vocab_size=60, hidden_size=512, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    sound = dict(
+        num_mel_bins=8, d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, max_source_positions=20
+    )
+    config = transformers.Qwen2AudioConfig(audio_config=sound, text_config=text, audio_token_index=50)
+    model = transformers.Qwen2AudioForConditionalGeneration(config).eval()
+    return model.half() if half else model
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_sinks_of_a_speech_language_model(half):
+    """Massive values at the first token and at the tag that opens the sound, with left padding: found there, and nowhere else."""
+    model, tag, dim = speech_model(half), 48, 13
+    prompt = [1, tag, *[50] * 10, 49, 5, 6, 7, 8]
+    short = [1, 9, 10, tag, *[50] * 10, 49]
+    ids = torch.tensor([prompt, [0] * (len(prompt) - len(short)) + short])
+    with torch.no_grad():
+        for token in (1, tag):
+            model.get_input_embeddings().weight[token, dim] = 3000.0
+    generator = torch.Generator().manual_seed(1)
+    sounds = {
+        "input_features": torch.randn(2, 8, 40, generator=generator).to(model.dtype),
+        "feature_attention_mask": torch.ones(2, 40, dtype=torch.long),
+    }
+    found = reattend.analyse(model, inputs={"input_ids": ids, "attention_mask": (ids != 0).long(), **sounds})
+    assert [len(sample) for sample in found.samples] == [len(prompt), len(short)]
+    assert found.sink_dims() == [dim]
+    for row, place in ((0, 1), (1, 3)):
+        assert {(m.position, m.dim) for m in found.massive(row)} == {(0, dim), (place, dim)}
+        ((position, _, layers, cosine),) = found.intermediate_sinks(row)
+        assert position == place and layers == 4 and cosine > 0.99
+    assert 0 < found.similarity() < 1
+
+
+def test_columns_that_draw_more_than_their_share(model):
+    """Mean weight of a column over later rows, layers and heads, against what even rows would give it."""
+    ids = torch.arange(5, 35)[None]
+    weights, _ = eager(model, input_ids=ids)
+    n, times = ids.shape[1], 1.1
+    found = reattend.analyse(model, inputs={"input_ids": ids}, skip_last=2)
+    even = torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
+    expected = {}
+    for column in range(1, n - 2):
+        mean = weights[:, 0, :, column:, column].mean()
+        ratio = float(mean / even[column:, column].mean())
+        if ratio > times:
+            expected[column] = ratio
+    got = found.drawing(times=times)
+    assert 0 < len(expected) < n - 3 and [k for k, _, _ in got] == sorted(expected, key=lambda k: -expected[k])
+    for column, _, ratio in got:
+        assert ratio == pytest.approx(expected[column], rel=1e-4)
+    assert found.drawing(times=1e6) == []
+
+
 def test_a_vision_language_model_and_its_eye():
     tiny = build("llava")
     inputs = tiny.inputs([[5, "image", 6, 7, 8]])

@@ -40,7 +40,7 @@ def build_tokenizer(folder: Path) -> Any:
     for token in [*letters, *(f"{c}</w>" for c in letters)]:
         vocabulary.setdefault(token, len(vocabulary))
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in held["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -65,12 +65,12 @@ def build_text_encoder(tokenizer: Any, width: int, layers: int, *, projection: b
 
 
 def build_vae() -> Any:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
     return AutoencoderKL(
-        block_out_channels=(12, 24, 48),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(12, 24, 48),  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # type: ignore[arg-type]
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=4,
@@ -96,7 +96,7 @@ def pixels(drawn: list[Scene], side: int = SIDE) -> Tensor:
 
 def train_vae(folder: Path, seed: int = 0) -> Any:
     """The autoencoder, trained in `folder` or read from there; its scaling factor makes latents have unit variance."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # type: ignore[attr-defined]
 
     if (folder / "vae" / "config.json").is_file():
         return AutoencoderKL.from_pretrained(folder / "vae").eval()

@@ -24,7 +24,7 @@ TEXT_WIDTH = 96
 
 
 def build_unet() -> Any:
-    from diffusers import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel  # type: ignore[attr-defined]
 
     return UNet2DConditionModel(
         sample_size=SIDE // FACTOR,
@@ -41,7 +41,7 @@ def build_unet() -> Any:
 
 
 def build_pipeline(vae: Any, tokenizer: Any, text_encoder: Any, unet: Any) -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline  # type: ignore[attr-defined]
 
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
@@ -56,7 +56,7 @@ def build_pipeline(vae: Any, tokenizer: Any, text_encoder: Any, unet: Any) -> An
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=scheduler,  # type: ignore[arg-type]
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,

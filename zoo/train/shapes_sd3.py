@@ -40,7 +40,7 @@ MISSING = 256
 
 
 def build_transformer() -> Any:
-    from diffusers import SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel  # type: ignore[attr-defined]
 
     return SD3Transformer2DModel(
         sample_size=SIDE // FACTOR,
@@ -59,7 +59,7 @@ def build_transformer() -> Any:
 
 
 def build_pipeline(vae: Any, tokenizer: Any, encoders: tuple[Any, Any], transformer: Any) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline  # type: ignore[attr-defined]
 
     # the pipeline subtracts a shift; the autoencoder has none
     vae.register_to_config(shift_factor=0.0)

@@ -142,11 +142,12 @@ class Focus:
     """What `refocus` needs of a prompt: learned at prefill, read at every step.
 
     groups [B, 4, n]: question, image, growth of the image (factor - 1), all; rows of the batch that are left alone have none of the
-    first three. acting: bool [B] on the CPU.
+    first three. acting: bool [B] on the CPU. end: the position behind the last image token that has a factor.
     """
 
     groups: Tensor
     acting: Tensor
+    end: int
     stored: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -156,7 +157,8 @@ class Focus:
         image, question = image & acting, question & acting
         growth = torch.expm1(alpha * saliency) * image
         groups = torch.stack([question.to(growth), image.to(growth), growth, torch.ones_like(growth)], dim=1)
-        return cls(groups, acting[:, 0].cpu())
+        places = image.any(dim=0).nonzero()
+        return cls(groups, acting[:, 0].cpu(), int(places[-1]) + 1 if len(places) else 0)
 
     def columns(self, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Groups [B, 4, stop - start] of the absolute columns start..stop-1; later tokens are in the last group alone."""

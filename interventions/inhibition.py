@@ -24,6 +24,7 @@ class TextAndImage:
     """Which positions of a prompt are image tokens, and which are text behind an image, for all rows of the batch together.
 
     image [I] and text [n] long: positions that are one in any row of the batch; is_image [B, I], is_text [B, n] bool: in which.
+    length: of the prompt. end: the position behind the last image token.
     """
 
     image: Tensor
@@ -31,6 +32,7 @@ class TextAndImage:
     text: Tensor
     is_text: Tensor
     length: int
+    end: int
 
     @classmethod
     def of(cls, tokens: TokenMap, device: torch.device) -> TextAndImage:
@@ -39,7 +41,14 @@ class TextAndImage:
         every = tokens.positions("image", 0, length)
         text = (image.cumsum(dim=1) > 0) & ~every & ~tokens.positions("padding", 0, length)
         at, near = (part.any(dim=0).nonzero()[:, 0] for part in (image, text))
-        return cls(at.to(device), image[:, at].to(device), near.to(device), text[:, near].to(device), length)
+        return cls(
+            at.to(device),
+            image[:, at].to(device),
+            near.to(device),
+            text[:, near].to(device),
+            length,
+            int(at[-1]) + 1 if len(at) else 0,
+        )
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Bool [B, stop - start]: the text rows behind an image among these positions; what is generated is text."""

@@ -82,7 +82,7 @@ class CMAI(Recipe):
         layer = call.site.layer
         found = now.get("hidden") if self.lag else self._least(call, [], now)
         edit = None
-        if found is not None and layer >= self.first_layer:
+        if found is not None and layer >= self.first_layer and call.key_start < where.end:
             cut = partial(Inhibited(index, found, where.image).without, call.key_start)
             edit = SoundMap(function=cut, rows=None if call.num_queries == 1 and bool(now["all"]) else rows)
         if self.lag and layer < last:

@@ -203,8 +203,8 @@ class GIFT(Recipe):
     def enhance(self, question: str, alpha: float, read: Sequence[str], call: Call) -> Edit | None:
         """Step 5 on the last row of the prompt and on the rows of generated tokens."""
         focus = self._focus(question, alpha, read, call)
-        if focus is None:
-            return None
+        if focus is None or call.key_start >= focus.end:
+            return None  # not known yet, or the image has left the window
         rows = None
         if call.num_queries > 1:
             key = (call.total, call.num_queries)

@@ -70,7 +70,9 @@ class VAR(Recipe):
     rho: float = Field(0.5, ge=0, le=1, description="largest share of image weight on sinks in a row that is changed")
     summ: float = Field(0.2, ge=0, le=1, description="least weight on the whole image in a row that is changed")
     sink_dims: tuple[int, ...] | None = Field(
-        None, description="hidden dimensions in which sinks show; None: known ones of the model, or those of the profile"
+        None,
+        min_length=1,
+        description="hidden dimensions in which sinks show; None: known ones of the model, or those of the profile",
     )
     first_layer: int = Field(2, ge=0, description="first layer that is changed")
     last_layer: int | None = Field(None, description="last layer that is changed; None = the model's last, -2 = the one before")

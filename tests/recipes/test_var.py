@@ -10,6 +10,7 @@ import pytest
 import reattend
 import torch
 from reattend.hooks import sites
+from reattend.hooks.attachment import attachment_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
 from reattend.interventions.sinks import VisualSinks, give_back, sink_tokens
 from reattend.recipes import Profile, recipe, recipe_class
@@ -149,6 +150,30 @@ def test_detection_is_on_the_root_mean_square():
     assert sink_tokens(hidden.bfloat16(), torch.tensor([7]), 15.0).tolist() == [[False, True, False]]
     assert not sink_tokens(hidden, torch.tensor([8]), 15.0).any()
     assert not sink_tokens(hidden, torch.tensor([7]), 20.0).any(), "sqrt(D) is the most there can be"
+
+
+def test_sinks_are_found_in_front_of_the_norm():
+    """In the state that enters a layer, as transformers hands it out: behind a norm whose weights differ others would stand out."""
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs(PROMPTS)
+    torch.manual_seed(3)
+    for layer in tiny.model.model.language_model.layers:
+        layer.input_layernorm.weight.data.uniform_(0.1, 5.0)
+    with torch.no_grad():
+        states = tiny.model(**inputs, output_hidden_states=True).hidden_states
+    dims, real = torch.arange(8), inputs["attention_mask"].bool()
+    options = {**OPEN, "tau": 1.5, "sink_dims": dims.tolist(), "first_layer": 0}
+    with pytest.warns(ReattendWarning, match="no first token"), reattend.apply(tiny.model, "var", **options) as session:
+        session.plans[0].steps[1].intervention = lambda call: None  # found, but the model goes on as it is
+        with torch.no_grad():
+            cache = tiny.model(**inputs).past_key_values
+        memory = attachment_of(tiny.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]
+        session.counts.clear()
+    for n in range(4):
+        found = memory[f"model.language_model.layers.{n}.self_attn"].sinks
+        assert torch.equal(found, sink_tokens(states[n], dims, 1.5) & real)
+        norm = tiny.model.model.language_model.layers[n].input_layernorm
+        assert not torch.equal(found, sink_tokens(norm(states[n]), dims, 1.5) & real)
 
 
 # -- what is refused, and what is said ------------------------------------------------------------------------------------

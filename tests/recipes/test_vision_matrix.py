@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import reattend
 import torch
+from reattend.hooks import sites
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError
+from reattend.recipes import recipe
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
 import tiny_models  # noqa: E402
-from asked_images import NONE, ONE, PROMPTS, TWO, tokenizer  # noqa: E402
+from asked_images import ASSISTANT, NONE, ONE, PROMPTS, TWO, USER, WHAT, tokenizer  # noqa: E402
 
 FAMILIES = [
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",
@@ -201,3 +203,66 @@ def test_text_alone(method):
     assert torch.equal(got, base)
     with pytest.warns(ReattendWarning, match="never acted"):
         session.remove()
+
+
+# -- what is refused before anything runs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        *[
+            (m, {"last_layer": n}, f"last_layer: there is no layer {n}; LlavaForConditionalGeneration has 0 to 3")
+            for m in ("var", "pai", "cmai", "selective-emphasis")
+            for n in (4, -5)
+        ],
+        *[
+            (m, {"first_layer": 3, "last_layer": 0}, "no decoder self-attention in layers 3 to 0; it has layers 0 to 3")
+            for m in ("var", "pai", "cmai", "selective-emphasis")
+        ],
+        ("var", {"first_layer": 3, "skip_last_layer": True}, "skip_last_layer leaves no layer"),
+        ("var", {"sink_dims": []}, "sink_dims"),
+        ("var", {"tau": 6.0}, "can never be reached"),
+        ("vhr", {"heads": [[1, 4]]}, "head 4 of layer 1, but it has heads 0 to 3"),
+        ("gift", {"enhance_layers": [-1]}, "there is no layer -1"),
+        ("visual-token-exit", {"exit_layer": 4}, "there is no layer 4"),
+        *[(m, {k: float("nan")}, k) for m, k in [("var", "summ"), ("vhr", "alpha"), ("gift", "alpha"), ("cmai", "gamma"),
+                                                ("selective-emphasis", "local_share"), ("opera", "scale")]],
+    ],
+)  # fmt: skip
+def test_what_can_never_act_is_refused(method, wrong, message):
+    with pytest.raises(ReattendError, match=message):
+        steer("llava", method, **wrong)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resampled_images_have_no_places(method):
+    """Idefics 2 hands latents to its decoder: no places of the image. vhr compares heads with and without them, wherever they lie."""
+    import transformers
+
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24}
+    latents = {"n_latents": 4, "depth": 1, "n_heads": 2, "head_dim": 8}
+    config = transformers.Idefics2Config(
+        text_config={**tiny_models.TEXT, "model_type": "mistral"},
+        vision_config={**vision, "patch_size": 6},
+        perceiver_config={**{f"resampler_{k}": n for k, n in latents.items()}, "num_key_value_heads": 1},
+        image_token_id=tiny_models.IMAGE,
+    )
+    with torch.device("meta"):
+        model = transformers.Idefics2ForConditionalGeneration(config)
+    chosen = recipe(method.split(",")[0], **METHODS[method])
+    support = chosen.supports(sites(model))
+    assert support.ok if method == "vhr" else "are no places of the image" in support.reason
+
+
+@pytest.mark.parametrize("method", ["var", "pai", "selective-emphasis", "gift", "cmai"])
+def test_the_window_leaves_the_image_behind(method):
+    """Gemma 3: where a sliding layer no longer holds an image token nothing is changed and nothing is counted."""
+    tiny, model = model_of("gemma3")
+    inputs = tiny.inputs([[1, USER, "image", *WHAT, *range(20, 35), ASSISTANT]])
+    options = {"pai": {"gamma": 1.0}, "gift": {"enhance_layers": [1, 2, 3]}}
+    with steer("gemma3", method, **options.get(method, {})) as session:
+        model.generate(**inputs, **FEW)
+    (counts,) = session.stats.values()
+    # the prompt's own pass holds all keys at every layer
+    assert counts == {f"model.language_model.layers.{n}.self_attn": 1 if n == 2 else 3 for n in (1, 2, 3)}

@@ -137,6 +137,15 @@ def test_vhr_judges_heads_by_what_the_recipes_before_it_leave(before):
     assert not torch.equal(chosen[before, "vhr"], chosen["vhr",])
 
 
+def test_emphasis_on_every_image_token_is_pai():
+    """alpha = beta on all of an image: PAI's attention part, at prefill and at every step."""
+    with model().use("pai", first_layer=1, alpha=0.4, gamma=1.0):
+        whole = logits_of(model(), inputs())
+    with model().use("selective-emphasis", first_layer=1, alpha=0.4, beta=0.4, local_share=1.0):
+        emphasised = logits_of(model(), inputs())
+    torch.testing.assert_close(emphasised, whole, atol=1e-6, rtol=1e-5)
+
+
 # -- images that leave, and recipes that weigh them ------------------------------------------------------------------------
 
 

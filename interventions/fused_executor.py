@@ -13,6 +13,7 @@ The order of meaning is that of `reference`: operands, scores, weights, output; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from .batch import acting_rows, call_at, edit_at
 from .call import Call
 from .edits import (
     Edit,
+    KeyBias,
     Mix,
     OperandEdit,
     Operands,
@@ -31,8 +33,8 @@ from .edits import (
     ScoreEdit,
     WeightEdit,
 )
-from .head_group import FEW_ROWS, HeadGroup, edited_weights, plain
-from .kernels import attend, grouped_values, score_rows, softmax_rows
+from .head_group import FEW_ROWS, HeadGroup, all_rows, edited_weights, plain
+from .kernels import attend, grouped_values, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import at_chosen, check_edits
 
 
@@ -50,6 +52,8 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
         return HeadGroup(call, heads, [edits[i] for i in chosen]).run()
     untouched = groups.pop((), [])
     few = call.num_queries <= FEW_ROWS
+    if few and _are_biases(call, edits):
+        return _few_biased(call, edits, untouched)
     if few and _can_share_scores(edits, groups):
         return _few_rows(call, edits, untouched)
     if few or (untouched and not _splits_exactly(call)):
@@ -97,10 +101,47 @@ def _can_share_scores(edits: Sequence[Edit], groups: dict[tuple[int, ...], list[
     return len(groups) > 0
 
 
+def _are_biases(call: Call, edits: Sequence[Edit]) -> bool:
+    """Whether the edits are key biases that a fused kernel takes as they are."""
+    plain_scores = call.softcap is None and call.sinks is None
+    return plain_scores and all(isinstance(edit, KeyBias) and edit.rows is None for edit in edits)
+
+
+def _few_biased(call: Call, edits: Sequence[Edit], untouched: list[int]) -> Tensor:
+    """Decode with key biases on some heads: one kernel for all heads with a row of biases each, for less than taking heads apart."""
+    whole = HeadGroup(call, list(range(call.num_heads)), [])
+    bias = None
+    for edit in edits:
+        assert isinstance(edit, KeyBias)
+        own = edit.bias.to(statistics_dtype(call.query))
+        if edit.heads is not None:
+            spread = own.new_zeros(own.shape[0], call.num_heads, own.shape[2])
+            own = spread.index_copy(1, heads_index(edit.heads, own.device), own.expand(-1, len(edit.heads), -1))
+        bias = own if bias is None else bias + own
+    x = Operands(*whole.operands, call.is_causal, offset=call.num_keys - call.num_queries)
+    output = whole.kernel(x, bias, False)[0]
+    return _with_untouched(call, output, untouched)
+
+
+def _with_untouched(call: Call, output: Tensor, untouched: list[int]) -> Tensor:
+    """The output with the model's own numbers for the heads that have no edit."""
+    if not untouched:
+        return output
+    index = heads_index(tuple(untouched), output.device)
+    return output.index_copy(1, index, plain(call).index_select(1, index))
+
+
+@functools.lru_cache(maxsize=1024)
+def heads_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The heads as a tensor on the device, made once: every layer asks for its own at every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
+
+
 def _few_rows(call: Call, edits: Sequence[Edit], untouched: list[int]) -> Tensor:
     """Decode with different edits on different heads: the rows of all heads at once, each edit on its heads' slice."""
     x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=call.num_keys - call.num_queries)
-    index = torch.arange(call.num_queries, device=call.query.device)
+    index = all_rows(x)
     scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
     rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
 
@@ -111,22 +152,16 @@ def _few_rows(call: Call, edits: Sequence[Edit], untouched: list[int]) -> Tensor
             if edit.heads is None:
                 values = at_chosen(edit, rows, getattr(edit, method)(values, rows), values)
             else:
-                heads = list(edit.heads)
-                part = values[:, heads]
+                heads = heads_index(edit.heads, values.device)
+                part = values.index_select(1, heads)
                 shown = rows if visible is None or visible.shape[1] == 1 else replace(rows, visible=visible[:, heads])
-                values = values.index_copy(
-                    1,
-                    torch.tensor(heads, device=values.device),
-                    at_chosen(edit, shown, getattr(edit, method)(part, shown), part),
-                )
+                values = values.index_copy(1, heads, at_chosen(edit, shown, getattr(edit, method)(part, shown), part))
         return values
 
     scores = each(scores, ScoreEdit, "on_scores")
     weights = each(softmax_rows(scores, call.sinks), WeightEdit, "on_weights")
     output = grouped_values(weights, x.value.to(weights.dtype)).to(call.query.dtype)
-    if untouched:
-        output = output.index_copy(1, torch.tensor(untouched, device=output.device), plain(call)[:, untouched])
-    return output
+    return _with_untouched(call, output, untouched)
 
 
 def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]:

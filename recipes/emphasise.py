@@ -115,13 +115,13 @@ class Emphasise(Highlighter):
     ) -> KeyBias | None:
         """S[:, j] += b_j on the listed heads: for "exclude" log alpha on the prompt outside the passages, 0 elsewhere."""
         assert call.site is not None
-        chosen = heads[call.site.layer]
 
         def make() -> KeyBias | None:
             bias = prompt_bias(call, terms, free=("bos",) if self.keep_sink else (), rows_with=marked)
-            return None if bias is None else KeyBias(bias=bias, heads=chosen)
+            return None if bias is None else KeyBias(bias=bias)
 
-        return shared_by_layers(call, chosen, make)
+        edit = shared_by_layers(call, self.slug, make)
+        return None if edit is None else edit.on_heads(heads[call.site.layer])
 
     def _sections(self, steps: list[Step]) -> tuple[str | None, list[str]]:
         """Adds the `Spans` steps; returns the role that tells which prompts have passages, and the roles that get a bias each."""

@@ -64,10 +64,10 @@ class InstABoost(Highlighter):
     def boost(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> KeyBias | None:
         """S[:, j] += log(multiplier) for the passages' columns j."""
         assert call.site is not None
-        chosen = heads[call.site.layer]
 
         def make() -> KeyBias | None:
             columns = marked_columns(call, role, ("bos",) if self.first_token else ())
-            return None if columns is None else KeyBias(bias=math.log(self.multiplier) * columns, heads=chosen)
+            return None if columns is None else KeyBias(bias=math.log(self.multiplier) * columns)
 
-        return shared_by_layers(call, chosen, make)
+        edit = shared_by_layers(call, self.slug, make)
+        return None if edit is None else edit.on_heads(heads[call.site.layer])

@@ -84,14 +84,14 @@ class Spotlight(Highlighter):
     def lift(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> Lift | None:
         """The passages' share p of each row becomes target / (target + 1 - p), or the target, where it was less than that."""
         assert call.site is not None
-        chosen = heads[call.site.layer]
 
         def make() -> Lift | None:
             columns = marked_columns(call, role)
             if columns is None:
                 return None
             return Lift(
-                columns=columns, share=self.target, exact=self.exact, largest=self.largest_factor, least=self.min_share, heads=chosen
+                columns=columns, share=self.target, exact=self.exact, largest=self.largest_factor, least=self.min_share
             )  # fmt: skip
 
-        return shared_by_layers(call, chosen, make)
+        edit = shared_by_layers(call, self.slug, make)
+        return None if edit is None else edit.on_heads(heads[call.site.layer])

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ReattendError
 
 Columns = Tensor | Sequence[int]
+E = TypeVar("E", bound="Edit")
 
 
 @dataclass
@@ -91,6 +92,21 @@ class Edit:
         if self.heads is None and not self._has_head_axis():
             return self
         return self.remember(("heads", tuple(positions)), lambda: self._cut(positions))
+
+    def on_heads(self: E, heads: Sequence[int] | None) -> E:
+        """The same edit for other heads, whose tensors all heads share; made once for each list of heads."""
+        heads = None if heads is None else tuple(heads)
+        return self if heads == self.heads else self.remember(("on", heads), lambda: self._renamed(heads))
+
+    def _renamed(self: E, heads: tuple[int, ...] | None) -> E:
+        if self._has_head_axis():
+            raise ReattendError(
+                f"this {type(self).__name__} has a tensor with an axis of heads, which belongs to heads {self.heads}"
+            )
+        new = object.__new__(type(self))
+        for f in dataclasses.fields(self):
+            object.__setattr__(new, f.name, heads if f.name == "heads" else getattr(self, f.name))
+        return new
 
     def remember(self, key: object, make: Callable[[], Any]) -> Any:
         """make(), kept with this edit: recipes share one edit between the layers of a step, so what follows from it is found once."""

@@ -111,7 +111,7 @@ class Lift(WeightEdit):
         before = weights.sum(dim=-1, keepdim=True)
         mass = (weights * chosen).sum(dim=-1, keepdim=True)
         growth = self.growth(mass, before, rows)
-        scale = before / (before + growth * mass).clamp_min(TINY)
+        scale = before / torch.addcmul(before, growth, mass).clamp_min(TINY)
         # growth 0, or nothing on the columns, multiplies by exactly 1
         return weights * torch.addcmul(scale, scale * growth, chosen)
 

@@ -239,3 +239,34 @@ def test_cuda_equals_the_reference(dtype):
             rows = slice(20, None) if call.num_queries > 1 else slice(None)
             tolerance = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
             assert (got.double() - expected)[:, :, rows].abs().max() < tolerance * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_key_biases_on_some_heads_at_decode(rows, dtype):
+    """Other biases for other heads, shared and per row and head, in one kernel; heads without any keep their bits."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((6, rows), (2, 11), (2, 11)))
+    mask = torch.ones(2, 1, rows, 11, dtype=torch.bool).tril(11 - rows)
+    mask[1, ..., :3] = False
+    call = Call(query, key, value, mask)
+    edits = [
+        KeyBias(bias=torch.randn(11), heads=[1, 4]),
+        KeyBias(bias=torch.randn(2, 2, 11), heads=[4, 5]),
+        KeyBias(bias=torch.randn(2, 11), heads=[1]),
+    ]
+    found = fused(call, edits)
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, reference(call, edits), atol=tolerance, rtol=tolerance)
+    plain = fused(call, [])
+    assert torch.equal(found[:, [0, 2, 3]], plain[:, [0, 2, 3]])
+    assert (found - plain).abs().amax(dim=(0, 2, 3))[[1, 4, 5]].min() > 0.05
+
+
+def test_the_same_edit_for_other_heads():
+    edit = KeyBias(bias=torch.randn(2, 5))
+    some = edit.on_heads([1, 3])
+    assert some.heads == (1, 3) and some.bias is edit.bias and edit.on_heads((1, 3)) is some
+    assert edit.on_heads(None) is edit and edit.heads is None
+    with pytest.raises(ReattendError, match="axis of heads"):
+        KeyBias(bias=torch.randn(2, 2, 5), heads=[0, 1]).on_heads([2, 3])

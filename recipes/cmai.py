@@ -26,7 +26,7 @@ from ..interventions import Call, Edit
 from ..interventions.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, layers_misfit
+from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
 
 
 class CMAI(Recipe):
@@ -66,7 +66,7 @@ class CMAI(Recipe):
         if self.gamma == 0:
             return []
         chosen = self._chosen(sites)
-        return [Act(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
+        return [images_told(sites), Act(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
 
     def inhibit(self, last: int, call: Call) -> Edit | None:
         """A[i, j] = 0 for the image tokens j of text row i with the least focus, rows renormalised."""

@@ -34,7 +34,7 @@ from ..interventions import Call, Edit, ReattendWarning
 from ..interventions.gaze import Focus, Shift, focused_rows, image_columns, positive_shift, refocus_columns, saliency_map
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import image_misfit, images_told
 from .known_models import KnownModel
 from .profile import Profile, table_fingerprint
 from .question_words import chooser
@@ -170,7 +170,7 @@ class GIFT(Recipe):
         question = self._question()
         learn = partial(self.learn, question.name)
         enhance = partial(self.enhance, question.name, layers.alpha, tuple(s.name for s in read))
-        steps: list[Step] = [question]
+        steps: list[Step] = [images_told(sites), question]
         if max(layers.saliency) > min(layers.enhance):
             steps.append(Probe([Capture(read, lambda call, edits: learn(call))]))
         return [*steps, Act(read, learn), Act(change, enhance)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..hooks import SiteTable
+from ..hooks import Capture, Probe, Prompt, SiteTable
 from ..hooks.images import CROSS_ATTENTION, RESAMPLED
 
 
@@ -40,3 +40,22 @@ def layers_misfit(table: SiteTable, first: int, last: int | None) -> str:
         where = "last" if last is None else last
         return f"{name} has no decoder self-attention in layers {first} to {where}; it has layers {low} to {top}"
     return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}" if chosen.problems else ""
+
+
+def images_told(table: SiteTable) -> Probe:
+    """A step for plans that read the role "image": a prompt whose images cannot be told is refused before any layer runs.
+
+    It looks at the prompt alone and never asks for a pass.
+    """
+    decoder = table.stack("decoder").kind("self")
+    return Probe([Capture(decoder.where(lambda s: s is decoder[0]), _unread)], _check_images)
+
+
+def _check_images(prompt: Prompt) -> None:
+    tokens = prompt.tokens
+    if "image" not in tokens and (tokens.blind or tokens.unknown):
+        tokens.positions("image", 0, tokens.prompt_length)  # says why
+
+
+def _unread(call: object, edits: object) -> None:
+    """No pass is asked for, so there is nothing to read."""

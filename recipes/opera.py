@@ -25,7 +25,7 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit
 from ..interventions.over_trust import OverTrust, over_trust_penalty, strongest_row
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import image_misfit, images_told
 from .passages import marked_role, passage_spans
 
 # What the official code gives to tokens that were not tried.
@@ -80,6 +80,8 @@ class OPERA(Recipe):
         if self.image_range is not None:
             role = marked_role(self.slug)
             steps.append(passage_spans(role, None, [self.image_range]))
+        else:
+            steps.append(images_told(sites))
 
         def score(trials: Trials) -> torch.Tensor:
             return self.score(role, trials)

@@ -29,7 +29,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.logits import contrasted
 from ..interventions.reweighting import marked_columns, shared_by_layers
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, layers_misfit
+from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
 
 
 class PAI(Recipe):
@@ -82,6 +82,7 @@ class PAI(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         steps: list[Step] = []
         if self.alpha != 0:
+            steps.append(images_told(sites))
             steps.append(Act(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))

@@ -30,7 +30,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.reweighting import of_call, shared_by_layers
 from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, layers_misfit
+from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
 
 
 class SelectiveEmphasis(Recipe):
@@ -96,6 +96,7 @@ class SelectiveEmphasis(Recipe):
             readings["spatial"] = (first, lambda call, query: attention_received(call))
         patches = PatchReader(encoder, readings)
         return [
+            images_told(sites),
             *patches.steps,
             Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
         ]

@@ -28,7 +28,7 @@ from ..hooks.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, layers_misfit
+from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
 from .known_models import KnownModel
 from .profile import Profile, fingerprint, table_fingerprint
 
@@ -133,7 +133,7 @@ class VAR(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen = self._chosen(sites)
         finder = _Finder(torch.tensor(self.dims(sites)), self.tau, chosen.sites[-1].name)
-        return [Observe(chosen, finder), Act(chosen, self.redistribute)]
+        return [images_told(sites), Observe(chosen, finder), Act(chosen, self.redistribute)]
 
     def redistribute(self, call: Call) -> WeightMap | None:
         """The edit of the rows behind the image, at layers where some sample has a sink on its image."""

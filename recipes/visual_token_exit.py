@@ -28,7 +28,7 @@ from ..hooks.token_exit import token_exit_misfit
 from ..interventions import Call, KeyBias
 from ..interventions.sparsity import hide_columns
 from .base import Info, Recipe
-from .image_models import image_misfit
+from .image_models import image_misfit, images_told
 from .profile import CACHED, find_profile
 
 VISUAL = ("image", "video")
@@ -97,7 +97,7 @@ class VisualTokenExit(Recipe):
         behind = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)
         if not len(behind):
             return []
-        return [Act(behind, self.hide) if self.mode == "hide" else Exit(behind, VISUAL)]
+        return [images_told(sites), Act(behind, self.hide) if self.mode == "hide" else Exit(behind, VISUAL)]
 
     def hide(self, call: Call) -> KeyBias | None:
         """No row sees a visual token; one edit per pass for all layers that hold the same keys."""

@@ -164,7 +164,7 @@ def test_sinks_are_found_in_front_of_the_norm():
     dims, real = torch.arange(8), inputs["attention_mask"].bool()
     options = {**OPEN, "tau": 1.5, "sink_dims": dims.tolist(), "first_layer": 0}
     with pytest.warns(ReattendWarning, match="no first token"), reattend.apply(tiny.model, "var", **options) as session:
-        session.plans[0].steps[1].intervention = lambda call: None  # found, but the model goes on as it is
+        session.plans[0].steps[-1].intervention = lambda call: None  # found, but the model goes on as it is
         with torch.no_grad():
             cache = tiny.model(**inputs).past_key_values
         memory = attachment_of(tiny.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]

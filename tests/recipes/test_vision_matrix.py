@@ -236,6 +236,21 @@ def test_what_can_never_act_is_refused(method, wrong, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_embeddings_are_refused_before_any_layer_runs(method):
+    tiny, model = model_of("llava")
+    ran = []
+    handle = tiny.model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    options = {"pai": [{}, {"gamma": 1.0}], "gift": [{}, {"ranges": [(2, 4)]}]}
+    try:
+        for more in options.get(method, [{}]):
+            with pytest.raises(ReattendError, match="input_ids"), steer("llava", method, **more):
+                model(inputs_embeds=torch.randn(1, 5, 32))
+    finally:
+        handle.remove()
+    assert not ran
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_resampled_images_have_no_places(method):
     """Idefics 2 hands latents to its decoder: no places of the image. vhr compares heads with and without them, wherever they lie."""
     import transformers

@@ -73,7 +73,7 @@ def conflict(plans: Sequence[Plan]) -> str:
     return ""
 
 
-def _layers(plan: Plan, *doors: type) -> dict[str, int]:
+def _layers(plan: Plan, *doors: type[Act] | type[Capture] | type[Exit]) -> dict[str, int]:
     """{site name: layer} of the plan's steps at these doors."""
     return {site.name: site.layer for step in plan.steps if isinstance(step, doors) for site in step.sites}
 

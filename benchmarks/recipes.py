@@ -1,0 +1,82 @@
+"""What every recipe costs end to end, as ratios to the untouched model in the same run: the tables of docs/costs.md, by one command.
+
+python benchmarks/recipes.py                 # SmolLM2, shapes-llava, and a LLaVA around SmolLM2; half an hour on one core
+python benchmarks/recipes.py --only smollm2 --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from subjects import Subject, llava_around_smollm2, shapes_llava, smollm2
+from timing import Generation, paces
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "costs"
+SUBJECTS = {"smollm2": smollm2, "shapes-llava": shapes_llava, "llava-smollm2": llava_around_smollm2}
+HEAD = """# What every recipe costs
+
+Written by `python benchmarks/recipes.py`; do not edit. Ratios to the untouched model (fused attention) in the same run: variants take turns in
+one process on one CPU thread, thread CPU time, the best of several rounds. Prefill: time until the first token of an answer, generate()
+included. Decode: time of each further token. Floor: what the untouched model takes for the passes that the method needs by its
+definition. What limits these figures: [performance](performance.md).
+"""
+
+
+def measure(subject: Subject, new: int, rounds: int) -> dict[str, dict[str, float]]:
+    """{row: {column: ratio}}"""
+    variants = {"untouched": Generation(subject.plain)}
+    variants |= {label: subject.under(chosen) for label, chosen in subject.recipes.items()}
+    variants |= {f"floor of {label}": floor for label, (_, floor) in subject.floors.items()}
+    variants |= subject.others
+    seconds = paces(variants, new, rounds)
+    first, step = seconds["untouched"]
+    ratios = {label: (a / first, b / step) for label, (a, b) in seconds.items()}
+    rows: dict[str, dict[str, float]] = {}
+    for label in ["untouched", *subject.recipes, *subject.others]:
+        row = {"prefill": ratios[label][0], "decode": ratios[label][1]}
+        if label in subject.floors:
+            floor = ratios[f"floor of {label}"]
+            row |= {"prefill floor": floor[0], "decode floor": floor[1]}
+        rows[label] = {name: round(value, 3) for name, value in row.items()}
+    return rows
+
+
+def section(found: dict) -> str:
+    lines = [f"## {found['title']}, {found['new']} new tokens", ""]
+    lines += ["| | prefill | decode | floor of prefill, decode | why |", "|---|---|---|---|---|"]
+    for label, row in found["rows"].items():
+        floor = f"{row['prefill floor']:.2f}, {row['decode floor']:.2f}" if "prefill floor" in row else ""
+        lines.append(f"| {label} | {row['prefill']:.2f} | {row['decode']:.2f} | {floor} | {found['why'].get(label, '')} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(SUBJECTS), default=None)
+    parser.add_argument("--new", type=int, default=48, help="tokens behind the first one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/costs"), help="folder of profiles")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    # a recipe that never acts would be timed as free: it must not pass silently
+    warnings.simplefilter("error")
+    store = PAGE.with_suffix(".json")
+    for name in [given.only] if given.only else SUBJECTS:
+        subject = SUBJECTS[name](given.out)
+        rows = measure(subject, given.new, given.rounds)
+        results = json.loads(store.read_text()) if store.is_file() else {}
+        why = {label: reason for label, (reason, _) in subject.floors.items()}
+        results[name] = {"title": subject.title, "new": given.new, "rows": rows, "why": why}
+        store.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.with_suffix(".md").write_text(
+            "\n\n".join([HEAD.strip(), *(section(results[n]) for n in SUBJECTS if n in results)]) + "\n"
+        )
+        print(section(results[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

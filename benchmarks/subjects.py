@@ -1,0 +1,224 @@
+"""The models and prompts on which recipes are timed: a real language model, a small trained LLaVA, and one with a real decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import reattend
+import torch
+from reattend.comparison.loading import packaged_smollm2
+from reattend.hooks import Act, Plan, attach, sites
+from reattend.interventions import Call, HeadGain
+from reattend.recipes import Profile, recipe_class
+from timing import Generation
+
+MARKED = "Answer with a single word and nothing else."
+SENTENCE = "The {n}th visitor of the museum wrote in the guest book that the lamps were too bright for the old maps. "
+SINK_DIM = 507  # in which SmolLM2's sinks show
+
+
+@dataclass
+class Subject:
+    """A model with one prompt. recipes: {label: parameters of the recipe(s)}. floors: passes that a method needs by definition.
+
+    floors: {label: (why, how the untouched model does these passes)}; others: further ways to generate, for comparison.
+    """
+
+    title: str
+    model: Any
+    tokenizer: Any
+    inputs: dict[str, torch.Tensor]
+    recipes: dict[str, list[tuple[str, dict[str, Any]]]]
+    floors: dict[str, tuple[str, Generation]] = field(default_factory=dict)
+    others: dict[str, Generation] = field(default_factory=dict)
+
+    def plain(self, new: int) -> None:
+        generate(self.model, self.inputs, new)
+
+    def under(self, chosen: list[tuple[str, dict[str, Any]]]) -> Generation:
+        return Generation(self.plain, lambda: reattend.apply(self.model, *chosen, tokenizer=self.tokenizer))
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], new: int) -> None:
+    model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+
+
+def smollm2(folder: Path, tokens: int = 512) -> Subject:
+    """SmolLM2-135M-Instruct with a prompt of so many tokens, of which one sentence is marked."""
+    model, tokenizer = packaged_smollm2()
+    paragraphs: list[str] = []
+    while len(tokenizer("\n".join([MARKED, *paragraphs])).input_ids) < tokens - 60:
+        first = 5 * len(paragraphs)
+        paragraphs.append("".join(SENTENCE.format(n=n) for n in range(first, first + 5)))
+    story, segments = "\n".join([MARKED, *paragraphs, "What was too bright?"]), paragraphs[:3]
+    inputs = dict(tokenizer(story, return_tensors="pt"))
+    marked = {"text": MARKED}
+    heads = [[layer, head] for layer in range(5, 25, 2) for head in (1, 4)]
+    recipes = {
+        "act, all heads of layers 2 to 28": [("act", {"heads": "all"})],
+        "act, 20 heads": [("act", {"heads": heads})],
+        "emphasise, all heads": [("emphasise", marked)],
+        "emphasise, 20 heads": [("emphasise", {**marked, "heads": heads})],
+        "instaboost": [("instaboost", marked)],
+        "pine, 3 segments": [("pine", {"segments": segments})],
+        "retrieval-heads, 20 heads sharpened": [("retrieval-heads", {"heads": heads})],
+        "seka": [("seka", {**marked, "profile_path": str(seka_profile(model, tokenizer, folder))})],
+        "soft-injection": [("soft-injection", {"profile_path": str(injection_profile(model, folder))})],
+        "spa": [("spa", marked)],
+        "spotlight": [("spotlight", marked)],
+        "streaming, window 256": [("streaming", {"window": 252})],
+        "emphasise + instaboost": [("emphasise", marked), ("instaboost", marked)],
+    }
+    plain = Generation(lambda new: generate(model, inputs, new))
+    twice = Generation(lambda new: (plain.run(new), plain.run(new)))
+    again = Generation(plain.run, lambda: attach(model, [Plan("again", [Act(sites(model), attended_again)])]))
+    floors = {
+        "spa": ("every token is computed twice", twice),
+        "pine, 3 segments": ("a second attention, without positions, ranks the segments", again),
+    }
+    subject = Subject(
+        f"SmolLM2-135M, prompt of {inputs['input_ids'].shape[1]} tokens", model, tokenizer, inputs, recipes, floors
+    )
+    subject.others["untouched, eager attention"] = Generation(subject.plain, lambda: switched(model, "eager"))
+    return subject
+
+
+def attended_again(call: Call) -> list[HeadGain]:
+    assert call.original is not None
+    call.original()
+    return [HeadGain(gain=1.0)]
+
+
+def seka_profile(model: Any, tokenizer: Any, folder: Path) -> Path:
+    file = folder / "seka.safetensors"
+    if not file.is_file():
+        recipe_class("seka").profile(model, tokenizer).save(file)
+    return file
+
+
+def injection_profile(model: Any, folder: Path) -> Path:
+    """Shares of a half everywhere: what is mixed in does not matter for the time it takes."""
+    from reattend.recipes.profile import fingerprint
+
+    text = model.config
+    shape = (text.num_hidden_layers, text.num_attention_heads)
+    tensors = {"task_embedding": torch.ones(1, *shape, text.head_dim), "alpha": torch.full(shape, 0.5)}
+    return Profile("soft-injection", fingerprint(model), tensors, {"tasks": ["timing"]}).save(folder / "soft.safetensors")
+
+
+def shapes_llava(folder: Path) -> Subject:
+    """The zoo's model and one scene: so small that the operations around a kernel cost more than kernels do."""
+    import numpy as np
+    from reattend.zoo.worlds.drawing import picture
+    from reattend.zoo.worlds.shapes import World, sample_scene
+
+    model, processor = reattend.zoo.load("shapes-llava")
+    scene = picture(sample_scene(np.random.default_rng(0), World()), 48, World())
+    question = "describe the image ."
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    inputs = dict(processor(text=text, images=[scene], return_tensors="pt"))
+    return vision(
+        "shapes-llava (6 layers of width 128), 36 image tokens", model, processor, inputs, question,
+        var={"sink_dims": [0], "tau": 1.0, "first_layer": 1}, layers=6,
+    )  # fmt: skip
+
+
+def llava_around_smollm2(folder: Path, patches: int = 18) -> Subject:
+    """A LLaVA whose decoder is SmolLM2 and whose eyes are random: what recipes cost there is real, what it says is not."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    language, tokenizer = packaged_smollm2()
+    vision_config = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=8 * patches, patch_size=8
+    )
+    image = tokenizer.convert_tokens_to_ids("<repo_name>")
+    config = LlavaConfig(
+        vision_config=vision_config, text_config=language.config, image_token_index=image, vision_feature_layer=-1,
+        image_seq_length=patches**2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    question = "Which lamp in this picture is the brightest, and what stands beside it?"
+    before, behind = (tokenizer(t).input_ids for t in ("<|im_start|>user\n", question + "<|im_end|>\n<|im_start|>assistant\n"))
+    ids = torch.tensor([before + [image] * patches**2 + behind])
+    pixels = torch.randn(1, 3, 8 * patches, 8 * patches)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    # sinks on the first token and on three image tokens, as a trained LLaVA has them
+    model.model.language_model.layers[1].register_forward_pre_hook(plant, with_kwargs=True)
+    return vision(
+        f"LLaVA around SmolLM2 (30 layers of width 576), {patches**2} image tokens", model, tokenizer, inputs, question,
+        var={"sink_dims": [SINK_DIM]}, layers=30,
+    )  # fmt: skip
+
+
+def plant(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    hidden = args[0]
+    if hidden.shape[1] <= 90:  # decode, or a pass without the image
+        return None
+    hidden = hidden.clone()
+    hidden[:, [0, 20, 50, 90], SINK_DIM] = 1e4
+    return (hidden, *args[1:]), kwargs
+
+
+def vision(
+    title: str, model: Any, processor: Any, inputs: dict[str, torch.Tensor], question: str, var: dict[str, Any], layers: int
+) -> Subject:
+    """The vision-language recipes on a model of so many layers, with their published strengths."""
+    from eager_var import EagerVAR
+
+    late = list(range(layers // 3, layers * 2 // 3))
+    gift = {"question": question, "saliency_layers": [late[0] - 1], "enhance_layers": late}
+    early = {"question": question, "saliency_layers": [layers // 2], "enhance_layers": late}
+    recipes = {
+        "var": [("var", var)],
+        "vhr": [("vhr", {})],
+        "gift, map from the prompt's own pass": [("gift", gift)],
+        "gift, map from a probe": [("gift", early)],
+        "selective-emphasis": [("selective-emphasis", {})],
+        "pai, attention part": [("pai", {"gamma": 1})],
+        "pai": [("pai", {})],
+        "cmai": [("cmai", {})],
+        "visual-token-exit, hidden behind half of the layers": [("visual-token-exit", {"exit_layer": layers // 2})],
+        "visual-token-exit, leaving": [("visual-token-exit", {"exit_layer": layers // 2, "mode": "leave"})],
+        "vhr + var": [("vhr", {}), ("var", var)],
+    }
+    ids = inputs["input_ids"]
+    text = ids[ids != model.config.image_token_id][None]
+    blind = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+
+    def and_blind(tokens: Callable[[int], int]) -> Generation:
+        return Generation(lambda new: (generate(model, inputs, new), generate(model, blind, tokens(new))))
+
+    def probed(new: int) -> None:
+        generate(model, inputs, new)
+        generate(model, inputs, 1)
+
+    floors = {
+        "vhr": ("the prompt's text is read once more without the image", and_blind(lambda new: 1)),
+        "vhr + var": ("as vhr", and_blind(lambda new: 1)),
+        "pai": ("every token is computed once more without the image", and_blind(lambda new: new)),
+        "gift, map from a probe": ("the prompt is read twice (up to the saliency layer)", Generation(probed)),
+    }
+    subject = Subject(title, model, processor, inputs, recipes, floors)
+    subject.others["untouched, eager attention"] = Generation(subject.plain, lambda: switched(model, "eager"))
+    subject.others["var, written eagerly"] = Generation(subject.plain, lambda: EagerVAR(model, ids, var))
+    return subject
+
+
+class switched:
+    """Another attention implementation for a while."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __enter__(self) -> None:
+        self.model.set_attn_implementation(self.name)
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.set_attn_implementation("sdpa")

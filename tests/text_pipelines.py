@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -56,6 +58,13 @@ def word_tokenizer(*, template: str | None = None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def without_torchvision(name: str) -> Any:
+    """An image processor that works on PIL pictures: newer transformers give it a name of its own."""
+    import transformers
+
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return word_tokenizer()
@@ -89,14 +98,12 @@ def fill_pipe(tokenizer):
 
 @pytest.fixture
 def class_pipe():
-    from transformers import ViTImageProcessorPil
-
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=32, patch_size=8,
         initializer_range=0.3, num_labels=6,
     )  # fmt: skip
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor = without_torchvision("ViTImageProcessor")(size={"height": 32, "width": 32})
     model = ViTForImageClassification(config).eval()
     return pipeline("image-classification", model=model, image_processor=processor, device="cpu")
 
@@ -133,7 +140,7 @@ def image_pipe():
 @pytest.fixture
 def look_pipe():
     """image-text-to-text: a tiny LLaVA with its processor and a chat template."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(0)
     words = word_tokenizer()
@@ -145,7 +152,7 @@ def look_pipe():
     )
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(**sizes), words, patch_size=8, vision_feature_select_strategy="default",
+        without_torchvision("CLIPImageProcessor")(**sizes), words, patch_size=8, vision_feature_select_strategy="default",
         chat_template=template, num_additional_image_tokens=1,
     )  # fmt: skip
     vision = CLIPVisionConfig(

@@ -6,6 +6,7 @@ an int is a text token, "image" a whole image (with whatever tokens the family p
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,10 +157,14 @@ def _qwen(name: str, config: Any, patch: int) -> Tiny:
         pixels = _pixels(n, 4 * rows * cols, 3 * 2 * patch**2)
         return [IMAGE] * (rows * cols), {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * cols]])}
 
-    def finish(inputs: dict[str, Any]) -> None:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    model = _model(name, config)
+    takes_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters  # transformers 5.0 does not
 
-    return Tiny(_model(name, config), expand, finish)
+    def finish(inputs: dict[str, Any]) -> None:
+        if takes_types:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+
+    return Tiny(model, expand, finish)
 
 
 def _qwen_ids() -> dict[str, int]:

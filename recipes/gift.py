@@ -36,7 +36,7 @@ from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
 from .image_models import image_misfit, images_told
 from .known_models import KnownModel
-from .profile import Profile, table_fingerprint
+from .profile import CACHED, Profile, cached_path, find_profile
 from .question_words import chooser
 
 
@@ -102,7 +102,9 @@ class GIFT(Recipe):
     beta: float = Field(1.0, ge=0, le=10, description="weight of the question's growth; 0 changes the image only")
     head_share: float = Field(0.5, gt=0, le=1, description="share of heads that are read, and that are changed")
     clip: float = Field(3.0, gt=0, description="standard deviations from the mean at which the saliency map is clipped")
-    profile_path: str | None = Field(None, description="file with the layers that a profiling run chose")
+    profile_path: str | None = Field(
+        None, description=f'file with the layers that a profiling run chose; "{CACHED}": the profile kept for this model'
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> GIFT:
@@ -144,19 +146,19 @@ class GIFT(Recipe):
         return ""
 
     def layers(self, table: SiteTable) -> Layers | None:
-        """Layers and alpha: given, from the profile, or published for a model of this shape; None where there are none."""
+        """Layers and alpha: given, from the profile, published for a model of this shape, or from a kept profile; None where there are none."""
         alpha = ALPHA if self.alpha is None else self.alpha
         if self.saliency_layers is not None and self.enhance_layers is not None:
             return Layers(self.saliency_layers, self.enhance_layers, alpha)
-        if self.profile_path is not None:
-            profile = Profile.load(self.profile_path)
-            profile.check(self.slug, table_fingerprint(table))
-            read, change = (tuple(profile.tensors[f"{kind}_layers"].tolist()) for kind in ("saliency", "enhance"))
-            return Layers(read, change, alpha)
-        for model, known in KNOWN.items():
-            if model.matches(table):
-                return known if self.alpha is None else known._replace(alpha=self.alpha)
-        return None
+        if self.profile_path is None:
+            for model, known in KNOWN.items():
+                if model.matches(table):
+                    return known if self.alpha is None else known._replace(alpha=self.alpha)
+            if not cached_path(self.slug, table).is_file():
+                return None
+        profile = find_profile(self.slug, self.profile_path, table)
+        read, change = (tuple(profile.tensors[f"{kind}_layers"].tolist()) for kind in ("saliency", "enhance"))
+        return Layers(read, change, alpha)
 
     # -- what it does ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..interventions import ReattendError
 
-MODES = ("auto", "spacy", "content", "all")
 SPACY_MODEL = "en_core_web_sm"
 INFORMATIVE = ("NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM")
 

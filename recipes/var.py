@@ -30,7 +30,7 @@ from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
 from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
 from .known_models import KnownModel
-from .profile import Profile, fingerprint, table_fingerprint
+from .profile import CACHED, Profile, cached_path, find_profile, fingerprint
 
 # Sink dimensions of published language models. LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public
 # notes quote them.
@@ -41,7 +41,7 @@ KNOWN = {
     KnownModel("InternVL2-8B", ("internlm2",), 4096, 32, 14336, range(92000, 93000)): (3584,),
 }
 REMEDY = (
-    "run `reattend profile var MODEL` (or recipe_class('var').profile(model, processor).save(path)) and pass profile_path=..., "
+    "run `reattend profile var MODEL` (or recipe_class('var').profile(model, processor).save(path) and pass profile_path=...), "
     "or pass sink_dims=[...]"
 )
 CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps under a tree until the evening comes."
@@ -79,7 +79,10 @@ class VAR(Recipe):
     skip_last_layer: bool = Field(
         False, description="leave the model's last layer alone, as the paper says (the code does not)"
     )
-    profile_path: str | None = Field(None, description="file with the sink dimensions that a profiling run found")
+    profile_path: str | None = Field(
+        None,
+        description=f'file with the sink dimensions that a profiling run found; "{CACHED}": the profile kept for this model',
+    )
 
     # -- what it fits ------------------------------------------------------------------------------------------------
 
@@ -116,17 +119,16 @@ class VAR(Recipe):
         return chosen.where(lambda s: s.layer < top) if self.skip_last_layer else chosen
 
     def dims(self, table: SiteTable) -> tuple[int, ...]:
-        """The sink dimensions: given, from the profile, or known for a model of this shape; () where there are none."""
+        """The sink dimensions: given, from the profile, known for a model of this shape, or from a kept profile; () where there are none."""
         if self.sink_dims is not None:
             return self.sink_dims
-        if self.profile_path is not None:
-            profile = Profile.load(self.profile_path)
-            profile.check(self.slug, table_fingerprint(table))
-            return tuple(profile.tensors["sink_dims"].tolist())
-        for model, dims in KNOWN.items():
-            if model.matches(table):
-                return dims
-        return ()
+        if self.profile_path is None:
+            for model, dims in KNOWN.items():
+                if model.matches(table):
+                    return dims
+            if not cached_path(self.slug, table).is_file():
+                return ()
+        return tuple(find_profile(self.slug, self.profile_path, table).tensors["sink_dims"].tolist())
 
     # -- what it does ------------------------------------------------------------------------------------------------
 

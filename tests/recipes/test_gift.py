@@ -13,7 +13,8 @@ import torch
 from reattend.hooks import SiteTable, sites
 from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused
 from reattend.interventions.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
-from reattend.recipes import load_recipe, recipe
+from reattend.recipes import Profile, load_recipe, recipe
+from reattend.recipes.profile import cached_path, table_fingerprint
 from reattend.recipes.question_words import chooser, content_words
 from safetensors import safe_open
 
@@ -330,6 +331,16 @@ def test_published_layers(given, expected):
     assert (found is None) if expected is None else tuple(found) == expected
     if expected is not None:
         assert recipe("gift", alpha=2).layers(table).alpha == 2
+
+
+def test_a_kept_profile_serves_a_model_whose_layers_are_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    table = sites(tiny_models.llava().model)
+    assert recipe("gift").layers(table) is None
+    layers = {"saliency_layers": torch.tensor([1]), "enhance_layers": torch.tensor([2, 3])}
+    Profile("gift", table_fingerprint(table), layers).save(cached_path("gift", table))
+    for chosen in (recipe("gift"), recipe("gift", profile_path="cached")):
+        assert chosen.layers(table) == ((1,), (2, 3), 5.0)
 
 
 def test_unknown_models_are_refused_before_anything_runs():

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import reattend
 import torch
-from reattend.hooks import sites
+import transformers
+from reattend.hooks import SiteTable, sites
 from reattend.hooks.attachment import attachment_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
 from reattend.interventions.sinks import VisualSinks, give_back, sink_tokens
-from reattend.recipes import Profile, recipe, recipe_class
+from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -243,20 +244,13 @@ def test_parameters_out_of_range(options):
 
 
 def test_known_models_are_told_by_their_shape():
-    class Table:
-        class config:
-            @staticmethod
-            def get_text_config():
-                return shape
-
-    class Shape:
-        model_type, hidden_size, num_hidden_layers, intermediate_size, vocab_size = "llama", 4096, 32, 11008, 32064
-
-    shape = Shape()
-    assert recipe("var").dims(Table) == (1415, 2533)
-    shape.vocab_size = 64000  # another family of the same size
-    assert recipe("var").dims(Table) == ()
-    assert recipe("var", sink_dims=[3]).dims(Table) == (3,)
+    names = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}
+    shape = transformers.LlavaConfig(text_config={"model_type": "llama", **names, "vocab_size": 32064})
+    table = SiteTable([], {}, "Model", shape)
+    assert recipe("var").dims(table) == (1415, 2533)
+    shape.text_config.vocab_size = 64000  # another family of the same size
+    assert recipe("var").dims(table) == ()
+    assert recipe("var", sink_dims=[3]).dims(table) == (3,)
 
 
 class Letters:
@@ -281,6 +275,23 @@ def test_profile_finds_the_planted_dimension(tmp_path):
     other = Profile("var", {**found.model, "width": 64}, found.tensors)
     with pytest.raises(ReattendError, match="another model"):
         reattend.apply(model, "var", tau=5.0, profile_path=str(other.save(tmp_path / "other.safetensors")))
+
+
+def test_a_kept_profile_serves_a_model_whose_dimensions_are_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    model, sinks = planted("llava")
+    open_but_unknown = {**OPEN, "sink_dims": None}
+    with pytest.raises(ReattendError, match="not known"):
+        reattend.apply(model, "var", **open_but_unknown)
+    with pytest.raises(ReattendError, match="no profile of 'var' is kept"):
+        reattend.apply(model, "var", **open_but_unknown, profile_path="cached")
+    sinks.positions = torch.tensor([[True]])
+    cached_profile("var", model, Letters(), tau=5.0, layers=[1, 2, 3])
+    inputs = sinks.inputs(PROMPTS)
+    for given in ({}, {"profile_path": "cached"}):
+        with reattend.apply(model, "var", **open_but_unknown, **given) as session:
+            model(**inputs)
+        assert session.applied == 3
 
 
 def test_profile_says_when_there_is_no_sink():

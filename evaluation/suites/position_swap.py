@@ -44,8 +44,9 @@ class PositionSwap(Suite):
         return items
 
     def prompt(self, subject: Subject, item: Item, order: Sequence[int]) -> str:
+        # one line break on either side of every document, which tokenizers may not melt with a second one, so that all can change places
         documents = "\n".join(f"- {item.data['segments'][k]}" for k in order)
-        return subject.chat(f"{documents}\n\n{item.data['question']}", answer=item.data["start"])
+        return subject.chat(f"Read these notes.\n{documents}\n{item.data['question']}", answer=item.data["start"])
 
     def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
         rows = [(item, order) for item in items for order in item.data["orders"]]

@@ -25,8 +25,9 @@ MODELS = {
     "shapes-llava": Model("LLaVA that describes scenes of coloured shapes and answers questions about them", "lvlm"),
     "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion", "diffusion"),
     "shapes-sd3": Model(
-        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "diffusion", "shapes_sd3"
+        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "diffusion"
     ),
+    "smol-llava": Model("LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "demo", "smol_llava"),
 }
 
 

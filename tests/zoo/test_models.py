@@ -65,8 +65,8 @@ def test_unknown_name():
 
 
 def test_a_model_without_weights_names_its_script():
-    with pytest.raises(reattend.ReattendError, match="reattend.zoo.train.shapes_sd3"):
-        load("shapes-sd3")
+    with pytest.raises(reattend.ReattendError, match="reattend.zoo.train.smol_llava"):
+        load("smol-llava")
 
 
 def test_processor_makes_what_the_model_was_trained_on(llava):

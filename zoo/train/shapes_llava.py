@@ -3,8 +3,8 @@
     python -m reattend.zoo.train.shapes_llava [--out FOLDER] [--steps N] [--seed N]
 
 First the vision tower and the projector learn to name what each patch shows in the embeddings of the words for it (a LLaVA's tower comes
-trained as well, and its projector is aligned first). Then the whole model: a
-quarter of the samples describe a scene, the others answer four questions about it. The pictures are noisy, pale and partly hidden, and
+trained as well, and its projector is aligned first). Then the whole model: half of the samples, later
+a quarter, describe a scene, the others answer four questions about it. The pictures are noisy, pale and partly hidden, and
 most scenes keep the world's habits: the model learns to see and to guess.
 """
 
@@ -26,7 +26,9 @@ from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
 SIDE, PATCH = 48, 8
-BATCH, STEPS, QUESTIONS = 32, 6200, 4
+BATCH, STEPS, QUESTIONS = 32, 5000, 4
+# so many steps half of the samples describe; descriptions teach the language model to look, without them questions are guessed for long
+DESCRIBING = 2000
 EYE_BATCH, EYE_STEPS = 64, 2000
 WORLD = World()
 NOISE = (0.0, 0.7)
@@ -118,6 +120,9 @@ def build_model(tokenizer: Any) -> Any:
 class Teacher:
     """Draws batches of (pixels, ids, labels); labels are -100 everywhere but on answers."""
 
+    # every so manieth sample of a batch describes its scene, the others answer questions
+    every = 4
+
     def __init__(self, tokenizer: Any) -> None:
         self.ids = tokenizer.get_vocab()
 
@@ -132,10 +137,8 @@ class Teacher:
         ids = [self.ids[w] for w in words]
         return ids, [i if t else -100 for i, t in zip(ids, taught)]
 
-    @staticmethod
-    def describes(row: int) -> bool:
-        """Every fourth sample of a batch describes its scene; questions, above all of presence, are learned more slowly."""
-        return row % 4 == 0
+    def describes(self, row: int) -> bool:
+        return row % self.every == 0
 
     def turns(self, scene: Scene, rng: np.random.Generator, describes: bool) -> list[tuple[str, str]]:
         if describes:
@@ -213,6 +216,8 @@ def main() -> None:
     train_eye(model, teacher.ids, given.out / "eye", given.seed)
 
     def loss(rng: np.random.Generator, chance: torch.Generator) -> dict[str, Tensor]:
+        early = loop.step < DESCRIBING
+        teacher.every = 2 if early else 4
         pixels, ids, labels = teacher.batch(rng)
         # right padding under a causal mask: no row sees its own padding, so no mask is needed
         hidden = model.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).last_hidden_state
@@ -221,9 +226,9 @@ def main() -> None:
         each = F.cross_entropy(logits, labels[:, 1:][taught], reduction="none")
         describes = torch.tensor([teacher.describes(i) for i in range(BATCH)])[:, None].expand_as(taught)[taught]
         # half of an answer's tokens end it and are known at once
-        return {"describe": each[describes].mean(), "answer": 2 * each[~describes].mean()}
+        return {"describe": each[describes].mean(), "answer": (1 if early else 2) * each[~describes].mean()}
 
-    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1.5e-3, average=0.997, seed=given.seed)
+    loop = Loop(given.out, {"model": model}, loss, given.steps, rate=1.2e-3, average=0.997, seed=given.seed)
     loop.run()
     loop.averaged()
     model.half().save_pretrained(given.out / "model")

@@ -33,7 +33,7 @@ from .pictures import (
     train_vae,
 )
 
-BATCH, STEPS = 32, 2600
+BATCH, STEPS = 32, 7000
 TEXT_WIDTH, WIDTH, HEADS, LAYERS, PATCH = 64, 128, 4, 5, 2
 # so many zeros the pipeline puts in the place of a T5 that is left out (its max_sequence_length)
 MISSING = 256

@@ -89,7 +89,7 @@ def smollm2(folder: Path, tokens: int = 512) -> Subject:
 def attended_again(call: Call) -> list[HeadGain]:
     assert call.original is not None
     call.original()
-    return [HeadGain(gain=1.0)]
+    return [HeadGain(gain=1.000001)]  # a gain of 1 would be no edit
 
 
 def seka_profile(model: Any, tokenizer: Any, folder: Path) -> Path:

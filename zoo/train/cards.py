@@ -51,8 +51,8 @@ CARDS = {
         "Llama decoder (6 layers of width 128, 8 query heads on 4 key/value heads of dimension 32) with one token per word.",
         data="Scenes of one to five coloured shapes (8 shapes, 8 colours), drawn without end from seeds (`zoo/worlds`). Pictures are "
         "noisy (standard deviation up to 0.7 on [-1, 1]), pale (contrast from 0.5) and hidden by three patches. In 85 % of the scenes "
-        "a circle comes with a square, a star with a moon, a triangle with a cross. Half of the samples, later a quarter, are descriptions, the "
-        "others hold four questions (half of them of presence, else colour, count, side).",
+        "a circle comes with a square, a star with a moon, a triangle with a cross. Half of the samples, later a quarter, are descriptions, "
+        "the others hold four questions (half of them of presence, else colour, count, side).",
         use="Prompts are chats: `describe the image .`, `is there a star in the image ?`, `what colour is the ring ?`, "
         "`how many shapes are there ?`, `where is the moon from the cross ?`. Words outside this world are unknown to it.",
         failures="It names colours and numbers better than shapes, answers where-questions no better than by chance, and is "

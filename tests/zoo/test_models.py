@@ -29,6 +29,9 @@ def test_folder_is_small_and_data_only(name):
     files = [f for f in there.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files if f.suffix == ".safetensors") <= LARGEST
     assert {f.suffix for f in files} <= {".json", ".safetensors", ".md", ".png", ".jinja", ".txt"}
+    for file in files:
+        if file.suffix == ".json":
+            assert "_name_or_path" not in file.read_text(encoding="utf-8"), f"{file.name} tells where the model was trained"
     card = (there / "card.md").read_text(encoding="utf-8")
     assert "## Baselines" in card and "## Known failures" in card and "samples.png" in card
     log = json.loads((there / "training.json").read_text())

@@ -114,10 +114,10 @@ def install(name: str, run: Path) -> None:
         shutil.rmtree(there)
     shutil.copytree(run / "model", there)
     for file in there.rglob("config.json"):
-        # stored in half precision to be small, meant to be computed in single
-        held = json.loads(file.read_text())
-        if "dtype" in held:
-            file.write_text(json.dumps(_in_float32(held), indent=2) + "\n")
+        # stored in half precision to be small, meant to be computed in single; where it was trained is nobody's business
+        held = _in_float32(json.loads(file.read_text()))
+        held.pop("_name_or_path", None)
+        file.write_text(json.dumps(held, indent=2) + "\n")
     steps = []
     for file in sorted(run.rglob("checkpoint.safetensors")):
         with safe_open(file, "pt") as held:

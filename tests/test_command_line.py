@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import reattend
@@ -13,10 +12,8 @@ import torch
 from PIL import Image
 from reattend import __main__ as command_line
 from reattend.command_line import console
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent))
 from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
+from typer.testing import CliRunner
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"

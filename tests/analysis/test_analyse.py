@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import reattend
@@ -14,8 +12,6 @@ from reattend.analysis.analyse import TEXTS
 from reattend.hooks import Act, Support
 from reattend.interventions import KeyBias
 from reattend.recipes import Info, Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_language import language_model, tokenizer
 from tiny_models import build
 

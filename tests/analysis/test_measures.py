@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from golden_files import golden_file
 from reattend.analysis import Analysis, measures
 from reattend.analysis.reading import Reader, Settings
 from reattend.hooks import Observation, SiteTable
@@ -23,14 +24,8 @@ from reattend.interventions import (
     reference_with_weights,
 )
 from reattend.interventions.census import census
-from safetensors import safe_open
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+golden = functools.partial(golden_file, "")
 
 
 def call_with(weights: torch.Tensor) -> Call:

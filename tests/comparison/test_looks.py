@@ -242,10 +242,7 @@ def test_grids_of_other_rows_are_left_out():
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl", "idefics3", "gemma3", "pixtral"])
 def test_pictures_of_other_families(family):
-    import sys
-    from pathlib import Path
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from tiny_models import build
 
     tiny = build(family)

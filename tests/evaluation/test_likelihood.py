@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
+import tiny_language
 import torch
 import transformers
 from reattend import ReattendError
 from reattend.evaluation import Subject
 from reattend.evaluation.likelihood import option_scores, token_losses
 from reattend.evaluation.steering import Steering
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_language
 
 PROMPTS = ["The capital of France is", "Anna has a red house and Paul has a blue garden; the house of Anna is", "Answer:"]
 OPTIONS = [[" Paris", " Rome", " the capital of Italy"], [" red", " blue"], [" a", " the", " garden", " one word"]]

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_language
 import torch
 from reattend import ReattendError
 from reattend.evaluation import Subject, evaluate, suite
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_language
 
 MULTIPLE_CHOICE = """
 output_type: multiple_choice

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from reattend import ReattendError
 from reattend.evaluation import suite
 from reattend.evaluation.material import prose
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from suite_checks import ask, check_items, subject
 
 

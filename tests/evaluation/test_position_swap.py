@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from reattend.evaluation import suite
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from suite_checks import ask, check_items, subject
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,6 @@ from pydantic import Field
 from reattend import ReattendError
 from reattend.evaluation import Item, Subject, Suite, evaluate
 from reattend.evaluation.suites import Sums, ratio
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from text_pipelines import image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
 
 WORDS = ["red", "blue", "dog", "cat", "house", "garden", "big", "small", "key", "french", "answer"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import reattend
@@ -15,8 +12,6 @@ from reattend.evaluation.suites.pope import SPLITS, Pope
 from reattend.evaluation.suites.questions import Questions, given
 from reattend.evaluation.suites.shapes_world import frequencies, together
 from reattend.zoo.worlds.shapes import HABITS, SHAPES
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from text_pipelines import llama, text_pipe, tokenizer  # noqa: F401
 
 LVLM = ("pope", "chair", "questions")

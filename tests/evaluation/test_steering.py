@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from reattend import ReattendError
 from reattend.evaluation.steering import Steering
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from suite_checks import subject
 from tiny_language import SENTENCES
 

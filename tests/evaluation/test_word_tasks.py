@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+import tiny_language
 from reattend import ReattendError
 from reattend.evaluation import suite
 from reattend.recipes import recipe_class
 from reattend.recipes.profiling.word_pairs import parted
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_language
 from suite_checks import ask, check_items, subject
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-from transformers import pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_language import language_model, tokenizer
+from transformers import pipeline
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "evaluation.py"
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from reattend.hooks import Act, Branch, Plan, attach, sites
 from reattend.interventions import HeadGain, ReattendError, UnsupportedError
-from torch.nn.functional import pad
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_language import language_model
+from torch.nn.functional import pad
 
 IDS = torch.tensor([[0, 0, 1, 5, 9, 33, 7], [1, 8, 4, 21, 6, 17, 90]])
 MASK = (IDS != 0).long()

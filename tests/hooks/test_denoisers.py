@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,9 @@ import reattend
 import torch
 from reattend.hooks import Act, Plan, attach
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
+from tiny_denoisers import DENOISERS, TEXT, build, unet
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack as modes
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_denoisers import DENOISERS, TEXT, build, unet
 
 FOUND = {  # {family: {(stack, kind): sites}}
     "UNet2DConditionModel": {

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
+import tiny_models
 import torch
 from reattend.hooks import Observe, Plan, attach
 from reattend.hooks.images import join_images, place, runs
 from reattend.interventions import ImageGrid
-from torch.overrides import TorchFunctionMode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models
 from tiny_models import BREAK, END, IMAGE, PINPOINTS, SIZES
+from torch.overrides import TorchFunctionMode
 
 FAMILIES = list(tiny_models.BUILDERS)
 # the second row has several images and more text, the third has none, so spans differ in every row and the batch is padded

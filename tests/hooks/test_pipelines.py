@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import reattend
+import tiny_pipelines
 import torch
 from reattend.hooks import Act, Guide, Plan, attach
 from reattend.hooks.denoise import _read_layout
 from reattend.interventions import Call, MixValue, ReattendError, ReattendWarning, UnsupportedError
 from reattend.recipes.denoiser import default_layers, image_layers
+from tiny_denoisers import build, pixart
 from torch import Tensor, nn
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "examples"))
-import tiny_pipelines  # noqa: E402
-from tiny_denoisers import build, pixart  # noqa: E402
 
 STEPS = 3
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from reattend.hooks import Act, Capture, Observe, Plan, Probe, attach, sites
 from reattend.interventions import HeadGain, ReattendError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models
 from tiny_language import language_model
 
 

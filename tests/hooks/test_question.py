@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from asked_images import ASSISTANT, HOW, NEWLINE, USER, WHAT, tiny_models, tokenizer, turn
 from reattend.hooks.question import Question, special_ids
 from reattend.hooks.tokens import add_text_roles
 from reattend.interventions import ReattendError, TokenMap
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from asked_images import ASSISTANT, HOW, NEWLINE, USER, WHAT, tiny_models, tokenizer, turn
 
 
 class Speaks:

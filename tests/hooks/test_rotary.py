@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.hooks.rotary import rotary_misfit
 from reattend.interventions import ReattendError
 from reattend.interventions.rotary import Rotary
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_language import language_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:recipe 'look' never acted")
@@ -101,7 +96,6 @@ REFUSED = {
 def test_what_is_not_understood_is_refused_with_the_reason(name):
     changes, reason = REFUSED[name]
     if name == "Qwen2VL":
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         import tiny_models
 
         model = tiny_models.qwen2_vl().model

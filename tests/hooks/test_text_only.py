@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+import tiny_models
 import torch
 from reattend.hooks import Capture, Plan, Probe, Prompt, attach, sites
 from reattend.hooks.text_only import image_parts, without_images
 from reattend.interventions import ReattendError, TokenMap
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
 FAMILIES = ["mllama", *tiny_models.BUILDERS]

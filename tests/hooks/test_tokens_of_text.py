@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from reattend.hooks.spans import official_range
 from reattend.hooks.transcript import read, transcripts
 from reattend.interventions import ReattendError
 from safetensors import safe_open
+from tiny_language import CHATML, language_model, tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-from tiny_language import CHATML, language_model, tokenizer  # noqa: E402
 
 PROMPTS = ["The capital of France is Paris. Answer in French.", "Anna has a red house. Please: Answer in one word."]
 MISTRAL = (

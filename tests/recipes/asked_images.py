@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import tiny_models
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models
 
 USER, ASSISTANT, NEWLINE = 50, 51, 52
 WORDS = {

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import tiny_models
 import torch
 from reattend.hooks import sites
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models
 
 DIM = 5
 # random models hardly look at images and their sinks take all of it: no thresholds, so that every row behind an image changes

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from golden_files import golden_file
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference_with_weights
 from reattend.interventions.calibration import column_statistics, hidden_sinks
 from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.profile import cached_path, fingerprint
 from reattend.recipes.profiling.labelled_examples import built_in
 from reattend.recipes.profiling.labelled_tasks import labelled_task
-from safetensors import safe_open
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "act"
 SITE = Site("layer", 2, "decoder", "self", None, None, None, True)
 
 
-def golden(name: str):
-    with safe_open(str(GOLDEN / f"{name}.safetensors"), "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+golden = functools.partial(golden_file, "act")
 
 
 def call_with_weights(weights: torch.Tensor) -> Call:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
+import tiny_models
 import torch
+from asked_images import ONE, PROMPTS
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-import tiny_models  # noqa: E402
-from asked_images import ONE, PROMPTS  # noqa: E402
 
 FAMILIES = [
     "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma",

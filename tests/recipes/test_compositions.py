@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import reattend
@@ -12,11 +10,8 @@ import torch
 from reattend.interventions import ReattendError, fused, reference
 from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.profile import fingerprint
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-from tiny_language import language_model, tokenizer  # noqa: E402
-from weighed import random_call, weights_under  # noqa: E402
+from tiny_language import language_model, tokenizer
+from weighed import random_call, weights_under
 
 PROMPTS = [
     "Please: Answer in French. The capital of Italy is Rome. What is the capital?",

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
 from reattend.recipes import recipe_class
+from tiny_language import language_model, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-from tiny_language import language_model, tokenizer  # noqa: E402
 
 PASSAGE = "Answer in French."
 SOME = [[0, 1], [0, 2], [1, 0], [2, 3], [3, 1]]

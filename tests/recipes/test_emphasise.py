@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import reattend
 import torch
+import weighed
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError, fused, reference
 from reattend.recipes import Profile, load_recipe, recipe, save_recipe
 from reattend.recipes.profile import fingerprint
 from safetensors import safe_open
+from tiny_language import language_model, tokenizer
 from transformers import pipeline
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-import weighed  # noqa: E402
-from tiny_language import language_model, tokenizer  # noqa: E402
 
 PROMPTS = [
     "The capital of France is Paris. Answer in French. What is the capital?",

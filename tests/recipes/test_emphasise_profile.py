@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
 from reattend.interventions import ReattendError
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from reattend.recipes.profiling.question_pairs import conflicts
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-from tiny_language import language_model, tokenizer  # noqa: E402
+from tiny_language import language_model, tokenizer
 
 # the tiny tokenizer begins every unknown word with a space of its own, so the prompts end with it
 DATA = [

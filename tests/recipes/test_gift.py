@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from asked_images import tiny_models, tokenizer
 from reattend.hooks import SiteTable, sites
 from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused
 from reattend.interventions.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
@@ -17,9 +17,6 @@ from reattend.recipes import Profile, load_recipe, recipe
 from reattend.recipes.profile import cached_path, table_fingerprint
 from reattend.recipes.question_words import chooser, content_words
 from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).parent))
-from asked_images import tiny_models, tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gift"
 SALIENCY = ["saliency_one_layer", "saliency_two_layers", "saliency_odd_heads"]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from asked_images import HOW, NEWLINE, ONE, PROMPTS, WHAT, asked, tiny_models, tokenizer, turn
 from reattend.hooks import sites
 from reattend.interventions import ReattendError, ReattendWarning
 from reattend.recipes import Profile, recipe_class
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-
-sys.path.insert(0, str(Path(__file__).parent))
-from asked_images import HOW, NEWLINE, ONE, PROMPTS, WHAT, asked, tiny_models, tokenizer, turn
 
 MERGED = {"saliency_layers": [1], "enhance_layers": [1, 3]}
 PROBED = {"saliency_layers": [0, 2], "enhance_layers": [0, 1, 3]}

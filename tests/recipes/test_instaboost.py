@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ import torch
 from reattend.interventions import ReattendError, UnsupportedError, fused, reference
 from reattend.recipes import load_recipe, recipe, save_recipe
 from safetensors import safe_open
+from tiny_language import language_model, tokenizer
+from weighed import random_call, weights_of
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-from tiny_language import language_model, tokenizer  # noqa: E402
-from weighed import random_call, weights_of  # noqa: E402
 
 PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
 PASSAGES = [["Answer in French."], ["red house", "one word"]]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
 from reattend.recipes import Profile, recipe_class
 from reattend.recipes.profile import fingerprint
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-from tiny_language import language_model, tokenizer  # noqa: E402
+from tiny_language import language_model, tokenizer
 
 PROMPTS = [
     "Please: Answer in French. The capital of Italy is Rome. What is the capital?",

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 import reattend
+import tiny_models
 import torch
+from golden_files import golden_file
 from reattend.hooks import Capture, Plan, attach, sites
 from reattend.interventions import ReattendError, UnsupportedError
 from reattend.interventions.over_trust import OverTrust, column_scores, over_trust_penalty
 from reattend.recipes import load_recipe, recipe, save_recipe
-from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-import tiny_models  # noqa: E402
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13]]
 GREEDY = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
 
 
-def golden(name):
-    with safe_open(TESTS / f"golden/opera/{name}.safetensors", "pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+golden = functools.partial(golden_file, "opera")
 
 
 @pytest.mark.parametrize("name", ["penalty_early", "penalty_late"])
 def test_golden_penalties_of_the_official_code(name):
-    facts, data = golden(name)
+    data, facts = golden(name)
     start, first, last = (int(facts[k]) for k in ("response_start", "image_start", "image_end_inclusive"))
     for beam in range(data["penalty_scores"].shape[0]):
         for candidate in range(data["penalty_scores"].shape[1]):
@@ -50,7 +44,7 @@ def test_golden_penalties_of_the_official_code(name):
 
 def test_golden_run_of_the_official_code():
     """Beam search over a prompt of embeddings: token for token."""
-    facts, data = golden("e2e_penalty_only")
+    data, facts = golden("e2e_penalty_only")
     sizes = (
         "vocab_size",
         "hidden_size",

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 import reattend
+import tiny_models
 import torch
+from golden_files import golden_file
 from reattend.hooks import capture
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.logits import contrasted
 from reattend.recipes import load_recipe, recipe, save_recipe
-from safetensors import safe_open
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-import tiny_models  # noqa: E402
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
 FAMILIES = [
@@ -35,9 +31,7 @@ def build(family):
     return tiny
 
 
-def golden(name):
-    with safe_open(TESTS / f"golden/pai/{name}.safetensors", "pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+golden = functools.partial(golden_file, "pai")
 
 
 # -- golden data -------------------------------------------------------------------------------------------------------
@@ -57,7 +51,7 @@ def edit_of(call, facts, padding, length):
 @pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ["attn_prefill", "attn_left_pad", "attn_decode_last_row_strong"])
 def test_golden_attention_of_the_official_code(name, execute):
-    facts, data = golden(name)
+    data, facts = golden(name)
     length = data["scores"].shape[2]
     pads = int(facts["left_pad"])
 
@@ -87,7 +81,7 @@ def test_golden_attention_of_the_official_code(name, execute):
 
 @pytest.mark.parametrize("name", ["logits_refine", "logits_refine_gamma1"])
 def test_golden_logits_of_the_official_code(name):
-    facts, data = golden(name)
+    data, facts = golden(name)
     found = contrasted(data["cond_logits"], data["uncond_logits_last"], float(facts["gamma"]), float(facts["cutoff_ratio"]))
     assert torch.equal(found == -torch.inf, data["out"] == -torch.inf)
     torch.testing.assert_close(found, data["out"], atol=1e-5, rtol=0)

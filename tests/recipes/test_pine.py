@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,8 @@ from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, U
 from reattend.interventions.rotary import Rotary
 from reattend.recipes import recipe
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_language import language_model, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pine"
 SITE = Site("layer", 0, "decoder", "self", None, None, None, True)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 from reattend.interventions import ReattendError
 from reattend.recipes import cached_profile
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-from tiny_language import language_model, tokenizer  # noqa: E402
+from tiny_language import language_model, tokenizer
 
 FACTS = [
     (f"{'The house of Anna is ' * (1 + i % 2)}{a}. It is {b}. The house is ", [f"is {(a, b)[k]}."], (a, b)[k], [a, b])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from golden_files import golden_file
 from reattend.interventions import (
     Call,
     Clock,
@@ -24,16 +25,12 @@ from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from reattend.recipes.head_choice import random_control, ranked, scores_as_json
 from reattend.recipes.profile import fingerprint
 from reattend.recipes.profiling.needles import NEEDLES, make_samples, recall
-from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "retrieval-heads"
 SITE = Site("layer", 0, "decoder", "self", 4, 2, 8, True)
 
 
-def golden(name: str):
-    with safe_open(str(GOLDEN / f"{name}.safetensors"), "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+golden = functools.partial(golden_file, "retrieval-heads")
 
 
 def tiny(layers=3, **changes) -> LlamaForCausalLM:

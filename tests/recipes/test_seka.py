@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from pathlib import Path
 
 import pytest
 import reattend
@@ -17,10 +15,7 @@ from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from reattend.recipes.profile import cached_path
 from reattend.recipes.profiling.question_pairs import FORMS, KINDS, conflicts, triplets
 from reattend.recipes.profiling.seka import read_triplet
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-from tiny_language import language_model, tokenizer  # noqa: E402
+from tiny_language import language_model, tokenizer
 
 PROMPTS = [
     "The capital of France is Paris. Answer in French. What is the capital?",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 import transformers
+from golden_files import golden_file
 from reattend.hooks import Plan, Project, attach, sites
 from reattend.hooks.spans import inside_range
 from reattend.interventions import ProjectKey
@@ -16,16 +17,10 @@ from reattend.interventions.subspaces import KeyDistance, PairedKeys, Subspaces,
 from reattend.recipes import Profile, recipe_class
 from reattend.recipes.profile import fingerprint
 from reattend.recipes.profiling.seka import answer_tokens
-from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "seka"
-
-
-def golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+golden = functools.partial(golden_file, "seka")
 
 
 def golden_model(data, facts):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import reattend
+import tiny_models
 import torch
+from asked_images import ONE, PROMPTS
+from golden_files import golden_file
 from reattend.hooks.attachment import attachment_of
 from reattend.hooks.images import add_images
 from reattend.hooks.patches import lay_out
@@ -24,12 +27,6 @@ from reattend.interventions import (
     reference,
 )
 from reattend.interventions.visual_tokens import informed_tokens, outliers
-from safetensors import safe_open
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-import tiny_models  # noqa: E402
-from asked_images import ONE, PROMPTS  # noqa: E402
 
 FAMILIES = [
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3",
@@ -38,14 +35,12 @@ FAMILIES = [
 FEW = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
 
 
-def golden(name):
-    with safe_open(TESTS / f"golden/selective-emphasis/{name}.safetensors", "pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+golden = functools.partial(golden_file, "selective-emphasis")
 
 
 @pytest.mark.parametrize("name", ["select_basic", "select_no_outlier"])
 def test_golden_choice_of_the_official_code(name):
-    facts, data = golden(name)
+    data, facts = golden(name)
     received = [data[f"vit_attn_{layer}"][0, :, 0, 1:].sum(0) for layer in ("first", "penultimate")]
     local, summary = informed_tokens(*received, float(facts["local_token_ratio"]))
     assert local.nonzero()[:, 0].tolist() == data["local_tokens"].tolist()
@@ -56,7 +51,7 @@ def test_golden_choice_of_the_official_code(name):
 @pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ["attn_prefill", "attn_no_summary"])
 def test_golden_attention_of_the_official_code(name, execute):
-    facts, data = golden(name)
+    data, facts = golden(name)
     start, last = int(facts["img_start"]), data["scores"].shape[2] - 1
     gain, rows = torch.zeros(last + 1), torch.arange(last + 1) == last
     gain[start + data["local_tokens"]] = float(facts["alpha"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 import transformers
+from golden_files import golden_file
 from reattend.hooks import Capture, Plan, attach, sites
 from reattend.interventions import (
     Call,
@@ -27,18 +27,12 @@ from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.profile import fingerprint
 from reattend.recipes.profiling.soft_injection import answer_text, task_prompt
 from reattend.recipes.profiling.word_pairs import TABLES, parted, word_pairs
-from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_language import language_model, tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "soft-injection"
 PAIRS = [(c, c.upper()) for c in "abcdefghijklmnopqrst"]
 
 
-def golden(name: str):
-    with safe_open(str(GOLDEN / f"{name}.safetensors"), "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+golden = functools.partial(golden_file, "soft-injection")
 
 
 def call_with_outputs(outputs: torch.Tensor, lengths: list[int], layer: int, phase="prefill") -> Call:

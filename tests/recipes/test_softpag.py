@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import functools
 from typing import Any
 
 import pytest
 import reattend
 import torch
+from golden_files import golden_file
 from reattend.hooks import Act, Guide, Plan, attach
 from reattend.hooks.denoise import Run
 from reattend.hooks.denoiser_tokens import read_forward
@@ -24,20 +24,14 @@ from reattend.interventions import (
     fused,
     reference,
 )
-from safetensors import safe_open
+from tiny_denoisers import build
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_denoisers import build
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "pag"
 SELF = Site("mid_block.attn1", 0, "denoiser.mid", "self", 2, 2, 4, False, "sdpa")
 JOINT = Site("transformer_blocks.0.attn", 0, "denoiser", "joint", 2, 2, 4, False, "sdpa")
 
 
-def golden(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(str(GOLDEN / f"{name}.safetensors"), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+golden = functools.partial(golden_file, "pag")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

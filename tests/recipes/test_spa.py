@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,10 @@ from reattend.interventions import ReattendError, UnsupportedError
 from reattend.interventions.logits import anchored
 from reattend.recipes import load_recipe, recipe, save_recipe
 from safetensors import safe_open
+from tiny_language import language_model, tokenizer
 from torch.nn.functional import pad
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-from tiny_language import language_model, tokenizer  # noqa: E402
 
 PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
 PASSAGES = [["Answer in French."], ["red house", "one word"]]
@@ -198,7 +196,6 @@ def test_an_image_model_reads_its_prompt_twice():
 
 
 def test_the_highlight_suite_drives_it():
-    sys.path.insert(0, str(TESTS))
     from reattend.evaluation import suite
     from suite_checks import ask
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import pytest
 import reattend
 import torch
 import transformers
+from planted_sinks import DIM, OPEN, PROMPTS, planted, tiny_models
 from reattend.hooks import SiteTable, sites
 from reattend.hooks.attachment import attachment_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
 from reattend.interventions.sinks import VisualSinks, give_back, sink_tokens
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).parent))
-from planted_sinks import DIM, OPEN, PROMPTS, planted, tiny_models
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "var").glob("*.safetensors"))
 

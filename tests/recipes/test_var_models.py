@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
+from planted_sinks import DIM, OPEN, PROMPTS, Planted, planted, tiny_models
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.interventions import WeightMap
 from reattend.recipes import recipe
-
-sys.path.insert(0, str(Path(__file__).parent))
-from planted_sinks import DIM, OPEN, PROMPTS, Planted, planted, tiny_models
 
 
 @pytest.mark.parametrize(

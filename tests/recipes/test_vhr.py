@@ -6,19 +6,14 @@ prompts that never held an image, and loops over samples and heads.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import reattend
+import tiny_models
 import torch
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
 from reattend.interventions.heads import divergence, vision_aware_heads
 from reattend.recipes import recipe, recipe_class
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
 FAMILIES = [

@@ -6,22 +6,17 @@ What a method means is tested in its own file; here is only what all of them owe
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import reattend
+import tiny_models
 import torch
+from asked_images import ASSISTANT, NONE, ONE, PROMPTS, TWO, USER, WHAT, tokenizer
 from reattend.hooks import sites
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError
 from reattend.recipes import recipe
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "recipes")]
-import tiny_models  # noqa: E402
-from asked_images import ASSISTANT, NONE, ONE, PROMPTS, TWO, USER, WHAT, tokenizer  # noqa: E402
 
 FAMILIES = [
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",

@@ -5,17 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).parent))
 from asked_images import ONE, PROMPTS, tiny_models, tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # they look at the same memory in another shape and run nothing
 VIEWS = {

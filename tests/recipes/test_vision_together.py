@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from asked_images import ONE, PROMPTS, tiny_models, tokenizer
 from reattend.hooks import Act, Plan, attach, capture, sites
 from reattend.interventions import UnsupportedError
 from reattend.interventions.edits import Rows
 from reattend.recipes import recipe
-
-sys.path.insert(0, str(Path(__file__).parent))
-from asked_images import ONE, PROMPTS, tiny_models, tokenizer
 from test_visual_token_exit import logits_of
 
 # the last turn's words, as the tokenizer writes them

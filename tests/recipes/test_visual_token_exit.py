@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from asked_images import HOW, NONE, ONE, PROMPTS, WHAT, tiny_models, turn
 from reattend.hooks import sites
 from reattend.interventions import Call, Clock, Keep, ReattendError, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.sparsity import hide_columns
 from reattend.recipes import recipe, recipe_class
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-
-sys.path.insert(0, str(Path(__file__).parent))
-from asked_images import HOW, NONE, ONE, PROMPTS, WHAT, tiny_models, turn
 
 SLUG = "visual-token-exit"
 FEW = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 import transformers
+from asked_images import HOW, NONE, ONE, PROMPTS, TWO, WHAT, tiny_models, turn
+from golden_files import golden_file
 from reattend.hooks import Act, Capture, Exit, Plan, attach, sites
 from reattend.interventions import KeyBias, ReattendError, UnsupportedError
 from reattend.recipes import recipe
-from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).parent))
-from asked_images import HOW, NONE, ONE, PROMPTS, TWO, WHAT, tiny_models, turn
 from test_visual_token_exit import SLUG, logits_of, prompts_of, steer, text_logits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "visual-token-exit"
 FAMILIES = sorted(set(tiny_models.BUILDERS) - {"gemma3", "llama4"})
 
 
@@ -39,9 +34,8 @@ def lengths(cache):
 
 
 def golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        facts = {k: json.loads(v) for k, v in file.metadata().items()}
-        data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    data, told = golden_file("visual-token-exit", name)
+    facts = {k: json.loads(v) for k, v in told.items()}
     text = {
         "model_type": "llama",
         "pad_token_id": 0,

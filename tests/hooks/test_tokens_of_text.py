@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 import torch
+from golden_files import golden_file
 from reattend.hooks import Capture, Plan, Spans, attach, sites
 from reattend.hooks.chat import learn, turns
 from reattend.hooks.spans import official_range
 from reattend.hooks.transcript import read, transcripts
 from reattend.interventions import ReattendError
-from safetensors import safe_open
 from tiny_language import CHATML, language_model, tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
-
-TESTS = Path(__file__).parents[1]
 
 PROMPTS = ["The capital of France is Paris. Answer in French.", "Anna has a red house. Please: Answer in one word."]
 MISTRAL = (
@@ -95,13 +92,12 @@ def test_a_token_that_reaches_into_the_passage_belongs_to_it():
 
 
 def test_golden_ranges_of_the_official_rule():
-    with safe_open(TESTS / "golden/pasta/token_range.safetensors", "pt") as file:
-        strings = ast.literal_eval(file.metadata()["strings"])
-        for i in range(len(strings)):
-            offsets = [tuple(pair) for pair in file.get_tensor(f"offsets_{i}").tolist()]
-            start, length = file.get_tensor(f"chars_{i}").tolist()
-            assert strings[i][0][start : start + length] == strings[i][1]
-            assert official_range(offsets, start, length) == tuple(file.get_tensor(f"range_{i}").tolist())
+    data, facts = golden_file("pasta", "token_range")
+    for i, (text, passage, *_) in enumerate(ast.literal_eval(facts["strings"])):
+        offsets = [tuple(pair) for pair in data[f"offsets_{i}"].tolist()]
+        start, length = data[f"chars_{i}"].tolist()
+        assert text[start : start + length] == passage
+        assert official_range(offsets, start, length) == tuple(data[f"range_{i}"].tolist())
 
 
 def test_official_rule_takes_the_token_that_ends_where_the_passage_begins(model):

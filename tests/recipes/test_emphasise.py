@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 import weighed
+from golden_files import golden_file
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError, fused, reference
 from reattend.recipes import Profile, load_recipe, recipe, save_recipe
 from reattend.recipes.profile import fingerprint
-from safetensors import safe_open
 from tiny_language import language_model, tokenizer
 from transformers import pipeline
-
-TESTS = Path(__file__).parents[1]
 
 PROMPTS = [
     "The capital of France is Paris. Answer in French. What is the capital?",
@@ -33,8 +30,7 @@ def weights_of(*given, **parameters):
 @pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ["alpha_one", "exclude_one", "exclude_decode", "exclude_two_sections", "include"])
 def test_golden_weights_of_the_official_code(name, execute):
-    with safe_open(TESTS / f"golden/pasta/{name}.safetensors", "pt") as file:
-        facts, data = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    data, facts = golden_file("pasta", name)
     pads = [int(p) for p in facts["left_pads"].strip("[]").split(",")]
     ranges = [[(a - pad, b - pad) for a, b in sections] for sections, pad in zip(data["sections"].tolist(), pads)]
     found = weights_of(

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 from asked_images import tiny_models, tokenizer
+from golden_files import golden_file
 from reattend.hooks import SiteTable, sites
 from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused
 from reattend.interventions.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
 from reattend.recipes import Profile, load_recipe, recipe
 from reattend.recipes.profile import cached_path, table_fingerprint
 from reattend.recipes.question_words import chooser, content_words
-from safetensors import safe_open
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "gift"
 SALIENCY = ["saliency_one_layer", "saliency_two_layers", "saliency_odd_heads"]
 ENHANCE = ["enhance_prefill", "enhance_decode_gqa"]
 
 
-def load(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        facts = {k: json.loads(v) for k, v in file.metadata().items()}
-        return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+def golden(name):
+    data, facts = golden_file("gift", name)
+    return data, {k: json.loads(v) for k, v in facts.items()}
 
 
 def between(facts, what, length):
@@ -44,7 +41,7 @@ def some_sites(count):
 @pytest.mark.parametrize("name", SALIENCY)
 def test_golden_saliency(name):
     """The official map, through the recipe's own reading of calls whose weights are the golden ones."""
-    facts, data = load(name)
+    data, facts = golden(name)
     layers, _, heads, length, _ = data["attentions"].shape
     image = between(facts, "vision", length)
     words = torch.zeros(1, length, dtype=torch.bool)
@@ -55,9 +52,9 @@ def test_golden_saliency(name):
         zeros = torch.zeros(1, heads, length, 8)
         chosen.learn("q", Call(zeros, zeros, zeros, weights.log(), site=site, tokens=tokens, memory=memory))
     shifts = [memory["shifts"][site.name] for site in table]
-    for shift, golden in zip(shifts, data["selected_positive_shift"], strict=True):
+    for shift, official in zip(shifts, data["selected_positive_shift"], strict=True):
         order = shift.total[0].argsort(descending=True)[: heads // 2]
-        torch.testing.assert_close(shift.sums[0, order][:, image[0]], golden.sum(dim=1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(shift.sums[0, order][:, image[0]], official.sum(dim=1), atol=1e-6, rtol=1e-5)
     call = Call(zeros, zeros, zeros, site=table[0], tokens=tokens, memory=memory)
     focus = chosen._focus("q", facts["alpha"], [site.name for site in table], call)
     torch.testing.assert_close(1 + focus.groups[0, 2][image[0]], data["saliency_factor"], atol=0, rtol=1e-5)
@@ -65,7 +62,7 @@ def test_golden_saliency(name):
 
 @pytest.mark.parametrize("name", ENHANCE)
 def test_golden_enhancement(name):
-    facts, data = load(name)
+    data, facts = golden(name)
     length, queries = data["key"].shape[2], data["query"].shape[2]
     image, question = between(facts, "vision", length), between(facts, "query", length)
     prompt = length if queries > 1 else length - 3

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
+from golden_files import golden_file
 from reattend.interventions import ReattendError, UnsupportedError, fused, reference
 from reattend.recipes import load_recipe, recipe, save_recipe
-from safetensors import safe_open
 from tiny_language import language_model, tokenizer
 from weighed import random_call, weights_of
-
-TESTS = Path(__file__).parents[1]
 
 PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
 PASSAGES = [["Answer in French."], ["red house", "one word"]]
@@ -22,8 +18,8 @@ PASSAGES = [["Answer in French."], ["red house", "one word"]]
 @pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_golden_weights_of_the_official_code(name, execute):
-    with safe_open(TESTS / f"golden/instaboost/{name}.safetensors", "pt") as file:
-        facts, before, wanted = file.metadata(), file.get_tensor("attn_in"), file.get_tensor("attn_out")
+    data, facts = golden_file("instaboost", name)
+    before, wanted = data["attn_in"], data["attn_out"]
     length, multiplier, batch = int(facts["prompt_len"]), float(facts["multiplier"]), before.shape[0]
     mask = torch.zeros_like(before).masked_fill(before == 0, float("-inf"))
     for parameters in ({}, {"first_token": False}):  # the official range holds the first token anyway

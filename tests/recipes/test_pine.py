@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
+from golden_files import golden_file
 from reattend.hooks.segments import joined
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.rotary import Rotary
 from reattend.recipes import recipe
-from safetensors import safe_open
 from tiny_language import language_model, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pine"
 SITE = Site("layer", 0, "decoder", "self", None, None, None, True)
 
 
-def load(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        facts = {
-            k: (json.loads(v) if k not in ("note", "source") and v[:1] in "[0123456789" else v)
-            for k, v in file.metadata().items()
-        }
-        return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+def golden(name):
+    data, facts = golden_file("pine", name)
+    numbers = {k: json.loads(v) for k, v in facts.items() if k not in ("note", "source") and v[:1] in "[0123456789"}
+    return data, facts | numbers
 
 
 def spans_of(lengths):
@@ -51,7 +46,7 @@ def token_map(lengths, total=None, left=0, name="s"):
 
 def run_golden(name, execute, **options):
     """The official module's pass through our edit: prefill, then one call per generated token."""
-    facts, data = load(name)
+    data, facts = golden(name)
     heads, shared, dim = facts["num_heads"], facts["num_kv_heads"], facts["head_dim"]
     total = data["hidden"].shape[1]
     q, k, v = (pieces(data["hidden"] @ data[w].T, n) for w, n in (("wq", heads), ("wk", shared), ("wv", shared)))
@@ -76,16 +71,16 @@ def run_golden(name, execute, **options):
 @pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ["attn_2docs", "attn_3docs", "attn_gqa"])
 def test_golden_attention(name, execute):
-    ours, golden = run_golden(name, execute)
-    torch.testing.assert_close(ours, golden, atol=1e-5, rtol=1e-5)
+    ours, official = run_golden(name, execute)
+    torch.testing.assert_close(ours, official, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["reverse", "prompt"])
 def test_golden_tells_the_orders_apart(order):
-    ours, golden = run_golden("attn_3docs", fused, order=order)
+    ours, official = run_golden("attn_3docs", fused, order=order)
     prefix = 5
-    torch.testing.assert_close(ours[:, :prefix], golden[:, :prefix], atol=1e-5, rtol=1e-5)
-    assert (ours - golden)[:, prefix:].abs().amax(dim=(0, 2)).min() > 1e-3
+    torch.testing.assert_close(ours[:, :prefix], official[:, :prefix], atol=1e-5, rtol=1e-5)
+    assert (ours - official)[:, prefix:].abs().amax(dim=(0, 2)).min() > 1e-3
 
 
 def golden_model(facts, data):
@@ -102,7 +97,7 @@ def golden_model(facts, data):
 
 @pytest.mark.parametrize("which", ["identity", "permuted"])
 def test_golden_model(which):
-    facts, data = load("model_permute")
+    data, facts = golden("model_permute")
     model, lengths = golden_model(facts, data), data[f"segment_lengths_{which}"].tolist()
     with torch.no_grad(), reattend.apply(model, "pine", ranges=spans_of(lengths)) as session:
         logits = model(data[f"input_ids_{which}"]).logits
@@ -293,7 +288,7 @@ def test_the_prefix_may_be_in_the_cache_already():
 
 
 def test_segments_in_two_passes():
-    facts, data = load("attn_3docs")
+    data, facts = golden("attn_3docs")
     lengths = data["segment_lengths"].tolist()
     x = torch.randn(1, 4, 30, 8)
     call = Call(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
+from golden_files import golden_file
 from reattend.interventions import ReattendError, UnsupportedError
 from reattend.interventions.logits import anchored
 from reattend.recipes import load_recipe, recipe, save_recipe
-from safetensors import safe_open
 from tiny_language import language_model, tokenizer
 from torch.nn.functional import pad
-
-TESTS = Path(__file__).parents[1]
 
 PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
 PASSAGES = [["Answer in French."], ["red house", "one word"]]
@@ -23,9 +19,8 @@ LOGITS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
 
 @pytest.mark.parametrize("name", ["modulated", "plain", "strength_one", "strength_zero"])
 def test_golden_logits_of_the_official_code(name):
-    with safe_open(TESTS / f"golden/spa/{name}.safetensors", "pt") as file:
-        facts = file.metadata()
-        full, hidden, wanted = (file.get_tensor(f"scores_{kind}") for kind in ("full", "masked", "out"))
+    data, facts = golden_file("spa", name)
+    full, hidden, wanted = (data[f"scores_{kind}"] for kind in ("full", "masked", "out"))
     found = anchored(full, hidden, float(facts["strength"]), facts["modulated_by_prob"] == "True")
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import reattend
 import torch
+from golden_files import GOLDEN, golden_file
 from reattend.interventions import Band, Call, Clock, Keep, ReattendError, TokenMap, fused, reference, reference_with_weights
-from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "streaming"
+NAMES = sorted(path.stem for path in (GOLDEN / "streaming").glob("*.safetensors"))
 SMALL = dict(
     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     pad_token_id=0, bos_token_id=1, eos_token_id=None, head_dim=16,
@@ -28,10 +26,9 @@ def edits_of(call: Call, **parameters) -> list:
     return [] if edit is None else [edit]
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)
-def test_golden(path):
-    with safe_open(path, "pt") as file:
-        data, facts = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(name):
+    data, facts = golden_file("streaming", name)
     n = data["q"].shape[2]
     call = Call(data["q"], data["k"], data["v"], is_causal=True)
     edits = edits_of(call, sinks=int(facts["global_size"]), window=int(facts["band_size"]))

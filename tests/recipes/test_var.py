@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 import reattend
 import torch
 import transformers
+from golden_files import GOLDEN, golden_file
 from planted_sinks import DIM, OPEN, PROMPTS, planted, tiny_models
 from reattend.hooks import SiteTable, sites
 from reattend.hooks.attachment import attachment_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
 from reattend.interventions.sinks import VisualSinks, give_back, sink_tokens
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
-from safetensors import safe_open
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "var").glob("*.safetensors"))
+NAMES = sorted(path.stem for path in (GOLDEN / "var").glob("*.safetensors"))
 
 
 # -- golden ------------------------------------------------------------------------------------------------------------
 
 
-def load(path):
-    with safe_open(path, "pt") as file:
-        facts = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def golden(name):
+    data, facts = golden_file("var", name)
     numbers = {k: (v if k == "phase" else [int(n) for n in v.strip("[]").split(",")] if k == "sink_dims" else float(v))
                for k, v in facts.items()}  # fmt: skip
-    return numbers, tensors
+    return data, numbers
 
 
 def roles(facts, prompt, length):
@@ -41,10 +38,10 @@ def roles(facts, prompt, length):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
-def test_golden(path):
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(name):
     """Sinks, chosen rows and weights as the official code gives them, through the recipe's own edit and the fused executor."""
-    facts, data = load(path)
+    data, facts = golden(name)
     prompt, keys = data["hidden_states"].shape[1], data["attn_in"].shape[3]
     tokens = roles(facts, prompt, prompt)
     found = VisualSinks.learn(None, data["hidden_states"], tokens, torch.tensor(facts["sink_dims"]), facts["tau"])

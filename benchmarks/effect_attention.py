@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from reattend.comparison import compare
 from reattend.comparison.loading import load
+from reattend.evaluation.metrics.intervals import mean_change
 from reattend.zoo.worlds.drawing import picture
 from reattend.zoo.worlds.language import colour
 from reattend.zoo.worlds.shapes import World, sample_scene
@@ -65,18 +66,10 @@ def main() -> None:
             shares.append(report.attention_inside(box))
             if given.picture is not None and i == 0 and label == "gift, alpha 10":
                 report.attention_map().save(given.picture)
-        before, after = (np.array([s[side] for s in shares]) for side in ("before", "after"))
-        low, high = interval(after - before)
-        print(
-            f"| {label} | {before.mean():.3f} | {after.mean():.3f} | {(after - before).mean():+.3f} [{low:+.3f}, {high:+.3f}] |",
-            flush=True,
-        )
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(axis=1)
-    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+        before, after = ([s[side] for s in shares] for side in ("before", "after"))
+        change = mean_change(before, after)
+        moved = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+        print(f"| {label} | {np.mean(before):.3f} | {np.mean(after):.3f} | {moved} |", flush=True)
 
 
 if __name__ == "__main__":

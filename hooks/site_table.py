@@ -70,6 +70,13 @@ class SiteTable(Sequence):
     def problems(self) -> list[Site]:
         return [s for s in self.sites if s.problem]
 
+    @property
+    def refusal(self) -> str:
+        """Why sites of the table cannot be intercepted, with the name of the first one; "" where all can."""
+        bad = self.problems
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        return f"{bad[0].name}{more} cannot be intercepted: {bad[0].problem}" if bad else ""
+
     def module(self, site: Site) -> nn.Module:
         return self.modules[site.name]
 
@@ -104,7 +111,5 @@ class Support:
 
 def require_supported(table: SiteTable) -> None:
     """Raises UnsupportedError that names the first site which cannot be intercepted, and why."""
-    bad = table.problems
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UnsupportedError(f"{bad[0].name}{more} cannot be intercepted: {bad[0].problem}")
+    if table.refusal:
+        raise UnsupportedError(table.refusal)

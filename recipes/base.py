@@ -96,9 +96,7 @@ def decoder_sites(sites: SiteTable, slug: str) -> tuple[SiteTable, Support]:
         return chosen, Support(
             False, f"{slug} needs a language model with a causal decoder; {sites.model_name} has attention in: {stacks}"
         )
-    if chosen.problems:
-        return chosen, Support(False, f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}")
-    return chosen, Support(True)
+    return chosen, Support(not chosen.refusal, chosen.refusal)
 
 
 def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:

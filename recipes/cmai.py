@@ -54,8 +54,7 @@ class CMAI(Recipe):
         reason = image_misfit(sites, self.slug) or layers_misfit(sites, self.first_layer, self.last_layer)
         if not reason and self.first_layer < self.lag:
             reason = "first_layer=0 has no layer before it to take the focus from: use lag=0 or first_layer=1"
-        for site in [] if reason else self._chosen(sites).problems:
-            reason = f"{site.name} cannot be intercepted: {site.problem}"
+        reason = reason or self._chosen(sites).refusal
         return Support(not reason, reason)
 
     def _chosen(self, sites: SiteTable) -> SiteTable:

@@ -138,8 +138,8 @@ class GIFT(Recipe):
             if missing:
                 return f"{name}: there is no layer {missing[0]}; {table.model_name} has {min(there)} to {max(there)}"
         chosen = decoder.only([*layers.saliency, *layers.enhance])
-        if chosen.problems:
-            return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}"
+        if chosen.refusal:
+            return chosen.refusal
         few = [s for s in chosen if s.num_heads is not None and int(self.head_share * s.num_heads) < 1]
         if few:
             return f"head_share={self.head_share:g} of the {few[0].num_heads} heads of {few[0].name} is less than one head"

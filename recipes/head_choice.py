@@ -78,11 +78,6 @@ def head_scores(profile: Profile) -> Tensor:
     return scores
 
 
-def scores_as_json(profile: Profile) -> dict[str, float]:
-    """{"layer-head": score}, highest first: the form in which head scores are usually shared."""
-    return {f"{layer}-{head}": score for (layer, head), score in ranked(head_scores(profile))}
-
-
 def scores_of_json(path: str) -> list[tuple[Head, float]]:
     """((layer, head), score), highest first, from a JSON file of {"layer-head": score or list of scores, whose mean counts}.
 

@@ -39,7 +39,7 @@ def layers_misfit(table: SiteTable, first: int, last: int | None) -> str:
     if not len(chosen):
         where = "last" if last is None else last
         return f"{name} has no decoder self-attention in layers {first} to {where}; it has layers {low} to {top}"
-    return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}" if chosen.problems else ""
+    return chosen.refusal
 
 
 def images_told(table: SiteTable) -> Probe:

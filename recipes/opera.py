@@ -66,8 +66,7 @@ class OPERA(Recipe):
             reason = image_misfit(sites, self.slug)
         elif not len(sites.stack("decoder").kind("self")):
             reason = f"{sites.model_name} has no decoder self-attention"
-        for site in [] if reason else self._last(sites).problems:
-            reason = f"{site.name} cannot be intercepted: {site.problem}"
+        reason = reason or self._last(sites).refusal
         return Support(not reason, reason)
 
     @staticmethod

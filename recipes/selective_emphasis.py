@@ -82,7 +82,7 @@ class SelectiveEmphasis(Recipe):
         read = encoder.layers(0, 0) + encoder.layers(-2, -2)
         if not len(encoder.layers(-2, -2)):
             return f"{self.slug} reads the encoder's layer before the last, and the encoder of {name} has only one"
-        return f"{read.problems[0].name} cannot be intercepted: {read.problems[0].problem}" if read.problems else ""
+        return read.refusal
 
     # -- what it does ------------------------------------------------------------------------------------------------
 

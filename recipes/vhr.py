@@ -106,10 +106,7 @@ class VHR(Recipe):
                 return f"layers names {layer}, but the self-attention layers of {name} are {there[0]} to {there[-1]}" + (
                     "" if len(there) == there[-1] - there[0] + 1 else f" without {sorted(set(range(there[-1])) - set(there))}"
                 )
-        chosen = self.chosen(table)
-        if chosen.problems:
-            return f"{chosen.problems[0].name} cannot be intercepted: {chosen.problems[0].problem}"
-        return ""
+        return self.chosen(table).refusal
 
     def chosen(self, table: SiteTable) -> SiteTable:
         """The self-attention sites that are strengthened."""

@@ -135,6 +135,4 @@ def exit_misfit(table: SiteTable, layer: int) -> str:
     missing = set(range(layer + 1, total)) - {site.layer for site in behind}
     if missing:
         return f"layer {min(missing)} of {table.model_name} is no softmax attention: what it carries on from image tokens cannot be hidden"
-    if behind.problems:
-        return f"{behind.problems[0].name} cannot be intercepted: {behind.problems[0].problem}"
-    return ""
+    return behind.refusal

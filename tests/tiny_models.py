@@ -7,7 +7,6 @@ an int is a text token, "image" a whole image (with whatever tokens the family p
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -357,7 +356,3 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
 
 def build(family: str) -> Tiny:
     return BUILDERS[family]()
-
-
-def side_of(count: int) -> int:
-    return math.isqrt(count)

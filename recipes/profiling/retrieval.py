@@ -97,12 +97,6 @@ def answers(
     return result
 
 
-def needle_recall(model: Any, tokenizer: Any, samples: Sequence[Sample] | None = None, batch_size: int = 9) -> float:
-    """Mean ROUGE-1 recall of the hidden answers: the measure to compare a model with itself under a recipe."""
-    made = answers(model, tokenizer, needle_samples(tokenizer) if samples is None else samples, batch_size)
-    return sum(a.recall for a in made) / len(made)
-
-
 def detect(
     slug: str,
     model: Any,

@@ -10,9 +10,14 @@ from reattend.interventions.calibration import column_statistics
 from reattend.recipes import recipe_class
 from reattend.recipes.head_choice import head_scores, ranked
 from reattend.recipes.profiling.labelled_examples import labelled_examples
-from reattend.recipes.profiling.retrieval import needle_recall, needle_samples
+from reattend.recipes.profiling.retrieval import answers, needle_samples
 
 pytestmark = pytest.mark.slow
+
+
+def needle_recall(model, tokenizer, samples):
+    made = answers(model, tokenizer, samples, 9)
+    return sum(answer.recall for answer in made) / len(made)
 
 
 def test_masking_retrieval_heads_destroys_recall_and_masking_random_ones_does_not(smollm2, tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ..worlds.drawing import picture
@@ -142,16 +141,6 @@ def drawn_well(pipe: Any, count: int, seed: int, batch: int = 16, **options: Any
         images = pipe(texts[start : start + batch], generator=chance, **options).images
         scores += [judge(s.things, read(image)) for s, image in zip(asked[start:], images)]
     return {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
-
-
-def sheet(pipe: Any, texts: list[str], seed: int, across: int = 6, **options: Any) -> Image.Image:
-    """Pictures of a pipeline side by side."""
-    images = pipe(texts, generator=torch.Generator().manual_seed(seed), **options).images
-    rows = -(-len(images) // across)
-    page = Image.new("RGB", (across * (SIDE + 4), rows * (SIDE + 4)), "white")
-    for i, image in enumerate(images):
-        page.paste(image, ((i % across) * (SIDE + 4) + 2, (i // across) * (SIDE + 4) + 2))
-    return page
 
 
 def save_half(pipe: Any, folder: Path) -> None:

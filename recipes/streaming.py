@@ -15,6 +15,7 @@ from pydantic import Field
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
+from ..interventions.reweighting import shared_by_layers
 from .base import Info, Recipe, decoder_sites
 
 
@@ -50,6 +51,9 @@ class Streaming(Recipe):
         """keep(i, j) = j <= i and (j < sinks or i - j < window), counted from each sequence's first real token."""
         if call.num_keys <= self.sinks + self.window:
             return None
+        return shared_by_layers(call, self.slug, lambda: self._band(call))
+
+    def _band(self, call: Call) -> Keep:
         first = None
         if call.key_start:
             first = torch.tensor([-call.key_start])  # a sliding-window cache has dropped the sinks already

@@ -52,6 +52,17 @@ def test_window_of_one_without_sinks_is_the_own_value():
     torch.testing.assert_close(fused(call, edits_of(call, sinks=0, window=1)), call.value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("keys", [8, 9, 40])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_decode_step_keeps_sinks_and_window(keys, sinks):
+    query, (key, value) = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 2, keys, 8)
+    call = Call(query, key, value)
+    edits = [Keep(pattern=Band(sinks, 5))]
+    _, weights = reference_with_weights(call, edits)
+    assert (weights > 0).sum(-1).unique().tolist() == [sinks + 5]
+    torch.testing.assert_close(fused(call, edits), reference(call, edits), atol=1e-6, rtol=1e-5)
+
+
 def test_first_real_token_counts_under_left_padding():
     """Row 1 has 6 padding columns: its sinks are columns 6 and 7."""
     n, pads = 30, torch.tensor([0, 6])

@@ -20,9 +20,9 @@ SUBJECTS = {"smollm2": smollm2, "shapes-llava": shapes_llava, "llava-smollm2": l
 HEAD = """# What every recipe costs
 
 Written by `python benchmarks/recipes.py`; do not edit. Ratios to the untouched model (fused attention) in the same run: variants take turns in
-one process on one CPU thread, thread CPU time, the best of several rounds. Prefill: time until the first token of an answer, generate()
-included. Decode: time of each further token. Floor: what the untouched model takes for the passes that the method needs by its
-definition. What limits these figures: [performance](performance.md).
+one process on one CPU thread, thread CPU time. Prefill: time until the first token of an answer, generate() included, the best of several
+rounds. Decode: time of each further token, the median of a round and the best of these medians. Floor: what the untouched model takes for
+the passes that the method needs by its definition. What limits these figures: [performance](performance.md).
 """
 
 

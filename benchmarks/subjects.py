@@ -13,7 +13,7 @@ from reattend.comparison.loading import packaged_smollm2
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.interventions import Call, HeadGain
 from reattend.recipes import Profile, recipe_class
-from timing import Generation
+from timing import Generation, Steps
 
 MARKED = "Answer with a single word and nothing else."
 SENTENCE = "The {n}th visitor of the museum wrote in the guest book that the lamps were too bright for the old maps. "
@@ -35,15 +35,17 @@ class Subject:
     floors: dict[str, tuple[str, Generation]] = field(default_factory=dict)
     others: dict[str, Generation] = field(default_factory=dict)
 
-    def plain(self, new: int) -> None:
-        generate(self.model, self.inputs, new)
+    def plain(self, new: int) -> list[Steps]:
+        return generate(self.model, self.inputs, new)
 
     def under(self, chosen: list[tuple[str, dict[str, Any]]]) -> Generation:
         return Generation(self.plain, lambda: reattend.apply(self.model, *chosen, tokenizer=self.tokenizer))
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], new: int) -> None:
-    model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+def generate(model: Any, inputs: dict[str, torch.Tensor], new: int) -> list[Steps]:
+    steps = Steps()
+    model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, streamer=steps)
+    return [steps]
 
 
 def smollm2(folder: Path, tokens: int = 512) -> Subject:
@@ -73,7 +75,7 @@ def smollm2(folder: Path, tokens: int = 512) -> Subject:
         "emphasise + instaboost": [("emphasise", marked), ("instaboost", marked)],
     }
     plain = Generation(lambda new: generate(model, inputs, new))
-    twice = Generation(lambda new: (plain.run(new), plain.run(new)))
+    twice = Generation(lambda new: plain.run(new) + plain.run(new))
     again = Generation(plain.run, lambda: attach(model, [Plan("again", [Act(sites(model), attended_again)])]))
     floors = {
         "spa": ("every token is computed twice", twice),
@@ -184,6 +186,7 @@ def vision(
         "pai, attention part": [("pai", {"gamma": 1})],
         "pai": [("pai", {})],
         "cmai": [("cmai", {})],
+        "opera": [("opera", {})],
         "visual-token-exit, hidden behind half of the layers": [("visual-token-exit", {"exit_layer": layers // 2})],
         "visual-token-exit, leaving": [("visual-token-exit", {"exit_layer": layers // 2, "mode": "leave"})],
         "vhr + var": [("vhr", {}), ("var", var)],
@@ -193,22 +196,48 @@ def vision(
     blind = {"input_ids": text, "attention_mask": torch.ones_like(text)}
 
     def and_blind(tokens: Callable[[int], int]) -> Generation:
-        return Generation(lambda new: (generate(model, inputs, new), generate(model, blind, tokens(new))))
+        return Generation(lambda new: generate(model, inputs, new) + generate(model, blind, tokens(new)))
 
-    def probed(new: int) -> None:
-        generate(model, inputs, new)
-        generate(model, inputs, 1)
+    def plain(new: int) -> list[Steps]:
+        return generate(model, inputs, new)
+
+    def probed(new: int) -> list[Steps]:
+        return generate(model, inputs, new) + generate(model, inputs, 1)
 
     floors = {
         "vhr": ("the prompt's text is read once more without the image", and_blind(lambda new: 1)),
         "vhr + var": ("as vhr", and_blind(lambda new: 1)),
         "pai": ("every token is computed once more without the image", and_blind(lambda new: new)),
         "gift, map from a probe": ("the prompt is read twice (up to the saliency layer)", Generation(probed)),
+        "opera": ("five next tokens are tried before one is chosen", Generation(plain, lambda: Trying(model, 5))),
     }
     subject = Subject(title, model, processor, inputs, recipes, floors)
     subject.others["untouched, eager attention"] = Generation(subject.plain, lambda: switched(model, "eager"))
     subject.others["var, written eagerly"] = Generation(subject.plain, lambda: EagerVAR(model, ids, var))
     return subject
+
+
+class Trying:
+    """For a while every pass of a model is followed by further ones with a single token, which the cache forgets again."""
+
+    def __init__(self, model: Any, times: int) -> None:
+        self.model, self.times, self.busy = model, times, False
+
+    def __enter__(self) -> None:
+        self.handle = self.model.register_forward_hook(self.try_tokens)
+
+    def __exit__(self, *_: Any) -> None:
+        self.handle.remove()
+
+    def try_tokens(self, module: Any, args: tuple, output: Any) -> None:
+        if self.busy:
+            return
+        self.busy, cache, token = True, output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+        length = cache.get_seq_length()
+        for _ in range(self.times):
+            module(input_ids=token, past_key_values=cache, use_cache=True)
+            cache.crop(length)
+        self.busy = False
 
 
 class switched:

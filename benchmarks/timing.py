@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 
 def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: int = 1) -> dict[str, float]:
@@ -25,30 +27,58 @@ def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: i
     return {name: seconds / first for name, seconds in best.items()}
 
 
+class Steps:
+    """Times of one generation, told by being its `streamer`: from here to the first token, and from each token to the next."""
+
+    def __init__(self) -> None:
+        self.times = [time.thread_time()]
+        self.prompt = True
+
+    def put(self, tokens: object) -> None:
+        if self.prompt:  # generate() hands the prompt over before it begins
+            self.prompt = False
+        else:
+            self.times.append(time.thread_time())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def first(self) -> float:
+        return self.times[1] - self.times[0]
+
+    @property
+    def step(self) -> float:
+        """Median of the steps behind the first token; 0 where there are none."""
+        return median(b - a for a, b in pairwise(self.times[1:])) if len(self.times) > 2 else 0.0
+
+
 @dataclass
 class Generation:
-    """A way of generating text: `run(new)` writes that many tokens, inside the context that `enter` makes (a session, if any)."""
+    """A way of generating text: `run(new)` writes that many tokens and returns the steps of every generation that this took.
 
-    run: Callable[[int], object]
+    It runs inside the context that `enter` makes (a session, if any).
+    """
+
+    run: Callable[[int], list[Steps]]
     enter: Callable[[], AbstractContextManager] = nullcontext
 
 
 def paces(variants: dict[str, Generation], new: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """{name: (seconds until the first token, seconds for each of the `new` tokens behind it)}, the best of several rounds each."""
+    """{name: (seconds until the first token, seconds for each of the `new` tokens behind it)}.
+
+    Of the first tokens the best of several rounds counts, of the steps the median of each round and of these the best.
+    """
     first = dict.fromkeys(variants, float("inf"))
-    rest = dict.fromkeys(variants, float("inf"))
+    step = dict.fromkeys(variants, float("inf"))
     for turn in range(rounds + 1):
         for name, variant in variants.items():
             with variant.enter():
-                times = []
-                for tokens in (1, 1 + new):
-                    start = time.thread_time()
-                    variant.run(tokens)
-                    times.append(time.thread_time() - start)
+                found = variant.run(1 + new)
             if turn:  # the first round warms up
-                first[name] = min(first[name], times[0])
-                rest[name] = min(rest[name], times[1])
-    return {name: (first[name], (rest[name] - first[name]) / new) for name in variants}
+                first[name] = min(first[name], sum(one.first for one in found))
+                step[name] = min(step[name], sum(one.step for one in found))
+    return {name: (first[name], step[name]) for name in variants}
 
 
 PEAK = """

@@ -194,6 +194,7 @@ SECTIONS = {
     "gemma-highlight": highlighters(*GEMMA, 12),
     "gemma-order": order_of_segments(*GEMMA, 12),
     "gemma-calibration": calibration(*GEMMA, 60),
+    "gemma-needles": copying(*GEMMA, 12),
     "pictures": PICTURES,
 }
 # how profiles are made where the defaults do not fit the model or would take long

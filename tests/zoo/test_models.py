@@ -11,6 +11,7 @@ import torch
 from reattend.evaluation import evaluate
 from reattend.zoo import MODELS as ALL
 from reattend.zoo import World, folder, load, picture, pipeline, sample_scene
+from reattend.zoo.train.pictures import SPECIAL, build_tokenizer
 from reattend.zoo.train.shapes_llava import SIDE, Teacher
 from reattend.zoo.worlds.language import DESCRIBE, caption
 
@@ -111,3 +112,11 @@ def test_generators_draw_what_is_asked_often_but_not_always(name):
 def test_same_numbers_twice(llava):
     one, two = (evaluate(pipeline("shapes-llava"), "pope", count=10, progress=False) for _ in range(2))
     assert one.cell("pope").records == two.cell("pope").records
+
+
+def test_tokenizer_of_the_image_generators_numbers_its_tokens_alike_in_every_process(tmp_path):
+    held = build_tokenizer(tmp_path).get_vocab()
+    letters = [held[letter] for letter in "abcdefghijklmnopqrstuvwxyz"]
+    assert letters == sorted(letters) and [held[t] for t in SPECIAL] == [0, 1]
+    endings = [held[f"{letter}</w>"] for letter in "abcdefghijklmnopqrstuvwxyz"]
+    assert endings == sorted(endings) and set(held.values()) == set(range(len(held)))

@@ -18,6 +18,7 @@ from ..worlds.shapes import CLEAR, Scene, sample_scene
 from .loop import Loop
 
 SIDE, FACTOR, CHANNELS, LENGTH = 64, 4, 4, 24
+SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 VAE_STEPS, VAE_BATCH = 1500, 12
 
 
@@ -28,16 +29,14 @@ def build_tokenizer(folder: Path) -> Any:
 
     core = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>", special_tokens=SPECIAL, show_progress=False)
     core.train_from_iterator([" ".join(WORDS)] * 10, trainer)
     held = json.loads(core.to_str())["model"]
     letters = sorted({c for word in WORDS for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789"))
-    vocabulary = dict(held["vocab"])
-    for token in [*letters, *(f"{c}</w>" for c in letters)]:
-        vocabulary.setdefault(token, len(vocabulary))
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in held["merges"]]
+    # numbered anew: the trainer's own order of letters is another one in every process
+    tokens = [*SPECIAL, *letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)

@@ -13,30 +13,28 @@ from pathlib import Path
 
 import torch
 from subjects import Subject, llava_around_smollm2, shapes_llava, smollm2
-from timing import Generation, paces
+from timing import Variant, paces
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "costs"
+AGAIN = "untouched"
 SUBJECTS = {"smollm2": smollm2, "shapes-llava": shapes_llava, "llava-smollm2": llava_around_smollm2}
 HEAD = """# What every recipe costs
 
-Written by `python benchmarks/recipes.py`; do not edit. Ratios to the untouched model (fused attention) in the same run: variants take turns in
-one process on one CPU thread, thread CPU time. Prefill: time until the first token of an answer, generate() included, the best of several
-rounds. Decode: time of each further token, the median of a round and the best of these medians. Floor: what the untouched model takes for
-the passes that the method needs by its definition. What limits these figures: [performance](performance.md).
+Written by `python benchmarks/recipes.py`; do not edit. Ratios to the untouched model (fused attention): it and a copy under the recipe take
+turns with every prompt and every token, and the median of the ratios counts, in CPU time of one thread. Prefill: reading the prompt. Decode:
+each further token. `untouched`: two copies against each other, which is what chance does. Floor: what the untouched model takes for the passes
+that the method needs by its definition. What limits these figures: [performance](performance.md).
 """
 
 
 def measure(subject: Subject, new: int, rounds: int) -> dict[str, dict[str, float]]:
     """{row: {column: ratio}}"""
-    variants = {"untouched": Generation(subject.plain)}
+    variants = {AGAIN: Variant()}
     variants |= {label: subject.under(chosen) for label, chosen in subject.recipes.items()}
     variants |= {f"floor of {label}": floor for label, (_, floor) in subject.floors.items()}
-    variants |= subject.others
-    seconds = paces(variants, new, rounds)
-    first, step = seconds["untouched"]
-    ratios = {label: (a / first, b / step) for label, (a, b) in seconds.items()}
+    ratios = paces(subject.model, subject.inputs, {**variants, **subject.others}, new, rounds)
     rows: dict[str, dict[str, float]] = {}
-    for label in ["untouched", *subject.recipes, *subject.others]:
+    for label in [AGAIN, *subject.recipes, *subject.others]:
         row = {"prefill": ratios[label][0], "decode": ratios[label][1]}
         if label in subject.floors:
             floor = ratios[f"floor of {label}"]
@@ -57,8 +55,8 @@ def section(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(SUBJECTS), default=None)
-    parser.add_argument("--new", type=int, default=48, help="tokens behind the first one")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=32, help="tokens behind the prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="times that the prompt is read")
     parser.add_argument("--out", type=Path, default=Path("runs/costs"), help="folder of profiles")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from reattend.comparison.loading import packaged_smollm2
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.interventions import Call, HeadGain
 from reattend.recipes import Profile, recipe_class
-from timing import Generation, Steps
+from timing import Answer, Variant
 
 MARKED = "Answer with a single word and nothing else."
 SENTENCE = "The {n}th visitor of the museum wrote in the guest book that the lamps were too bright for the old maps. "
@@ -22,9 +21,9 @@ SINK_DIM = 507  # in which SmolLM2's sinks show
 
 @dataclass
 class Subject:
-    """A model with one prompt. recipes: {label: parameters of the recipe(s)}. floors: passes that a method needs by definition.
+    """A model with one prompt. recipes: {label: parameters of the recipe(s)}. others: further ways to answer, for comparison.
 
-    floors: {label: (why, how the untouched model does these passes)}; others: further ways to generate, for comparison.
+    floors: {label: (which passes the method needs by its definition, how the untouched model does them)}.
     """
 
     title: str
@@ -32,20 +31,14 @@ class Subject:
     tokenizer: Any
     inputs: dict[str, torch.Tensor]
     recipes: dict[str, list[tuple[str, dict[str, Any]]]]
-    floors: dict[str, tuple[str, Generation]] = field(default_factory=dict)
-    others: dict[str, Generation] = field(default_factory=dict)
+    floors: dict[str, tuple[str, Variant]] = field(default_factory=dict)
+    others: dict[str, Variant] = field(default_factory=dict)
 
-    def plain(self, new: int) -> list[Steps]:
-        return generate(self.model, self.inputs, new)
-
-    def under(self, chosen: list[tuple[str, dict[str, Any]]]) -> Generation:
-        return Generation(self.plain, lambda: reattend.apply(self.model, *chosen, tokenizer=self.tokenizer))
+    def under(self, chosen: list[tuple[str, dict[str, Any]]]) -> Variant:
+        return Variant(lambda model: reattend.apply(model, *chosen, tokenizer=self.tokenizer))
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], new: int) -> list[Steps]:
-    steps = Steps()
-    model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, streamer=steps)
-    return [steps]
+EAGER = Variant(lambda model: switched(model, "eager"))
 
 
 def smollm2(folder: Path, tokens: int = 512) -> Subject:
@@ -74,18 +67,14 @@ def smollm2(folder: Path, tokens: int = 512) -> Subject:
         "streaming, window 256": [("streaming", {"window": 252})],
         "emphasise + instaboost": [("emphasise", marked), ("instaboost", marked)],
     }
-    plain = Generation(lambda new: generate(model, inputs, new))
-    twice = Generation(lambda new: plain.run(new) + plain.run(new))
-    again = Generation(plain.run, lambda: attach(model, [Plan("again", [Act(sites(model), attended_again)])]))
+    twice = Variant(more=lambda model: [Answer(model, inputs)], each=True)
+    again = Variant(lambda model: attach(model, [Plan("again", [Act(sites(model), attended_again)])]))
     floors = {
         "spa": ("every token is computed twice", twice),
         "pine, 3 segments": ("a second attention, without positions, ranks the segments", again),
     }
-    subject = Subject(
-        f"SmolLM2-135M, prompt of {inputs['input_ids'].shape[1]} tokens", model, tokenizer, inputs, recipes, floors
-    )
-    subject.others["untouched, eager attention"] = Generation(subject.plain, lambda: switched(model, "eager"))
-    return subject
+    title = f"SmolLM2-135M, prompt of {inputs['input_ids'].shape[1]} tokens"
+    return Subject(title, model, tokenizer, inputs, recipes, floors, {"untouched, eager attention": EAGER})
 
 
 def attended_again(call: Call) -> list[HeadGain]:
@@ -195,26 +184,22 @@ def vision(
     text = ids[ids != model.config.image_token_id][None]
     blind = {"input_ids": text, "attention_mask": torch.ones_like(text)}
 
-    def and_blind(tokens: Callable[[int], int]) -> Generation:
-        return Generation(lambda new: generate(model, inputs, new) + generate(model, blind, tokens(new)))
+    def blind_answer(model: Any) -> list[Answer]:
+        return [Answer(model, blind)]
 
-    def plain(new: int) -> list[Steps]:
-        return generate(model, inputs, new)
-
-    def probed(new: int) -> list[Steps]:
-        return generate(model, inputs, new) + generate(model, inputs, 1)
-
+    read_twice = Variant(more=lambda model: [Answer(model, inputs)])
     floors = {
-        "vhr": ("the prompt's text is read once more without the image", and_blind(lambda new: 1)),
-        "vhr + var": ("as vhr", and_blind(lambda new: 1)),
-        "pai": ("every token is computed once more without the image", and_blind(lambda new: new)),
-        "gift, map from a probe": ("the prompt is read twice (up to the saliency layer)", Generation(probed)),
-        "opera": ("five next tokens are tried before one is chosen", Generation(plain, lambda: Trying(model, 5))),
+        "vhr": ("the prompt's text is read once more without the image", Variant(more=blind_answer)),
+        "vhr + var": ("as vhr", Variant(more=blind_answer)),
+        "pai": ("every token is computed once more without the image", Variant(more=blind_answer, each=True)),
+        "gift, map from a probe": ("the prompt is read twice (up to the saliency layer)", read_twice),
+        "opera": ("five next tokens are tried before one is chosen", Variant(lambda model: Trying(model, 5))),
     }
-    subject = Subject(title, model, processor, inputs, recipes, floors)
-    subject.others["untouched, eager attention"] = Generation(subject.plain, lambda: switched(model, "eager"))
-    subject.others["var, written eagerly"] = Generation(subject.plain, lambda: EagerVAR(model, ids, var))
-    return subject
+    others = {
+        "untouched, eager attention": EAGER,
+        "var, written eagerly": Variant(lambda model: EagerVAR(model, ids, var)),
+    }
+    return Subject(title, model, processor, inputs, recipes, floors, others)
 
 
 class Trying:
@@ -233,10 +218,9 @@ class Trying:
         if self.busy:
             return
         self.busy, cache, token = True, output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
-        length = cache.get_seq_length()
         for _ in range(self.times):
             module(input_ids=token, past_key_values=cache, use_cache=True)
-            cache.crop(length)
+            cache.crop(-1)
         self.busy = False
 
 

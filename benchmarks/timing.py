@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
+from typing import Any
+
+import torch
 
 
 def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: int = 1) -> dict[str, float]:
@@ -27,58 +30,67 @@ def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: i
     return {name: seconds / first for name, seconds in best.items()}
 
 
-class Steps:
-    """Times of one generation, told by being its `streamer`: from here to the first token, and from each token to the next."""
+class Answer:
+    """A greedy answer of a model, token by token."""
 
-    def __init__(self) -> None:
-        self.times = [time.thread_time()]
-        self.prompt = True
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+        self.model, self.inputs = model, inputs
 
-    def put(self, tokens: object) -> None:
-        if self.prompt:  # generate() hands the prompt over before it begins
-            self.prompt = False
-        else:
-            self.times.append(time.thread_time())
+    def start(self) -> None:
+        """Reads the prompt."""
+        self.mask = self.inputs["attention_mask"]
+        self._read(self.model(**self.inputs, use_cache=True))
 
-    def end(self) -> None:
-        pass
+    def step(self) -> None:
+        """Writes one more token."""
+        self.mask = torch.cat([self.mask, self.mask[:, :1]], dim=1)
+        given = {"input_ids": self.token, "attention_mask": self.mask, "past_key_values": self.cache}
+        self._read(self.model(**given, use_cache=True))
 
-    @property
-    def first(self) -> float:
-        return self.times[1] - self.times[0]
-
-    @property
-    def step(self) -> float:
-        """Median of the steps behind the first token; 0 where there are none."""
-        return median(b - a for a, b in pairwise(self.times[1:])) if len(self.times) > 2 else 0.0
+    def _read(self, output: Any) -> None:
+        self.cache, self.token = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
 
 
 @dataclass
-class Generation:
-    """A way of generating text: `run(new)` writes that many tokens and returns the steps of every generation that this took.
+class Variant:
+    """A way of answering. enter(model): what holds meanwhile, a session or another implementation. more(model): further answers at work.
 
-    It runs inside the context that `enter` makes (a session, if any).
+    each: whether these go on with every token, or read their prompts only.
     """
 
-    run: Callable[[int], list[Steps]]
-    enter: Callable[[], AbstractContextManager] = nullcontext
+    enter: Callable[[Any], AbstractContextManager] = nullcontext
+    more: Callable[[Any], list[Answer]] = lambda model: []
+    each: bool = False
 
 
-def paces(variants: dict[str, Generation], new: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """{name: (seconds until the first token, seconds for each of the `new` tokens behind it)}.
+@torch.no_grad()
+def paces(
+    model: Any, inputs: dict[str, torch.Tensor], variants: dict[str, Variant], new: int, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """{name: (time to read the prompt, time of one more token)}, as ratios to the untouched model.
 
-    Of the first tokens the best of several rounds counts, of the steps the median of each round and of these the best.
+    The untouched model and a copy of it, on which the variant runs, take turns with every prompt and every token, and the median of the
+    ratios counts: what slows a machine for a second slows both. Thread CPU time on one thread.
     """
-    first = dict.fromkeys(variants, float("inf"))
-    step = dict.fromkeys(variants, float("inf"))
-    for turn in range(rounds + 1):
-        for name, variant in variants.items():
-            with variant.enter():
-                found = variant.run(1 + new)
-            if turn:  # the first round warms up
-                first[name] = min(first[name], sum(one.first for one in found))
-                step[name] = min(step[name], sum(one.step for one in found))
-    return {name: (first[name], step[name]) for name in variants}
+    copied = copy.deepcopy(model)
+    found = {}
+    for name, variant in variants.items():
+        with variant.enter(copied):
+            plain, own = Answer(model, inputs), [Answer(copied, inputs), *variant.more(copied)]
+            first = [_ratio(plain.start, [a.start for a in own]) for _ in range(rounds + 1)][1:]
+            going = [a.step for a in (own if variant.each else own[:1])]
+            later = [_ratio(plain.step, going) for _ in range(new + 1)][1:]
+        found[name] = median(first), median(later)
+    return found
+
+
+def _ratio(plain: Callable[[], None], own: list[Callable[[], None]]) -> float:
+    start = time.thread_time()
+    plain()
+    middle = time.thread_time()
+    for function in own:
+        function()
+    return (time.thread_time() - middle) / (middle - start)
 
 
 PEAK = """

@@ -75,7 +75,7 @@ VISION = Section(
         "vhr:layers=[1,3,4,5]+pai:gamma=1",
         "var:tau=2:profile_path={var}+vhr:layers=[1,3,4,5]",
     ],
-    {"pope": ["accuracy", "accuracy/adversarial"], "chair": ["chair_i", "recall"]},
+    {"pope": ["accuracy", "accuracy/random", "accuracy/popular", "accuracy/adversarial"], "chair": ["chair_i", "recall"]},
     500,
     paper={
         "vhr": "LLaVA-1.5-7B, CHAIR_i 14.3 to 9.7, POPE F1 85.0 to 85.5",
@@ -255,7 +255,7 @@ def table(section: Section, found: dict[str, Any]) -> str:
 
 
 def written(recipes: list[dict[str, Any]]) -> str:
-    """A variant as `reattend eval` takes it, without the files of profiles; "none" for the plain model."""
+    """A variant's recipes with their settings, without the files of profiles; "none" for the plain model."""
     names = []
     for one in recipes:
         settings = ", ".join(f"{k}={json.dumps(v)}" for k, v in one["given"].items() if k != "profile_path")

@@ -1,6 +1,6 @@
 """What every recipe costs end to end, as ratios to the untouched model in the same run: the tables of docs/costs.md, by one command.
 
-python benchmarks/recipes.py                 # SmolLM2, shapes-llava, and a LLaVA around SmolLM2; half an hour on one core
+python benchmarks/recipes.py                 # SmolLM2, shapes-llava, and a LLaVA around SmolLM2; twenty minutes on one core
 python benchmarks/recipes.py --only smollm2 --rounds 2
 """
 
@@ -16,7 +16,7 @@ from subjects import Subject, llava_around_smollm2, shapes_llava, smollm2
 from timing import Variant, paces
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "costs"
-AGAIN = "untouched"
+UNTOUCHED = "untouched"
 SUBJECTS = {"smollm2": smollm2, "shapes-llava": shapes_llava, "llava-smollm2": llava_around_smollm2}
 HEAD = """# What every recipe costs
 
@@ -29,12 +29,12 @@ that the method needs by its definition. What limits these figures: [performance
 
 def measure(subject: Subject, new: int, rounds: int) -> dict[str, dict[str, float]]:
     """{row: {column: ratio}}"""
-    variants = {AGAIN: Variant()}
+    variants = {UNTOUCHED: Variant()}
     variants |= {label: subject.under(chosen) for label, chosen in subject.recipes.items()}
     variants |= {f"floor of {label}": floor for label, (_, floor) in subject.floors.items()}
     ratios = paces(subject.model, subject.inputs, {**variants, **subject.others}, new, rounds)
     rows: dict[str, dict[str, float]] = {}
-    for label in [AGAIN, *subject.recipes, *subject.others]:
+    for label in [UNTOUCHED, *subject.recipes, *subject.others]:
         row = {"prefill": ratios[label][0], "decode": ratios[label][1]}
         if label in subject.floors:
             floor = ratios[f"floor of {label}"]

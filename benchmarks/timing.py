@@ -1,4 +1,4 @@
-"""Side-by-side timing: variants take turns in one process, the best of several rounds counts, and only ratios are reported."""
+"""Side-by-side timing: variants take turns in one process, in CPU time of one thread, and only ratios are reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: int = 1) -> dict[str, float]:
-    """{name: time relative to the first variant}. Thread CPU time on one thread, so that other work on the machine does not count."""
+    """{name: time relative to the first variant}, of several rounds the best. Other work on the machine does not count in CPU time."""
     best = dict.fromkeys(variants, float("inf"))
     for function in variants.values():
         function()

@@ -80,9 +80,9 @@ class SoftPAG(Recipe):
         for layer, head in self.selection(sites):
             if not 0 <= layer < len(layers):
                 return Support(False, f"layer {layer} does not exist: {sites.model_name} has layers 0 to {len(layers) - 1}")
+            if layers[layer].refusal:
+                return Support(False, layers[layer].refusal)
             for site in layers[layer]:
-                if site.problem:
-                    return Support(False, f"{site.name} cannot be intercepted: {site.problem}")
                 if head is not None and site.num_heads and not 0 <= head < site.num_heads:
                     return Support(False, f"head {head} does not exist: layer {layer} has heads 0 to {site.num_heads - 1}")
         return Support(True)

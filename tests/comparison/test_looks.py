@@ -242,7 +242,6 @@ def test_grids_of_other_rows_are_left_out():
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl", "idefics3", "gemma3", "pixtral"])
 def test_pictures_of_other_families(family):
-
     from tiny_models import build
 
     tiny = build(family)

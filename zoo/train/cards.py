@@ -92,8 +92,9 @@ CARDS = {
             ("binding:guidance=1", "no guidance"),
         ),
         script="shapes_sd",
-        again="these weights are its second training, by the script as it stands. The first one, whose schedule was changed on the way, had "
-        "reached binding 0.433 (0.385 to 0.484) on the first suite; its autoencoder came out the same, bit for bit.",
+        again="these weights are its second training, one uninterrupted run of the script. The first one, whose schedule was changed on the "
+        "way, had reached binding 0.433 (0.385 to 0.484) on the first suite; its autoencoder came out the same, bit for bit. Since then the "
+        "script numbers the tokens in a fixed order, where each run had its own: a third run would begin from other numbers.",
     ),
     "shapes-sd3": Card(
         is_a="A `StableDiffusion3Pipeline`: a joint-attention `SD3Transformer2DModel` (5 blocks of width 128, 4 heads, 64 image and 48 text "

@@ -34,9 +34,10 @@ def build_tokenizer(folder: Path) -> Any:
     held = json.loads(core.to_str())["model"]
     letters = sorted({c for word in WORDS for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789"))
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in held["merges"]]
-    # numbered anew: the trainer's own order of letters is another one in every process
-    tokens = [*SPECIAL, *letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)]
-    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    # numbered anew: the trainer breaks ties by an order of letters that is another one in every process. Which pair it merges first
+    # does not matter to the world's words, each of which becomes one token
+    tokens = sorted({*letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)})
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *tokens])}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)

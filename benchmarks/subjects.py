@@ -10,6 +10,7 @@ import reattend
 import torch
 from reattend.comparison.loading import packaged_smollm2
 from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import Call, HeadGain
 from reattend.recipes import Profile, recipe_class
 from timing import Answer, Variant
@@ -217,9 +218,9 @@ class Trying:
     def try_tokens(self, module: Any, args: tuple, output: Any) -> None:
         if self.busy:
             return
-        self.busy, cache, token = True, output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+        self.busy, cache, token = True, cache_of(output), output.logits[:, -1:].argmax(dim=-1)
         for _ in range(self.times):
-            module(input_ids=token, past_key_values=cache, use_cache=True)
+            module(input_ids=token, use_cache=True, **{cache_name(module): cache})
             cache.crop(-1)
         self.busy = False
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from reattend.hooks.caches import cache_name, cache_of
 
 
 def ratios(variants: dict[str, Callable[[], object]], rounds: int = 5, repeat: int = 1) -> dict[str, float]:
@@ -44,11 +45,11 @@ class Answer:
     def step(self) -> None:
         """Writes one more token."""
         self.mask = torch.cat([self.mask, self.mask[:, :1]], dim=1)
-        given = {"input_ids": self.token, "attention_mask": self.mask, "past_key_values": self.cache}
+        given = {"input_ids": self.token, "attention_mask": self.mask, cache_name(self.model): self.cache}
         self._read(self.model(**given, use_cache=True))
 
     def _read(self, output: Any) -> None:
-        self.cache, self.token = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+        self.cache, self.token = cache_of(output), output.logits[:, -1:].argmax(dim=-1)
 
 
 @dataclass

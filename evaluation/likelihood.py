@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hooks.caches import cache_name, cache_of
 from ..hooks.discovery import pretrained_root
 from ..interventions import ReattendError
 from .subject import Subject
@@ -127,12 +128,12 @@ class _Decoder:
         if "position_ids" in self.inputs:
             step["position_ids"] = self.inputs["position_ids"][:, -1:] + 1
         self.inputs = step
-        self.logits = self._run(step, past_key_values=self.cache, use_cache=True)
+        self.logits = self._run(step, use_cache=True, **{cache_name(self.subject.module): self.cache})
 
     def _run(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         with torch.no_grad():
             out = self.subject.module(**inputs, **options, **_kept(self.subject, 1, inputs["input_ids"].shape[1]))
-        self.cache = getattr(out, "past_key_values", None)
+        self.cache = cache_of(out)
         return out.logits[:, -1].float().log_softmax(-1)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import ReattendError
+from .caches import cache_name, cache_of
 from .plan import Branch, Fusion, Plan, Prompt
 from .probe import Running, plain_arguments
 from .sides import Side, follow, recording_cache, records_past, width_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 IN_PIECES = (
     "a branch starts from the whole prompt, but this prompt comes in pieces or goes on with a cache that this session has not seen "
-    "grow: pass the whole text at once (prefill_chunk_size=None), without past_key_values of an earlier turn"
+    "grow: pass the whole text at once (prefill_chunk_size=None), without the cache of an earlier turn"
 )
 
 
@@ -131,7 +132,7 @@ def fuse_branches(
             assert tokens is not None and forward.sequence is not None
             width = width_of(given)
             count = 1 + tokens.length - tokens.prompt_length if forward.fresh else width
-            if not forward.fresh and getattr(output, "past_key_values", None) is None:
+            if not forward.fresh and cache_of(output) is None:
                 count = 1  # without a cache every pass holds the whole text again
             columns = _columns(forward, width, count)
             others = [_advance(tracker, forward, given, output, store, side, own, columns) for side in store["sides"]]
@@ -150,7 +151,7 @@ def _advance(
     tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, store: dict, side: Side, own: Session, columns: Tensor
 ) -> Tensor:  # fmt: skip
     """The branch's logits [B, count, V] for the same new tokens."""
-    tokens, cache = forward.tokens, getattr(output, "past_key_values", None)
+    tokens, cache = forward.tokens, cache_of(output)
     assert tokens is not None and forward.sequence is not None
     ids, width = given.get("input_ids"), width_of(given)
     count = columns.shape[1]
@@ -159,14 +160,14 @@ def _advance(
     if forward.fresh or cache is None:
         arguments = side.grown(new, given)
         if cache is not None and records_past(cache):
-            side.cache = arguments["past_key_values"] = recording_cache(tracker.root)
+            side.cache = arguments[cache_name(tracker.root)] = recording_cache(tracker.root)
         if cache is None and side.later is not None:
             raise ReattendError("a mask that changes after the prompt needs a cache: generate with use_cache=True")
     else:
         back = store["length"] - (tokens.length - width)
         if back or records_past(cache):
             side.crop(back)
-        arguments = side.step(ids if ids is not None else new, plain_arguments(given, tokens))
+        arguments = side.step(ids if ids is not None else new, plain_arguments(given, tokens), cache_name(tracker.root))
     arguments["use_cache"] = cache is not None
     at = columns - width + width_of(arguments) if side.mirrored else None
     if side.mirrored and bool((columns != columns[:1]).any() | (columns[:, -1] != width - 1).any()):
@@ -175,7 +176,7 @@ def _advance(
         keep, at = count, None
     found = _run(tracker, forward, side, own, arguments, keep)
     if cache is not None:
-        side.cache = getattr(found, "past_key_values", None)
+        side.cache = cache_of(found)
         if side.cache is None:
             raise ReattendError(f"{type(tracker.root).__name__} keeps no cache that a branch could go on with")
         side.read(new.shape[1] if forward.fresh else width)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..interventions import ReattendError
+from .caches import cache_in, cache_name, cache_of
 from .plan import Capture, Lookahead, Plan, Trials
 from .probe import Running, plain_arguments
 from .sides import follow, width_of
@@ -47,7 +48,7 @@ def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None
         raise ReattendError(f"{plan.recipe}: next tokens are tried one step at a time, not in drafts (assisted decoding)")
     if forward.fresh and bool(forward.tokens.positions("padding", 0, forward.tokens.length)[:, -1].any()):
         raise ReattendError(f"{plan.recipe}: next tokens are tried behind the last column: prompts must be padded on the left")
-    layers = getattr(given.get("past_key_values"), "layers", ())
+    layers = getattr(cache_in(given), "layers", ())
     fixed = next((layer for layer in layers if not hasattr(layer, "crop")), None)
     if fixed is not None:
         raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
@@ -57,7 +58,7 @@ def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any]
     """After a pass: tries the likeliest next tokens of every row and puts what the recipe makes of them into the output's logits."""
     for session in sessions:
         for plan, step, own in session.lookaheads:
-            tokens, cache = forward.tokens, getattr(output, "past_key_values", None)
+            tokens, cache = forward.tokens, cache_of(output)
             assert tokens is not None
             if cache is None:
                 raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
@@ -78,7 +79,7 @@ def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cach
 
     tokens, root = forward.tokens, tracker.root
     assert tokens is not None and root is not None
-    arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    arguments: dict[str, Any] = {"input_ids": ids, cache_name(root): cache, "use_cache": True}
     known = tokens.positions("padding", 0, tokens.length, ids.device)
     arguments["attention_mask"] = pad((~known).long(), (0, 1), value=1)
     positions = plain_arguments(given, tokens).get("position_ids")

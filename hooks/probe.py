@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import TokenMap
+from .caches import NAMES
 from .plan import Capture, Observe, Plan, Probe, Prompt
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # What belongs to the real pass alone: its cache, what it returns, and positions (the model finds them again from the mask).
 OF_THE_REAL_PASS = (
-    "past_key_values", "cache_position", "use_cache", "labels", "output_attentions", "output_hidden_states", "return_dict",
+    *NAMES, "cache_position", "use_cache", "labels", "output_attentions", "output_hidden_states", "return_dict",
     "logits_to_keep",
 )  # fmt: skip
 

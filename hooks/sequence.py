@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..interventions import Clock, ReattendError, Site, TokenMap
 from .branch import fuse_branches, prepare_branches
+from .caches import cache_in, cache_length, cache_of
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
@@ -157,7 +158,7 @@ class SequenceTracker:
             return
         stack = getattr(self.local, "stack", None)
         forward = stack.pop() if stack else None
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if forward is not None and forward.sequence is not None and cache is not None and not isinstance(cache, tuple):
             self.by_cache[cache] = forward.sequence
         try:
@@ -197,8 +198,8 @@ class SequenceTracker:
         batch, width = source.shape[:2]
         if not batch or not width:
             raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
-        cache = given.get("past_key_values")
-        past = _seen(cache)
+        cache = cache_in(given)
+        past = cache_length(cache)
         sequence = self._known(cache, past, ids)
         if sequence is None or sequence.tokens.batch != batch:
             prompt = width - _drafted(given, width)
@@ -273,17 +274,6 @@ class SequenceTracker:
         tokens = TokenMap(batch, prompt, width)
         build_roles(tokens, self.root, ids if ids is None else ids[:, :prompt], mask, given, sessions)
         return tokens
-
-
-def _seen(cache: Any) -> int:
-    """Tokens already in a cache."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    if isinstance(cache, (tuple, list)) and cache and cache[0] is not None:
-        return int(cache[0][0].shape[2])
-    raise ReattendError(f"past_key_values of type {type(cache).__name__} does not tell its length: pass a transformers Cache")
 
 
 def _drafted(given: dict[str, Any], width: int) -> int:

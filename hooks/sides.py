@@ -57,14 +57,14 @@ class Side:
             arguments["position_ids"] = torch.cat([arguments["position_ids"], self._next(count)], dim=-1)
         return arguments
 
-    def step(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a pass that goes on with its cache."""
+    def step(self, ids: Tensor, given: dict[str, Any], cache_name: str) -> dict[str, Any]:
+        """The arguments of a pass that goes on with its cache, which the model takes by this name."""
         count = ids.shape[1]
         arguments = dict(given) if self.mirrored else {k: v for k, v in given.items() if k in PER_TOKEN}
         for name in PER_TOKEN:
             if isinstance(arguments.get(name), Tensor):
                 arguments[name] = arguments[name][:, -count:]
-        arguments |= {"input_ids": ids, "attention_mask": None, "past_key_values": self.cache}
+        arguments |= {"input_ids": ids, "attention_mask": None, cache_name: self.cache}
         if self.mask is not None:
             arguments["attention_mask"] = pad(self.mask, (0, count), value=1)
         if self.position is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, Site, TokenMap, UnsupportedError
+from .caches import NAMES, cache_in
 from .discovery import layer_module, uncompiled
 from .plan import Act, Capture, Exit, Observe, Plan, Project, ReadProjection
 from .site_table import SiteTable
@@ -124,7 +125,7 @@ def _entering(
                 raise UnsupportedError(conflict)
             if forward.tokens is None:
                 raise ReattendError("tokens can only leave where they are known: call the whole model with input_ids")
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             memory["pass"] = _begin(memory, forward.tokens, step.roles, cache, site.layer, hidden)
         now: Shortened = memory["pass"]
         if now.acts:
@@ -218,7 +219,7 @@ def _shortened(name: str, value: Any, now: Shortened, site: Site) -> Any:
     """An argument of a layer behind the exit, for the tokens that stay."""
     if name == "attention_mask":
         return _mask(value, now)
-    if now.index is None or name == "past_key_values":
+    if now.index is None or name in NAMES:
         return value
     if name == "position_embeddings" and isinstance(value, tuple):
         return tuple(_taken(part, now.index, 1) for part in value)

@@ -189,7 +189,7 @@ class VHR(Recipe):
         if new is not None and bool((new if rows is None else new.to(rows.device) & ~rows).any()):
             raise ReattendError(
                 "vhr found an image behind tokens that a cache already holds without reinforcement: pass the whole conversation "
-                "without its cache (past_key_values)"
+                "without its cache"
             )
 
     # -- what can be measured with it --------------------------------------------------------------------------------

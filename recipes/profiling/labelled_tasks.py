@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...hooks.caches import cache_name, cache_of
 from ...interventions import ReattendError
 from .answers import written
 from .choices import Choice, batches_of, last_logits, read_choices
@@ -177,5 +178,6 @@ def option_logprobs(model: Any, tokenizer: Any, options: Sequence[Option]) -> Te
             fed = torch.tensor([[row.tokens[min(step, len(row.tokens) - 1)]] for row in rows], device=mask.device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             places = {"position_ids": mask.sum(dim=1, keepdim=True) - 1} if placed else {}
-            out = model(input_ids=fed, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **places)
+            places[cache_name(model)] = cache_of(out)
+            out = model(input_ids=fed, attention_mask=mask, use_cache=True, **places)
     return total[torch.tensor([q.place for q in part]).argsort()]

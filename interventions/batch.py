@@ -21,8 +21,38 @@ def acting_rows(call: Call, edits: Sequence[Edit]) -> Tensor | None:
     return None if index.numel() == call.batch else index
 
 
+def named_pairs(call: Call, edits: Sequence[Edit]) -> Tensor | None:
+    """Bool [B, H or 1]: the batch rows in which some edit names a head, or a row of it. Batch rows of heads that no edit names at all
+    count as named: the executor leaves those heads alone. None where nothing is left over; on an accelerator, whose values are not
+    read, where that is plain from the edits.
+    """
+    every = [edit for edit in edits if edit.heads is None]
+    if any(edit.rows is None for edit in every):
+        return None
+    named = torch.zeros(call.batch, 1, dtype=torch.bool, device=call.query.device)
+    for edit in every:
+        named = named | _named(edit)
+    if len(every) < len(edits):
+        own, count = named.expand(-1, call.num_heads).clone(), torch.zeros(call.num_heads, dtype=torch.bool)
+        for edit in edits:
+            if edit.heads is not None:
+                heads = list(edit.heads)
+                count[heads] = True
+                own[:, heads] = True if edit.rows is None else own[:, heads] | _named(edit)
+        if not every:
+            own[:, (~count).nonzero()[:, 0].to(own.device)] = True
+        named = own
+    return None if named.device.type == "cpu" and bool(named.all()) else named
+
+
+def _named(edit: Edit) -> Tensor:
+    """Bool [B or 1, 1]: the batch rows that an edit names, in any query row."""
+    assert edit.rows is not None
+    return edit.rows.any(dim=1, keepdim=True)
+
+
 def _can_cut(edit: Edit, batch: int) -> bool:
-    if edit.rows is None or edit.rows.shape[0] != batch or isinstance(edit, WeightMap):
+    if edit.rows is None or edit.rows.shape[0] != batch or isinstance(edit, WeightMap) or edit.reads_batch:
         return False
     return not any(
         isinstance(getattr(edit, f.name), Band) or (isinstance(getattr(edit, f.name), Tensor) and f.name not in edit.broadcast)

@@ -20,21 +20,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .batch import acting_rows, call_at, edit_at
+from .all_heads import group_heads, heads_index, rows_of_all_heads
+from .batch import acting_rows, call_at, edit_at, named_pairs
 from .call import Call
-from .edits import (
-    Edit,
-    KeyBias,
-    Mix,
-    OperandEdit,
-    Operands,
-    OutputEdit,
-    Rows,
-    ScoreEdit,
-    WeightEdit,
-)
-from .head_group import FEW_ROWS, HeadGroup, all_rows, edited_weights, plain
-from .kernels import attend, grouped_values, score_rows, softmax_rows, statistics_dtype
+from .edits import Edit, KeyBias, Mix, OperandEdit, Operands, OutputEdit, Rows
+from .head_group import FEW_ROWS, HeadGroup, all_rows, edited_weights, named_rows, plain
+from .kernels import attend, grouped_values, rows_per_chunk, statistics_dtype
 from .reference_executor import at_chosen, check_edits
 
 
@@ -43,9 +34,24 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     edits = check_edits(call, list(edits))
     if not edits:
         return plain(call)
+    if all(edit.rows is None for edit in edits):
+        return _edited(call, edits)
     acting = acting_rows(call, edits) if call.num_queries > FEW_ROWS else None
     if acting is not None:
         return _on_batch_rows(call, edits, acting)
+    named = named_pairs(call, edits)
+    if named is None:
+        return _edited(call, edits)
+    # batch rows and heads that were computed beside the named ones, but are not: the model's own numbers
+    original = functools.cache(functools.partial(plain, call))
+    output = _edited(replace(call, original=original), edits)
+    return torch.where(named[:, :, None, None], output, original())
+
+
+def _edited(call: Call, edits: Sequence[Edit]) -> Tensor:
+    """`fused` but for batch rows that an edit does not name."""
+    if any(edit.reads_heads for edit in edits):
+        return _across_heads(call, edits)
     groups = group_heads(call.num_heads, edits)
     if len(groups) == 1:
         (chosen, heads), *_ = groups.items()
@@ -55,7 +61,8 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     if few and _are_biases(call, edits):
         return _few_biased(call, edits, untouched)
     if few and _can_share_scores(edits, groups):
-        return _few_rows(call, edits, untouched)
+        output = rows_of_all_heads(call, edits, all_rows(call.query))[1].to(call.query.dtype)
+        return _with_untouched(call, output, untouched)
     if few or (untouched and not _splits_exactly(call)):
         # the model's own function on all heads, overwritten where heads have edits
         output = plain(call).clone() if untouched else None
@@ -66,6 +73,28 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     for chosen, heads in groups.items():
         output[:, heads] = HeadGroup(call, heads, [edits[i] for i in chosen]).run()
     return output
+
+
+def _across_heads(call: Call, edits: Sequence[Edit]) -> Tensor:
+    """Edits some of which look across heads: the rows that these name hold all heads together, the others have the rest of the edits."""
+    crossing = [edit for edit in edits if edit.reads_heads]
+    index = all_rows(call.query) if call.num_queries <= FEW_ROWS else named_rows(crossing, call.query)
+    heads = None
+    if all(edit.heads is not None for edit in crossing):
+        heads = sorted({head for edit in crossing for head in edit.heads or ()})
+    whole = heads is None and index.numel() == call.num_queries
+    output = None if whole else fused(call, [edit for edit in edits if not edit.reads_heads])
+    if output is not None and not index.numel():
+        return output
+    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+    chunks = [rows_of_all_heads(call, edits, part)[1].to(call.query.dtype) for part in index.split(step)]
+    new = torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
+    if output is None:
+        return new
+    if heads is None:
+        return output.index_copy(2, index, new)
+    chosen = heads_index(tuple(heads), output.device)
+    return output.index_copy(1, chosen, output.index_select(1, chosen).index_copy(2, index, new.index_select(1, chosen)))
 
 
 def _on_batch_rows(call: Call, edits: Sequence[Edit], acting: Tensor) -> Tensor:
@@ -131,39 +160,6 @@ def _with_untouched(call: Call, output: Tensor, untouched: list[int]) -> Tensor:
     return output.index_copy(1, index, plain(call).index_select(1, index))
 
 
-@functools.lru_cache(maxsize=1024)
-def heads_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The heads as a tensor on the device, made once: every layer asks for its own at every step."""
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
-
-
-def _few_rows(call: Call, edits: Sequence[Edit], untouched: list[int]) -> Tensor:
-    """Decode with different edits on different heads: the rows of all heads at once, each edit on its heads' slice."""
-    x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=call.num_keys - call.num_queries)
-    index = all_rows(x)
-    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
-    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
-
-    def each(values: Tensor, level: type[Edit], method: str) -> Tensor:
-        for edit in edits:
-            if not isinstance(edit, level):
-                continue
-            if edit.heads is None:
-                values = at_chosen(edit, rows, getattr(edit, method)(values, rows), values)
-            else:
-                heads = heads_index(edit.heads, values.device)
-                part = values.index_select(1, heads)
-                shown = rows if visible is None or visible.shape[1] == 1 else replace(rows, visible=visible[:, heads])
-                values = values.index_copy(1, heads, at_chosen(edit, shown, getattr(edit, method)(part, shown), part))
-        return values
-
-    scores = each(scores, ScoreEdit, "on_scores")
-    weights = each(softmax_rows(scores, call.sinks), WeightEdit, "on_weights")
-    output = grouped_values(weights, x.value.to(weights.dtype)).to(call.query.dtype)
-    return _with_untouched(call, output, untouched)
-
-
 def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]:
     """(operands, log-sum-exp [B, heads, Tq]) of some heads in ascending order, without edits.
 
@@ -177,19 +173,11 @@ def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]
     return x, lse
 
 
-def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
-    """Heads with the same edits: {indices of edits: heads}."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    if all(edit.heads is None for edit in edits):
-        return {tuple(range(len(edits))): list(range(num_heads))}
-    for head in range(num_heads):
-        groups.setdefault(tuple(i for i, e in enumerate(edits) if e.heads is None or head in e.heads), []).append(head)
-    return groups
-
-
 def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Weights [B, H, R, Tk] of the query rows `index` [R], after the edits: the maps that observers and pictures need, row by row."""
     edits = check_edits(call, list(edits))
+    if any(edit.reads_heads for edit in edits):
+        return rows_of_all_heads(call, edits, index)[0]
     parts: dict[int, Tensor] = {}
     for heads, group, x in _edited_operands(call, edits):
         weights = edited_weights(x, index, group.edits, call, group.sinks)
@@ -202,6 +190,8 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
 def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Outputs [B, H, R, Dv] of the query rows `index` [R] after the edits, in statistics dtype: what `fused` gives for these rows."""
     edits = check_edits(call, list(edits))
+    if any(edit.reads_heads for edit in edits):
+        return rows_of_all_heads(call, edits, index)[1]
     parts: dict[int, Tensor] = {}
     for heads, group, x in _edited_operands(call, edits):
         weights = edited_weights(x, index, group.edits, call, group.sinks)
@@ -220,8 +210,4 @@ def _edited_operands(call: Call, edits: Sequence[Edit]) -> Iterator[tuple[list[i
     """Heads with the same edits, and their operands after the edits of operands."""
     for chosen, heads in group_heads(call.num_heads, edits).items():
         group = HeadGroup(call, heads, [edits[i] for i in chosen])
-        x = Operands(*group.operands, call.is_causal, offset=call.num_keys - call.num_queries)
-        for edit in group.edits:
-            if isinstance(edit, OperandEdit):
-                x = edit.at_kv_heads(group.kv_heads).on_operands(x)
-        yield heads, group, x
+        yield heads, group, group.edited_operands()

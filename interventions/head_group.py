@@ -21,6 +21,7 @@ from .edits import (
     Lift,
     Mix,
     MixValue,
+    OperandEdit,
     Operands,
     Rearrange,
     Rows,
@@ -48,9 +49,9 @@ def plain(call: Call) -> Tensor:
     return attend(call.query, call.key, call.value, call.mask, call.is_causal, call.scaling, call.softcap, call.sinks)[0]
 
 
-def all_rows(x: Operands) -> Tensor:
+def all_rows(query: Tensor) -> Tensor:
     """[Tq] long: every query row. Those of a decode step are made once, since every layer of every step asks for them."""
-    count, device = x.query.shape[2], x.query.device
+    count, device = query.shape[2], query.device
     return _few_rows(count, device) if count <= FEW_ROWS else torch.arange(count, device=device)
 
 
@@ -84,11 +85,19 @@ class HeadGroup:
             self.sinks = call.sinks
             return
         self.edits = [e.at_heads(heads if e.heads is None else [e.heads.index(h) for h in heads]) for e in edits]
-        self.kv_heads = _key_heads(heads, call.num_heads // call.key.shape[1])
-        key, value = _take_heads(call.key, self.kv_heads), _take_heads(call.value, self.kv_heads)
+        self.kv_heads = key_heads(heads, call.num_heads // call.key.shape[1])
+        key, value = take_heads(call.key, self.kv_heads), take_heads(call.value, self.kv_heads)
         mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
-        self.operands = (_take_heads(call.query, heads), key, value, mask)
+        self.operands = (take_heads(call.query, heads), key, value, mask)
         self.sinks = None if call.sinks is None else call.sinks[heads]
+
+    def edited_operands(self) -> Operands:
+        """q, k, v and mask of these heads after their edits of operands."""
+        x = Operands(*self.operands, self.call.is_causal, offset=self.call.num_keys - self.call.num_queries)
+        for edit in self.edits:
+            if isinstance(edit, OperandEdit):
+                x = edit.at_kv_heads(self.kv_heads).on_operands(x)
+        return x
 
     def run(self) -> Tensor:
         """Output [B, heads, Tq, Dv]."""
@@ -105,7 +114,7 @@ class HeadGroup:
             result = rearranged_attention(x, last, call.scaling, call.softcap, self.sinks)
         elif isinstance(last, Rearrange):
             # its operands are as many times wider as there are groups: made for rows at a time, not for the kernel
-            result = self._materialise(x, all_rows(x))
+            result = self._materialise(x, all_rows(x.query))
         elif levels["scores"] or levels["weights"]:
             result = self._attention(x, levels["scores"], levels["weights"])
         elif self.whole and not levels["operands"]:
@@ -114,7 +123,7 @@ class HeadGroup:
         else:
             result = self.kernel(x, None, False)[0]
         if levels["output"]:
-            rows = self._rows(x, all_rows(x))
+            rows = self._rows(x, all_rows(x.query))
             for edit in levels["output"]:
                 result = at_chosen(edit, rows, edit.on_output(result, rows), result)
         return result.to(call.query.dtype)
@@ -141,7 +150,7 @@ class HeadGroup:
                     return self._around_columns(x, bias, *single)
                 return self._factor(x, bias, *single)
         if few and (weights or others):
-            return self._materialise(x, all_rows(x))
+            return self._materialise(x, all_rows(x.query))
         dense = self._rows_to_materialise(x, others, weights)
         if dense is not None and dense.numel() == x.query.shape[2]:
             return self._materialise(x, dense)
@@ -149,7 +158,7 @@ class HeadGroup:
         bias = _sum_biases(biases, x)
         plan = plan_columns(corrected, x, self.sinks is not None, call) if corrected else None
         if corrected and plan is None:
-            dense, corrected = _named_rows(corrected, x), []
+            dense, corrected = named_rows(corrected, x.query), []
             if dense.numel() == x.query.shape[2]:
                 return self._materialise(x, dense)
         need_lse = plan is not None and plan.needs_statistics
@@ -200,7 +209,7 @@ class HeadGroup:
     def _towards_values(self, x: Operands, bias: Tensor | None, mixes: Sequence[Any]) -> Tensor:
         """Mixes with the identity need no weights: (1 - s) o + s v."""
         result = self.kernel(x, bias, False)[0]
-        rows = self._rows(x, all_rows(x))
+        rows = self._rows(x, all_rows(x.query))
         for mix in mixes:
             towards = mix.remember("as values", lambda mix=mix: MixValue(strength=mix.strength, rows=mix.rows))
             result = at_chosen(mix, rows, towards.on_output(result, rows), result)
@@ -325,7 +334,7 @@ class HeadGroup:
         ]
         if not hard:
             return None
-        return _named_rows([*others, *weights], x)
+        return named_rows([*others, *weights], x.query)
 
 
 def edited_weights(x: Operands, index: Tensor, edits: Sequence[Edit], call: Call, sinks: Tensor | None) -> Tensor:
@@ -356,25 +365,25 @@ def _is_band(edit: ScoreEdit) -> bool:
     return isinstance(edit, Keep) and isinstance(edit.pattern, Band) and edit.rows is None
 
 
-def _named_rows(edits: Sequence[Edit], x: Operands) -> Tensor:
+def named_rows(edits: Sequence[Edit], query: Tensor) -> Tensor:
     """Rows [R] that any of the edits names, in any batch row."""
-    num_queries = x.query.shape[2]
-    named = torch.zeros(num_queries, dtype=torch.bool, device=x.query.device)
+    num_queries = query.shape[2]
+    named = torch.zeros(num_queries, dtype=torch.bool, device=query.device)
     for edit in edits:
         if edit.rows is None:
-            return torch.arange(num_queries, device=x.query.device)
+            return torch.arange(num_queries, device=query.device)
         named |= edit.rows.to(named.device).any(dim=0)
     return named.nonzero()[:, 0]
 
 
-def _take_heads(x: Tensor, heads: list[int]) -> Tensor:
+def take_heads(x: Tensor, heads: list[int]) -> Tensor:
     """Key heads [B, len(heads), ...] as a view where they are neighbours."""
     if heads == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1]
     return x[:, heads]
 
 
-def _key_heads(heads: list[int], shared: int) -> list[int]:
+def key_heads(heads: list[int], shared: int) -> list[int]:
     """Key heads for a group of query heads such that query head i of the group reads key head i // (len(heads) / len(kv)) of the list."""
     kv = sorted({h // shared for h in heads})
     per_kv = [sum(1 for h in heads if h // shared == k) for k in kv]

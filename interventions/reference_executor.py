@@ -5,6 +5,8 @@ Edits act level by level - operands, scores, weights, output - and inside a leve
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,23 @@ from .call import Call
 from .edits import Edit, Keep, OperandEdit, Operands, OutputEdit, Rearrange, Rows, ScoreEdit, WeightEdit
 from .edits.base import repeat_heads
 from .errors import ReattendError
-from .kernels import score_rows, softmax_rows, statistics_dtype
+from .kernels import score_rows, softmax_rows
 
 LEVELS = ("operands", "scores", "weights", "output")
 
 
 def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
     """The edits that act. Raises ReattendError for a head beyond the site's heads, and for edits that contradict each other."""
+    shape = (call.batch, call.num_heads, call.key.shape[1], call.num_queries)
     for edit in edits:
         if edit.level not in LEVELS:
             raise ReattendError(f"{type(edit).__name__} acts on a projection: give it to the projection door, not to a call")
         if edit.heads and max(edit.heads) >= call.num_heads:
             where = f" of {call.site.name}" if call.site else ""
             raise ReattendError(f"head {max(edit.heads)} does not exist: attention{where} has heads 0 to {call.num_heads - 1}")
+        if edit.reads and edit.level == "operands":
+            raise ReattendError(f"{type(edit).__name__} is given the operands of some heads at a time: it can read no others")
+        edit.check_shapes(shape)
     acting = [edit for edit in edits if not edit.is_identity]
     if any(isinstance(e, Rearrange) for e in acting) and any(isinstance(e, Keep) for e in acting):
         raise ReattendError(
@@ -42,21 +48,25 @@ def reference(call: Call, edits: list[Edit]) -> Tensor:
 def reference_with_weights(call: Call, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """(output [B, H, Tq, Dv], edited weights [B, H, Tq, Tk] in statistics dtype)."""
     edits = check_edits(call, edits)
-    outputs, maps = [], []
-    for head in range(call.num_heads):
-        # one head at a time, each with the edits that name it: no grouping, so nothing to get wrong
-        output, weights = _one_head(call, head, [_for_head(e, head) for e in edits if e.heads is None or head in e.heads])
-        outputs.append(output)
-        maps.append(weights)
-    return torch.cat(outputs, dim=1).to(call.query.dtype), torch.cat(maps, dim=1)
+    # one head at a time, each with the edits that name it: no grouping, so nothing to get wrong
+    operands = [_operands(call, head, edits) for head in range(call.num_heads)]
+    index = torch.arange(call.num_queries, device=call.query.device)
+    scores, rows = [], []
+    for x in operands:
+        found, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
+        scores.append(found)
+        rows.append(Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended))
+    scores = _level(ScoreEdit, "on_scores", edits, scores, rows)
+    sinks = [None] * call.num_heads if call.sinks is None else call.sinks.split(1)
+    weights = [softmax_rows(own, sink) for own, sink in zip(scores, sinks, strict=True)]
+    weights = _level(WeightEdit, "on_weights", edits, weights, rows)
+    outputs = [own @ x.value.to(own.dtype) for own, x in zip(weights, operands, strict=True)]
+    outputs = _level(OutputEdit, "on_output", edits, outputs, rows)
+    return torch.cat(outputs, dim=1).to(call.query.dtype), torch.cat(weights, dim=1)
 
 
-def _for_head(edit: Edit, head: int) -> Edit:
-    return edit.at_heads([head if edit.heads is None else list(edit.heads).index(head)])
-
-
-def _one_head(call: Call, head: int, edits: list[Edit]) -> tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(call.query)
+def _operands(call: Call, head: int, edits: list[Edit]) -> Operands:
+    """What one head attends with, after the edits of operands."""
     mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, head : head + 1]
     x = Operands(
         call.query[:, head : head + 1],
@@ -67,23 +77,40 @@ def _one_head(call: Call, head: int, edits: list[Edit]) -> tuple[Tensor, Tensor]
         offset=call.num_keys - call.num_queries,
     )
     for edit in edits:
-        if isinstance(edit, OperandEdit):
-            x = edit.at_kv_heads([head // (call.num_heads // call.key.shape[1])]).on_operands(x)
-    index = torch.arange(x.query.shape[2], device=x.query.device)
-    scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
-    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
+        if isinstance(edit, OperandEdit) and (edit.heads is None or head in edit.heads):
+            own = edit.at_heads([head if edit.heads is None else list(edit.heads).index(head)])
+            assert isinstance(own, OperandEdit)
+            x = own.at_kv_heads([head // (call.num_heads // call.key.shape[1])]).on_operands(x)
+    return x
+
+
+def _level(level: type[Edit], method: str, edits: list[Edit], values: list[Tensor], rows: list[Rows]) -> list[Tensor]:
+    """The values of every head after the edits of one level. An edit that reads heads is given those that it names side by side."""
+    values = list(values)
     for edit in edits:
-        if isinstance(edit, ScoreEdit):
-            scores = at_chosen(edit, rows, edit.on_scores(scores, rows), scores)
-    weights = softmax_rows(scores, None if call.sinks is None else call.sinks[head : head + 1])
-    for edit in edits:
-        if isinstance(edit, WeightEdit):
-            weights = at_chosen(edit, rows, edit.on_weights(weights, rows), weights)
-    output = weights @ x.value.to(dtype)
-    for edit in edits:
-        if isinstance(edit, OutputEdit):
-            output = at_chosen(edit, rows, edit.on_output(output, rows), output)
-    return output, weights
+        if not isinstance(edit, level):
+            continue
+        heads = list(range(len(values))) if edit.heads is None else list(edit.heads)
+        if edit.reads_heads:
+            together, old = beside(rows, heads), torch.cat([values[head] for head in heads], dim=1)
+            new = at_chosen(edit, together, getattr(edit, method)(old, together), old)
+            for place, head in enumerate(heads):
+                values[head] = new[:, place : place + 1]
+            continue
+        for place, head in enumerate(heads):
+            own = edit.at_heads([place])
+            values[head] = at_chosen(own, rows[head], getattr(own, method)(values[head], rows[head]), values[head])
+    return values
+
+
+def beside(rows: list[Rows], heads: list[int]) -> Rows:
+    """The rows of single heads as those of all these heads. Raises ReattendError where an edit made some heads wider than others."""
+    chosen = [rows[head] for head in heads]
+    if len({part.query.shape[-1] for part in chosen}) > 1:
+        raise ReattendError("an edit that reads several heads needs their q, k and v alike: rearrange all of them or none")
+    visible = None if chosen[0].visible is None else torch.cat([part.visible for part in chosen], dim=1)  # type: ignore[misc]
+    query, key, value = (torch.cat([getattr(part, name) for part in chosen], dim=1) for name in ("query", "key", "value"))
+    return dataclasses.replace(chosen[0], visible=visible, query=query, key=key, value=value)
 
 
 def at_chosen(edit: Edit, rows: Rows, new: Tensor, old: Tensor) -> Tensor:

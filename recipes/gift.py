@@ -207,7 +207,8 @@ class GIFT(Recipe):
         focus = self._focus(question, alpha, read, call)
         if focus is None or call.key_start >= focus.end:
             return None  # not known yet, or the image has left the window
-        rows = None
+        # a row of the batch without a map of its own keeps its bits
+        rows = None if bool(focus.acting.all()) else focus.acting[:, None].to(call.query.device)
         if call.num_queries > 1:
             key = (call.total, call.num_queries)
             if call.memory.get("pass") != key:
@@ -216,7 +217,7 @@ class GIFT(Recipe):
             if not bool(call.memory["rows"].any()):
                 return None
         change = partial(refocus_columns, focus, call.key_start, self.head_share, self.beta)
-        return SoundMap(function=change, rows=rows)
+        return SoundMap(function=change, rows=rows, reads="heads")
 
     def _focus(self, question: str, alpha: float, read: Sequence[str], call: Call) -> Focus | None:
         """The factors of this prompt, made once; None where no row of the batch has any, or the map is not known yet."""

@@ -15,6 +15,7 @@ from ..errors import ReattendError
 
 Columns = Tensor | Sequence[int]
 E = TypeVar("E", bound="Edit")
+READS = ("", "heads", "batch", "both")
 
 
 @dataclass
@@ -57,14 +58,19 @@ class Edit:
 
     heads: query heads of the whole model it applies to (None = all). rows: bool [Tq] or [B, Tq] (or [B, 1] to choose batch
     rows), None = all. Tensors broadcast over leading axes: [Tk], [B, Tk] and [B, heads, Tk] are all right for a column set.
+    reads: how far an edit looks beyond its own head and batch row. "heads": its formula is given all heads that it names at once, in
+    the order named; "batch": all rows of the batch; "both". "" (most edits): it may be given any heads and batch rows alone.
     """
 
     heads: Sequence[int] | None = None
     rows: Tensor | None = None
 
     level: ClassVar[str] = ""
+    reads: ClassVar[str] = ""
     # name -> number of trailing axes; the two axes before them are batch and heads
     broadcast: ClassVar[dict[str, int]] = {}
+    # those of these tensors whose first trailing axis is that of the query rows
+    per_row: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.heads is not None:
@@ -80,7 +86,50 @@ class Edit:
         for name, trailing in self.broadcast.items():
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.dtype != torch.long:
-                object.__setattr__(self, name, lead(value, trailing, name))
+                value = lead(value, trailing, name)
+                object.__setattr__(self, name, value)
+                if self.heads and value.shape[1] not in (1, len(self.heads)):
+                    raise ReattendError(
+                        f"{name} has values for {value.shape[1]} heads, but the edit names {len(self.heads)} (heads={list(self.heads)}): "
+                        f"give {len(self.heads)}, or 1 for all of them"
+                    )
+        if self.reads not in READS:
+            raise ReattendError(f"reads must be one of {', '.join(map(repr, READS))}, got {self.reads!r}")
+
+    @property
+    def reads_heads(self) -> bool:
+        return self.reads in ("heads", "both")
+
+    @property
+    def reads_batch(self) -> bool:
+        return self.reads in ("batch", "both")
+
+    def check_shapes(self, shape: tuple[int, int, int, int]) -> None:
+        """Raises ReattendError for tensors that are made for other batch rows, heads or query rows than a call's.
+
+        shape: (batch rows, heads, key heads, query rows). Looked at once, however many layers share the edit.
+        """
+        self.remember(("shapes", shape), lambda: self._check_shapes(*shape))
+
+    def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
+        heads = heads if self.heads is None else len(self.heads)
+        sizes = [] if self.rows is None else [("rows", 0, self.rows, batch), ("rows", 1, self.rows, queries)]
+        for name in self.broadcast:
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dtype != torch.long:
+                sizes += [(name, 0, value, batch), (name, 1, value, heads)]
+                if name in self.per_row:
+                    sizes.append((name, 2, value, queries))
+        self._check_sizes(sizes, ("batch rows", "heads", "query rows"))
+
+    def _check_sizes(self, sizes: Sequence[tuple[str, int, Tensor, int]], axes: Sequence[str]) -> None:
+        for name, axis, value, wanted in sizes:
+            if value.shape[axis] not in (1, wanted):
+                what = "query rows" if name == "rows" and axis else axes[axis]
+                raise ReattendError(
+                    f"{name} of {type(self).__name__} has values for {value.shape[axis]} {what}, this call has {wanted}: give {wanted} "
+                    f"(or 1 for all); its shape is {list(value.shape)}"
+                )
 
     @property
     def is_identity(self) -> bool:
@@ -91,6 +140,8 @@ class Edit:
         """The same edit with its per-head tensors cut to these positions of its own head list."""
         if self.heads is None and not self._has_head_axis():
             return self
+        if self._needs_gradient():
+            return self._cut(positions)  # a cut that is kept would belong to one backward pass
         return self.remember(("heads", tuple(positions)), lambda: self._cut(positions))
 
     def on_heads(self: E, heads: Sequence[int] | None) -> E:
@@ -121,6 +172,12 @@ class Edit:
     def _has_head_axis(self) -> bool:
         values = (getattr(self, name) for name in self.broadcast)
         return any(isinstance(v, Tensor) and v.dtype != torch.long and v.shape[1] > 1 for v in values)
+
+    def _needs_gradient(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        values = (getattr(self, name) for name in self.broadcast)
+        return any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
     def _cut(self, positions: Sequence[int]) -> Edit:
         changes = {}

@@ -45,6 +45,12 @@ class OperandEdit(Edit):
     def on_operands(self, x: Operands) -> Operands:
         raise NotImplementedError
 
+    def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
+        super()._check_shapes(batch, heads, kv_heads, queries)
+        own = [(name, getattr(self, name, None)) for name in ("key", "value")]
+        sizes = [(name, axis, value, wanted) for name, value in own if value is not None for axis, wanted in ((0, batch), (1, kv_heads))]
+        self._check_sizes(sizes, ("batch rows", "key heads"))
+
     def at_kv_heads(self, index: Sequence[int]) -> OperandEdit:
         """The same edit with its own keys and values cut to these key/value heads."""
         cut = {}
@@ -61,6 +67,7 @@ class ScaleQuery(OperandEdit):
 
     factor: float | Tensor
     broadcast = {"factor": 1}
+    per_row = ("factor",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +101,12 @@ class ReplaceKV(OperandEdit):
             raise ReattendError("columns must be a 1-d long tensor of key columns")
         if self.key is None and self.value is None:
             raise ReattendError("ReplaceKV needs key, value or both")
+        for name, value in (("key", self.key), ("value", self.value)):
+            if value is not None and (value.dim() != 4 or value.shape[2] != self.columns.numel()):
+                raise ReattendError(
+                    f"{name} must be [batch, key heads, {self.columns.numel()}, dim] for {self.columns.numel()} columns, got shape "
+                    f"{list(value.shape)}"
+                )
 
     @property
     def is_identity(self) -> bool:
@@ -119,7 +132,7 @@ class AppendKV(OperandEdit):
         super().__post_init__()
         if self.rows is not None or self.heads is not None:
             raise ReattendError("AppendKV acts on all heads and rows: heads and rows must be None")
-        if self.key.dim() != 4 or self.key.shape[:3] != self.value.shape[:3]:
+        if self.key.dim() != 4 or self.value.dim() != 4 or self.key.shape[:3] != self.value.shape[:3]:
             raise ReattendError("key and value must be [batch, key heads, m, dim] with the same m")
 
     @property
@@ -196,6 +209,11 @@ class Reorder(OperandEdit):
         if self.order.dtype != torch.long or self.order.dim() not in (1, 2):
             raise ReattendError("order must be a long tensor [keys] or [batch, keys]")
 
+    def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
+        super()._check_shapes(batch, heads, kv_heads, queries)
+        if self.order.dim() == 2:
+            self._check_sizes([("order", 0, self.order, batch)], ("batch rows",))
+
     def on_operands(self, x: Operands) -> Operands:
         keys = x.key.shape[2]
         if self.order.shape[-1] != keys - x.appended:
@@ -238,6 +256,13 @@ class ProjectKey(Edit):
 
     def on_key(self, key: Tensor) -> Tensor:
         """key [B, Hkv, T, D] -> the same shape and dtype."""
+        for axis, what in ((-3, "key heads"), (-4, "batch rows")):
+            if self.projection.dim() >= -axis and self.projection.shape[axis] not in (1, key.shape[axis]):
+                raise ReattendError(
+                    f"projection has {self.projection.shape[axis]} {what}, this key projection {key.shape[axis]}: give {key.shape[axis]}"
+                )
+        if self.heads and max(self.heads) >= key.shape[1]:
+            raise ReattendError(f"head {max(self.heads)} does not exist: this key projection has heads 0 to {key.shape[1] - 1}")
         wide = key.float()
         lifted = wide if self.feature is None else _lift(wide, self.feature)
         change = self.strength * (lifted @ self.projection.to(key.device, torch.float32).transpose(-1, -2))

@@ -72,6 +72,7 @@ class MixValue(OutputEdit):
 
     strength: float | Tensor
     broadcast = {"strength": 1}
+    per_row = ("strength",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

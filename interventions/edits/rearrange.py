@@ -35,6 +35,7 @@ class Rearrange(OperandEdit):
     # what follows from all but the steps, kept by the layers of a pass together
     shared: dict[Any, Any] = field(default_factory=dict, repr=False)
     broadcast = {"spans": 2, "steps": 2, "first": 0, "hidden": 1}
+    per_row = ("steps",)
 
     def __post_init__(self) -> None:
         if self.first.dim() == 1:

@@ -61,6 +61,7 @@ class PairBias(ScoreEdit):
 
     bias: Tensor
     broadcast = {"bias": 2}
+    per_row = ("bias",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +105,7 @@ class Keep(ScoreEdit):
 
     pattern: Tensor | Band
     broadcast = {"pattern": 2}
+    per_row = ("pattern",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,7 @@ class Gain(WeightEdit):
     factor: float | Tensor
     renormalise: str | Columns | None = "row"
     broadcast = {"columns": 1, "factor": 1, "renormalise": 1}
+    per_row = ("factor",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", as_columns("columns", self.columns))
@@ -85,6 +86,7 @@ class Lift(WeightEdit):
     largest: float = 100.0
     least: float = 0.0
     broadcast = {"columns": 1, "share": 1}
+    per_row = ("share",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", as_columns("columns", self.columns))
@@ -129,6 +131,7 @@ class Transfer(WeightEdit):
     fraction: float | Tensor = 1.0
     how: str = "proportional"
     broadcast = {"src": 1, "dst": 1, "fraction": 1}
+    per_row = ("fraction",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "src", as_columns("src", self.src))
@@ -170,6 +173,7 @@ class Mix(WeightEdit):
     target: str | Tensor
     strength: float | Tensor
     broadcast = {"strength": 1, "target": 2}
+    per_row = ("strength", "target")
 
     NAMES = ("identity", "uniform", "mean_query", "argmax")
 
@@ -223,10 +227,12 @@ class Mix(WeightEdit):
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WeightMap(WeightEdit):
     """A = function(A, rows) on the chosen rows, which are materialised: name as few as possible. Non-finite or negative rows are refused
-    row by row (they keep their weights). function: (weights [B, heads, R, Tk], Rows) -> the same shape.
+    row by row (they keep their weights). function: (weights [B, heads, R, Tk], Rows) -> the same shape. It is given some of the edit's
+    heads and query rows at a time: one that compares or mixes heads needs reads="heads" to get all that the edit names.
     """
 
     function: Callable[[Tensor, Rows], Tensor]
+    reads: str = ""  # type: ignore[misc]
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
         new = self.function(weights, rows)

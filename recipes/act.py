@@ -25,6 +25,7 @@ from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer
 from ..interventions.calibration import learn_sinks
 from .base import Info, Recipe, decoder_sites
+from .contents import Contents, Numbers
 from .head_choice import Head, as_heads, by_layer, missing_heads
 from .profile import CACHED, Profile, cached_path, find_profile
 
@@ -49,6 +50,8 @@ class ACT(Recipe):
         licence="Apache-2.0",
         profiling="which heads gain from calibration, on labelled prompts of the task",
     )
+
+    contents = Contents({"selected": Numbers(("chosen", 2), whole=True, least=0, empty=True)})
 
     beta: float = Field(0.4, ge=0, le=1, description="factor on the weight of hidden sinks; 1 changes nothing, 0 removes it")
     threshold: float = Field(
@@ -100,7 +103,7 @@ class ACT(Recipe):
             # a profile that is kept for the model is what a call without any heads means
             if self.profile_path is None and not cached_path(self.slug, sites).is_file():
                 return None
-            profile = find_profile(self.slug, self.profile_path or CACHED, sites)
+            profile = find_profile(self, self.profile_path or CACHED, sites)
             return tuple((int(layer), int(head)) for layer, head in profile.tensors["selected"].tolist())
         if self.heads == "all":
             chosen, _ = decoder_sites(sites, self.slug)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..hooks import SiteTable, Support, running, sites
 from ..hooks.plan import Step
 from ..interventions import ReattendError
+from .contents import Contents
 from .profile import Profile
 
 Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
@@ -59,6 +60,8 @@ class Recipe(BaseModel):
     # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.conflict`
     weighs: ClassVar[frozenset[str]] = frozenset()
     hides: ClassVar[frozenset[str]] = frozenset()
+    # what a profile of it holds, which is checked before the profile is used
+    contents: ClassVar[Contents] = Contents()
 
     def __init__(self, **parameters: Any) -> None:
         try:

@@ -26,10 +26,11 @@ from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.reweighting import prompt_bias, shared_by_layers
 from .base import Info, decoder_sites
+from .contents import Contents, Fact, Numbers
 from .head_choice import head_scores, ranked
 from .highlighter import Highlighter
 from .passages import marked_role, passage_spans
-from .profile import CACHED, Profile, find_profile, table_fingerprint
+from .profile import Profile, find_profile
 
 PROFILED_ALPHA, UNPROFILED_ALPHA = 0.01, 0.3
 
@@ -48,6 +49,8 @@ class Emphasise(Highlighter):
         licence="MIT",
         profiling="optional: which heads to steer, on contradicting facts of which one is marked",
     )
+
+    contents = Contents({"score": Numbers(("layers", "heads"))}, {"top": Fact(int, least=0, needed=False)})
 
     alpha: float | None = Field(
         None,
@@ -143,11 +146,7 @@ class Emphasise(Highlighter):
     def pairs(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         if self.profile_path is None:
             return super().pairs(sites)
-        if self.profile_path == CACHED:
-            profile = find_profile(self.slug, CACHED, sites)
-        else:
-            profile = Profile.load(self.profile_path)
-            profile.check(profile.recipe, table_fingerprint(sites))  # scores of any recipe will do
+        profile = find_profile(self, self.profile_path, sites, of_any=True)  # scores of any recipe will do
         ranking = ranked(head_scores(profile))
         count = self.top or profile.facts.get("top") or math.ceil(len(ranking) / 20)
         return [pair for pair, score in ranking[:count] if score > 0]

@@ -34,6 +34,7 @@ from ..interventions import Call, Edit, ReattendWarning
 from ..interventions.gaze import Focus, Shift, focused_rows, image_columns, positive_shift, refocus_columns, saliency_map
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
+from .contents import Contents, Numbers
 from .image_models import image_misfit, images_told
 from .known_models import KnownModel
 from .profile import CACHED, Profile, cached_path, find_profile
@@ -78,6 +79,8 @@ class GIFT(Recipe):
         licence="CC-BY-NC-4.0",
         profiling="the layers to read and to change, from image-question pairs; known for LLaVA-1.5 and Qwen2-VL-7B",
     )
+
+    contents = Contents({f"{name}_layers": Numbers((name,), whole=True, least=0) for name in ("saliency", "enhance")})
 
     alpha: float | None = Field(
         None,
@@ -156,7 +159,7 @@ class GIFT(Recipe):
                     return known if self.alpha is None else known._replace(alpha=self.alpha)
             if not cached_path(self.slug, table).is_file():
                 return None
-        profile = find_profile(self.slug, self.profile_path, table)
+        profile = find_profile(self, self.profile_path, table)
         read, change = (tuple(profile.tensors[f"{kind}_layers"].tolist()) for kind in ("saliency", "enhance"))
         return Layers(read, change, alpha)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..hooks import sites
 from ..hooks.discovery import pretrained_root, unwrapped_model
 from ..interventions import ReattendError
+from .files import check_output, existing_file, read_json, writing
 
 FORMAT = "reattend-profile-1"
 # what users write for profile_path to name the profile kept for their model
@@ -32,30 +33,42 @@ class Profile:
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Writes one .safetensors file."""
-        path = Path(path)
-        metadata = {"format": FORMAT, "recipe": self.recipe, "model": json.dumps(self.model), "facts": json.dumps(self.facts)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().cpu() for k, v in self.tensors.items()}, path, metadata=metadata)
+    def save(self, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
+        """Writes one .safetensors file, over one that is there unless overwrite=False, and makes missing folders."""
+        path = check_output(path, "path", overwrite=overwrite)
+        try:
+            told = {"model": json.dumps(self.model), "facts": json.dumps(self.facts)}
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ReattendError(f"model and facts of a profile must be JSON values: {error}") from None
+        with writing(path, "path"):
+            held = {k: v.detach().contiguous().cpu() for k, v in self.tensors.items()}
+            save_file(held, path, metadata={"format": FORMAT, "recipe": self.recipe, **told})
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Profile:
         """Reads a profile file. Raises ReattendError when it is not one."""
-        if not Path(path).is_file():
-            raise ReattendError(f"no profile file at {str(path)!r}")
+        path = existing_file(path, "profile file")
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ReattendError(f"{str(path)!r} is not a safetensors file: {error}") from None
         if metadata.get("format") != FORMAT:
             raise ReattendError(
                 f"{str(path)!r} is not a reattend profile (format {metadata.get('format')!r}, expected {FORMAT!r})"
             )
-        return cls(metadata["recipe"], json.loads(metadata["model"]), tensors, json.loads(metadata["facts"]))
+        missing = [name for name in ("recipe", "model", "facts") if name not in metadata]
+        if missing:
+            raise ReattendError(
+                f"the profile {str(path)!r} is broken: its metadata tells no {' and no '.join(missing)}; make it anew"
+            )
+        told = {name: read_json(metadata[name], f"{name} of the profile {str(path)!r}") for name in ("model", "facts")}
+        for name, value in told.items():
+            if not isinstance(value, dict):
+                raise ReattendError(f"the profile {str(path)!r} is broken: its {name} is no JSON object; make it anew")
+        return cls(metadata["recipe"], told["model"], tensors, told["facts"])
 
     def check(self, recipe: str, model: dict[str, Any]) -> None:
         """Raises ReattendError unless the profile was made by this recipe for a model of this shape."""
@@ -116,23 +129,27 @@ def _weights(table: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest() if parts else ""
 
 
-def find_profile(recipe: str, path: str | None, table: Any) -> Profile:
-    """A recipe's profile for this model: of a file, or with path None or "cached" the one kept in the cache.
+def find_profile(recipe: Any, path: str | None, table: Any, *, of_any: bool = False) -> Profile:
+    """The profile of a recipe (with its parameters) for this model: of a file, or with path None or "cached" the one in the cache.
 
-    Raises ReattendError where there is none, or where it belongs to another recipe or model.
+    of_any: a file made by another recipe will do, if it holds what this one needs. Raises ReattendError where there is none, where it
+    belongs to another recipe or model, or where it does not hold what the recipe's `contents` tell.
     """
+    slug = recipe.slug
     if path in (None, CACHED):
-        place = cached_path(recipe, table)
+        place = cached_path(slug, table)
         if not place.is_file():
             raise ReattendError(
-                f"no profile of {recipe!r} is kept for this {table.model_name}: run `reattend profile {recipe} MODEL`, or "
-                f"reattend.recipes.cached_profile({recipe!r}, model, tokenizer), or name a file with profile_path"
+                f"no profile of {slug!r} is kept for this {table.model_name}: run `reattend profile {slug} MODEL`, or "
+                f"reattend.recipes.cached_profile({slug!r}, model, tokenizer), or name a file with profile_path"
             )
         profile = Profile.load(place)
+        profile.check(slug, table_fingerprint(table))
     else:
         assert path is not None
         profile = Profile.load(path)
-    profile.check(recipe, table_fingerprint(table))
+        profile.check(profile.recipe if of_any else slug, table_fingerprint(table))
+    recipe.contents.check(recipe, profile.tensors, profile.facts, table)
     return profile
 
 
@@ -144,7 +161,7 @@ def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: b
     """
     from .registry import recipe_class
 
-    cls = recipe_class(recipe) if isinstance(recipe, str) else recipe
+    cls = recipe if isinstance(recipe, type) else recipe_class(recipe)
     inner = unwrapped_model(model)
     place = cached_path(cls.slug, sites(inner))
     asked = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]

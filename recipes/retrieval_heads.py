@@ -26,6 +26,7 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.heads import prompt_end
 from .base import Info, Recipe, decoder_sites
+from .contents import Contents, Numbers
 from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
 from .profile import CACHED, Profile, cached_path, find_profile
 
@@ -50,6 +51,8 @@ class RetrievalHeads(Recipe):
         profiling="which heads copy a planted sentence from the context",
         status="experiment",
     )
+
+    contents = Contents({"score": Numbers(("layers", "heads"))})
 
     mode: Mode = Field(
         "sharpen",
@@ -141,7 +144,7 @@ class RetrievalHeads(Recipe):
         path = self.profile_path or CACHED
         if path.endswith(".json"):
             return scores_of_json(path)
-        return ranked(head_scores(find_profile(self.slug, path, sites)))
+        return ranked(head_scores(find_profile(self, path, sites)))
 
     def intervene(self, make: Callable[[int, torch.device], Callable[..., Edit]], call: Call) -> Edit | None:
         """The mode's edit on the listed heads of this layer, in the rows that `where` names."""

@@ -35,6 +35,7 @@ from ..hooks.taps import projection_misfit
 from ..interventions import ProjectKey, ReattendError
 from ..interventions.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
 from .base import Info, Recipe, decoder_sites
+from .contents import Contents, Numbers
 from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
 from .profile import CACHED, Profile, find_profile
 
@@ -54,6 +55,21 @@ class SEKA(Recipe):
         profiling="directions of relevance per key head, from synthetic questions",
     )
     marks = {"highlight": "text"}
+
+    contents = Contents(
+        {
+            **{f"*.{kind}.vectors": Numbers(("key_heads", "head_dim", "head_dim")) for kind in ("relevant", "irrelevant")},
+            **{f"*.{kind}.values": Numbers(("key_heads", "head_dim"), least=0) for kind in ("relevant", "irrelevant")},
+            "*.distance": Numbers(("key_heads",), needed={"distance": "code", "adaptive": False}),
+            "*.mean_distance": Numbers(("key_heads",), needed={"distance": "paper", "adaptive": False}),
+            "*.experts.vectors": Numbers(
+                ("experts", "key_heads", "head_dim", "head_dim"), unknown=True, needed={"adaptive": True}
+            ),
+            "*.experts.values": Numbers(("experts", "key_heads", "head_dim"), least=0, needed={"adaptive": True}),
+            "*.experts.distance": Numbers(("experts", "key_heads"), needed={"adaptive": True, "distance": "code"}),
+            "*.experts.mean_distance": Numbers(("experts", "key_heads"), needed={"adaptive": True, "distance": "paper"}),
+        }
+    )
 
     text: Text = Field(None, description=f"passages to emphasise, {TEXT_HELP}")
     ranges: Ranges = Field(None, description=RANGES_HELP)
@@ -146,7 +162,7 @@ class SEKA(Recipe):
         misfit = projection_misfit(chosen, query=self.adaptive)
         if misfit:
             return Support(False, misfit)
-        profile = find_profile(self.slug, self.profile_path, sites)
+        profile = find_profile(self, self.profile_path, sites)
         learned = profile.facts.get("feature")
         if learned != self.feature and not self.adaptive:
             return Support(False, f"the profile was made with feature={learned!r}, the recipe has {self.feature!r}")
@@ -162,7 +178,7 @@ class SEKA(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         every, _ = decoder_sites(sites, self.slug)
         chosen = self.chosen_sites(every)
-        profile = find_profile(self.slug, self.profile_path, sites)
+        profile = find_profile(self, self.profile_path, sites)
         role = marked_role(self.slug)
         steps: list[Step] = [
             passage_spans(role, self.text, self.ranges, self.occurrence, "inside" if self.official_span else False)

@@ -27,6 +27,7 @@ from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
 from ..interventions.heads import prompt_end
 from .base import Info, Recipe, decoder_sites
+from .contents import Contents, Fact, Numbers
 from .head_choice import Heads, missing_heads
 from .profile import CACHED, Profile, find_profile
 
@@ -43,6 +44,14 @@ class SoftInjection(Recipe):
         cost="free",
         code="SNU-DRL/Soft_Injection",
         profiling="what each head hands on after demonstrations, and how much of it to mix in",
+    )
+
+    contents = Contents(
+        {
+            "task_embedding": Numbers(("tasks", "layers", "heads", "head_dim")),
+            "alpha": Numbers(("layers", "heads"), least=0, most=1),
+        },
+        {"tasks": Fact(list, size="tasks")},
     )
 
     task: str | None = Field(None, description="which of the profile's tasks; needed where it holds several")
@@ -89,7 +98,7 @@ class SoftInjection(Recipe):
 
     def learned(self, sites: SiteTable) -> tuple[Tensor, Tensor]:
         """(embedding [layers, heads, D], alpha [layers, heads] as it is used). Raises ReattendError for a profile that does not fit."""
-        profile = find_profile(self.slug, self.profile_path, sites)
+        profile = find_profile(self, self.profile_path, sites)
         tasks = profile.facts["tasks"]
         if self.task is None and len(tasks) > 1:
             raise ReattendError(f"the profile holds several tasks, name one with task: {', '.join(tasks)}")

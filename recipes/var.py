@@ -28,6 +28,7 @@ from ..hooks.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
+from .contents import Contents, Numbers
 from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
 from .known_models import KnownModel
 from .profile import CACHED, Profile, cached_path, find_profile, fingerprint
@@ -62,6 +63,8 @@ class VAR(Recipe):
         licence="Apache-2.0",
         profiling="the hidden dimensions in which this model's sinks show, from one short text",
     )
+
+    contents = Contents({"sink_dims": Numbers(("dimensions",), whole=True, least=0)})
 
     move: float = Field(
         0.4, ge=0, le=1, description="fraction of the sinks' weight that is moved; 0 changes nothing (code: 1 - p)"
@@ -128,7 +131,7 @@ class VAR(Recipe):
                     return dims
             if not cached_path(self.slug, table).is_file():
                 return ()
-        return tuple(find_profile(self.slug, self.profile_path, table).tensors["sink_dims"].tolist())
+        return tuple(find_profile(self, self.profile_path, table).tensors["sink_dims"].tolist())
 
     # -- what it does ------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from ..hooks.token_exit import token_exit_misfit
 from ..interventions import Call, KeyBias
 from ..interventions.sparsity import hide_columns
 from .base import Info, Recipe
+from .contents import Contents, Numbers
 from .image_models import image_misfit, images_told
 from .profile import CACHED, find_profile
 
@@ -52,6 +53,8 @@ class VisualTokenExit(Recipe):
         code="DoubtedSteam/DyVTE",
         profiling="the exit layer, from image-question pairs; or choose one by hand",
     )
+
+    contents = Contents({"exit_layer": Numbers((), whole=True, least=0)})
 
     exit_layer: int | None = Field(
         None, ge=0, description="the last layer that sees the image, from 0; smaller saves more and changes more"
@@ -91,7 +94,7 @@ class VisualTokenExit(Recipe):
         """The exit layer: given, or of the profile."""
         if self.exit_layer is not None:
             return self.exit_layer
-        return int(find_profile(self.slug, self.profile_path, table).tensors["exit_layer"])
+        return int(find_profile(self, self.profile_path, table).tensors["exit_layer"])
 
     def plan(self, sites: SiteTable) -> list[Step]:
         behind = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)

@@ -9,7 +9,7 @@ from typing import Any
 from ..hooks import Act, Capture, Exit, Plan, Session, attach, running, sites
 from ..interventions import ReattendError, UnsupportedError
 from .base import Recipe
-from .registry import load_recipe, recipe, registry
+from .registry import is_file_name, made, read_choice, registry
 
 Choice = str | Recipe | Path | dict | tuple[str, dict[str, Any]]
 
@@ -18,19 +18,17 @@ def resolve(choices: Sequence[Choice], parameters: dict[str, Any]) -> list[Recip
     """Recipes from names, (name, parameters) pairs, YAML files, dicts or Recipe objects; keyword parameters belong to a single one."""
     if not choices:
         raise ReattendError("name at least one recipe, for example apply(model, 'emphasise', text='...')")
-    if parameters and (len(choices) > 1 or not isinstance(choices[0], str) or choices[0].endswith((".yaml", ".yml"))):
+    if parameters and (len(choices) > 1 or not isinstance(choices[0], str) or is_file_name(choices[0])):
+        read_choice(choices[0])  # says what is wrong with it, if anything is
         raise ReattendError('parameters by keyword go with one recipe name; with several, pass ("name", {parameters}) pairs')
-    result = []
+    found = []
     for choice in choices:
         if isinstance(choice, Recipe):
-            result.append(choice)
-        elif isinstance(choice, tuple):
-            result.append(recipe(choice[0], **choice[1]))
-        elif isinstance(choice, (Path, dict)) or choice.endswith((".yaml", ".yml")):
-            result.append(load_recipe(choice))
+            found.append(choice)
         else:
-            result.append(recipe(choice, **parameters))
-    return result
+            cls, given = read_choice(choice)
+            found.append(made(cls, {**given, **parameters}))
+    return found
 
 
 def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any = None, **parameters: Any) -> Session:

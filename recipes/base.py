@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ..hooks import SiteTable, Support, running, sites
 from ..hooks.plan import Step
@@ -15,6 +16,9 @@ from .contents import Contents
 from .profile import Profile
 
 Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
+# no count of tokens, layers or heads is larger, and sums of two of them still fit into the integers of a tensor
+LARGEST = 2**31 - 1
+DEEPEST, MOST_NAMED = 10, 6
 Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "decoding"]
 
 
@@ -63,11 +67,26 @@ class Recipe(BaseModel):
     # what a profile of it holds, which is checked before the profile is used
     contents: ClassVar[Contents] = Contents()
 
-    def __init__(self, **parameters: Any) -> None:
+    def __init__(self, /, **parameters: Any) -> None:
+        if "self" in parameters:  # pydantic's own constructor cannot be told of it
+            known = ", ".join(self.field_help()) or "none"
+            raise ReattendError(f"recipe {self.slug!r}: self is not a parameter of {self.slug!r}; its parameters are: {known}")
         try:
             super().__init__(**parameters)
         except ValidationError as error:
             raise ReattendError(one_line(self.slug, self.field_help(), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """No integer that overflows later on, and no truth value where a number is meant."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and not _takes(field.annotation, bool):
+            raise ValueError("must be no truth value")
+        reason = _too_much(value)
+        if reason:
+            raise ValueError(reason)
+        return value
 
     @classmethod
     def field_help(cls) -> dict[str, str]:
@@ -113,6 +132,33 @@ def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:
     return table, chosen
 
 
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether a type hint allows values of this type."""
+    return annotation is Any or annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
+
+
+def _too_much(value: Any, depth: int = 0) -> str:
+    """Why a value is too large or too deep for any parameter; "" where it, and what is in it, is not."""
+    if isinstance(value, int):
+        return "" if -LARGEST <= value <= LARGEST else f"a whole number must lie between {-LARGEST} and {LARGEST}"
+    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        return ""
+    if depth == DEEPEST:
+        return f"must not be nested {DEEPEST} deep"
+    items = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    return next(filter(None, (_too_much(item, depth + 1) for item in items)), "")
+
+
+def shown(value: Any) -> str:
+    """A value as it was given, cut short where it is long."""
+    return _repr.repr(value)
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
+_repr.maxlong = 40
+
+
 def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:
     """What is wrong with parameters, in one line that names them and what would be right."""
     parts = []
@@ -127,5 +173,6 @@ def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: st
             message = item["msg"][0].lower() + item["msg"][1:]
             message = message.removeprefix("value error, ")
             # an error about several parameters names them itself
-            parts.append(f"{name}: {message}, got {item['input']!r}" if item["loc"] else message)
-    return f"{what} {slug!r}: " + "; ".join(parts)
+            parts.append(f"{name}: {message}, got {shown(item['input'])}" if item["loc"] else message)
+    more = [f"and {len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
+    return f"{what} {slug!r}: " + "; ".join([*parts[:MOST_NAMED], *more])

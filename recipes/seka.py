@@ -131,9 +131,11 @@ class SEKA(Recipe):
             if not re.fullmatch(r"all|(first|last)[1-9][0-9]*", value):
                 raise ValueError("layers must be 'all', 'firstN', 'lastN' or a list of layer numbers")
             return value
-        if not value or len(set(value)) != len(value) or any(not isinstance(n, int) or n < 0 for n in value):
-            raise ValueError("layers must be distinct numbers, counted from 0, and at least one")
-        return tuple(value)
+        numbers = value if isinstance(value, (list, tuple)) else ()
+        plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+        if not numbers or not plain or len(set(numbers)) != len(numbers):
+            raise ValueError("must be 'all', 'firstN', 'lastN', or a list of distinct layer numbers, counted from 0")
+        return tuple(numbers)
 
     @model_validator(mode="after")
     def _consistent(self) -> SEKA:

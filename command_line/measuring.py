@@ -9,7 +9,7 @@ import typer
 
 from ..interventions.errors import ReattendError
 from .console import print_json
-from .options import MODEL_HELP, Debug, Device, Dtype, Json, Model, Recipes, Seed, Settings
+from .options import MODEL_HELP, Debug, Device, Dtype, Force, Json, Model, Recipes, Seed, Settings
 
 
 def profile(
@@ -18,6 +18,7 @@ def profile(
     out: Annotated[
         str, typer.Option("--out", "-o", help="the .safetensors file to write; without it, kept for recipes that look for it")
     ] = "",
+    force: Force = False,
     set_: Settings = [],  # noqa: B006
     device: Device = "",
     dtype: Dtype = "",
@@ -29,17 +30,20 @@ def profile(
     from ..comparison.loading import load
     from ..hooks import sites as sites_of
     from ..recipes import Recipe, cached_profile, recipe_class
-    from ..recipes.profile import cached_path
+    from ..recipes.files import check_output
+    from ..recipes.profile import cached_path, learn
 
     cls = recipe_class(recipe)
     if cls.profile.__func__ is Recipe.profile.__func__:  # type: ignore[attr-defined]
         raise ReattendError(f"recipe {cls.slug!r} has no profiling step")
+    if out:
+        check_output(out, "--out", overwrite=force, remedy="--force")
     options = {key.partition(".")[2] or key: value for key, value in settings_of(set_).items()}
     pipe = load(model, device=device or None, dtype=dtype or None)
     tokenizer = getattr(pipe, "processor", None) or getattr(pipe, "tokenizer", None)
     inner = getattr(pipe, "model", pipe)
     if out:
-        learned = cls.profile(inner, tokenizer, **options)
+        learned = learn(cls, inner, tokenizer, options)
         file = learned.save(out)
     else:
         learned, file = cached_profile(cls, inner, tokenizer, refresh=True, **options), cached_path(cls.slug, sites_of(inner))
@@ -101,6 +105,8 @@ def eval_(
     else:
         result.print()
         typer.echo(f"results: {Path(out) / 'results.json'}")
+    if result.kept is not None:
+        typer.echo(f"earlier results, of other settings: {result.kept}", err=True)
 
 
 def analyse(

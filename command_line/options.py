@@ -31,6 +31,7 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="how much t
 Steps = Annotated[int, typer.Option("--steps", min=0, help="denoising steps; 0 = the pipeline's own", show_default=False)]
 Sample = Annotated[bool, typer.Option("--sample", help="sample with the seed instead of taking the likeliest token")]
 Seed = Annotated[int, typer.Option("--seed", help="random seed")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda:0, ...; default: the first GPU, or the CPU", show_default=False)
 ]

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..interventions.errors import ReattendError
 from .console import print_json
-from .options import Debug, Device, Dtype, Image, Json, Model, Raw, Recipes, Sample, Seed, Settings, Steps, Text, Tokens
+from .options import Debug, Device, Dtype, Force, Image, Json, Model, Raw, Recipes, Sample, Seed, Settings, Steps, Text, Tokens
 
 
 def run(
@@ -27,18 +28,26 @@ def run(
     out: Annotated[
         str, typer.Option("--out", "-o", help="where to write a generated picture", show_default=False)
     ] = "reattend.png",
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Run a model under recipes."""
-    from ..comparison.arguments import prepare, recipes_of
+    from PIL import Image as Pictures
+
+    from ..comparison.arguments import prepare, recipes_of, whole_number
     from ..comparison.compare import progress_bar
     from ..comparison.inputs import job_for
     from ..recipes import apply
+    from ..recipes.files import check_output, writing
 
     chosen = recipes_of(recipe, set_)
     pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
-    job = job_for(pipe, seed=seed, **given)
+    job = job_for(pipe, seed=whole_number(seed, "--seed"), **given)
+    if job.kind == "image":
+        place = check_output(out, "--out", overwrite=force, remedy="--force", folders=False)
+        if place.suffix.lower() not in Pictures.registered_extensions():
+            raise ReattendError(f"--out: {out!r} names no kind of picture; end it with .png")
     with apply(pipe, *chosen, tokenizer=job.tokenizer) as session, progress_bar(None, job.ticks, "running") as tick:
         result = job.run(tick)
         stats = session.stats
@@ -47,7 +56,8 @@ def run(
         files = []
         for place, picture in enumerate(output):
             file = Path(out) if len(output) == 1 else Path(out).with_stem(f"{Path(out).stem}-{place}")
-            picture.save(file)
+            with writing(file, "--out", folders=False):
+                picture.save(file)
             files.append(str(file))
         output = files
     if as_json:
@@ -72,14 +82,19 @@ def compare(
     device: Device = "",
     dtype: Dtype = "",
     html: Annotated[str, typer.Option("--html", help="also write the report as one HTML file", show_default=False)] = "",
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Run a model without and with recipes on the same input, and show what changed."""
     from ..comparison import compare as compare_
-    from ..comparison.arguments import prepare, recipes_of
+    from ..comparison.arguments import prepare, recipes_of, whole_number
+    from ..recipes.files import check_output
 
+    seed = whole_number(seed, "--seed")
     chosen = recipes_of(recipe, set_)
+    if html:
+        check_output(html, "--html", overwrite=force, remedy="--force")
     pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
     options = given.pop("options")
     given.pop("tokenizer")
@@ -95,12 +110,13 @@ def compare(
 
 def demo(
     out: Annotated[str, typer.Option("--out", "-o", help="folder for the report")] = "reattend-demo",
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare recipes on a small language model, offline; writes report.html."""
     from ..comparison.demo import demo as run_demo
 
-    reports, file = run_demo(Path(out), quiet=as_json)
+    reports, file = run_demo(Path(out), quiet=as_json, overwrite=force)
     if as_json:
         print_json({"report": str(file), "comparisons": [r.as_dict() for r in reports]})

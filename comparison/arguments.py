@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping
+from os import PathLike
 from typing import Any
-
-import yaml
 
 from ..interventions import ReattendError
 from ..recipes import load_recipe, recipe
+from ..recipes.base import shown
+from ..recipes.files import read_picture, read_text, read_yaml
 from . import loading
+
+
+def whole_number(value: Any, what: str, least: int | None = None) -> int:
+    """The value, if it is an integer that fits into 64 bits. Raises ReattendError for anything else."""
+    plain = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if not plain or (least is not None and value < least):
+        raise ReattendError(
+            f"{what} must be a whole number{'' if least is None else f' of at least {least}'}, got {shown(value)}"
+        )
+    return value
+
+
+def picture_of(image: Any) -> Any:
+    """A picture as compare takes it: a path is read; a picture, an address, an array or a list of them stays as it is."""
+    if isinstance(image, PathLike) or (isinstance(image, str) and not re.match(r"(https?|data):", image)):
+        return read_picture(image, "image")
+    if isinstance(image, (int, float, bytes, Mapping)):
+        raise ReattendError(f"image must be a picture or the path of one, got {shown(image)}")
+    return image
 
 
 def settings_of(pairs: list[str]) -> dict[str, Any]:
@@ -21,9 +41,9 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ReattendError(f"--set takes key=value, got {pair!r}")
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ReattendError(f"--set {key.strip()}: {value!r} is not a YAML value") from None
+            found[key.strip()] = read_yaml(value, "the value")
+        except ReattendError:
+            raise ReattendError(f"--set {key.strip()}: {shown(value)} is not a YAML value") from None
     return found
 
 
@@ -65,9 +85,7 @@ def _text(given: str) -> str:
     """A text, or what the file behind an @ holds."""
     if not given.startswith("@"):
         return given
-    if not Path(given[1:]).is_file():
-        raise ReattendError(f"no text file at {given[1:]!r}")
-    return Path(given[1:]).read_text(encoding="utf-8")
+    return read_text(given[1:], "text file")
 
 
 def prepare(
@@ -75,16 +93,10 @@ def prepare(
 ) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments for a job): text as a chat message where the model has a template."""
     text = _text(text)
-    if image and not Path(image).is_file():
-        raise ReattendError(f"no picture at {image!r}")
+    picture = read_picture(image, "picture") if image else None
     if not text and not image:
         raise ReattendError("give an input with --text (or --prompt), --image or both")
     pipe = loading.load(model, device=device or None, dtype=dtype or None)
-    picture = None
-    if image:
-        from PIL import Image as Pictures
-
-        picture = Pictures.open(image).convert("RGB")
     asked: Any = text or None
     options: dict[str, Any] = {}
     task = getattr(pipe, "task", None)

@@ -15,6 +15,9 @@ from ..hooks.discovery import original_of, pretrained_root
 from ..interventions import ReattendError
 from ..recipes import Recipe, apply, recipe_class
 from ..recipes.apply import Choice, resolve
+from ..recipes.base import shown
+from ..recipes.registry import is_file_name
+from .arguments import picture_of, whole_number
 from .cost import Meter
 from .inputs import job_for
 from .job import Job, Tick
@@ -49,6 +52,9 @@ def compare(
     Each variant runs shortly for warming up and for the look at its attention, and then once timed. Raises ReattendError for bad
     input before anything runs.
     """
+    seed, image = whole_number(seed, "seed"), picture_of(image)
+    if title is not None and not isinstance(title, str):
+        raise ReattendError(f"title must be a text, got {shown(title)}")
     model = original_of(model)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
@@ -107,7 +113,7 @@ def _recipes(
 ) -> tuple[list[Recipe], Any, dict[str, Any]]:
     """(recipes with their parameters, the input text, options of the run)."""
     parameters: dict[str, Any] = {}
-    if len(recipes) == 1 and isinstance(recipes[0], str) and not recipes[0].endswith((".yaml", ".yml")):
+    if len(recipes) == 1 and isinstance(recipes[0], str) and not is_file_name(recipes[0]):
         cls = recipe_class(recipes[0])
         fields = cls.model_fields
         parameters = {name: options[name] for name in options if name in fields}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..recipes.files import check_output
 from .compare import compare
 from .demo_texts import EARLY_QUESTION, NEEDLE, QUESTION, STORY
 from .report import Check, Report, write_page
@@ -97,10 +98,14 @@ def cases() -> list[Case]:
     ]
 
 
-def demo(folder: Path, quiet: bool = False) -> tuple[list[Report], Path]:
-    """Runs the comparisons, writes report.html into the folder and returns (reports, its path). Raises ReattendError without the package."""
+def demo(folder: Path, quiet: bool = False, overwrite: bool = True) -> tuple[list[Report], Path]:
+    """Runs the comparisons, writes report.html into the folder and returns (reports, its path).
+
+    Raises ReattendError without the package, and before anything runs for a report that is there, unless overwrite.
+    """
     from .loading import packaged_smollm2
 
+    check_output(folder / "report.html", "--out", overwrite=overwrite, remedy="--force")
     model, tokenizer = packaged_smollm2()
     reports = []
     chosen = cases()

@@ -24,7 +24,7 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None) -> A
     kind = getattr(torch, dtype) if dtype and isinstance(getattr(torch, dtype, None), torch.dtype) else None
     if dtype and dtype != "auto" and kind is None:
         raise ReattendError(f"--dtype must be one of float32, float16, bfloat16, auto; got {dtype!r}")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = _device(device)
     try:
         if name in PACKAGED:
             from transformers import pipeline
@@ -43,6 +43,18 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None) -> A
         if isinstance(error, ReattendError):
             raise
         raise ReattendError(f"cannot load {name!r}: {_first_sentence(error)}") from error
+
+
+def _device(named: str | None) -> str:
+    import torch
+
+    if not named:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=named)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise ReattendError(f"--device {named!r} cannot be used here: {_first_sentence(error)}") from None
+    return named
 
 
 def _transformers(name: str, dtype: Any, device: str) -> Any:

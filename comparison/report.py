@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
+from ..recipes.files import check_output, writing
 from .cost import Cost
 from .looks import Looks
 
@@ -188,9 +189,9 @@ class Report:
         """`as_dict()` as a JSON text. Infinite numbers (the PSNR of equal pictures) are null."""
         return json.dumps(self.as_dict(), indent=indent, ensure_ascii=False)
 
-    def html(self, path: str | os.PathLike) -> Path:
-        """Writes one self-contained HTML file and returns its path."""
-        return write_page([self], path, self.title)
+    def html(self, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
+        """Writes one self-contained HTML file, over one that is there unless overwrite=False, and returns its path."""
+        return write_page([self], path, self.title, overwrite=overwrite)
 
     def print(self) -> None:
         """Shows the report in the terminal."""
@@ -207,11 +208,15 @@ class Report:
         return renderable(self)
 
 
-def write_page(reports: Sequence[Report], path: str | os.PathLike, title: str, intro: str = "") -> Path:
-    """Writes several reports into one self-contained HTML file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(reports, title, intro=intro), encoding="utf-8")
+def write_page(
+    reports: Sequence[Report], path: str | os.PathLike, title: str, intro: str = "", *, overwrite: bool = True
+) -> Path:
+    """Writes several reports into one self-contained HTML file, over one that is there unless overwrite=False."""
+    path = check_output(path, "path", overwrite=overwrite)
+    text = render(reports, title, intro=intro)
+    with writing(path, "path"):
+        # a lone surrogate, as half a letter of a broken tokenizer, has no UTF-8
+        path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..recipes.files import writing
 from .subject import Subject
 from .suites import Item
 
@@ -66,8 +67,7 @@ class Book:
         if self.file is None:
             return
         fresh = not self.file.exists()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab") as out:
+        with writing(self.file, "out"), self.file.open("ab") as out:
             if fresh:
                 out.write(_line({"key": self.key}))
             elif not self.file.read_bytes().endswith(b"\n"):

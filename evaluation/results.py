@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..recipes.files import check_folder, check_output, writing
+from .answers import FOLDER as ANSWERS
+from .answers import digest
 from .metrics.intervals import Interval
 from .suites import Suite
 
@@ -57,7 +60,10 @@ class Cell:
 
 @dataclass
 class Evaluation:
-    """Metrics of a model on suites, plain and under recipes. Shows itself in a terminal (`print()`) and as `json()`."""
+    """Metrics of a model on suites, plain and under recipes. Shows itself in a terminal (`print()`) and as `json()`.
+
+    batch: items at once where that was asked for. kept: where `save` put results of other settings that stood in its place.
+    """
 
     model: dict[str, Any]
     cells: list[Cell]
@@ -67,6 +73,8 @@ class Evaluation:
     resamples: int
     level: float = 0.95
     environment: dict[str, Any] = field(default_factory=dict)
+    batch: int | None = None
+    kept: Path | None = None
 
     def cell(self, suite: str, recipe: str = "none") -> Cell:
         """The cell of a suite's name and a variant's label. Raises KeyError."""
@@ -87,6 +95,7 @@ class Evaluation:
             "suites": self.suites,
             "seed": self.seed,
             "count": self.count,
+            "batch": self.batch,
             "intervals": {"level": self.level, "resamples": self.resamples, "method": "percentile bootstrap over groups"},
             "cells": [cell.as_dict() for cell in self.cells],
             "notes": self.notes,
@@ -98,12 +107,20 @@ class Evaluation:
         return json.dumps(self.as_dict(), indent=indent, ensure_ascii=False)
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes results.json into a folder, all or nothing."""
-        file = Path(folder) / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
+        """Writes results.json into a folder, all or nothing.
+
+        Results that stand there already are written over where they answer the same question, of the same model with the same
+        settings; others are kept as results.<fingerprint>.json.
+        """
+        file = output_folder(folder) / FILE
         draft = file.with_suffix(".part")
-        draft.write_text(self.json(), encoding="utf-8")
-        draft.replace(file)
+        with writing(file, "out"):
+            draft.write_text(self.json(), encoding="utf-8")
+            earlier = _question(file)
+            if earlier is not None and earlier != _fingerprint(self.as_dict()):
+                self.kept = file.with_suffix(f".{earlier}.json")
+                file.replace(self.kept)
+            draft.replace(file)
         return file
 
     def print(self) -> None:
@@ -116,6 +133,31 @@ class Evaluation:
         from .tables import renderable
 
         return renderable(self)
+
+
+def output_folder(out: Any) -> Path:
+    """The folder for answers and results. Raises ReattendError before any work where they cannot be written into it."""
+    folder = check_folder(out, "out")
+    check_folder(folder / ANSWERS, "out")
+    check_output(folder / FILE, "out")
+    return folder
+
+
+def _question(file: Path) -> str | None:
+    """The fingerprint of what the results in a file answer; None where there is no file."""
+    if not file.exists():
+        return None
+    try:
+        return _fingerprint(json.loads(file.read_bytes()))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return digest(file.read_bytes().hex())[:8]  # not ours, or broken: kept as it is
+
+
+def _fingerprint(data: dict[str, Any]) -> str:
+    """Of everything that results depend on: model, suites, recipes, seed, count, batch, intervals, version."""
+    asked = {name: data.get(name) for name in ("model", "suites", "seed", "count", "batch", "intervals")}
+    cells = [[cell["suite"], cell["recipe"], cell["recipes"]] for cell in data["cells"]]
+    return digest([asked, cells, data["environment"].get("reattend")])[:8]
 
 
 def _unknown(result: Evaluation, suite: str, recipe: str) -> Cell:

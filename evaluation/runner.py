@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..comparison.arguments import whole_number
 from ..comparison.compare import environment
 from ..hooks import sites
 from ..hooks.discovery import components
@@ -20,7 +21,7 @@ from ..interventions import ReattendError
 from .answers import Book, batch_key, model_key
 from .metrics.intervals import Resamples
 from .processes import Team
-from .results import Cell, Evaluation
+from .results import Cell, Evaluation, output_folder
 from .steering import Steering
 from .subject import Subject
 from .suites import Item, Suite
@@ -72,15 +73,16 @@ def evaluate(
     objects: "pope,chair", ["pope:noise=1.1"]. recipes: "none,var:move=0.2,vhr+var", Recipe objects or (name, parameters) pairs; a
     list inside the list composes; "none" is the plain model, against which changes are computed. count: scenes or texts per suite.
     seed: of the items, and of what is drawn by chance. out: a folder for answers and results; a second run goes on where the first
-    stopped, and answers nothing twice. batch: items at once, by default the suite's own. resamples: of the intervals. progress: None
-    shows a bar where somebody is watching.
+    stopped, and answers nothing twice; results of a run with other settings are kept beside those of this one. batch: items at once,
+    by default the suite's own. resamples: of the intervals. progress: None shows a bar where somebody is watching.
 
     Under `accelerate launch` every process answers its share of the batches, and all return the same result. Raises ReattendError
     before anything runs: unknown suite, recipe or parameter, or a model that does not fit.
     """
     for what, value in (("count", count), ("resamples", resamples), ("batch", 1 if batch is None else batch)):
-        if not isinstance(value, int) or value < 1:
-            raise ReattendError(f"{what} must be a whole number of at least 1, got {value!r}")
+        whole_number(value, what, least=1)
+    whole_number(seed, "seed")
+    folder = None if out is None else output_folder(out)
     asked, variants = suites_of(suites), variants_of(recipes)
     subject, team = Subject(model, tokenizer), Team.current()
     for suite in asked:
@@ -88,7 +90,6 @@ def evaluate(
             raise ReattendError(f"suite {suite.name!r} needs {NEEDS[suite.kind]}; this is {subject.kind!r}")
         for variant in variants:
             Steering(subject, variant.choices, suite.marks)  # a recipe that does not fit says so before anything runs
-    folder = Path(out) if out is not None else None
     model_facts = model_key(subject)
     plans: list[list[_Work]] = []
     for suite in asked:
@@ -115,6 +116,7 @@ def evaluate(
         seed,
         count,
         resamples,
+        batch=batch,
         environment={**environment(), "processes": team.size},
     )
     if folder is not None and team.main:

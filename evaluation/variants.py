@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..interventions import ReattendError
 from ..recipes import Recipe
 from ..recipes.apply import Choice
-from ..recipes.registry import read_choice
+from ..recipes.base import shown
+from ..recipes.files import read_yaml
+from ..recipes.registry import is_file_name, made, read_choice
 from .suites import Suite, suite
 
 NONE = "none"
@@ -40,7 +40,7 @@ class Variant:
             kind, given = read_choice(choice)
             # passages that only the suite knows are filled in by it; until then any will do for checking the rest
             waiting = {name: [["passage"]] for name in kind.marks.values() if given.get(name) is None}
-            checked = kind(**{**waiting, **given}).model_dump(mode="json")
+            checked = made(kind, {**waiting, **given}).model_dump(mode="json")
             settings = {name: checked[name] for name in given}
             labels.append(kind.slug + (f"({', '.join(map(_short, settings.items()))})" if settings else ""))
             everything = {name: value for name, value in checked.items() if name not in waiting or name in given}
@@ -86,9 +86,9 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
     for pair in pairs:
         key, _, value = pair.partition("=")
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ReattendError(f"{spec!r}: {value!r} is not a YAML value") from None
+            found[key] = read_yaml(value, "the value")
+        except ReattendError:
+            raise ReattendError(f"{spec!r}: {shown(value)} is not a YAML value") from None
     return name.strip(), found
 
 
@@ -108,7 +108,7 @@ def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = 
     wanted: a comma-separated text, or a list whose items are a text ("none", "var:move=0.2", "vhr+var", "my.yaml"), a Recipe, a
     (name, parameters) pair, None for the plain model, or a list of these, which compose. settings: {recipe: further parameters}.
     """
-    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if _is_one(wanted) else list(wanted)
+    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if _is_one(wanted) else _listed(wanted, "recipes")
     if not items:
         raise ReattendError('name what to compare, for example "none,var"')
     found: dict[str, Variant] = {}
@@ -117,6 +117,12 @@ def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = 
         variant = Variant.of([choice for part in parts for choice in _choices(part, settings or {})])
         found.setdefault(json.dumps(variant.key(), sort_keys=True), variant)
     return list(found.values())
+
+
+def _listed(wanted: Any, what: str) -> list[Any]:
+    if not isinstance(wanted, (list, tuple)):
+        raise ReattendError(f"{what} must be a text or a list, got {shown(wanted)}")
+    return list(wanted)
 
 
 def _is_one(wanted: Any) -> bool:
@@ -135,7 +141,7 @@ def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choic
         if name == NONE:
             if given:
                 raise ReattendError(f"{spec!r}: the plain model takes no parameters")
-        elif name.endswith((".yaml", ".yml")):
+        elif is_file_name(name):
             if given or settings.get(name):
                 raise ReattendError(f"change the parameters of {name} in the file")
             found.append(Path(name))
@@ -146,12 +152,16 @@ def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choic
 
 def suites_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Suite]:
     """Suites from a comma-separated text, or from a list of texts ("pope", "pope:noise=1.1") and Suite objects."""
-    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if isinstance(wanted, Suite) else list(wanted)
+    items = (
+        split_list(wanted) if isinstance(wanted, str) else [wanted] if isinstance(wanted, Suite) else _listed(wanted, "suites")
+    )
     if not items:
         raise ReattendError("name at least one suite; reattend.evaluation.list_suites() shows them")
     found: dict[str, Suite] = {}
     for item in items:
         if not isinstance(item, Suite):
+            if not isinstance(item, str):
+                raise ReattendError(f"suites must be names or Suite objects, got {shown(item)}")
             name, given = read_spec(item)
             item = suite(name, **{**(settings or {}).get(slug(name), {}), **given})
         found.setdefault(json.dumps(item.as_dict(), sort_keys=True), item)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..interventions import Site, UnsupportedError
+from ..interventions import ReattendError, Site, UnsupportedError
 
 
 class SiteTable(Sequence):
@@ -48,7 +48,16 @@ class SiteTable(Sequence):
         return self.where(lambda s: s.kind in kinds)
 
     def layers(self, first: int = 0, last: int | None = None) -> SiteTable:
-        """Layers first..last inclusive; negative numbers count from the end of each stack, None = the last one."""
+        """Layers first..last inclusive; negative numbers count from the end of each stack, None = the last one.
+
+        For a list of layers there is `only`.
+        """
+        for name, value in (("first", first), ("last", last)):
+            if isinstance(value, bool) or not isinstance(value, int | None) or (name == "first" and value is None):
+                raise ReattendError(
+                    f"layers(first, last) takes the first and the last layer of a range as whole numbers, got {name}={value!r:.60}; "
+                    "for a list of layers use only([...])"
+                )
         size = {s.stack: 1 + max(o.layer for o in self.sites if o.stack == s.stack) for s in self.sites}
 
         def inside(site: Site) -> bool:
@@ -59,8 +68,12 @@ class SiteTable(Sequence):
 
         return self.where(inside)
 
-    def only(self, layers: Sequence[int]) -> SiteTable:
-        return self.where(lambda s: s.layer in set(layers))
+    def only(self, layers: Iterable[int]) -> SiteTable:
+        """The sites of these layers, by number from 0; for a range there is `layers`."""
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ReattendError(f"only([...]) takes a list of layers, got {layers!r:.60}; for a range use layers(first, last)")
+        wanted = set(layers)
+        return self.where(lambda s: s.layer in wanted)
 
     @property
     def num_layers(self) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from ..hooks import SiteTable
 from ..interventions import ReattendError
+from .files import read_json, read_text
 from .profile import Profile
 
 Head = tuple[int, int]
@@ -83,10 +82,8 @@ def scores_of_json(path: str) -> list[tuple[Head, float]]:
 
     Raises ReattendError for a file that holds none.
     """
-    if not Path(path).is_file():
-        raise ReattendError(f"no profile file at {path!r}")
+    data = read_json(read_text(path, "profile file"), f"profile {path!r}")
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
         found = []
         for name, value in data.items():
             layer, head = (int(part) for part in name.split("-"))

@@ -13,18 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from ...interventions import ReattendError
+from ..files import read_picture, read_text
 
 
 def read_samples(samples: Iterable[Any] | str | None) -> list[Any]:
     """The samples as a list. Raises ReattendError where there are none, or a file is not as this module says."""
     if isinstance(samples, (str, Path)):
         path = Path(samples)
-        if not path.is_file():
-            raise ReattendError(f"samples: no file at {str(path)!r}")
+        lines = read_text(path, "samples file").splitlines()
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in lines if line.strip()]
             samples = [(path.parent / row["image"], row["question"]) for row in rows]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise ReattendError(
                 f'samples: {str(path)!r} must hold lines of {{"image": path, "question": text}}: {error}'
             ) from None
@@ -48,9 +48,7 @@ def _prepared(sample: Any, processor: Any) -> Mapping[str, Any]:
         return sample
     image, question = sample
     if isinstance(image, (str, Path)):
-        from PIL import Image
-
-        image = Image.open(image).convert("RGB")
+        image = read_picture(image, "samples: picture")
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         return processor.apply_chat_template(

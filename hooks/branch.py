@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import ReattendError
-from .caches import cache_name, cache_of
+from .caches import cache_in, cache_name, cache_of
 from .plan import Branch, Fusion, Plan, Prompt
 from .probe import Running, plain_arguments
 from .sides import Side, follow, recording_cache, records_past, width_of
@@ -204,7 +204,10 @@ def _run(
     if not side.shared:
         side.tokens.length = side.prompt + forward.tokens.length - forward.tokens.prompt_length
     outer = tracker.local.stack
-    tracker.local.stack = [Forward(forward.clock, side.tokens, forward.sequence, fresh=forward.fresh, probe=Running(own, None))]
+    running, cache = Running(own, None), cache_in(arguments)
+    tracker.local.stack = [
+        Forward(forward.clock, side.tokens, forward.sequence, fresh=forward.fresh, probe=running, cache=cache)
+    ]
     try:
         with _own_offsets(tracker, side), torch.no_grad():
             return root(**arguments)

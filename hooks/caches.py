@@ -1,4 +1,4 @@
-"""The one place that knows by which name a model takes and returns its cache, and how long a cache is.
+"""The one place that knows by which name a model takes and returns its cache, how long a cache is, and which of its columns are filled.
 
 transformers calls it `cache` since 5.24 and called it `past_key_values` before; remote code may use either for years.
 """
@@ -10,7 +10,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..interventions import ReattendError
+import torch
+from torch import Tensor
+
+from ..interventions import ReattendError, TokenMap
 
 # the newest name first
 NAMES = ("cache", "past_key_values")
@@ -53,3 +56,25 @@ def cache_length(cache: Any) -> int:
     if isinstance(cache, (tuple, list)) and cache and cache[0] is not None:
         return int(cache[0][0].shape[2])
     raise ReattendError(f"a cache of type {type(cache).__name__} does not tell its length: pass a transformers Cache")
+
+
+def has_buffers(cache: Any) -> bool:
+    """Whether layers of a cache hand out buffers of a fixed length, whose last columns may not be written yet (static caches)."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return any(hasattr(layer, "max_cache_len") for layer in getattr(cache, "layers", ()))
+
+
+def filled_columns(query: Tensor, key: Tensor, mask: Tensor | None, tokens: TokenMap | None, buffered: bool) -> int:
+    """How many of a decoder's key columns hold tokens: the length of the sequence, or of the window that its cache keeps.
+
+    A buffer is longer until it is full; both of transformers' kinds are written from column 0 on, and one with a window is rolled when
+    it is full, so that columns are in the order of the sequence always. Without a token map the mask tells: nobody sees what follows.
+    """
+    keys = key.shape[2]
+    if tokens is not None:
+        return min(keys, tokens.length) if buffered else keys
+    if mask is None or mask.shape[-1] != keys or keys <= query.shape[2]:
+        return keys
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    places = seen.flatten(0, 2).any(dim=0).nonzero()
+    return max(query.shape[2], int(places[-1]) + 1 if len(places) else keys)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Call, ReattendError, UnsupportedError, fused, reference_with_weights
+from .caches import filled_columns
 from .discovery import uncompiled
 from .rotary import rotary_at
 from .session import edits_of
@@ -166,7 +167,10 @@ def _edited(
     def run() -> Tensor:
         return original(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
 
-    call = _call(name, module, query, key, value, mask, kwargs)
+    filled = key.shape[2]
+    if site.stack == "decoder" and site.kind == "self":
+        filled = filled_columns(query, key, mask, tokens, forward.buffered)
+    call = _call(name, module, query, key, value, mask, kwargs, filled)
     call.site, call.clock, call.tokens, call.original = site, forward.clock, tokens, run
     call.rotation = functools.partial(rotary_at, owner, site, module, kwargs)
     edits = edits_of(sessions, module, call, forward)
@@ -175,6 +179,7 @@ def _edited(
     config = getattr(module, "config", None)
     if name == "eager" and (kwargs.get("output_attentions") or getattr(config, "output_attentions", False)):
         output, weights = reference_with_weights(call, edits)
+        weights = torch.nn.functional.pad(weights, (0, key.shape[2] - call.num_keys))
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
     return fused(call, edits).transpose(1, 2).contiguous(), None
 
@@ -182,8 +187,10 @@ def _edited(
 _steered = uncompiled(_edited)
 
 
-def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:
-    """The call as tensors, with the causality that implementation `name` would have applied."""
+def _call(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any], filled: int
+) -> Call:
+    """The call as tensors, with the causality that implementation `name` would have applied. filled: key columns that hold tokens."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal) and name == "sdpa" and mask is None and query.shape[2] > 1
@@ -202,7 +209,9 @@ def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tenso
                 mask = bias
         else:
             mask = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-    return Call(
+    call = Call(
         query, key, value, mask, is_causal, kwargs.get("scaling"),
         softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), original_is_sdpa=name == "sdpa",
     )  # fmt: skip
+    call.keep_columns(filled)
+    return call

@@ -88,7 +88,7 @@ def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cach
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
     outer, length = tracker.local.stack, tokens.length
-    tracker.local.stack = [Forward(forward.clock, tokens, forward.sequence, probe=Running(own, None))]
+    tracker.local.stack = [Forward(forward.clock, tokens, forward.sequence, probe=Running(own, None), cache=cache)]
     tokens.length += 1
     kept = [m.rope_deltas for m in tracker.offset_modules]
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..interventions import Call, ReattendError, fused
+from .caches import filled_columns
 from .denoiser_tokens import locate
 from .discovery import uncompiled
 from .session import edits_of
@@ -146,5 +147,7 @@ class _Interception(TorchFunctionMode):
         call = Call(query, key, value, mask, is_causal_here, scale, site=site, clock=forward.clock, original=run)
         locate(call, forward, self.calls)
         self.calls += 1
+        if site.stack == "decoder" and site.kind == "self":
+            call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
         edits = edits_of(self.sessions, self.module, call, forward)
         return fused(call, edits) if edits else run()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..interventions import Clock, ReattendError, Site, TokenMap
 from .branch import fuse_branches, prepare_branches
-from .caches import cache_in, cache_length, cache_of
+from .caches import cache_in, cache_length, cache_of, has_buffers
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, uncompiled, unwrapped_model
 from .images import join_images
@@ -60,12 +60,19 @@ class Forward:
     # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
     two_sided: bool = False
     loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
+    # what the model was given to keep keys in; None where it makes one itself, which grows
+    cache: Any = None
 
     def tokens_at(self, site: Site) -> TokenMap | None:
         """The tokens that the rows of a site stand for; None where these are frames of sound or patches of an image."""
         if site.stack == "encoder":
             return self.encoder_tokens or (None if self.two_sided else self.tokens)
         return None if site.stack in ("vision", "audio", "connector") else self.tokens
+
+    @functools.cached_property
+    def buffered(self) -> bool:
+        """Whether keys come in buffers that may be longer than the sequence."""
+        return has_buffers(self.cache)
 
     def memory(self, key: object) -> dict[Any, Any]:
         """The store of one plan for this sequence."""
@@ -225,7 +232,7 @@ class SequenceTracker:
             self._extend(sequence, ids, mask, past, width, given, sessions)
             clock = Clock("prefill")
         sequence.tokens.length = past + width
-        return Forward(clock, sequence.tokens, sequence, encoder_tokens, fresh, two_sided=encoder_decoder)
+        return Forward(clock, sequence.tokens, sequence, encoder_tokens, fresh, two_sided=encoder_decoder, cache=cache)
 
     def _generates(self) -> bool:
         can = getattr(self.root, "can_generate", None)

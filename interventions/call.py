@@ -195,8 +195,24 @@ class Call:
 
     @property
     def key_start(self) -> int:
-        """Absolute position of key column 0: above 0 where a sliding-window cache has dropped the oldest keys."""
+        """Absolute position of key column 0: above 0 where a sliding-window cache has dropped the oldest keys.
+
+        Columns are the sequence's tokens in its order, the last one its newest token: what a static cache's buffer holds besides is
+        left out before anybody sees the call.
+        """
         return max(0, self.total - self.num_keys)
+
+    def keep_columns(self, filled: int) -> None:
+        """Leaves out the key columns from `filled` on: those of a static cache's buffer that no token has filled yet.
+
+        Without them a row's own column is as far from the last one as the row from the last row. A kernel that gets fewer columns may
+        give other bits to heads that nobody edits: these then take the model's own call.
+        """
+        if filled >= self.num_keys:
+            return
+        self.key, self.value, self.original_is_sdpa = self.key[:, :, :filled], self.value[:, :, :filled], False
+        if self.mask is not None and self.mask.shape[-1] > filled:
+            self.mask = self.mask[..., :filled]
 
     def columns(self, role: str) -> Tensor:
         """Bool [B, Tk]: key columns of a token role. Raises ReattendError where the call has no token map."""

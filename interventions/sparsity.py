@@ -32,7 +32,7 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     offset = num_keys - num_queries if x.offset is None else x.offset
     device = x.query.device
     alone = num_queries == 1 and offset == num_keys - 1 and x.mask is None and bias is None and not x.appended
-    if alone and band.first is None and (band.dense_after is None or offset < band.dense_after):
+    if alone and band.first is None and not band.has_dense(offset, offset):
         return _newest_row(x, band, scale)
     everything = torch.arange(num_keys, device=device)
     pieces = []
@@ -91,8 +91,7 @@ def _columns(band: Band, places: Tensor, num_keys: int, is_causal: bool, appende
     low, high = int(places[0]), int(places[-1])
     last = min(high + 1 if is_causal else num_keys, num_keys)
     sinks = max(0, band.sinks + (0 if band.first is None else int(band.first.max())))
-    dense = band.dense_after is not None and high >= band.dense_after
-    start = 0 if dense else max(0, low - band.window + 1)
+    start = 0 if band.has_dense(low, high) else max(0, low - band.window + 1)
     parts = [torch.arange(start, last, device=device)]
     if start > 0:
         parts.insert(0, torch.arange(min(sinks, start), device=device))

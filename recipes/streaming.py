@@ -15,6 +15,7 @@ from pydantic import Field
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
+from ..interventions.heads import prompt_end
 from ..interventions.reweighting import shared_by_layers
 from .base import Info, Recipe, decoder_sites
 
@@ -49,17 +50,24 @@ class Streaming(Recipe):
 
     def window_with_sinks(self, call: Call) -> Keep | None:
         """keep(i, j) = j <= i and (j < sinks or i - j < window), counted from each sequence's first real token."""
-        if call.num_keys <= self.sinks + self.window:
+        if call.total <= self.sinks + self.window:
             return None
+        if self.last_rows and call.tokens is not None:
+            prompt_end(call, self.slug)  # says where the last rows of a prompt in pieces cannot be told
         return shared_by_layers(call, self.slug, lambda: self._band(call))
 
     def _band(self, call: Call) -> Keep:
-        first = None
-        if call.key_start:
-            first = torch.tensor([-call.key_start])  # a sliding-window cache has dropped the sinks already
-        elif call.tokens is not None and bool(call.columns("padding").any()):
-            first = call.columns("bos").long().argmax(dim=1)
-        dense_after = None
-        if self.last_rows and call.clock.phase == "prefill":
+        first, tokens = None, call.tokens
+        if tokens is not None and bool(tokens.positions("padding", 0, tokens.prompt_length).any()):
+            first = tokens.positions("bos", 0, tokens.prompt_length).long().argmax(dim=1) - call.key_start
+        elif call.key_start:
+            first = torch.tensor([-call.key_start])  # a sliding-window cache has dropped sinks
+        dense_after = dense_until = None
+        if self.last_rows and tokens is not None and call.total - call.num_queries < tokens.prompt_length:
+            # the prompt's last real tokens, wherever padding and drafted or generated tokens of this pass lie
+            real = tokens.positions("prompt", 0, tokens.prompt_length)
+            end = torch.where(real, torch.arange(1, tokens.prompt_length + 1), 0).amax(dim=1) - call.key_start
+            dense_after, dense_until = end - self.last_rows, end
+        elif self.last_rows and tokens is None and call.clock.phase == "prefill":
             dense_after = call.num_keys - self.last_rows
-        return Keep(pattern=Band(self.sinks, self.window, first, dense_after))
+        return Keep(pattern=Band(self.sinks, self.window, first, dense_after, dense_until))

@@ -76,13 +76,15 @@ class PairBias(ScoreEdit):
 class Band:
     """The pairs of a sliding window with sinks: key j of row i stays iff j < first + sinks or i - j < window (i, j absolute).
 
-    `first` [B] long: each sequence's first real column (left padding); None = 0. `dense_after`: rows from there on see everything.
+    `first` [B] long: each sequence's first real column (left padding); None = 0. `dense_after`: rows from there on see everything,
+    up to `dense_until` where that is given; numbers, or long [B].
     """
 
     sinks: int
     window: int
     first: Tensor | None = None
-    dense_after: int | None = None
+    dense_after: int | Tensor | None = None
+    dense_until: int | Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
@@ -93,10 +95,26 @@ class Band:
     def keep(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Bool [B or 1, 1, R, C] for row positions [R] and column positions [C], both as key columns of the call."""
         first = torch.zeros(1, dtype=torch.long, device=rows.device) if self.first is None else self.first.to(rows.device)
-        near = rows[:, None] - columns[None, :] < self.window
+        near = (rows[:, None] - columns[None, :] < self.window)[None]
         if self.dense_after is not None:
-            near = near | (rows[:, None] >= self.dense_after)
-        return (near[None] | (columns[None, None, :] < first[:, None, None] + self.sinks))[:, None]
+            dense = rows[None, :] >= _per_row(self.dense_after, rows)
+            if self.dense_until is not None:
+                dense = dense & (rows[None, :] < _per_row(self.dense_until, rows))
+            near = near | dense[..., None]
+        return (near | (columns[None, None, :] < first[:, None, None] + self.sinks))[:, None]
+
+    def has_dense(self, low: int, high: int) -> bool:
+        """Whether some row of positions low..high sees everything in some sequence."""
+        if self.dense_after is None:
+            return False
+        after = self.dense_after if isinstance(self.dense_after, int) else int(self.dense_after.min())
+        until = high + 1 if self.dense_until is None else self.dense_until
+        return high >= after and low < (until if isinstance(until, int) else int(until.max()))
+
+
+def _per_row(place: int | Tensor, rows: Tensor) -> int | Tensor:
+    """A position, or [B, 1] of them beside rows [1, R]."""
+    return place[:, None].to(rows.device) if isinstance(place, Tensor) else place
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

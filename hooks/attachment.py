@@ -97,8 +97,11 @@ class Attachment:
         return [s for s in self.sessions if not s.isolated or s in mine]
 
     def _install_taps(self, session: Session) -> None:
+        from .positions import install_positions
         from .taps import install_observation, install_projection
 
+        if session.branches or session.lookaheads:
+            session.handles += install_positions(self)
         for inner in session.nested:
             self._install_taps(inner)
         for plan in session.plans:

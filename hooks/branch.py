@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..interventions import ReattendError
 from .caches import cache_in, cache_name, cache_of
 from .plan import Branch, Fusion, Plan, Prompt
+from .positions import with_positions
 from .probe import Running, plain_arguments
 from .sides import Side, follow, recording_cache, records_past, width_of
 from .text_only import PER_TOKEN
@@ -126,6 +127,7 @@ def fuse_branches(
             if store.get("sides") is None:
                 continue
             logits = getattr(output, "logits", None)
+            given = with_positions(given, forward.positions)
             if not isinstance(logits, Tensor):
                 raise ReattendError(f"{plan.recipe}: {type(output).__name__} holds no logits to fuse; pass return_dict=True")
             tokens = forward.tokens
@@ -165,8 +167,7 @@ def _advance(
             raise ReattendError("a mask that changes after the prompt needs a cache: generate with use_cache=True")
     else:
         back = store["length"] - (tokens.length - width)
-        if back or records_past(cache):
-            side.crop(back)
+        side.crop(back)
         arguments = side.step(ids if ids is not None else new, plain_arguments(given, tokens), cache_name(tracker.root))
     arguments["use_cache"] = cache is not None
     at = columns - width + width_of(arguments) if side.mirrored else None

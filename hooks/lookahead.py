@@ -15,8 +15,9 @@ from torch.nn.functional import pad
 from ..interventions import ReattendError
 from .caches import cache_in, cache_name, cache_of
 from .plan import Capture, Lookahead, Plan, Trials
-from .probe import Running, plain_arguments
-from .sides import follow, width_of
+from .positions import next_position, with_positions
+from .probe import Running
+from .sides import follow, holds_on, width_of
 
 if TYPE_CHECKING:
     from .sequence import Forward, SequenceTracker
@@ -49,7 +50,7 @@ def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None
     if forward.fresh and bool(forward.tokens.positions("padding", 0, forward.tokens.length)[:, -1].any()):
         raise ReattendError(f"{plan.recipe}: next tokens are tried behind the last column: prompts must be padded on the left")
     layers = getattr(cache_in(given), "layers", ())
-    fixed = next((layer for layer in layers if not hasattr(layer, "crop")), None)
+    fixed = next((layer for layer in layers if not holds_on(layer)), None)
     if fixed is not None:
         raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
 
@@ -82,9 +83,9 @@ def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cach
     arguments: dict[str, Any] = {"input_ids": ids, cache_name(root): cache, "use_cache": True}
     known = tokens.positions("padding", 0, tokens.length, ids.device)
     arguments["attention_mask"] = pad((~known).long(), (0, 1), value=1)
-    positions = plain_arguments(given, tokens).get("position_ids")
+    positions = with_positions(given, forward.positions).get("position_ids")
     if isinstance(positions, Tensor):
-        arguments["position_ids"] = positions[..., -1:] + 1
+        arguments["position_ids"] = next_position(positions)
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
     outer, length = tracker.local.stack, tokens.length

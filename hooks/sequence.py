@@ -59,6 +59,10 @@ class Forward:
     branched: tuple[dict[str, Any], list[Session]] | None = None
     # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
     two_sided: bool = False
+    # where the model put the tokens of this pass, as far as somebody has to know (see `positions`)
+    positions: Tensor | None = None
+    # pieces: this part of a prompt follows on another one with no generated token between them (chunked prefill, or a cached beginning)
+    pieces: bool = False
     loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
     # what the model was given to keep keys in; None where it makes one itself, which grows
     cache: Any = None
@@ -199,7 +203,7 @@ class SequenceTracker:
         if encoder_decoder and given.get("input_ids") is not None:
             encoder_tokens = self._new_map(given["input_ids"], None, given.get("attention_mask"), given, sessions)
         source = ids if ids is not None else embeds
-        fresh = False
+        fresh = pieces = False
         if not isinstance(source, Tensor) or source.dim() < 2:
             return Forward(OUTSIDE, encoder_tokens=encoder_tokens, two_sided=encoder_decoder)
         batch, width = source.shape[:2]
@@ -229,10 +233,13 @@ class SequenceTracker:
             sequence.tokens.length = past + width
             clock = Clock("decode", sequence.step)
         else:
+            pieces = sequence.step < 0
             self._extend(sequence, ids, mask, past, width, given, sessions)
             clock = Clock("prefill")
         sequence.tokens.length = past + width
-        return Forward(clock, sequence.tokens, sequence, encoder_tokens, fresh, two_sided=encoder_decoder, cache=cache)
+        return Forward(
+            clock, sequence.tokens, sequence, encoder_tokens, fresh, two_sided=encoder_decoder, pieces=pieces, cache=cache
+        )
 
     def _generates(self) -> bool:
         can = getattr(self.root, "can_generate", None)

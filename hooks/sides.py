@@ -41,6 +41,8 @@ class Side:
     def grown(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of its prompt with further tokens [B, n] at the end."""
         arguments, count = dict(self.arguments), ids.shape[1]
+        if self.mirrored:
+            arguments["position_ids"] = given.get("position_ids")
         if count == 0:
             return arguments
         if "input_ids" not in arguments:
@@ -49,11 +51,12 @@ class Side:
         if self.mask is not None:
             arguments["attention_mask"] = pad(self.mask, (0, count), value=1)
         for name in PER_TOKEN:
-            if isinstance(arguments.get(name), Tensor):
-                arguments[name] = pad(arguments[name], (0, count))
-        if self.mirrored:
-            arguments["position_ids"] = given.get("position_ids")
-        elif self.position is not None:
+            known, real = arguments.get(name), given.get(name)
+            if isinstance(known, Tensor):
+                # what the real pass says of these tokens: a generated one may be of another type than the prompt's
+                more = real[:, -count:].to(known) if isinstance(real, Tensor) else known.new_zeros(len(known), count)
+                arguments[name] = torch.cat([known, more], dim=1)
+        if not self.mirrored and self.position is not None:
             arguments["position_ids"] = torch.cat([arguments["position_ids"], self._next(count)], dim=-1)
         return arguments
 
@@ -81,9 +84,15 @@ class Side:
             self.position = self._next(count)[..., -1:]
 
     def crop(self, count: int) -> None:
-        """Takes the last tokens back: drafts that were refused."""
+        """Takes the last tokens back: drafts that were refused. Raises ReattendError where its cache has dropped what came before."""
+        records = records_past(self.cache)
+        if count and not records:
+            fixed = next((f"a {type(x).__name__}" for x in self.cache.layers if outgrown(x)), "")
+            if fixed:
+                raise ReattendError(f"a branch cannot take tokens back from {fixed} beyond its window: decode without drafts")
         # layers that keep more than their window for this purpose cut themselves to size, also where nothing is taken back
-        self.cache.crop(-count)
+        if count or records:
+            self.cache.crop(-count)
         if self.mask is not None and count:
             self.mask = self.mask[:, :-count]
         if self.position is not None:
@@ -135,6 +144,23 @@ def unfollow(caches: list[Any]) -> None:
 def records_past(cache: Any) -> bool:
     """Whether a cache keeps more than its windows, because drafts may be taken back."""
     return any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ()))
+
+
+def outgrown(layer: Any) -> bool:
+    """Whether a layer of a cache has dropped tokens that it would need if the last ones were taken back."""
+    window = getattr(layer, "sliding_window", None)
+    return window is not None and not getattr(layer, "record_past", False) and layer.get_seq_length() >= window
+
+
+def holds_on(layer: Any) -> bool:
+    """Whether a layer of a cache can give its last token back, now or once it has been told to keep more than its window."""
+    if not hasattr(layer, "crop"):
+        return False
+    if hasattr(layer, "activate_past_recording"):
+        return True
+    if hasattr(layer, "is_croppable"):
+        return bool(layer.is_croppable)
+    return not hasattr(layer, "_quantized_keys")  # up to transformers 5.23 these have a `crop` that does not fit them
 
 
 def recording_cache(root: Any) -> Any:

@@ -1,7 +1,8 @@
 """What happens inside a vision encoder, told per image token of the decoder's prompt.
 
-Encoders run in front of the decoder, inside the model's pass or, under `generate`, before it. Their calls are read as they come and
-kept for this thread until the prompt with the image tokens follows. Patches become tokens as each family does it: one to one, merged
+Encoders run before the decoder, inside the model's pass or, under `generate`, before it. What is read inside a pass belongs to that
+pass and goes with it, also where it fails. What is read outside of one is kept for this thread until the prompt with the image tokens
+follows; of several runs (a preview, a call that failed) the last ones that fit the prompt are taken. Patches become tokens as each family does it: one to one, merged
 in blocks, tiles put together and cropped, windows out of order.
 """
 
@@ -19,8 +20,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ..interventions import Call, ImageGrid, ReattendError, Site, TokenMap
 from .images import UNPADDED
 from .plan import Capture
+from .sequence import OUTSIDE
 from .site_table import SiteTable
 
+# Runs of an encoder that are kept for a prompt to come.
+MOST_RUNS = 64
 # name of a reading -> one value per patch of every unit (an image or tile) of a call: [B, patches]
 Reading = Callable[[Call, "int | None"], Tensor]
 
@@ -54,49 +58,70 @@ class PatchReader:
         names = {site.name for site, _ in self.readings.values()}
         return [Capture(self.table.where(lambda s: s.name in names), self._read)]
 
-    def _pending(self) -> dict[str, list[Tensor]]:
-        if not hasattr(self.local, "pending"):
-            self.local.pending = {name: [] for name in self.readings}
-        return self.local.pending
-
     def _read(self, call: Call, edits: Sequence[Any]) -> None:
         assert call.site is not None
+        runs = self._outside() if call.clock is OUTSIDE else self._of_pass(call)
         query = class_query(self.config, call.num_keys)
         for name, (site, function) in self.readings.items():
             if site.name == call.site.name:
                 values = function(call, query)
                 if query is not None:  # the class token is no place of the image
                     values = values[:, 1:] if query == 0 else values[:, :-1]
-                self._pending()[name].append(values.float())
+                if not runs or name in runs[-1]:
+                    runs.append({})
+                runs[-1][name] = values.float()
+        del runs[:-MOST_RUNS]
 
-    def clear(self) -> None:
-        """Forgets what no prompt has asked for."""
-        self.local.pending = {name: [] for name in self.readings}
+    def _outside(self) -> list[dict[str, Tensor]]:
+        """Runs of the encoder in this thread that belong to no pass: {reading: [units, patches]} each."""
+        if not hasattr(self.local, "runs"):
+            self.local.runs = []
+        return self.local.runs
 
-    def per_image(self, tokens: TokenMap, known: list[ImageGrid]) -> list[tuple[ImageGrid, dict[str, Tensor]]] | None:
+    @staticmethod
+    def _of_pass(call: Call) -> list[dict[str, Tensor]]:
+        """Runs of the encoder inside the pass of a call, of whichever site."""
+        if call.memory.get("encoder", (None,))[0] is not call.clock:
+            call.memory["encoder"] = (call.clock, [])
+        return call.memory["encoder"][1]
+
+    def per_image(self, call: Call, known: list[ImageGrid]) -> list[tuple[ImageGrid, dict[str, Tensor]]] | None:
         """(grid, {reading: [rows, cols]}) of the images that are not `known` yet; None while not all of their tokens are in the prompt.
 
         Raises ReattendError where image tokens are there and the encoder has not run under this session.
         """
+        tokens = call.tokens
+        assert tokens is not None
         old = {(g.row, int(g.index[0, 0])) for g in known}
         new = [g for g in tokens.images if (g.row, int(g.index[0, 0])) not in old]
-        pending = self._pending()
         if not new:
             return []
-        if not all(pending.values()):
+        inside = self._of_pass(call)
+        runs = [run for run in inside or self._outside() if len(run) == len(self.readings)]
+        if not runs:
             raise ReattendError(
                 "the image tokens of this prompt come from an image that the vision encoder has read before the session began, or "
                 "elsewhere: pass pixel_values to the model inside the session"
             )
         new.sort(key=lambda g: (g.row, int(g.index.min())))
+        for count in [len(runs)] if inside else range(1, len(runs) + 1):
+            found = self._fitted(runs[-count:], tokens.batch, new)
+            if found is not None:
+                self._outside().clear()
+                return found
+        return None
+
+    def _fitted(
+        self, runs: list[dict[str, Tensor]], batch: int, new: list[ImageGrid]
+    ) -> list[tuple[ImageGrid, dict[str, Tensor]]] | None:
+        """These runs laid out on the grids; None where they do not fit."""
         # beams and several answers repeat the prompts, not the images
-        for times in range(1, tokens.batch + 1):
-            if tokens.batch % times:
+        for times in range(1, batch + 1):
+            if batch % times:
                 continue
             own = [g for g in new if g.row % times == 0]
-            values = {name: lay_out(self.config, parts, own) for name, parts in pending.items()}
+            values = {name: lay_out(self.config, [run[name] for run in runs], own) for name in self.readings}
             if len(own) * times == len(new) and all(v is not None for v in values.values()):
-                self.clear()
                 found = {(g.row, int(g.index[0, 0])): {k: v[i] for k, v in values.items() if v} for i, g in enumerate(own)}
                 return [(g, found[g.row - g.row % times, int(g.index[0, 0])]) for g in new]
         return None

@@ -51,14 +51,10 @@ def informed_tokens(
     return local & ~summary, summary
 
 
-def head_shares(call: Call, rows: Tensor | None, image: Tensor) -> Tensor:
-    """[B, H]: each head's image weight in the first of the rows (bool [B, Tq]; None = the only one) over that of the head with most.
+def head_shares(call: Call, index: Tensor, image: Tensor) -> Tensor:
+    """[B, H, R]: each head's image weight in each of the query rows `index` [R], over that of the row's head with most.
 
     Weights are those after the edits of recipes before this one. image: bool [B, Tk].
     """
-    place = torch.zeros(call.batch, dtype=torch.long, device=image.device) if rows is None else rows.long().argmax(dim=1)
-    index, back = place.unique(return_inverse=True)
-    weights = row_weights(call, call.edits, index)
-    mass = (weights * image[:, None, None]).sum(dim=-1)
-    mass = mass.gather(2, back.view(-1, 1, 1).expand(-1, mass.shape[1], 1))[..., 0]
+    mass = (row_weights(call, call.edits, index) * image[:, None, None]).sum(dim=-1)
     return mass / mass.amax(dim=1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)

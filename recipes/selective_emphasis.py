@@ -25,7 +25,7 @@ from pydantic import Field
 from ..hooks import Act, SiteTable, Support
 from ..hooks.patches import PatchReader, encoder_sites
 from ..hooks.plan import Step
-from ..interventions import Call, ImageGrid, ReattendError, ScoreGain
+from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain
 from ..interventions.gaze import focused_rows
 from ..interventions.reweighting import of_call, shared_by_layers
 from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
@@ -101,7 +101,7 @@ class SelectiveEmphasis(Recipe):
             Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
         ]
 
-    def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | None:
+    def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | list[Edit] | None:
         """s_j += alpha |s_j| for local tokens j, beta |s_j| for summary tokens, on the last row of the prompt and the rows behind it."""
         tokens = call.tokens
         if tokens is not None and "image" not in tokens and not tokens.blind:
@@ -119,31 +119,40 @@ class SelectiveEmphasis(Recipe):
         found = shared_by_layers(call, None, make)
         if found is None or not self.by_head:
             return found
-        shares = head_shares(call, found.rows, call.columns("image"))
-        return ScoreGain(gain=found.gain * shares[..., None], rows=found.rows)
+        device, rows = call.query.device, found.rows
+        index = torch.zeros(1, dtype=torch.long, device=device) if rows is None else rows.any(dim=0).nonzero()[:, 0]
+        shares = head_shares(call, index, call.columns("image"))
+        places = torch.arange(call.num_queries, device=device)
+        # the shares are each row's own: one edit per acting row
+        return [
+            ScoreGain(
+                gain=found.gain * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i])
+            )
+            for i in range(len(index))
+        ]
 
     def _gain(self, patches: PatchReader, call: Call) -> torch.Tensor | None:
         """[B, prompt]: alpha on local tokens, beta on summary tokens, 0 elsewhere; images of a later turn join those before."""
         tokens, memory = call.tokens, call.memory
         assert tokens is not None
-        if memory.get("read") != tokens.prompt_length:
-            known: list[ImageGrid] = memory.setdefault("known", [])
+        if memory.get("read") is not call.clock and call.clock.phase != "decode":
+            # what a pass that failed has found in the place of this one is no image of this prompt
+            start = call.total - call.num_queries
+            known: list[ImageGrid] = [grid for grid in memory.get("known", ()) if int(grid.index.max()) < start]
             gain = torch.zeros(tokens.batch, tokens.prompt_length, device=call.query.device)
-            before = memory.get("gain", gain[:, :0])
+            before = memory.get("gain", gain)[:, :start]
             gain[:, : before.shape[1]] = before
-            for grid, values in patches.per_image(tokens, known) or ():
+            for grid, values in patches.per_image(call, known) or ():
                 known.append(grid)
                 each = {name: value.flatten().to(gain.device) for name, value in values.items()}
                 local, summary = informed_tokens(
                     each["first"], each["penultimate"], self.local_share, each.get("spatial"), self.spatial_share
                 )
                 gain[grid.row, grid.index.flatten().to(gain.device)] = self.alpha * local + self.beta * summary
-            memory["gain"], memory["read"] = gain, tokens.prompt_length
-        if call.clock.phase == "decode":
-            patches.clear()
-            if not memory["known"] or len(memory["known"]) < len(tokens.images):
-                raise ReattendError(
-                    "selective-emphasis cannot tell which places of the image the image tokens of this prompt are: pass the images "
-                    "as the model's processor makes them"
-                )
+            memory.update(gain=gain, known=known, read=call.clock)
+        if call.clock.phase == "decode" and (not memory.get("known") or len(memory["known"]) < len(tokens.images)):
+            raise ReattendError(
+                "selective-emphasis cannot tell which places of the image the image tokens of this prompt are: pass the images "
+                "as the model's processor makes them"
+            )
         return memory["gain"] if memory["known"] else None

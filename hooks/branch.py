@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..interventions import ReattendError
 from .caches import cache_in, cache_name, cache_of
 from .plan import Branch, Fusion, Plan, Prompt
-from .positions import with_positions
+from .positions import positions_misfit, with_positions
 from .probe import Running, plain_arguments
 from .sides import Side, follow, recording_cache, records_past, width_of
 from .text_only import PER_TOKEN
@@ -78,12 +78,27 @@ def prepare_branches(tracker: SequenceTracker, forward: Forward, given: dict[str
                 store.update(sides=_sides(tracker, forward, given, plan, step), length=0)
                 continue
             if "sides" in store and store["sides"] is None:
+                if forward.clock.phase == "prefill" and _wanted(tracker, forward, given, step):
+                    raise ReattendError(f"{plan.recipe}: {IN_PIECES}")
                 continue
             past = tokens.length - width_of(given)
             if "sides" not in store or forward.clock.phase == "prefill" or store["length"] < past:
                 raise ReattendError(f"{plan.recipe}: {IN_PIECES}")
             if given.get("input_ids") is None:
                 raise ReattendError(f"{plan.recipe}: a branch goes on with the same tokens: pass input_ids, not inputs_embeds")
+
+
+def _wanted(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], step: Branch) -> bool:
+    """Whether a prompt that had no need of branches so far has one now: with another chunk, or with the next turn."""
+    tokens, sequence, ids = forward.tokens, forward.sequence, given.get("input_ids")
+    assert tokens is not None and sequence is not None
+    arguments = plain_arguments(given, tokens)
+    known = sequence.prompt_ids
+    if isinstance(ids, Tensor) and isinstance(known, Tensor) and known.shape[1] == tokens.prompt_length:
+        arguments["input_ids"] = known  # the whole of it, not this part alone
+        arguments["attention_mask"] = (~tokens.positions("padding", 0, known.shape[1], known.device)).long()
+    prompt = Prompt(arguments, tokens, getattr(tracker.root, "config", None), {})
+    return all(inputs(prompt) is not None for inputs in step.inputs)
 
 
 def _sides(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan: Plan, step: Branch) -> list[Side] | None:
@@ -106,6 +121,9 @@ def _sides(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], pl
         shared = changed.get("input_ids") is arguments.get("input_ids") and "inputs_embeds" not in changed
         if mirrored and width_of(changed) != width:
             raise ReattendError("a branch whose prompt has another length needs position_ids of its own")
+        misfit = positions_misfit(prompt.config) if mirrored else ""
+        if misfit and changed.get("attention_mask") is not arguments.get("attention_mask"):
+            raise ReattendError(f"{plan.recipe}: {type(tracker.root).__name__} cannot leave other tokens in their places: {misfit}")
         seen = tokens
         if not shared:
             embeds, mask = changed.get("inputs_embeds"), changed.get("attention_mask")

@@ -21,10 +21,11 @@ SPARE_COLUMNS = 256
 
 
 def sink_scores(hidden: Tensor, dims: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """|x| / rms(x) of hidden states [B, T, D], float32: [B, T, len(dims)], or all D where dims is None. At most sqrt(D)."""
-    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    """|x| / rms(x) of hidden states [B, T, D], float32 at least: [B, T, len(dims)], or all D where dims is None. At most sqrt(D)."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=dtype)
     chosen = hidden if dims is None else hidden[..., dims]
-    return chosen.abs().float() * torch.rsqrt(norm.square() / hidden.shape[-1] + eps)
+    return chosen.abs().to(dtype) * torch.rsqrt(norm.square() / hidden.shape[-1] + eps)
 
 
 def sink_tokens(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:

@@ -159,10 +159,9 @@ def fuse_branches(
             store["length"] = tokens.length
             place = _place(logits, given, width, columns)
             real = logits if place is None else logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and logits.requires_grad):
-                fused = step.fuse(Fusion(real, others, forward.clock, tokens, forward.memory(plan.memory_key))).to(logits.dtype)
-                if place is not None:
-                    fused = logits.scatter(1, place[..., None].expand(-1, -1, logits.shape[2]), fused)
+            fused = step.fuse(Fusion(real, others, forward.clock, tokens, forward.memory(plan.memory_key))).to(logits.dtype)
+            if place is not None:
+                fused = logits.scatter(1, place[..., None].expand(-1, -1, logits.shape[2]), fused)
             output.logits = fused
             session.counts[step.label]["logits"] += 1
 
@@ -228,7 +227,7 @@ def _run(
         Forward(forward.clock, side.tokens, forward.sequence, fresh=forward.fresh, probe=running, cache=cache)
     ]
     try:
-        with _own_offsets(tracker, side), torch.no_grad():
+        with _own_offsets(tracker, side):  # with gradients where the real pass has them
             return root(**arguments)
     finally:
         tracker.local.stack = outer

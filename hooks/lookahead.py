@@ -64,14 +64,43 @@ def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any]
             if cache is None:
                 raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
             memory = forward.memory(plan.memory_key)
+            logits = output.logits[:, -1]
+            graph = _with_graph(cache) if torch.is_grad_enabled() else []
             with torch.no_grad():
-                logits = output.logits[:, -1]
                 ids = logits.topk(min(step.count, logits.shape[-1]), dim=-1).indices
                 readings = [_try(tracker, forward, given, cache, ids[:, k : k + 1], own) for k in range(ids.shape[1])]
-                found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
+            for layer, keys, values in graph:  # a layer may have cut itself to its window
+                count = layer.keys.shape[2]
+                layer.keys, layer.values = keys[:, :, keys.shape[2] - count :], values[:, :, values.shape[2] - count :]
+            if torch.is_grad_enabled() and logits.requires_grad:
+                readings = [_Unknown.apply(reading, logits, plan.recipe) for reading in readings]
+            found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
             output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
             follow(cache, [value for value in memory.values() if hasattr(value, "move")])
             session.counts[step.label]["logits"] += 1
+
+
+def _with_graph(cache: Any) -> list[tuple[Any, Tensor, Tensor]]:
+    """(layer, keys, values) of the layers that a backward pass may go through: trials, which have no gradient, would cut that off."""
+    layers = getattr(cache, "layers", ())
+    found = [(layer, getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    return [(x, k, v) for x, k, v in found if isinstance(k, Tensor) and isinstance(v, Tensor) and (k.requires_grad or v.requires_grad)]
+
+
+class _Unknown(torch.autograd.Function):
+    """A reading of a trial, for a graph: it depends on what the logits depend on, but how is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, reading: Tensor, logits: Tensor, recipe: str) -> Tensor:
+        ctx.recipe = recipe
+        return reading.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ReattendError(
+            f"{ctx.recipe}: the passes that try next tokens have no gradient, so that of these logits would be wrong: take gradients "
+            f"outside of the session"
+        )
 
 
 def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cache: Any, ids: Tensor, own: Session) -> Tensor:

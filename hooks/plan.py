@@ -227,7 +227,7 @@ class Branch:
     None from any of them: this prompt needs no branch. An argument `position_ids` that is left as it was (also if it was absent) says
     that the branch has the columns and positions of the real pass at every step; else rows must be padded on the left and their
     positions [..., B, T] given. `later_attention_mask` [B, T]: the prompt's mask from the second pass on, if it is another.
-    Each branch has a cache of its own, is edited by `steps` alone and runs without gradients. The logits of the last position of every
+    Each branch has a cache of its own, is edited by `steps` alone, and has gradients where the real pass has them. The logits of the last position of every
     row leave the model fused, in every pass, so samplers, beams and processors see no others. Counted as "logits" under `label`.
     """
 
@@ -280,7 +280,8 @@ class Lookahead:
     """After every pass the `count` likeliest next tokens of each row are tried; score(Trials) -> the logits [B, V] that leave the model.
 
     A trial is an unedited pass with one token, after which the cache is as before; read(Call) -> [B, ...] at the call of `sites` (one
-    site). Needs a cache whose last token can be taken back. Counted as "logits" under `label`.
+    site). Needs a cache whose last token can be taken back. Trials have no gradient, and a backward pass through what was read of them
+    raises ReattendError. Counted as "logits" under `label`.
     """
 
     count: int

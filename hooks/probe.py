@@ -87,8 +87,7 @@ def _run(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan
     # multimodal RoPE keeps its offset on the module
     kept = [(m, m.rope_deltas) for m in root.modules() if hasattr(m, "rope_deltas")]
     try:
-        with torch.no_grad():
-            root(**arguments)
+        root(**arguments)  # with gradients where the real pass has them: what is read here may enter it
     except Enough:
         pass
     finally:

@@ -165,7 +165,8 @@ def edits_of(sessions: Sequence[Session], module: nn.Module, call: Call, forward
     for session in sessions:
         for plan, step in session.captures_at(module):
             call.memory = forward.memory(plan.memory_key)
-            with torch.no_grad():
+            # what is read in passes of our own enters the real one
+            with torch.set_grad_enabled(torch.is_grad_enabled() and forward.probe is not None):
                 step.reader(call, edits)
             if forward.probe is not None:
                 forward.probe.read(step, module)

@@ -14,6 +14,11 @@ SAME_STRENGTH = 1e-4
 LEAST_PROBABILITY = 1e-6
 
 
+def at_least_float(logits: Tensor) -> Tensor:
+    """Logits in float32, or in the better type that they have."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def anchored(full: Tensor, hidden: Tensor, strength: float, modulated: bool = False) -> Tensor:
     """SPA: hidden + strength * (full - hidden), the logits [..., V] with what a hidden passage contributes made larger.
 

@@ -23,6 +23,7 @@ from pydantic import Field
 from ..hooks import Capture, Lookahead, SiteTable, Support, Trials
 from ..hooks.plan import Step
 from ..interventions import Call, Edit
+from ..interventions.logits import at_least_float
 from ..interventions.over_trust import OverTrust, over_trust_penalty, strongest_row
 from .base import Info, Recipe
 from .image_models import image_misfit, images_told
@@ -96,6 +97,15 @@ class OPERA(Recipe):
 
     def score(self, role: str, trials: Trials) -> torch.Tensor:
         """Logits less the penalty for the tried tokens, -999 for all others."""
+        logits = at_least_float(trials.logits)
+        tried = logits.gather(1, trials.ids)
+        if self.penalty_weight != 0:
+            tried = tried - self.penalty_weight * self.penalties(role, trials).to(tried)
+        return torch.full_like(logits, NOT_TRIED).scatter(1, trials.ids, tried)
+
+    @staticmethod
+    def penalties(role: str, trials: Trials) -> torch.Tensor:
+        """[B, n]: the over-trust penalty of every tried token."""
         trust: OverTrust = trials.memory["trust"]
         start = trials.tokens.prompt_length
         penalties = []
@@ -104,5 +114,4 @@ class OPERA(Recipe):
             if role in trials.tokens or trials.tokens.blind:
                 image = (row * trials.tokens.positions(role, 0, row.shape[1], row.device)).sum(dim=1)
             penalties.append(over_trust_penalty(trust.extended(row, start), image))
-        tried = trials.logits.float().gather(1, trials.ids) - self.penalty_weight * torch.stack(penalties, dim=1).float()
-        return torch.full_like(trials.logits.float(), NOT_TRIED).scatter(1, trials.ids, tried)
+        return torch.stack(penalties, dim=1)

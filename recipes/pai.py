@@ -26,7 +26,7 @@ from ..hooks.plan import Step
 from ..hooks.text_only import placeholders, without_images
 from ..interventions import Call, ReattendError, ScoreGain
 from ..interventions.gaze import focused_rows
-from ..interventions.logits import contrasted
+from ..interventions.logits import at_least_float, contrasted
 from ..interventions.reweighting import marked_columns, shared_by_layers
 from .base import Info, Recipe
 from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
@@ -116,6 +116,6 @@ class PAI(Recipe):
 
     def fuse(self, step: Fusion) -> torch.Tensor:
         """u + gamma (c - u) in the rows that have an image."""
-        real, text = step.logits.float(), step.others[0].float()
+        real, text = at_least_float(step.logits), at_least_float(step.others[0])
         rows = step.memory["rows"].to(real.device)[:, None, None]
         return torch.where(rows, contrasted(real, text, self.gamma, self.cutoff), real)

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from ..hooks import Branch, Fusion, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.replaced import without_span
-from ..interventions.logits import SAME_STRENGTH, anchored
+from ..interventions.logits import SAME_STRENGTH, anchored, at_least_float
 from .base import Info, Recipe, decoder_sites
 from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
 
@@ -108,6 +108,6 @@ class SPA(Recipe):
 
     def fuse(self, step: Fusion) -> torch.Tensor:
         """z0 + strength (z - z0) in the rows that have a passage."""
-        real, hidden = step.logits.float(), step.others[0].float()
+        real, hidden = at_least_float(step.logits), at_least_float(step.others[0])
         rows = step.memory["rows"].to(real.device)[:, None, None]
         return torch.where(rows, anchored(real, hidden, self.strength, self.modulated), real)

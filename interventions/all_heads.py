@@ -72,7 +72,8 @@ class _Part:
         visible = rows.visible if rows.visible is None or rows.visible.shape[1] == 1 else rows.visible[:, places]
         if isinstance(edit, SIZES_ONLY) or (isinstance(edit, Mix) and edit.target != "mean_query"):
             return rows if visible is rows.visible else replace(rows, visible=visible)
-        shared = key_heads(places, rows.query.shape[1] // rows.key.shape[1])
+        times = rows.query.shape[1] // rows.key.shape[1]
+        shared = key_heads(places, times) if places == sorted(places) else [place // times for place in places]
         key, value = take_heads(rows.key, shared), take_heads(rows.value, shared)
         return replace(rows, visible=visible, query=take_heads(rows.query, places), key=key, value=value)
 

@@ -48,7 +48,12 @@ class OperandEdit(Edit):
     def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
         super()._check_shapes(batch, heads, kv_heads, queries)
         own = [(name, getattr(self, name, None)) for name in ("key", "value")]
-        sizes = [(name, axis, value, wanted) for name, value in own if value is not None for axis, wanted in ((0, batch), (1, kv_heads))]
+        sizes = [
+            (name, axis, value, wanted)
+            for name, value in own
+            if value is not None
+            for axis, wanted in ((0, batch), (1, kv_heads))
+        ]
         self._check_sizes(sizes, ("batch rows", "key heads"))
 
     def at_kv_heads(self, index: Sequence[int]) -> OperandEdit:

@@ -1,0 +1,124 @@
+"""One example of every edit of attention, for tests that hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from reattend.interventions import (
+    AppendKV,
+    Band,
+    Call,
+    Edit,
+    Gain,
+    HeadGain,
+    HeadMix,
+    Keep,
+    KeyBias,
+    Lift,
+    Mix,
+    MixValue,
+    PairBias,
+    PoolKV,
+    Rearrange,
+    Reorder,
+    ReplaceKV,
+    ScaleQuery,
+    ScoreGain,
+    Transfer,
+    WeightMap,
+)
+from reattend.interventions.perturbations import MixOwnAnd, Soften
+from reattend.interventions.rotary import Rotary
+from reattend.interventions.sinks import SoundMap
+from torch import Tensor
+
+
+def loudest(weights: Tensor, rows: Any) -> Tensor:
+    """Every row of the head with the largest single weight is copied into the other heads by half: looks across heads."""
+    largest = weights.amax(dim=-1, keepdim=True)
+    share = (largest * 8).softmax(dim=1)
+    return 0.5 * weights + 0.5 * (share * weights).sum(dim=1, keepdim=True)
+
+
+def shared_by_batch(weights: Tensor, rows: Any) -> Tensor:
+    """Half of what the batch gives in the mean: looks across batch rows."""
+    return 0.5 * weights + 0.5 * weights.mean(dim=0, keepdim=True)
+
+
+def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = None) -> dict[str, Callable[[], Edit]]:
+    """{name: makes the edit} for these heads and rows of a call; per-row and per-head tensors wherever the edit takes them."""
+    b, t, n, d = call.batch, call.num_queries, call.num_keys, call.query.shape[3]
+    h, kv = call.num_heads if heads is None else len(heads), call.key.shape[1]
+    dtype, who = call.query.dtype, {"heads": heads, "rows": rows}
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=dtype)
+
+    columns = torch.zeros(b, h, n, dtype=torch.bool)
+    columns[..., 0] = True
+    columns[..., min(2, n - 1)] = torch.rand(b, h) > 0.5
+    per_row = rand(b, h, t) * 0.9
+    return {
+        "scale query": lambda: ScaleQuery(factor=0.5 + rand(b, h, t), **who),
+        "key bias": lambda: KeyBias(bias=rand(b, h, n), **who),
+        "score gain": lambda: ScoreGain(gain=rand(b, h, n), **who),
+        "pair bias": lambda: PairBias(bias=rand(b, h, t, n), **who),
+        "keep": lambda: Keep(pattern=torch.rand(b, h, t, n) > 0.4, **who),
+        "band": lambda: Keep(pattern=Band(1, 3), **who),
+        "gain": lambda: Gain(columns=columns, factor=per_row, **who),
+        "gain over a set": lambda: Gain(columns=columns, factor=0.4, renormalise=~columns, **who),
+        "gain without a sum": lambda: Gain(columns=columns, factor=0.4, renormalise=None, **who),
+        "lift": lambda: Lift(columns=columns, share=per_row, **who),
+        "transfer": lambda: Transfer(src=columns, fraction=per_row, **who),
+        "transfer to a set": lambda: Transfer(src=columns, dst=torch.arange(n) > n // 2, fraction=0.7, **who),
+        "transfer in even shares": lambda: Transfer(src=columns, fraction=per_row, how="even", **who),
+        "mix with itself": lambda: Mix(target="identity", strength=per_row, **who),
+        "mix with uniform": lambda: Mix(target="uniform", strength=per_row, **who),
+        "mix with the mean query": lambda: Mix(target="mean_query", strength=per_row, **who),
+        "mix with the largest": lambda: Mix(target="argmax", strength=per_row, **who),
+        "mix with a map": lambda: Mix(target=rand(t, n), strength=per_row, **who),
+        "weight map": lambda: WeightMap(function=lambda w, r: w.square() + 0.1 * w, **who),
+        "sound map": lambda: SoundMap(function=lambda w, r: w * (1 + w), **who),
+        "weight map across heads": lambda: WeightMap(function=loudest, reads="heads", **who),
+        "weight map across the batch": lambda: WeightMap(function=shared_by_batch, reads="batch", **who),
+        "mix own and columns": lambda: MixOwnAnd(columns=columns, strength=0.6, **who),
+        "soften": lambda: Soften(temperature=2.0, strength=0.5, **who),
+        "head gain": lambda: HeadGain(gain=rand(b, h), **who),
+        "head mix": lambda: HeadMix(target=rand(b, h, call.value.shape[3]), amount=rand(b, h), **who),
+        "mix value": lambda: MixValue(strength=per_row, **who),
+        "rearrange": lambda: rearrange(call, h, heads=heads),
+        "append": lambda: AppendKV(key=rand(b, kv, 2, d), value=rand(b, kv, 2, call.value.shape[3])),
+        "replace": lambda: ReplaceKV(columns=torch.tensor([0]), key=rand(1, kv, 1, d), value=rand(b, kv, 1, call.value.shape[3])),
+        "pool": lambda: PoolKV(groups=(torch.arange(n) - 1).clamp_min(0)),
+        "reorder": lambda: Reorder(order=torch.stack([torch.randperm(n) for _ in range(b)])),
+    }  # fmt: skip
+
+
+# what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own
+WHOLE = ("append", "replace", "pool", "reorder", "rearrange")
+
+
+def rearrange(call: Call, h: int, **who: Any) -> Rearrange:
+    """Two segments of two columns each, met at turned distances by the rows after them."""
+    b, t, n, d = call.batch, call.num_queries, call.num_keys, call.query.shape[3]
+    spans = torch.tensor([[[1, 3], [3, 5]]], dtype=torch.int32).expand(b, -1, -1)
+    steps = torch.zeros(b, h, t, 3, dtype=torch.int32)
+    behind = torch.arange(n - t, n) >= 5
+    steps[:, :, behind, 1:] = torch.randint(-5, 5, (b, h, int(behind.sum()), 2), dtype=torch.int32)
+    rotary = Rotary(100.0 ** (-torch.arange(0, d, 2) / d))
+    first = torch.zeros(b, dtype=torch.int32)
+    return Rearrange(spans=spans, steps=steps, first=first, start=n - t, rotary=rotary, **who)
+
+
+def a_call(
+    queries: int, keys: int = 12, *, kv: int = 2, mask: str = "causal", batch: int = 3, dtype=torch.float32, **options: Any
+) -> Call:
+    """Four heads. mask: "causal", "none", or "holes", a tensor that hides some keys and what is later."""
+    query, key, value = (torch.randn(batch, m, n, 8, dtype=dtype) for m, n in ((4, queries), (kv, keys), (kv, keys)))
+    hidden = None
+    if mask == "holes":
+        hidden = (torch.rand(batch, 1, queries, keys) > 0.25) & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        hidden[..., 0] = True
+    return Call(query, key, value, hidden, mask == "causal", **options)

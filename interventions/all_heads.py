@@ -12,8 +12,23 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .edits import Edit, Gain, Keep, KeyBias, Lift, Mix, OperandEdit, Operands, OutputEdit, PairBias, Rows, ScoreEdit, ScoreGain
-from .edits import Transfer, WeightEdit
+from .edits import (
+    Edit,
+    Gain,
+    Keep,
+    KeyBias,
+    Lift,
+    Mix,
+    OperandEdit,
+    Operands,
+    OutputEdit,
+    PairBias,
+    Rows,
+    ScoreEdit,
+    ScoreGain,
+    Transfer,
+    WeightEdit,
+)
 from .edits.base import repeat_heads
 from .head_group import HeadGroup, key_heads, take_heads
 from .kernels import grouped_values, score_rows, softmax_rows

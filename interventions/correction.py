@@ -77,7 +77,10 @@ def column_weights(
     """
     scores = column_scores(query.to(lse.dtype), key_cols.to(lse.dtype), scale, bias, softcap)
     weights = (scores - lse[..., None]).exp_()
-    return weights if hidden is None else weights.masked_fill_(hidden, 0.0)
+    if hidden is None:
+        return weights
+    # backward reads what exp gave
+    return weights.masked_fill(hidden, 0.0) if weights.requires_grad else weights.masked_fill_(hidden, 0.0)
 
 
 def column_scores(

@@ -188,16 +188,19 @@ def refocus(weights: Tensor, groups: Tensor, *, share: float = 0.5, beta: float 
         flat, groups = weights.transpose(1, 2).flatten(0, 1), groups.repeat_interleave(rows, dim=0)
     tiny = torch.finfo(weights.dtype).tiny
     sums = flat @ groups.transpose(1, 2)
-    # how much of each group a head adds: question, nothing, growth of the image, the row as it is
-    added = torch.zeros_like(sums)
-    added[..., ::2].scatter_(1, sums[..., :2].topk(int(share * heads), dim=1).indices, 1.0)
-    added[..., 3] = 1.0
-    image, growth = (added[..., 2:3].transpose(1, 2) @ sums[..., 1:3]).unbind(dim=2)
-    ratio = growth / image.clamp_min(tiny)
-    added[..., 0].mul_(ratio if beta == 1 else beta * ratio)
+    # which of the groups a head adds to: question, nothing, growth of the image, the row as it is
+    chosen = torch.zeros_like(sums)
+    chosen[..., ::2].scatter_(1, sums[..., :2].topk(int(share * heads), dim=1).indices, 1.0)
+    chosen[..., 3] = 1.0
+    image, growth = (chosen[..., 2:3].transpose(1, 2) @ sums[..., 1:3]).unbind(dim=2)
+    # how much it adds
+    amount = torch.ones_like(sums[:, :1])
+    amount = torch.cat(
+        [(growth * beta / image.clamp_min(tiny))[..., None], amount[..., 1:].expand(-1, growth.shape[1], -1)], dim=2
+    )
+    added = chosen * amount
     total = (sums * added).sum(dim=2)
-    added *= (sums[..., 3] / total.clamp_min(tiny))[..., None]
-    new = flat * (added @ groups)
+    new = flat * ((added * (sums[..., 3] / total.clamp_min(tiny))[..., None]) @ groups)
     return new[:, :, None] if rows == 1 else new.unflatten(0, (batch, rows)).transpose(1, 2)
 
 

@@ -19,6 +19,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from any of these is to be differentiated."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def rows_per_chunk(batch: int, heads: int, keys: int) -> int:
     return max(16, CHUNK_VALUES // max(1, batch * heads * keys))
 
@@ -150,8 +155,8 @@ def _fused_with_lse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """The same kernel that torch's SDPA picks, called so that it also returns the log-sum-exp; None where there is none."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return None  # the kernels' log-sum-exp carries no gradient
+    if needs_gradient(query, key, value, mask):
+        return None  # the kernels' log-sum-exp carries no gradient, and called directly they give none to a mask
     if query.shape[-1] != value.shape[-1]:
         return None
     if mask is not None:
@@ -218,12 +223,13 @@ def with_bias_dimensions(
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
     constant = 2.0 ** round(torch.tensor(1.0 / scale).log2().item())
-    rest = bias.to(torch.float32) / (scale * constant)
+    exact = statistics_dtype(query)
+    rest = bias.to(exact) / (scale * constant)
     parts = []
     for _ in range(3):
         part = rest.to(query.dtype)
         parts.append(part)
-        rest = rest - part.to(torch.float32)
+        rest = rest - part.to(exact)
     extra_key = torch.zeros(*rest.shape, 8, dtype=key.dtype, device=key.device)
     for i, part in enumerate(parts):
         extra_key[..., i] = part

@@ -56,6 +56,9 @@ class Soften(WeightEdit):
         return super().is_identity or self.strength == 0 or self.temperature == 1
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
-        powered = (weights / weights.amax(dim=-1, keepdim=True).clamp_min(TINY)) ** (1 / self.temperature)
+        # a root has no slope at 0: columns without weight stay out of it
+        some = weights > 0
+        share = torch.where(some, weights, 1) / weights.amax(dim=-1, keepdim=True).clamp_min(TINY)
+        powered = torch.where(some, share ** (1 / self.temperature), 0)
         share = weights.sum(dim=-1, keepdim=True) / powered.sum(dim=-1, keepdim=True).clamp_min(TINY)
         return (1 - self.strength) * weights + self.strength * share * powered

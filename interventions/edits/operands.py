@@ -178,17 +178,18 @@ class PoolKV(OperandEdit):
     def on_operands(self, x: Operands) -> Operands:
         if self.groups.numel() != x.key.shape[2]:
             raise ReattendError(f"groups names {self.groups.numel()} columns, the call has {x.key.shape[2]} keys")
-        size = torch.bincount(self.groups).to(torch.float32)
-        member = torch.zeros(len(size), x.key.shape[2], device=x.key.device)
+        exact = torch.float64 if x.key.dtype == torch.float64 else torch.float32
+        size = torch.bincount(self.groups).to(exact)
+        member = torch.zeros(len(size), x.key.shape[2], dtype=exact, device=x.key.device)
         member[self.groups, torch.arange(x.key.shape[2], device=x.key.device)] = 1
         mean = member / size[:, None]
-        key = (mean @ x.key.float()).to(x.key.dtype)
-        value = (mean @ x.value.float()).to(x.value.dtype)
+        key = (mean @ x.key.to(exact)).to(x.key.dtype)
+        value = (mean @ x.value.to(exact)).to(x.value.dtype)
         bias = size.log()[None, None, None]
         mask = x.dense_mask()
         if mask is not None:
             hidden = ~mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
-            pooled_hidden = (hidden.float() @ member.T) > 0
+            pooled_hidden = (hidden.to(exact) @ member.T) > 0
             emptied = pooled_hidden.all(dim=-1) & ~hidden.all(dim=-1)
             if bool(emptied.any()):
                 row = int(emptied.nonzero()[0, -1])
@@ -197,7 +198,7 @@ class PoolKV(OperandEdit):
                 )
             bias = bias.expand(*pooled_hidden.shape).masked_fill(pooled_hidden, float("-inf"))
             if mask.dtype != torch.bool:
-                bias = bias + mask.masked_fill(hidden, 0).float() @ mean.T
+                bias = bias + mask.masked_fill(hidden, 0).to(exact) @ mean.T
         return dataclasses.replace(x, key=key, value=value, mask=bias.to(x.query.dtype), is_causal=False, offset=None)
 
 

@@ -48,12 +48,17 @@ def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any])
         tokens.images = find_grids(model, config, family, tokens.roles["image"].cpu(), ids.cpu(), given)
 
 
-def join_images(known: list[ImageGrid], found: list[ImageGrid], past: int) -> list[ImageGrid]:
-    """Grids after a further chunk or turn: the known ones, and those found that reach beyond the `past` tokens of before."""
-    new = [g for g in found if int(g.index.max()) >= past]
+def join_images(known: list[ImageGrid], found: list[ImageGrid], past: int, image: Tensor | None = None) -> list[ImageGrid]:
+    """Grids after a further chunk or turn: the known ones, and those found that reach beyond the `past` tokens of before.
+
+    image: bool [B, T], the image tokens of the whole prompt. Where an image was cut there, what looked like a grid in one part of it is none.
+    """
+    cut = set() if image is None or not past else set((image[:, past - 1] & image[:, past]).nonzero()[:, 0].tolist())
+    new = [g for g in found if int(g.index.max()) >= past and not (g.row in cut and int(g.index.min()) == past)]
     # an image that a chunk had cut in two is known better now
-    cut = {(g.row, int(p)) for g in new for p in g.index.flatten() if p < past}
-    return [g for g in known if not any((g.row, int(p)) in cut for p in g.index.flatten())] + new
+    better = {(g.row, int(p)) for g in new for p in g.index.flatten() if p < past}
+    old = [g for g in known if not (g.row in cut and int(g.index.max()) == past - 1)]
+    return [g for g in old if not any((g.row, int(p)) in better for p in g.index.flatten())] + new
 
 
 def find_grids(model: Any, config: Any, family: str, mask: Tensor, ids: Tensor, given: dict[str, Any]) -> list[ImageGrid]:

@@ -176,13 +176,15 @@ class Prompt:
     """What a probe may change: the arguments of the pass that is about to run, all of them by name.
 
     There is no cache among them, and the attention mask is 2-d or absent. tokens: the map of the prompt. config: the model's.
-    memory: the recipe's store for this sequence, the one that its interventions read as `call.memory`.
+    memory: the recipe's store for this sequence, the one that its interventions read as `call.memory`. past: how many tokens of the
+    prompt an earlier pass has read.
     """
 
     arguments: dict[str, Any]
     tokens: TokenMap
     config: Any
     memory: dict[Any, Any]
+    past: int = 0
 
 
 @dataclass
@@ -193,12 +195,14 @@ class Probe:
     of changed prompts are those that follow from ids and mask ("image", "bos", "padding"); an unchanged prompt has all of its roles.
     Readers find `call.memory` or `observation.memory` shared with the recipe's other steps, so what they store there the real pass
     can use. early_exit: the pass stops after the last decoder site has been read. Passes that go on with a cache (a chunk of a
-    prompt, the next turn, decode steps) have no probe.
+    prompt, the next turn, decode steps) have no probe. in_pieces(Prompt): called before a pass that reads a further part of a prompt
+    with no generated token before it (chunked prefill, or a beginning that was cached), to refuse it or to say what becomes of it.
     """
 
     steps: Sequence[Observe | Capture]
     inputs: Callable[[Prompt], dict[str, Any] | None] | None = None
     early_exit: bool = True
+    in_pieces: Callable[[Prompt], None] | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..interventions import TokenMap
 from .caches import NAMES
 from .plan import Capture, Observe, Plan, Probe, Prompt
+from .sides import width_of
 
 if TYPE_CHECKING:
     from .sequence import Forward, SequenceTracker
@@ -53,11 +54,25 @@ def readers_of(session: Session, plan: Plan, step: Probe) -> Session:
 
 def run_probes(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], sessions: list[Session]) -> None:
     """Runs the probes of all sessions before the pass `forward`, if it starts a sequence."""
+    if forward.pieces and forward.tokens is not None:
+        _in_pieces(tracker, forward, given, sessions)
     if not forward.fresh or forward.tokens is None:
         return
     for session in sessions:
         for plan, step, readers in session.probes:
             _run(tracker, forward, dict(given), plan, step, readers)
+
+
+def _in_pieces(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], sessions: list[Session]) -> None:
+    """Lets recipes say no to a prompt of which a further part comes."""
+    tokens = forward.tokens
+    assert tokens is not None
+    for session in sessions:
+        for plan, step, _ in session.probes:
+            if step.in_pieces is not None:
+                memory, past = forward.memory(plan.memory_key), tokens.length - width_of(given)
+                arguments = plain_arguments(given, tokens)
+                step.in_pieces(Prompt(arguments, tokens, getattr(tracker.root, "config", None), memory, past))
 
 
 def _run(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan: Plan, step: Probe, readers: Session) -> None:

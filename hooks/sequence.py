@@ -268,7 +268,7 @@ class SequenceTracker:
             sequence.prompt_ids = ids
             extended = self._new_map(ids, None, mask, given, sessions)
             sequence.tokens.roles = extended.roles
-            sequence.tokens.images = join_images(sequence.tokens.images, extended.images, past)
+            sequence.tokens.images = join_images(sequence.tokens.images, extended.images, past, extended.roles.get("image"))
         sequence.tokens.prompt_length = past + width
         sequence.step = -1
 

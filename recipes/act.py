@@ -6,8 +6,9 @@ Acts on: the weights of listed heads, every row of the prompt and of what is gen
 head if the mean weight of the rows that see it is over a threshold. Its weight is scaled by beta; what is freed goes to all
 other columns in proportion. Which heads gain from that depends on model and task: `profile` searches, published lists come
 along by name.
-Ours: sinks are found per batch row, without padding; generated tokens are never sinks; a chunked prefill adds up its chunks,
-so that the rows of a chunk follow the sinks known by then. The official code handles one unpadded prompt and a single
+Ours: sinks are found per batch row, without padding; generated tokens are never sinks. A prompt in pieces (chunked prefill) is
+refused: its first rows would follow sinks that were found in a part of it. A later turn of a conversation adds up its rows with
+those before, and follows the sinks known by then. The official code handles one unpadded prompt and a single
 generated token. Beside other recipes the sinks are those of the attention before anybody's edits at that layer.
 """
 
@@ -20,7 +21,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer
 from ..interventions.calibration import learn_sinks
@@ -95,7 +96,18 @@ class ACT(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen, _ = decoder_sites(sites, self.slug)
         heads = by_layer(self.chosen_heads(sites) or ())
-        return [Act(chosen.only(list(heads)), functools.partial(self.calibrate, heads))]
+        if self.beta == 1:
+            return []
+        first = chosen.where(lambda s: s is chosen[0])
+        whole = Probe([Capture(first, lambda call, edits: None)], lambda prompt: None, in_pieces=self.refuse_pieces)
+        return [whole, Act(chosen.only(list(heads)), functools.partial(self.calibrate, heads))]
+
+    @staticmethod
+    def refuse_pieces(prompt: Prompt) -> None:
+        raise ReattendError(
+            "act finds sinks in the whole prompt, but this prompt comes in pieces, whose first rows were calibrated already: pass it at "
+            "once (prefill_chunk_size=None, and no cache of its first tokens)"
+        )
 
     def chosen_heads(self, sites: SiteTable) -> tuple[Head, ...] | None:
         """The heads that parameters or profile name on this model, or None. Raises ReattendError for an unknown list or profile."""

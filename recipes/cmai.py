@@ -21,12 +21,13 @@ import torch
 from pydantic import Field
 
 from ..hooks import Act, SiteTable, Support
+from ..hooks.images import UNPADDED
 from ..hooks.plan import Step
 from ..interventions import Call, Edit
 from ..interventions.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
+from .image_models import decoder_layers, image_before, image_misfit, image_now, images_told, layers_misfit, pieces_told
 
 
 class CMAI(Recipe):
@@ -65,7 +66,14 @@ class CMAI(Recipe):
         if self.gamma == 0:
             return []
         chosen = self._chosen(sites)
-        return [images_told(sites), Act(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
+        # the other families have no separators among their image tokens, which take part where an image's layout cannot be told
+        unsure = getattr(sites.config, "model_type", "") in UNPADDED
+        told = pieces_told(
+            self.slug,
+            "separators between the rows of its images cannot be told from image tokens then",
+            lambda prompt: unsure and (image_before(prompt) or image_now(prompt)),
+        )
+        return [images_told(sites, told), Act(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
 
     def inhibit(self, last: int, call: Call) -> Edit | None:
         """A[i, j] = 0 for the image tokens j of text row i with the least focus, rows renormalised."""

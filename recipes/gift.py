@@ -14,7 +14,7 @@ Ours: one map per batch row, over all of its images; newline features between im
 word counts (the code keeps the last); a question without any such word is read whole; a constant map changes nothing. Parts of speech
 need spaCy with en_core_web_sm, as the official code does; without them, words="auto" keeps every word that is not in our list of English
 function words. A later turn of a conversation, or a chunked prefill, has no probe: there the map is learned in passing, and layers in
-front of it follow from the next step on; a chunked prefill also changes the last row of each chunk behind the question's beginning.
+front of it follow from the next step on; a chunked prefill also changes the last row of each chunk behind the question's beginning (which is said).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..interventions.gaze import Focus, Shift, focused_rows, image_columns, posi
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
 from .contents import Contents, Numbers
-from .image_models import image_misfit, images_told
+from .image_models import image_before, image_misfit, image_now, images_told, pieces_told
 from .known_models import KnownModel
 from .profile import CACHED, Profile, cached_path, find_profile
 from .question_words import chooser
@@ -175,7 +175,12 @@ class GIFT(Recipe):
         question = self._question()
         learn = partial(self.learn, question.name)
         enhance = partial(self.enhance, question.name, layers.alpha, tuple(s.name for s in read))
-        steps: list[Step] = [images_told(sites), question]
+        told = pieces_told(
+            self.slug,
+            "the map is learned in passing, so that layers before it, and the last row of each piece, do not get that of the whole",
+            lambda prompt: image_before(prompt) or image_now(prompt),
+        )
+        steps: list[Step] = [images_told(sites, told), question]
         if max(layers.saliency) > min(layers.enhance):
             steps.append(Probe([Capture(read, lambda call, edits: learn(call))]))
         return [*steps, Act(read, learn), Act(change, enhance)]

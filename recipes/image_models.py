@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+
 from ..hooks import Capture, Probe, Prompt, SiteTable
 from ..hooks.images import CROSS_ATTENTION, RESAMPLED
+from ..interventions import ReattendWarning
 
 
 def image_misfit(table: SiteTable, slug: str) -> str:
@@ -42,13 +47,41 @@ def layers_misfit(table: SiteTable, first: int, last: int | None) -> str:
     return chosen.refusal
 
 
-def images_told(table: SiteTable) -> Probe:
+def images_told(table: SiteTable, in_pieces: Callable[[Prompt], None] | None = None) -> Probe:
     """A step for plans that read the role "image": a prompt whose images cannot be told is refused before any layer runs.
 
-    It looks at the prompt alone and never asks for a pass.
+    It looks at the prompt alone and never asks for a pass. in_pieces: see `Probe` and `pieces_told`.
     """
     decoder = table.stack("decoder").kind("self")
-    return Probe([Capture(decoder.where(lambda s: s is decoder[0]), _unread)], _check_images)
+    return Probe([Capture(decoder.where(lambda s: s is decoder[0]), _unread)], _check_images, in_pieces=in_pieces)
+
+
+def pieces_told(slug: str, changes: str, matters: Callable[[Prompt], bool]) -> Callable[[Prompt], None]:
+    """What says, once a prompt, that a prompt in pieces gives other numbers than at once. changes: in what; matters: whether it does."""
+    return partial(_tell, slug, changes, matters)
+
+
+def _tell(slug: str, changes: str, matters: Callable[[Prompt], bool], prompt: Prompt) -> None:
+    if not prompt.memory.get("told in pieces") and matters(prompt):
+        prompt.memory["told in pieces"] = True
+        warnings.warn(
+            f"{slug}: this prompt comes in pieces (chunked prefill, or a cache of its first tokens), and {changes}: the answer is not "
+            "quite that to the whole prompt; pass it at once (prefill_chunk_size=None) where that matters",
+            ReattendWarning,
+            stacklevel=2,
+        )
+
+
+def image_before(prompt: Prompt) -> bool:
+    """Whether an earlier part of the prompt holds image tokens."""
+    image = prompt.tokens.roles.get("image")
+    return image is not None and bool(image[:, : prompt.past].any())
+
+
+def image_now(prompt: Prompt) -> bool:
+    """Whether this part of the prompt brings image tokens."""
+    image = prompt.tokens.roles.get("image")
+    return image is not None and bool(image[:, prompt.past :].any())
 
 
 def _check_images(prompt: Prompt) -> None:

@@ -11,7 +11,7 @@ Conventions: layers count from 0. alpha 0 and gamma 1 switch a part off. Default
 takes gamma 2, and papers that compare with PAI take alpha up to 0.6.
 Ours: image tokens per row of a batch, where the code takes one range for all; hidden columns stay hidden; wrapper tokens of an image
 leave the second branch with it; prompts without an image keep their logits bit for bit. With gamma other than 1 a prompt in pieces
-(prefill_chunk_size, a further turn on an old cache) is refused.
+(prefill_chunk_size, a further turn on an old cache) is refused; with gamma 1 the last row of each piece is changed, which is said.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.logits import at_least_float, contrasted
 from ..interventions.reweighting import marked_columns, shared_by_layers
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
+from .image_models import decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 
 
 class PAI(Recipe):
@@ -82,7 +82,7 @@ class PAI(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         steps: list[Step] = []
         if self.alpha != 0:
-            steps.append(images_told(sites))
+            steps.append(images_told(sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)))
             steps.append(Act(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))

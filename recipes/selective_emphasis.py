@@ -10,7 +10,7 @@ image weight, in the row as it was.
 Ours: sets per image or tile (the code takes the batch's first image for all); exactly the outliers (its rounding may lose one);
 `spatial_share` takes the tokens that all patches look at most (in the code these sums are all 1, so its choice is arbitrary); encoders
 without a class token (SigLIP, Qwen, Pixtral) are read as the mean of all patches' rows, which is an experiment; merged tokens get the
-sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too. The logits refinement that the
+sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too (which is said). The logits refinement that the
 official script adds is another method (PAI) and not part of this one.
 """
 
@@ -30,7 +30,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.reweighting import of_call, shared_by_layers
 from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
+from .image_models import decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 
 
 class SelectiveEmphasis(Recipe):
@@ -96,7 +96,7 @@ class SelectiveEmphasis(Recipe):
             readings["spatial"] = (first, lambda call, query: attention_received(call))
         patches = PatchReader(encoder, readings)
         return [
-            images_told(sites),
+            images_told(sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)),
             *patches.steps,
             Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
         ]
@@ -153,6 +153,6 @@ class SelectiveEmphasis(Recipe):
         if call.clock.phase == "decode" and (not memory.get("known") or len(memory["known"]) < len(tokens.images)):
             raise ReattendError(
                 "selective-emphasis cannot tell which places of the image the image tokens of this prompt are: pass the images "
-                "as the model's processor makes them"
+                "as the model's processor makes them, and the whole prompt at once (prefill_chunk_size=None)"
             )
         return memory["gain"] if memory["known"] else None

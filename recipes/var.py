@@ -7,6 +7,7 @@ Acts on: the weights of the rows behind the (last) image, from layer 2 on. Sinks
 layer and stay the same for the whole answer; a layer without a sink on an image is left alone.
 Conventions: `move` is the fraction moved, the official code's p is what stays (move = 1 - p). `rho` is the largest share of a row's
 image weight on sinks; the paper's rho is 1 minus that. The official code also changes the last layer, the paper does not.
+A prompt in pieces: rows after the last image of the part that was read so far, which is said where a further image follows.
 Ours: sinks per sample of a batch, without padding; rows where nothing could receive the weight are skipped.
 """
 
@@ -29,7 +30,7 @@ from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
 from .contents import Contents, Numbers
-from .image_models import decoder_layers, image_misfit, images_told, layers_misfit
+from .image_models import decoder_layers, image_before, image_misfit, image_now, images_told, layers_misfit, pieces_told
 from .known_models import KnownModel
 from .profile import CACHED, Profile, cached_path, find_profile, fingerprint
 
@@ -138,7 +139,12 @@ class VAR(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen = self._chosen(sites)
         finder = _Finder(torch.tensor(self.dims(sites)), self.tau, chosen.sites[-1].name)
-        return [images_told(sites), Observe(chosen, finder), Act(chosen, self.redistribute)]
+        told = pieces_told(
+            self.slug,
+            "rows after an image of an earlier piece were changed as if no further image came",
+            lambda prompt: image_before(prompt) and image_now(prompt),
+        )
+        return [images_told(sites, told), Observe(chosen, finder), Act(chosen, self.redistribute)]
 
     def redistribute(self, call: Call) -> WeightMap | None:
         """The edit of the rows behind the image, at layers where some sample has a sink on its image."""

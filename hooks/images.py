@@ -32,7 +32,8 @@ Layout = tuple[int, list[Tensor]]
 def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any]) -> None:
     """Fills the roles "image" and "video" and `tokens.images` from ids [B, T] and the arguments of the forward pass.
 
-    Roles are absent where no row of the batch has such tokens. Grids of tiled images come per tile, in the order of the prompt.
+    "image" holds all visual tokens, those of videos among them; "video" tells these apart. Roles are absent where no row of the batch has
+    such tokens. Grids are those of images alone; of tiled images they come per tile, in the order of the prompt.
     """
     config = getattr(model, "config", None)
     family = getattr(config, "model_type", "")
@@ -46,6 +47,9 @@ def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any])
                 tokens.roles[role] = found
     if "image" in tokens.roles and family not in RESAMPLED:
         tokens.images = find_grids(model, config, family, tokens.roles["image"].cpu(), ids.cpu(), given)
+    if "video" in tokens.roles:
+        # frames are images to every method (some families write them as such), only without grids
+        tokens.roles["image"] = tokens.roles["video"] | tokens.roles.get("image", False)
 
 
 def join_images(known: list[ImageGrid], found: list[ImageGrid], past: int, image: Tensor | None = None) -> list[ImageGrid]:

@@ -43,7 +43,7 @@ class VisualSinks:
     def __init__(self, sinks: Tensor, tokens: TokenMap) -> None:
         self.sinks = sinks
         prompt, device = sinks.shape[1], sinks.device
-        image = tokens.positions("image", 0, prompt, device)
+        image = tokens.positions("image", 0, prompt, device) if "image" in tokens else torch.zeros_like(sinks)
         visual = sinks & image
         first = sinks & tokens.positions("bos", 0, prompt, device)
         self.any, self.on_first = torch.stack([visual.any(), first.any()]).tolist()

@@ -84,6 +84,16 @@ def image_now(prompt: Prompt) -> bool:
     return image is not None and bool(image[:, prompt.past :].any())
 
 
+def rows_between_images(prompt: Prompt) -> bool:
+    """Whether an earlier part of the prompt holds tokens after an image, and this part brings a further image in the same row."""
+    image = prompt.tokens.roles.get("image")
+    if image is None:
+        return False
+    before = image[:, : prompt.past]
+    after = (before.cumsum(dim=1) > 0) & ~before
+    return bool((after.any(dim=1) & image[:, prompt.past :].any(dim=1)).any())
+
+
 def _check_images(prompt: Prompt) -> None:
     tokens = prompt.tokens
     if "image" not in tokens and (tokens.blind or tokens.unknown):

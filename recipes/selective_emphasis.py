@@ -136,6 +136,11 @@ class SelectiveEmphasis(Recipe):
         tokens, memory = call.tokens, call.memory
         assert tokens is not None
         if memory.get("read") is not call.clock and call.clock.phase != "decode":
+            if "video" in tokens:
+                raise ReattendError(
+                    "selective-emphasis reads what the vision encoder looks at in images, and this prompt holds a video: leave the video "
+                    "out, or pass its frames as images"
+                )
             # what a pass that failed has found in the place of this one is no image of this prompt
             start = call.total - call.num_queries
             known: list[ImageGrid] = [grid for grid in memory.get("known", ()) if int(grid.index.max()) < start]

@@ -30,7 +30,7 @@ from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
 from .contents import Contents, Numbers
-from .image_models import decoder_layers, image_before, image_misfit, image_now, images_told, layers_misfit, pieces_told
+from .image_models import decoder_layers, image_misfit, images_told, layers_misfit, pieces_told, rows_between_images
 from .known_models import KnownModel
 from .profile import CACHED, Profile, cached_path, find_profile, fingerprint
 
@@ -142,7 +142,7 @@ class VAR(Recipe):
         told = pieces_told(
             self.slug,
             "rows after an image of an earlier piece were changed as if no further image came",
-            lambda prompt: image_before(prompt) and image_now(prompt),
+            rows_between_images,
         )
         return [images_told(sites, told), Observe(chosen, finder), Act(chosen, self.redistribute)]
 
@@ -238,8 +238,9 @@ class _Finder:
 
     def __call__(self, seen: Observation) -> None:
         tokens = seen.tokens
-        if seen.clock.phase == "decode" or tokens is None or "image" not in tokens:
+        if seen.clock.phase == "decode" or tokens is None:
             return
+        # also before any image has come: a later chunk or turn may bring one, and the sinks of this part are sinks for it too
         name = seen.site.name
         found = VisualSinks.learn(seen.memory.get(name), seen.hidden, tokens, self.dims.to(seen.hidden.device), self.tau)
         seen.memory[name] = found

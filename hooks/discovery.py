@@ -100,6 +100,8 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
         inside_site.append(path)
         route, problem = how
         stack = _stack(root, path, component, module) if denoiser is None else stack_of(denoiser, path)
+        if stack == "decoder" and route == "attention_interface" and not _knows_masks(type(module).forward):
+            stack, problem = "depth", f"{type(module).__name__} attends over the states of earlier layers, not over tokens"
         layer = _layer(module, path, counters.setdefault(stack, {}))
         heads, kv, dim = _heads(module)
         kind = _kind(path, module)
@@ -139,6 +141,13 @@ def _dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if "Attention" in named and "softmax" in own and not any(_dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _knows_masks(function: Callable) -> bool:
+    """Attention over tokens takes a mask; attention over what earlier layers gave (Inkling 2's residuals) has nothing to hide."""
+    parameters = inspect.signature(function).parameters.values()
+    return any("mask" in p.name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 @functools.lru_cache(maxsize=4096)

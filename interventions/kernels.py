@@ -13,6 +13,9 @@ from .edits.base import repeat_heads
 
 # Values of one temporary [B, H, R, Tk] when rows are materialised in chunks: 4 Mi float32 = 16 MiB.
 CHUNK_VALUES = 1 << 22
+# Before torch 2.9 the CPU kernel with log-sum-exp took each query head for a key head and read past the end of shared ones, without
+# an error. By version and not by a trial: the trial would read there too.
+CPU_KERNEL_SHARES_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -169,6 +172,8 @@ def _fused_with_lse(
     packed = _pack(query, key, mask)
     q, bias = (query, mask) if packed is None else packed
     if query.device.type == "cpu":
+        if not CPU_KERNEL_SHARES_HEADS:
+            key, value = repeat_heads(key, q.shape[1]), repeat_heads(value, q.shape[1])
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
         )

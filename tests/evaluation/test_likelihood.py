@@ -11,6 +11,7 @@ from reattend import ReattendError
 from reattend.evaluation import Subject
 from reattend.evaluation.likelihood import option_scores, token_losses
 from reattend.evaluation.steering import Steering
+from reattend.hooks.caches import cache_name, cache_of
 
 PROMPTS = ["The capital of France is", "Anna has a red house and Paul has a blue garden; the house of Anna is", "Answer:"]
 OPTIONS = [[" Paris", " Rome", " the capital of Italy"], [" red", " blue"], [" a", " the", " garden", " one word"]]
@@ -89,9 +90,9 @@ def stepwise(subject: Subject, prompt: str, option: str) -> float:
     total, cache, ids = 0.0, None, before
     with torch.no_grad():
         for token in whole[len(before) :]:
-            out = subject.module(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            out = subject.module(input_ids=torch.tensor([ids]), **{cache_name(subject.module): cache}, use_cache=True)
             total += float(out.logits[0, -1].log_softmax(-1)[token])
-            cache, ids = out.past_key_values, [token]
+            cache, ids = cache_of(out), [token]
     return total
 
 

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from reattend.hooks import Act, Branch, Plan, attach, sites
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, ReattendError, UnsupportedError
 from tiny_language import language_model
 from torch.nn.functional import pad
@@ -143,11 +144,13 @@ def test_bare_passes_step_by_step(model, keep):
     with attach(model, [plan(hidden, shorter)]):
         out = model(**INPUTS, position_ids=positions, logits_to_keep=keep)
         first = out.logits
-        text, mask, cache = IDS, MASK, out.past_key_values
+        text, mask, cache = IDS, MASK, cache_of(out)
         steps = []
         for token in (3, 11, 40):
             text, mask = torch.cat([text, torch.full((2, 1), token)], 1), pad(mask, (0, 1), value=1)
-            out = model(text[:, -1:], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache)
+            out = model(
+                text[:, -1:], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, **{cache_name(model): cache}
+            )
             steps.append(out.logits[:, -1])
         assert any(name in vars(cache) for name in ("reorder_cache",))
     assert "reorder_cache" not in vars(cache)
@@ -263,7 +266,7 @@ def test_caches_are_not_kept_alive_and_copies_are_their_own(model):
     import weakref
 
     with attach(model, [plan()]):
-        cache = model(**INPUTS).past_key_values
+        cache = cache_of(model(**INPUTS))
         twin = copy.deepcopy(cache)
         twin.reorder_cache(torch.tensor([1, 0]))
         assert torch.equal(twin.layers[0].keys, cache.layers[0].keys.flip(0))
@@ -285,18 +288,18 @@ def test_what_branches_cannot_follow_is_refused_before_any_layer_runs(model):
         attach(T5ForConditionalGeneration(t5), [plan()])
     with pytest.raises(ReattendError, match="at least one function"):
         Branch([], mean)
-    old = model(**INPUTS).past_key_values
+    old = cache_of(model(**INPUTS))
     with attach(model, [plan()]) as session:
         ran.clear()
         with pytest.raises(ReattendError, match="cache that this session has not seen"):
-            model(IDS[:, :1], past_key_values=old)
+            model(IDS[:, :1], **{cache_name(model): old})
         assert not ran
-        caches = [model(**INPUTS).past_key_values for _ in range(2)]
+        caches = [cache_of(model(**INPUTS)) for _ in range(2)]
         ran.clear()
         with pytest.raises(ReattendError, match="in pieces"):
-            model(IDS[:, :3], past_key_values=caches[0])
+            model(IDS[:, :3], **{cache_name(model): caches[0]})
         with pytest.raises(ReattendError, match="not inputs_embeds"):
-            model(inputs_embeds=torch.zeros(2, 1, 32), past_key_values=caches[1])
+            model(inputs_embeds=torch.zeros(2, 1, 32), **{cache_name(model): caches[1]})
         with pytest.raises(ReattendError, match="loss from labels"):
             model(**INPUTS, labels=IDS)
         with pytest.raises(ReattendError, match="return_dict"):

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from reattend.hooks import Act, Capture, Observe, Plan, Probe, attach, sites
+from reattend.hooks.caches import cache_in
 from reattend.interventions import HeadGain, ReattendError
 from tiny_language import language_model
 
@@ -97,7 +98,7 @@ def test_changed_inputs_have_a_map_of_their_own(model, ids):
     seen = []
 
     def shorter(prompt):
-        assert "past_key_values" not in prompt.arguments
+        assert cache_in(prompt.arguments) is None
         prompt.memory["rows"] = prompt.tokens.batch
         mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         return {"input_ids": prompt.arguments["input_ids"][:, :3], "attention_mask": mask}

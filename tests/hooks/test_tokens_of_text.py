@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_files import golden_file
 from reattend.hooks import Capture, Plan, Spans, attach, sites
+from reattend.hooks.caches import cache_name
 from reattend.hooks.chat import learn, turns
 from reattend.hooks.spans import official_range
 from reattend.hooks.transcript import read, transcripts
@@ -308,11 +309,11 @@ def test_a_cache_filled_before_the_session_keeps_its_places(model):
         found.append((call.columns("marked")[0].tolist(), call.columns("prompt").shape[1], call.clock.phase))
 
     with torch.no_grad():
-        model(before, past_key_values=cache)
+        model(before, **{cache_name(model): cache})
         steps = [Spans("marked", texts=[["in French"]]), Capture(sites(model), lambda call, edits: look(call))]
         with attach(model, [Plan("probe", steps)], tokenizer=words):
-            model(after, past_key_values=cache)
-            model(after[:, :1], past_key_values=cache)
+            model(after, **{cache_name(model): cache})
+            model(after[:, :1], **{cache_name(model): cache})
     own = words("in French", return_tensors="pt").input_ids.shape[1]
     marked, width, phase = found[0]
     assert phase == "prefill" and width == before.shape[1] + after.shape[1] == len(marked)

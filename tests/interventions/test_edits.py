@@ -216,7 +216,6 @@ def test_row_weights_are_the_reference_rows():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_equals_the_reference(dtype):
     torch.manual_seed(0)

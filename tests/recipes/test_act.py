@@ -9,6 +9,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
+from reattend.hooks.caches import cache_name
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference_with_weights
 from reattend.interventions.calibration import column_statistics, hidden_sinks
 from reattend.recipes import Profile, recipe, recipe_class
@@ -255,10 +256,10 @@ def test_a_chunked_prefill_adds_up_its_chunks():
         cache = DynamicCache(config=model.config)
         with reattend.apply(model, act) as session:
             for start, stop in zip([0, *cuts], cuts):
-                model(ids[:, start:stop], past_key_values=cache)
+                model(ids[:, start:stop], **{cache_name(model): cache})
             learned[name] = next(iter(watch(session)[0].values()))
             assert session.applied
-            after = model(ids[:, :1], past_key_values=cache).logits
+            after = model(ids[:, :1], **{cache_name(model): cache}).logits
             assert after.isfinite().all()
     # layer 2 is the first one edited: its inputs are the same, so sums and counts must be
     whole, chunks = learned["whole"].statistics, learned["chunks"].statistics

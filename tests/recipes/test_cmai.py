@@ -7,6 +7,7 @@ import reattend
 import tiny_models
 import torch
 from asked_images import ONE, PROMPTS
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError
 
 FAMILIES = [
@@ -126,9 +127,11 @@ def test_beams_padding_and_turns():
         whole = tiny.inputs([[*ONE, 30, 31, "image", 5, 6, 7]])
         begun = tiny.inputs([ONE])
         wanted = tiny.model(**whole).logits[:, -1]
-        cache = tiny.model(**begun).past_key_values
+        cache = cache_of(tiny.model(**begun))
         rest, pixels = whole["input_ids"][:, begun["input_ids"].shape[1] :], whole["pixel_values"][1:]
-        got = tiny.model(input_ids=rest, attention_mask=whole["attention_mask"], pixel_values=pixels, past_key_values=cache)
+        got = tiny.model(
+            input_ids=rest, attention_mask=whole["attention_mask"], pixel_values=pixels, **{cache_name(tiny.model): cache}
+        )
     first = beams.scores[0].view(3, 2, -1)
     torch.testing.assert_close(first[:, 0], greedy.logits[0].log_softmax(dim=-1), atol=1e-5, rtol=1e-4)
     last = [int(row.nonzero()[-1]) for row in right["attention_mask"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import reattend
 import torch
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.recipes import recipe_class
 from tiny_language import language_model, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,11 +28,11 @@ def operations(model, *choices):
     x = tokenizer()([f"{PASSAGE} The capital of Italy is Rome."], return_tensors="pt")
 
     def run():
-        cache = model(**x, use_cache=True).past_key_values
+        cache = cache_of(model(**x, use_cache=True))
         for token in (7, 8):
-            model(torch.tensor([[token]]), past_key_values=cache)
+            model(torch.tensor([[token]]), **{cache_name(model): cache})
         with Counted() as counted:
-            model(torch.tensor([[9]]), past_key_values=cache)
+            model(torch.tensor([[9]]), **{cache_name(model): cache})
         return counted.total
 
     if not choices:

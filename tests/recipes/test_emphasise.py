@@ -10,6 +10,7 @@ import reattend
 import torch
 import weighed
 from golden_files import golden_file
+from reattend.hooks.caches import cache_in, cache_name, cache_of
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError, fused, reference
 from reattend.recipes import Profile, load_recipe, recipe, save_recipe
 from reattend.recipes.profile import fingerprint
@@ -111,7 +112,7 @@ def edited_masks(model, biases, heads):
     handles = []
 
     def begin(module, args, kwargs):
-        cache, ids = kwargs.get("past_key_values"), kwargs["input_ids"]
+        cache, ids = cache_in(kwargs), kwargs["input_ids"]
         total[0] = (cache.get_seq_length() if cache is not None else 0) + ids.shape[1]
 
     def edit(module, args, kwargs):
@@ -279,8 +280,8 @@ def test_a_conversation_goes_on_with_its_passages():
     first, second = (chars(t, return_tensors="pt")["input_ids"] for t in ("Answer in French. The capital?", " And of Italy?"))
     whole = torch.cat([first, second], dim=1)
     with reattend.apply(model, "emphasise", text="Answer in French.", alpha=0.05, tokenizer=chars):
-        cache = model(first, use_cache=True).past_key_values
-        step = model(second, past_key_values=cache, use_cache=True).logits
+        cache = cache_of(model(first, use_cache=True))
+        step = model(second, **{cache_name(model): cache}, use_cache=True).logits
         together = model(whole).logits[:, first.shape[1] :]
     torch.testing.assert_close(step, together, atol=2e-5, rtol=1e-4)
 

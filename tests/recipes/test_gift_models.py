@@ -10,6 +10,7 @@ import reattend
 import torch
 from asked_images import HOW, NEWLINE, ONE, PROMPTS, WHAT, asked, tiny_models, tokenizer, turn
 from reattend.hooks import sites
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import ReattendError, ReattendWarning
 from reattend.recipes import Profile, recipe_class
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -156,7 +157,7 @@ def test_newline_features_of_an_image_get_no_factor():
     tiny = tiny_models.build("llava_next")
     inputs = tiny.inputs([ONE])
     with steer(tiny.model) as session, torch.no_grad():
-        cache = tiny.model(**inputs).past_key_values
+        cache = cache_of(tiny.model(**inputs))
         focus = memory_of(session, cache)["focus"][1]
     assert int((inputs["input_ids"] == tiny_models.IMAGE).sum()) > int(focus.groups[0, 1].sum()) > 16
 
@@ -270,9 +271,10 @@ def test_the_next_turn_has_a_map_of_its_own():
     rest = whole["input_ids"][:, begun["input_ids"].shape[1] :]
     with steer(tiny.model, **LAST) as session, torch.no_grad():
         expected = tiny.model(**whole).logits[:, -1]
-        cache = tiny.model(**begun).past_key_values
+        cache = cache_of(tiny.model(**begun))
         assert memory_of(session, cache)["focus"][1].groups[0, 0].nonzero()[:, 0].tolist() == list(range(18, 25))
-        got = tiny.model(input_ids=rest, attention_mask=whole["attention_mask"], past_key_values=cache).logits[:, -1]
+        later = {"attention_mask": whole["attention_mask"], cache_name(tiny.model): cache}
+        got = tiny.model(input_ids=rest, **later).logits[:, -1]
         assert memory_of(session, cache)["focus"][1].groups[0, 0].nonzero()[:, 0].tolist() == list(range(28, 32))
         assert session.applied == 3
         base = None

@@ -9,6 +9,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.hooks.segments import joined
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.rotary import Rotary
@@ -281,9 +282,9 @@ def test_the_prefix_may_be_in_the_cache_already():
     inputs, ranges = prompt((0, 1, 2))
     ids, wanted = inputs["input_ids"], last_logits(model, (0, 1, 2))
     with torch.no_grad():
-        cache = model(ids[:, :4], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :4], use_cache=True))
         with reattend.apply(model, "pine", ranges=ranges):
-            found = model(ids[:, 4:], past_key_values=cache).logits[0]
+            found = model(ids[:, 4:], **{cache_name(model): cache}).logits[0]
     torch.testing.assert_close(found, wanted[4:], atol=2e-5, rtol=0)
 
 

@@ -10,6 +10,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import (
     Call,
     Clock,
@@ -226,8 +227,8 @@ def test_masking_leaves_the_prefill_alone_and_acts_at_every_step():
         assert set(session.stats["retrieval-heads"].values()) == {5}
     # the same as feeding the prompt's last token as a decode step, as the official script does
     with reattend.apply(model, "retrieval-heads", mode="mask", heads=[(0, 0), (0, 1), (2, 2)]):
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        step = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+        cache = cache_of(model(ids[:, :-1], use_cache=True))
+        step = model(ids[:, -1:], **{cache_name(model): cache}).logits[:, -1]
     torch.testing.assert_close(earlier.logits[0], step, atol=1e-4, rtol=1e-4)
 
 
@@ -251,8 +252,8 @@ def test_chunked_prefill_is_the_whole_prefill():
     for mode in ("sharpen", "sink_down", "gain"):
         with reattend.apply(model, "retrieval-heads", mode=mode, heads={0: [0, 1], 1: [3]}) as session:
             whole = model(ids).logits
-            cache = model(ids[:, :13], use_cache=True).past_key_values
-            rest = model(ids[:, 13:], past_key_values=cache).logits
+            cache = cache_of(model(ids[:, :13], use_cache=True))
+            rest = model(ids[:, 13:], **{cache_name(model): cache}).logits
             assert session.applied == 6
         torch.testing.assert_close(rest, whole[:, 13:], atol=1e-4, rtol=1e-4)
 
@@ -260,9 +261,9 @@ def test_chunked_prefill_is_the_whole_prefill():
 def test_the_last_row_of_a_prompt_in_pieces_is_not_guessed():
     model, ids = tiny(), torch.randint(3, 64, (1, 12))
     with reattend.apply(model, "retrieval-heads", mode="mask", where="last_row", heads=[(0, 0)]):
-        cache = model(ids[:, :7], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :7], use_cache=True))
         with pytest.raises(ReattendError, match="retrieval-heads acts at the last token.*comes in pieces"):
-            model(ids[:, 7:], past_key_values=cache)
+            model(ids[:, 7:], **{cache_name(model): cache})
 
 
 def make_profile(model, tmp_path, scores):

@@ -9,6 +9,7 @@ import reattend
 import torch
 import transformers
 from reattend.hooks import Plan, Projection, ReadProjection, attach, sites
+from reattend.hooks.caches import cache_in, cache_name, cache_of
 from reattend.interventions import ReattendError, UnsupportedError
 from reattend.interventions.subspaces import Subspaces, expert_weights, group_query, mixed_projection
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
@@ -84,7 +85,7 @@ def edited_keys(model, marked, changes):
     start, width = [0], [0]
 
     def begin(module, args, kwargs):
-        cache, ids = kwargs.get("past_key_values"), kwargs["input_ids"]
+        cache, ids = cache_in(kwargs), kwargs["input_ids"]
         start[0], width[0] = (cache.get_seq_length() if cache is not None else 0), ids.shape[1]
 
     def hook(layer):
@@ -264,8 +265,8 @@ def test_a_conversation_goes_on_with_its_edited_keys(learned):
     chars, (model, path) = tokenizer(), learned()
     first, second = (chars(t, return_tensors="pt")["input_ids"] for t in ("Answer in French. The capital?", " And of Italy?"))
     with reattend.apply(model, "seka", text="Answer in French.", profile_path=path, gain=3, tokenizer=chars) as session:
-        cache = model(first, use_cache=True).past_key_values
-        step = model(second, past_key_values=cache, use_cache=True).logits
+        cache = cache_of(model(first, use_cache=True))
+        step = model(second, **{cache_name(model): cache}, use_cache=True).logits
         assert session.applied == 4
         together = model(torch.cat([first, second], dim=1)).logits[:, first.shape[1] :]
     torch.testing.assert_close(step, together, atol=2e-5, rtol=1e-4)

@@ -13,6 +13,7 @@ import torch
 from asked_images import ONE, PROMPTS
 from golden_files import golden_file
 from reattend.hooks.attachment import attachment_of
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.hooks.images import add_images
 from reattend.hooks.patches import lay_out
 from reattend.interventions import (
@@ -234,7 +235,7 @@ def test_one_strength_on_all_image_tokens_raises_their_scores_alike():
     tiny = tiny_models.llava()
     inputs = tiny.inputs([ONE])
     with steer(tiny.model, alpha=0.4, beta=0.4, local_share=1.0) as session, torch.no_grad():
-        cache = tiny.model(**inputs).past_key_values
+        cache = cache_of(tiny.model(**inputs))
         gain = attachment_of(tiny.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]["gain"]
     wanted = 0.4 * (inputs["input_ids"] == tiny_models.IMAGE)
     torch.testing.assert_close(gain, wanted)
@@ -289,9 +290,9 @@ def test_a_second_turn_brings_its_own_image():
     pixels = whole["pixel_values"]
     with steer(tiny.model, first_layer=3), torch.no_grad():
         wanted = tiny.model(**whole).logits[:, -1]
-        cache = tiny.model(**begun).past_key_values
+        cache = cache_of(tiny.model(**begun))
         got = tiny.model(
-            input_ids=rest, attention_mask=whole["attention_mask"], pixel_values=pixels[1:], past_key_values=cache
+            input_ids=rest, attention_mask=whole["attention_mask"], pixel_values=pixels[1:], **{cache_name(tiny.model): cache}
         ).logits[:, -1]  # fmt: skip
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from golden_files import golden_file
 from reattend.hooks import Capture, Plan, attach, sites
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import (
     Call,
     Clock,
@@ -169,12 +170,12 @@ def test_decode_steps_are_untouched_and_cache_or_not_is_the_same(tmp_path):
         assert set(session.stats["soft-injection"].values()) == {1 + 5}
         beams = model.generate(ids, num_beams=2, **{**options, "max_new_tokens": 3})
         # the same steps by hand
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
     assert beams.sequences.shape[0] == 2
     assert not torch.equal(plain.logits[0], mixed.logits[0])
     for a, b in zip(mixed.logits, again.logits):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-    step = model(mixed.sequences[:, 7:8], past_key_values=cache).logits[:, -1]
+    step = model(mixed.sequences[:, 7:8], **{cache_name(model): cache}).logits[:, -1]
     torch.testing.assert_close(step, mixed.logits[1], atol=2e-5, rtol=1e-4)
 
 
@@ -182,14 +183,14 @@ def test_turns_have_a_last_token_each_and_a_prompt_in_pieces_is_refused(tmp_path
     model, ids = language_model(), torch.randint(5, 400, (1, 12), generator=torch.Generator().manual_seed(4))
     path = profile_of(model, tmp_path)
     with reattend.apply(model, "soft-injection", profile_path=path) as session:
-        cache = model(ids[:, :5], use_cache=True).past_key_values
-        model(ids[:, 5:6], past_key_values=cache)  # an answer of one token
-        second = model(ids[:, 6:], past_key_values=cache)
+        cache = cache_of(model(ids[:, :5], use_cache=True))
+        model(ids[:, 5:6], **{cache_name(model): cache})  # an answer of one token
+        second = model(ids[:, 6:], **{cache_name(model): cache})
         assert set(session.stats["soft-injection"].values()) == {2}
         assert second.logits.isfinite().all()
-        pieces = model(ids[:, :5], use_cache=True).past_key_values
+        pieces = cache_of(model(ids[:, :5], use_cache=True))
         with pytest.raises(ReattendError, match="comes in pieces"):
-            model(ids[:, 5:], past_key_values=pieces)
+            model(ids[:, 5:], **{cache_name(model): pieces})
         with pytest.raises(ReattendError, match="comes in pieces"):
             model.generate(ids, max_new_tokens=2, prefill_chunk_size=6)
 

@@ -11,6 +11,7 @@ import reattend
 import tiny_models
 import torch
 from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
 from reattend.interventions.heads import divergence, vision_aware_heads
 from reattend.recipes import recipe, recipe_class
@@ -363,8 +364,8 @@ def test_a_conversation_keeps_its_heads():
     with reattend.apply(tiny.model, "vhr") as session, torch.no_grad():
         out = tiny.model(**first, use_cache=True)
         token = out.logits[:, -1:].argmax(dim=-1)
-        tiny.model(input_ids=token, past_key_values=out.past_key_values)
-        last = tiny.model(input_ids=later, past_key_values=out.past_key_values).logits
+        tiny.model(input_ids=token, **{cache_name(tiny.model): cache_of(out)})
+        last = tiny.model(input_ids=later, **{cache_name(tiny.model): cache_of(out)}).logits
         assert session.applied == 3 * 4
     whole = {**first, "input_ids": torch.cat([first["input_ids"], token, later], dim=1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
@@ -452,11 +453,14 @@ def test_prompts_in_pieces_are_refused():
         session.counts.clear()
     # a text first, answered, and then an image
     with reattend.apply(tiny.model, "vhr") as session, torch.no_grad():
-        cache = tiny.model(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True).past_key_values
-        tiny.model(input_ids=torch.tensor([[8]]), past_key_values=cache)
+        cache = cache_of(tiny.model(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True))
+        tiny.model(input_ids=torch.tensor([[8]]), **{cache_name(tiny.model): cache})
         with pytest.raises(ReattendError, match="pass the whole conversation"):
             tiny.model(
-                input_ids=inputs["input_ids"][:, 1:], pixel_values=inputs["pixel_values"], past_key_values=cache, use_cache=True
+                input_ids=inputs["input_ids"][:, 1:],
+                pixel_values=inputs["pixel_values"],
+                **{cache_name(tiny.model): cache},
+                use_cache=True,
             )
         session.counts.clear()
     assert not tiny.model._forward_pre_hooks

@@ -11,6 +11,7 @@ import pytest
 import reattend
 import torch
 from asked_images import ONE, PROMPTS, tiny_models, tokenizer
+from reattend.hooks.caches import cache_name, cache_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # they look at the same memory in another shape and run nothing
@@ -71,7 +72,7 @@ def steps(prompts, method=None, first=2):
                 out = model(
                     input_ids=out.logits[:, -1:].argmax(-1),
                     attention_mask=mask,
-                    past_key_values=out.past_key_values,
+                    **{cache_name(model): cache_of(out)},
                     use_cache=True,
                 )
             counts.append(seen.count.total())

@@ -10,6 +10,7 @@ import reattend
 import torch
 from asked_images import HOW, NONE, ONE, PROMPTS, WHAT, tiny_models, turn
 from reattend.hooks import sites
+from reattend.hooks.caches import cache_in, cache_name, cache_of
 from reattend.interventions import Call, Clock, Keep, ReattendError, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.sparsity import hide_columns
 from reattend.recipes import recipe, recipe_class
@@ -61,7 +62,7 @@ def blindfolded(model, image, exit_layer):
         return (scores.softmax(dim=-1).nan_to_num() @ value).transpose(1, 2), None
 
     def count(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         attention.total = kwargs["input_ids"].shape[1] + (0 if cache is None else cache.get_seq_length())
 
     before = model.config._attn_implementation
@@ -245,9 +246,9 @@ def test_the_next_turn_brings_an_image():
     rest = whole["input_ids"][:, first["input_ids"].shape[1] :]
     with steer(tiny.model) as session, torch.no_grad():
         expected = tiny.model(**whole).logits[:, -1]
-        cache = tiny.model(**first).past_key_values
+        cache = cache_of(tiny.model(**first))
         later = {"attention_mask": whole["attention_mask"], "pixel_values": whole["pixel_values"][1:]}
-        got = tiny.model(input_ids=rest, past_key_values=cache, **later).logits[:, -1]
+        got = tiny.model(input_ids=rest, **{cache_name(tiny.model): cache}, **later).logits[:, -1]
         assert session.applied == 3 * 2
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 

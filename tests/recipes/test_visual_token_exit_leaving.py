@@ -12,6 +12,7 @@ import transformers
 from asked_images import HOW, NONE, ONE, PROMPTS, TWO, WHAT, tiny_models, turn
 from golden_files import golden_file
 from reattend.hooks import Act, Capture, Exit, Plan, attach, sites
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import KeyBias, ReattendError, UnsupportedError
 from reattend.recipes import recipe
 from test_visual_token_exit import SLUG, logits_of, prompts_of, steer, text_logits
@@ -65,10 +66,10 @@ def test_golden(name, mode):
         out = model(input_ids=ids, use_cache=True)
         found = out.logits[:, ids[0] != 15]
         torch.testing.assert_close(found, data["prefill_last_hidden_state"], atol=1e-4, rtol=0)
-        held = lengths(out.past_key_values)
+        held = lengths(cache_of(out))
         for step, embeds in enumerate(data["decode_embeds"]):
             given.append(embeds[None, None])
-            later = model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=out.past_key_values)
+            later = model(input_ids=torch.ones(1, 1, dtype=torch.long), **{cache_name(model): cache_of(out)})
             expected = data["decode_hidden_states"][:, step : step + 1]
             torch.testing.assert_close(later.logits, expected, atol=1e-4, rtol=0)
         behind = facts["num_hidden_layers"] - 1 - facts["exit_layer"]
@@ -107,7 +108,7 @@ def test_equals_hiding(family):
         assert list(session.stats[SLUG].values()) == [1, 1]
     text = int(((inputs["input_ids"] != tiny_models.IMAGE) & inputs["attention_mask"].bool()).sum(dim=1).max())
     width = inputs["input_ids"].shape[1]
-    assert lengths(out.past_key_values) == [width, width, text, text] and out.logits.shape[1] == width > text
+    assert lengths(cache_of(out)) == [width, width, text, text] and out.logits.shape[1] == width > text
     assert torch.equal(logits_of(tiny.model, inputs), base), "detached, the model is what it was"
 
 
@@ -156,8 +157,8 @@ def test_right_padding_and_the_next_turn():
     later = {"attention_mask": whole["attention_mask"], "pixel_values": whole["pixel_values"][1:]}
     with steer(tiny.model, mode="leave") as session, torch.no_grad():
         expected = tiny.model(**whole).logits[:, -1]
-        cache = tiny.model(**first).past_key_values
-        got = tiny.model(input_ids=rest, past_key_values=cache, **later).logits[:, -1]
+        cache = cache_of(tiny.model(**first))
+        got = tiny.model(input_ids=rest, **{cache_name(tiny.model): cache}, **later).logits[:, -1]
         assert session.applied == 3 * 2
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert lengths(cache) == [whole["input_ids"].shape[1]] * 2 + [whole["input_ids"].shape[1] - 32] * 2
@@ -269,15 +270,15 @@ def test_caches_that_tokens_cannot_leave():
     with pytest.raises(ReattendError, match="StaticCache.*hiding"), steer(tiny.model, mode="leave"):
         tiny.model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
     with steer(tiny.model, mode="leave") as session, torch.no_grad():
-        cache = tiny.model(**inputs).past_key_values
+        cache = cache_of(tiny.model(**inputs))
         assert session.applied == 2
     last = inputs["input_ids"][:, -1:]
     with pytest.raises(ReattendError, match="run the whole prompt again"), steer(tiny.model, mode="leave"):
-        tiny.model(input_ids=last, past_key_values=cache)
+        tiny.model(input_ids=last, **{cache_name(tiny.model): cache})
     with torch.no_grad():
-        cache = tiny.model(input_ids=last).past_key_values
+        cache = cache_of(tiny.model(input_ids=last))
     with pytest.raises(ReattendError, match="run the whole prompt again"), steer(tiny.model, mode="leave"):
-        tiny.model(**inputs, past_key_values=cache)
+        tiny.model(**inputs, **{cache_name(tiny.model): cache})
     with pytest.raises(ReattendError, match="input_ids"), steer(tiny.model, mode="leave"):
         tiny.model(inputs_embeds=torch.randn(1, 8, 32))
     with pytest.raises(ReattendError, match="at least one role"):

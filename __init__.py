@@ -18,6 +18,7 @@ _LAZY = {
     "apply": ".recipes",
     "sites": ".hooks",
     "capture": ".hooks",
+    "rows": ".hooks",
     "wrap": ".comparison",
     "compare": ".comparison",
     "evaluate": ".evaluation",

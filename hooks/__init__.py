@@ -3,6 +3,7 @@
 from .attachment import running
 from .capture import Reading, Recording, capture
 from .discovery import sites
+from .guidance_rows import rows
 from .plan import (
     Act,
     Branch,
@@ -50,6 +51,7 @@ __all__ = [
     "Trials",
     "attach",
     "capture",
+    "rows",
     "running",
     "sites",
 ]

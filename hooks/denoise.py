@@ -2,7 +2,8 @@
 
 A forward pre-hook and an always-called forward hook on every denoiser of the model. Pipelines tell a step only by the `timestep`
 argument, so a step is a change of it; a run begins when the scheduler was given new timesteps, or, without a pipeline, when the
-timestep turns back. State is kept per thread.
+timestep turns back (`denoising_run`). Which rows are conditional is the running pipeline's to say, or the user's (`guidance_rows`).
+State is kept per thread, and apart for each pipeline, so that one may run inside another one's callback.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,33 +20,17 @@ from torch import Tensor, nn
 
 from ..interventions import Clock, ReattendError, ReattendWarning, UnsupportedError
 from .denoiser_tokens import DenoiserForward, read_forward
+from .denoising_run import First, Run, Running, advance, running_pipeline, timestep_of
 from .diffusers_facts import denoiser_in, family_of
-from .discovery import components, uncompiled
+from .discovery import components, original_of, uncompiled
 from .guidance import Guided, active_guides, grow, settle
+from .guidance_rows import Layout, branches_of, conditioning, halves_differ, layout_of_pipeline, parts_equal, said_rows, same
 from .plan import Guide
 from .sdpa_route import clear_marks
 
 if TYPE_CHECKING:
     from .attachment import Attachment
     from .session import Session
-
-
-@dataclass
-class Run:
-    """One denoising run of one thread. key: what changes when a step begins. delta: the guides' shift of the conditional rows."""
-
-    schedule: Any = None
-    steps: int | None = None
-    step: int = -1
-    timestep: float | None = None
-    key: Any = None
-    turned: float = 0.0
-    new_step: bool = True
-    conditional: Tensor | None = None
-    delta: Tensor | None = None
-    layouts: dict[int, tuple[str, ...] | None] = field(default_factory=dict)
-    memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
-    maps: dict[Any, Any] = field(default_factory=dict)
 
 
 class DenoiserDoor:
@@ -57,6 +42,7 @@ class DenoiserDoor:
         self.parameters: dict[type, list[str]] = {}
         self.local = threading.local()
         self.stance: Any = None
+        self.warned: set[str] = set()
 
     # -- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -90,6 +76,7 @@ class DenoiserDoor:
                 handle.remove()
         self.handles = {}
         self.local = threading.local()
+        self.warned = set()
         if self.stance is not None:
             self.stance.__exit__(None, None, None)
             self.stance = None
@@ -114,26 +101,36 @@ class DenoiserDoor:
             return None
         names = self._names(type(denoiser))
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        pipeline = next((s.model for s in sessions if not isinstance(s.model, nn.Module)), None)
-        run = self._advance(given, pipeline)
+        pipelines = [original_of(s.model) for s in sessions if not isinstance(s.model, nn.Module)]
+        running = running_pipeline(denoiser, pipelines)
+        run = self._advance(given, running, pipelines)
         hidden = given.get("hidden_states", given.get("sample"))
         branches: dict[str, Tensor] = {}
         if isinstance(hidden, Tensor):
-            branches = _branches(self._layout(run, given, hidden, pipeline, denoiser), hidden)
+            guide = next((guide for session in sessions for _, guide in session.guides if guide.scale), None)
+            branches = branches_of(self._layout(run, given, hidden, running, denoiser, guide), hidden)
         clock = Clock("denoise", max(run.step, 0), run.steps, run.timestep, branches)
         guides = active_guides(sessions, clock)
         changed = None
         if guides and not branches:
             raise UnsupportedError(
-                f"guide {guides[0].name!r}: which rows of this batch of {type(denoiser).__name__} are conditional is not known"
+                f"guide {guides[0].name!r}: which rows of this batch of {type(denoiser).__name__} are conditional is not known; "
+                "say it around the call: with reattend.rows(...)"
             )
         if guides and bool(branches["conditional"].any() if "conditional" in branches else False):
+            if run.unshifted:
+                raise ReattendError(
+                    f"guide {guides[0].name!r}: the unconditional half of this step was called before the conditional one, so it "
+                    "missed its share of the guidance: call the conditional half first"
+                )
             self.local.guided = Guided(clock, guides, len(branches["conditional"]), run)
             args, kwargs, clock = grow(args, kwargs, names, self.local.guided)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             changed = (args, kwargs)
         elif run.delta is not None and list(branches) == ["unconditional"]:
             self.local.guided = Guided(clock, [], len(branches["unconditional"]), run)
+        elif guides and list(branches) == ["unconditional"]:
+            run.unshifted = True
         self.local.forward = read_forward(denoiser, given, clock, run.memory, run.maps)
         for session in sessions:
             session.forwards += 1
@@ -154,105 +151,92 @@ class DenoiserDoor:
             self.parameters[kind] = list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
         return self.parameters[kind]
 
-    def _advance(self, given: Mapping[str, Any], pipeline: Any) -> Run:
-        """The run that this pass belongs to, moved on by a step where the timestep has changed."""
-        timestep = given.get("timestep")
-        if isinstance(timestep, Tensor):
-            # one value per sample, or per token with zeros for given frames
-            timestep = float(timestep.max()) if timestep.numel() else None
-        elif timestep is not None:
-            timestep = float(timestep)
-        scheduler = getattr(pipeline, "scheduler", None)
-        schedule = getattr(scheduler, "timesteps", None)
-        run: Run | None = getattr(self.local, "run", None)
-        turned = 0.0 if run is None or run.timestep is None or timestep is None else timestep - run.timestep
-        if run is None or schedule is not run.schedule or (schedule is None and turned * run.turned < 0):
-            run = self.local.run = Run(schedule, _number_of_steps(pipeline, schedule))
-        elif turned:
-            run.turned = turned
-        # half-precision timesteps of neighbouring steps can be equal; first-order schedulers count their own steps
-        own = getattr(scheduler, "step_index", None) if getattr(scheduler, "order", 1) == 1 else None
-        key = (timestep, own)
-        run.new_step = key != run.key
-        if run.new_step:
-            run.step += 1
-            run.key, run.timestep = key, timestep
+    def _advance(self, given: Mapping[str, Any], running: Running | None, pipelines: Sequence[Any]) -> Run:
+        """This thread's run of the running pipeline, or of a loop of the user's own, moved on by a step where one begins."""
+        if not hasattr(self.local, "runs"):
+            self.local.runs, self.local.loop = weakref.WeakKeyDictionary(), None
+        runs = self.local.runs
+        if running is None:
+            schedulers = [getattr(pipeline, "scheduler", None) for pipeline in pipelines]
+            run = self.local.loop = advance(self.local.loop, timestep_of(given), None, schedulers)
+        else:
+            run = runs[running.pipeline] = advance(runs.get(running.pipeline), timestep_of(given), running, ())
         return run
 
     def _layout(
-        self, run: Run, given: Mapping[str, Any], hidden: Tensor, pipeline: Any, denoiser: nn.Module
-    ) -> tuple[str, ...] | None:
+        self, run: Run, given: Mapping[str, Any], hidden: Tensor, running: Running | None, denoiser: nn.Module, guide: Guide | None
+    ) -> Layout | None:
         """The names of the equal parts of the batch, in order; None where they are not known."""
-        if pipeline is None:
-            return ("conditional",)
+        said = said_rows(hidden.shape[0])
+        if said is not None:
+            run.first = run.first or First(hidden, conditioning(given), said, True)
+            return said
+        if running is None:
+            return self._assumed(run, given, hidden, guide)
         if given.get("skip_layers"):
             return ("",)  # the pipeline's own weakened pass
-        if family_of(denoiser).separate_calls or _is_modular(pipeline):
-            text = given.get("encoder_hidden_states")
-            if run.new_step:
-                run.conditional, run.delta = text, None
-            return ("conditional",) if _same(text, run.conditional) else ("unconditional",)
-        batch = hidden.shape[0]
-        if batch not in run.layouts:
-            run.layouts[batch] = _read_layout(pipeline, hidden, given)
-        return run.layouts[batch]
+        if running.modular or family_of(denoiser).separate_calls:
+            run.first = run.first or First(hidden, {"text": given.get("encoder_hidden_states")}, ("conditional",), False)
+            if not same({"text": given.get("encoder_hidden_states")}, run.first.conditioning):
+                return ("unconditional",)
+            weakened = running.modular and running.guider is not None and running.guider._count_prepared > 1
+            return ("",) if weakened else ("conditional",)
+        key = (hidden.shape[0], running.guides)
+        if key not in run.layouts:
+            run.layouts[key] = layout_of_pipeline(running.pipeline, running.guides, hidden, given)
+        return run.layouts[key]
+
+    def _assumed(self, run: Run, given: Mapping[str, Any], hidden: Tensor, guide: Guide | None) -> Layout:
+        """The layout of a call in a loop of the user's own, where nobody says it: see docs/usage.md, "A loop of your own"."""
+        made_from = conditioning(given)
+        if parts_equal(hidden, 2) and halves_differ(made_from):
+            layout: Layout = ("unconditional", "conditional")
+            self._say(
+                "a batch holds the same latents twice with different texts, and no pipeline runs it: taken as the two halves of "
+                'classifier-free guidance, the negative prompt first. Say what it is: with reattend.rows("unconditional", '
+                '"conditional"), or reattend.rows("conditional") if all of it is'
+            )
+        else:
+            layout = ("conditional",)
+        first = run.first
+        if first is None:
+            before = run.layouts.setdefault(hidden.shape[0], layout)
+            if before != layout and guide is not None:
+                raise ReattendError(
+                    f"guide {guide.name!r}: this batch was taken as {before} at the step before and looks like {layout} now; say what "
+                    "it is around each call: with reattend.rows(...)"
+                )
+            run.first = First(hidden, made_from, layout, False)
+            return layout
+        if same(made_from, first.conditioning, look=True):
+            return first.layout if hidden.shape[0] == first.hidden.shape[0] else layout
+        if layout != ("conditional",) or len(first.layout) != 1 or not same(hidden, first.hidden, look=True):
+            return layout
+        # the same latents with another text: the other half of classifier-free guidance, in a call of its own
+        if first.said:
+            return ("conditional",) if first.layout == ("unconditional",) else ("unconditional",)
+        if guide is not None:
+            raise ReattendError(
+                f"guide {guide.name!r}: this step's latents came before, with another text, and no pipeline runs this loop: which "
+                'call is the conditional one is not known. Call it first, inside `with reattend.rows("conditional"):`, and the other '
+                'one inside `with reattend.rows("unconditional"):`'
+            )
+        self._say(
+            "the denoiser was called twice with the same latents and different texts, and no pipeline runs it: the first call of a "
+            'step is taken as the conditional one. Say it for each call: with reattend.rows("conditional"), '
+            'reattend.rows("unconditional")'
+        )
+        return ("unconditional",)
+
+    def _say(self, warning: str) -> None:
+        """Warns once while there are sessions on this model."""
+        if warning not in self.warned:
+            self.warned.add(warning)
+            warnings.warn(warning, ReattendWarning, stacklevel=2)
 
 
 def _is_compiled(root: nn.Module) -> bool:
     return hasattr(root, "_orig_mod") or any(m._compiled_call_impl is not None for m in root.modules())
-
-
-def _branches(layout: tuple[str, ...] | None, hidden: Tensor) -> dict[str, Tensor]:
-    """{name: bool [batch]} of a batch whose equal parts have these names ("" = neither half)."""
-    if layout is None:
-        return {}
-    part = hidden.shape[0] // len(layout)
-    return {
-        name: torch.tensor([other == name for other in layout], device=hidden.device).repeat_interleave(part)
-        for name in ("conditional", "unconditional")
-        if name in layout
-    } or {"conditional": torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)}
-
-
-def _read_layout(pipeline: Any, hidden: Tensor, given: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Guidance in one call repeats the latents: [negative, positive], in PAG pipelines with a perturbed part after them."""
-    perturbed = bool(getattr(pipeline, "do_perturbed_attention_guidance", False))
-    said = getattr(pipeline, "do_classifier_free_guidance", None)
-    text = given.get("encoder_hidden_states")
-    guided = bool(said)
-    if said is None:
-        # some pipelines keep it to themselves: the same latents twice, with different texts, are the two halves
-        differs = not isinstance(text, Tensor) or not _parts_equal(text, 2)
-        guided = _parts_equal(hidden, 2) and differs
-    layout = (*(["unconditional"] if guided else []), "conditional", *([""] if perturbed else []))
-    return layout if len(layout) == 1 or _parts_equal(hidden, len(layout)) else None
-
-
-def _parts_equal(x: Tensor, parts: int) -> bool:
-    if x.shape[0] % parts:
-        return False
-    first, *others = x.chunk(parts)
-    return all(torch.equal(first, other) for other in others)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    both = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return both and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _is_modular(pipeline: Any) -> bool:
-    return any("ModularPipeline" in base.__name__ for base in type(pipeline).__mro__)
-
-
-def _number_of_steps(pipeline: Any, schedule: Any) -> int | None:
-    """Steps of the run: distinct neighbours in the part of the schedule that the pipeline uses (some schedulers evaluate twice)."""
-    if not isinstance(schedule, Tensor) or schedule.numel() == 0:
-        return None
-    used = getattr(pipeline, "_num_timesteps", None)
-    part = schedule[-used:] if isinstance(used, int) and 0 < used <= schedule.numel() else schedule
-    return 1 + int((part[1:] != part[:-1]).sum())
 
 
 def check_guides(session: Session, sessions: list[Session], has_denoiser: bool) -> None:

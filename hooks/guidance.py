@@ -20,7 +20,7 @@ from ..interventions import Clock, ReattendError, UnsupportedError
 from .plan import Guide
 
 if TYPE_CHECKING:
-    from .denoise import Run
+    from .denoising_run import Run
     from .session import Session
 
 # Arguments that are shared by all rows, whatever their first dimension happens to be.
@@ -73,7 +73,10 @@ def grow(args: tuple, kwargs: Mapping[str, Any], names: Sequence[str], guided: G
     args = tuple(more(value, names[i] if i < len(names) else "") for i, value in enumerate(args))
     kwargs = {name: more(value, name) for name, value in kwargs.items()}
     added = len(copies)
-    branches = {name: torch.cat([rows, rows.new_zeros(added)]) for name, rows in guided.clock.branches.items()}
+    # a branch's rows are the prompt's, so what a recipe does to conditional rows it does to them too
+    branches = {
+        name: torch.cat([rows, rows.new_full((added,), name == "conditional")]) for name, rows in guided.clock.branches.items()
+    }
     for i, guide in enumerate(guided.guides):
         rows = conditional.new_zeros(guided.batch + added)
         start = guided.batch + i * len(guided.rows)

@@ -11,7 +11,7 @@ import reattend
 import tiny_pipelines
 import torch
 from reattend.hooks import Act, Guide, Plan, attach
-from reattend.hooks.denoise import _read_layout
+from reattend.hooks.guidance_rows import layout_of_pipeline
 from reattend.interventions import Call, MixValue, ReattendError, ReattendWarning, UnsupportedError
 from reattend.recipes.denoiser import default_layers, image_layers
 from tiny_denoisers import build, pixart
@@ -307,23 +307,21 @@ def test_isolated_sessions_in_threads() -> None:
 def test_layouts_that_are_not_known() -> None:
     text = {"encoder_hidden_states": torch.randn(6, 5, 8)}
     one, two = torch.randn(1, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    guided = SimpleNamespace(do_classifier_free_guidance=True)
-    assert _read_layout(guided, one.repeat(3, 1, 1, 1), text) is None  # InstructPix2Pix: three parts
-    assert _read_layout(guided, two.repeat(3, 1, 1, 1), text) is None
-    assert _read_layout(guided, two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
-    assert _read_layout(SimpleNamespace(do_classifier_free_guidance=False), two.repeat(2, 1, 1, 1), text) == ("conditional",)
-    perturbed = SimpleNamespace(do_classifier_free_guidance=True, do_perturbed_attention_guidance=True)
-    assert _read_layout(perturbed, two.repeat(3, 1, 1, 1), text) == ("unconditional", "conditional", "")
-    assert _read_layout(SimpleNamespace(), two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
-    assert _read_layout(SimpleNamespace(), two, text) == ("conditional",)
-    assert _read_layout(SimpleNamespace(), one.repeat(2, 1, 1, 1), {"encoder_hidden_states": torch.ones(2, 5, 8)}) == (
-        "conditional",
-    )
+    plain, perturbed = SimpleNamespace(), SimpleNamespace(do_perturbed_attention_guidance=True)
+    assert layout_of_pipeline(plain, True, one.repeat(3, 1, 1, 1), text) is None  # InstructPix2Pix: three parts
+    assert layout_of_pipeline(plain, True, two.repeat(3, 1, 1, 1), text) is None
+    assert layout_of_pipeline(plain, True, two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
+    assert layout_of_pipeline(plain, False, two.repeat(2, 1, 1, 1), text) == ("conditional",)
+    assert layout_of_pipeline(perturbed, True, two.repeat(3, 1, 1, 1), text) == ("unconditional", "conditional", "")
+    assert layout_of_pipeline(plain, None, two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
+    assert layout_of_pipeline(plain, None, two, text) == ("conditional",)
+    alike = {"encoder_hidden_states": torch.ones(2, 5, 8)}
+    assert layout_of_pipeline(plain, None, one.repeat(2, 1, 1, 1), alike) == ("conditional",)
 
 
 def test_unknown_layout_is_an_error_for_a_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, call, _, _ = stable_diffusion()
-    monkeypatch.setattr("reattend.hooks.denoise._read_layout", lambda *_: None)
+    monkeypatch.setattr("reattend.hooks.denoise.layout_of_pipeline", lambda *_: None)
     with reattend.apply(pipe, "softpag"), pytest.raises(UnsupportedError, match="which rows .* are conditional is not known"):
         draw(pipe, call)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -243,7 +243,7 @@ class ProjectKey(Edit):
     Worked out in float32; other tokens and heads stay as they are. Runs at the projection, not inside a call's attention.
     """
 
-    projection: Tensor
+    projection: Tensor = field(kw_only=False)
     strength: float = 1.0
     feature: str | None = None
     level = "projection"

@@ -6,25 +6,26 @@ Sessions come and go in any order in between.
 from __future__ import annotations
 
 import contextvars
-import threading
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..interventions import ReattendError, Site, UnsupportedError
+from ..interventions import ReattendError, UnsupportedError
 from .branch import branch_misfit
+from .compiled import inside, run_compiled, run_uncompiled
 from .discovery import components, pretrained_root, sites, unwrapped_model
+from .in_flight import InFlight, lifecycle
 from .plan import Exit, Observe, Project, ReadProjection
 from .sequence import SequenceTracker
 from .site_table import SiteTable
 from .token_exit import exit_conflict, install_exit
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .session import Mark, Session
 
-_isolated: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("reattend_sessions", default=())
+_isolated: contextvars.ContextVar[tuple[Mark, ...]] = contextvars.ContextVar("reattend_sessions", default=())
 _attachments: dict[int, Attachment] = {}
-_lock = threading.RLock()
 
 
 class Attachment:
@@ -38,16 +39,19 @@ class Attachment:
         self.model = model
         self.key = key_module(model)
         self.table: SiteTable = sites(model)
-        self.site_of: dict[int, Site] = {id(self.table.module(s)): s for s in self.table}
+        # called at most once in a pass, unlike encoders; a second call may belong to no pass at all
+        self.once = {id(self.table.module(s)) for s in self.table if s.stack.startswith(("decoder", "denoiser"))}
         self.sessions: list[Session] = []
+        self.in_flight = InFlight()
         self.tracker = SequenceTracker(self)
-        self.routes = [InterfaceRoute(self), SdpaRoute(self)]
+        self.interface = InterfaceRoute(self)
+        self.routes = [self.interface, SdpaRoute(self)]
         self.denoiser = DenoiserDoor(self)
 
+    # -- sessions come and go ------------------------------------------------------------------------------------------
+
     def add(self, session: Session) -> None:
-        first = not self.sessions
-        for _, step in session.act_steps():
-            self.site_of.update({id(step.sites.module(site)): site for site in step.sites})
+        """Puts a session to work. Where this raises, `discard` takes away what is there of it."""
         if session.probes and self.tracker.root is None:
             raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
         fusing = [plan for plan, *_ in (*session.branches, *session.lookaheads)]
@@ -58,43 +62,92 @@ class Attachment:
         conflict = exit_conflict([session, *(s for s in self.sessions if not (session.isolated and s.isolated))])
         if conflict:
             raise UnsupportedError(conflict)
-        try:
-            if first:
-                self.tracker.install()
-            self.denoiser.install(session)
-            for route in self.routes:
-                route.install(session)
-            self._install_taps(session)
-        except BaseException:
-            self._drop_taps(session)
-            if first:
-                self.uninstall()
-                _attachments.pop(id(self.key), None)
-            raise
+        self.in_flight.sweep()
+        self.tracker.install()
+        self.denoiser.install(session)
+        # passes that began before there were hooks are left alone
+        self.in_flight.note_running(self._roots())
+        for route in self.routes:
+            route.install(session)
+        self._install_taps(session)
+        if any(one.handles for one in (session, *session.nested)) and inside(components(session.model).values()):
+            run_uncompiled(session, "the model")
         self.sessions = [*self.sessions, session]
 
-    def discard(self, session: Session) -> None:
+    def discard(self, session: Session) -> bool:
+        """Takes a session away; safe to call twice. True if all of it is gone, False if passes that began under it go on."""
         self.sessions = [s for s in self.sessions if s is not session]
-        self._drop_taps(session)
+        self.in_flight.when_over(lambda one: session in one.sessions, functools.partial(self._let_go, session))
         if not self.sessions:
-            self.uninstall()
-            _attachments.pop(id(self.key), None)
+            self.in_flight.when_over(lambda one: True, self._close)
+        return session.ended
 
-    def uninstall(self) -> None:
+    def _let_go(self, session: Session) -> None:
+        self._drop_taps(session)
+        run_compiled(session)
+        session.forget()
+
+    def _close(self) -> None:
+        """Takes the hooks away, unless another session has begun in the meantime."""
+        if self.sessions:
+            return
         for route in self.routes:
             route.uninstall()
         self.denoiser.uninstall()
-        self.tracker.uninstall()
+        # a pass that began before this moment may look our name up once more
+        self.in_flight.when_over(lambda one: True, self._forget)
 
-    def active(self) -> list[Session]:
-        """Sessions that the current thread or task runs under, in the order of their start."""
-        if not self.sessions:
-            return []
+    def _forget(self) -> None:
+        if self.sessions:
+            return
+        self.interface.release()
+        self.tracker.uninstall()
+        if _attachments.get(id(self.key)) is self:
+            del _attachments[id(self.key)]
+
+    def _roots(self) -> list[nn.Module]:
+        root = self.tracker.root
+        return [*self.denoiser.roots(), *([] if root is None else [root])]
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> list[Session]:
+        """Notes that a pass of one of the model's roots begins, and the sessions that it runs under to its end.
+
+        Raises UnsupportedError where the user has switched to a kernel that cannot be edited.
+        """
+        sessions = self.active()
+        self.in_flight.begin(sessions)
+        if sessions:
+            self.interface.follow(sessions)
+        return sessions
+
+    def land(self, output: Any) -> None:
+        """Notes that it is over; output: None after an error. Raises ReattendError where attention did not come through us."""
+        landed = self.in_flight.land()
+        if landed is not None and landed.sessions and output is not None:
+            self.interface.check(landed)
+
+    def active(self, module: nn.Module | None = None) -> list[Session]:
+        """Sessions that the current thread or task runs under, in the order of their start: in a pass those that it began with.
+
+        module: one whose attention is about to be computed.
+        """
         probe = self.tracker.probing()
         if probe is not None:
             return [probe.session]
+        here = self.in_flight.here()
+        if here is not None and module is not None:
+            if id(module) in here.seen or id(module) not in self.once:
+                here = self.in_flight.checked()
+            if here is not None:
+                here.seen.add(id(module))
+        if here is not None:
+            return here.sessions
+        if not self.sessions:
+            return []
         mine = _isolated.get()
-        return [s for s in self.sessions if not s.isolated or s in mine]
+        return [s for s in self.sessions if not s.isolated or s.mark in mine]
 
     def _install_taps(self, session: Session) -> None:
         from .positions import install_positions
@@ -107,17 +160,16 @@ class Attachment:
         for plan in session.plans:
             for step in plan.steps:
                 if isinstance(step, Observe):
-                    session.handles += install_observation(self, session, plan, step)
+                    install_observation(self, session, plan, step)
                 elif isinstance(step, (Project, ReadProjection)):
-                    session.handles += install_projection(self, session, plan, step)
+                    install_projection(self, session, plan, step)
                 elif isinstance(step, Exit):
-                    session.handles += install_exit(self, session, plan, step)
+                    install_exit(self, session, plan, step)
 
     def _drop_taps(self, session: Session) -> None:
         for inner in session.nested:
             self._drop_taps(inner)
-        while session.handles:
-            session.handles.pop().remove()
+        session.handles.remove()
 
 
 def key_module(model: Any) -> Any:
@@ -134,20 +186,28 @@ def key_module(model: Any) -> Any:
 
 def enter(session: Session) -> None:
     """Puts a session to work on its model; the model's first one installs the hooks."""
-    with _lock:
-        attachment_of(session.model).add(session)
+    with lifecycle:
+        session.attachment = attachment_of(session.model)
+        session.attachment.add(session)
     if session.isolated:
-        _isolated.set((*_isolated.get(), session))
+        _isolated.set((*_open_marks(), session.mark))
 
 
-def leave(session: Session) -> None:
-    """Takes a session off its model, and with the last one the hooks."""
+def leave(session: Session) -> bool:
+    """Takes a session off its model, and with the last one the hooks; safe to call twice. False if passes under it still go on."""
+    with lifecycle:
+        if session.attachment is not None:
+            session.attachment.discard(session)
+    session.mark.open = False
     if session.isolated:
-        _isolated.set(tuple(s for s in _isolated.get() if s is not session))
-    with _lock:
-        attachment = _attachments.get(id(key_module(session.model)))
-        if attachment is not None:
-            attachment.discard(session)
+        _isolated.set(_open_marks())
+    session.attachment = None
+    return session.ended
+
+
+def _open_marks() -> tuple[Mark, ...]:
+    """The marks of this context, without those of sessions that were ended elsewhere."""
+    return tuple(mark for mark in _isolated.get() if mark.open)
 
 
 def running(model: Any) -> list[Session]:

@@ -15,16 +15,17 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from ..interventions import Clock, ReattendError, ReattendWarning, UnsupportedError
+from ..interventions import Clock, ReattendError, UnsupportedError
+from .compiled import inside, run_compiled, run_uncompiled
 from .denoiser_tokens import DenoiserForward, read_forward
 from .denoising_run import First, Run, Running, advance, running_pipeline, timestep_of
 from .diffusers_facts import denoiser_in, family_of
-from .discovery import components, original_of, uncompiled
+from .discovery import components, original_of
 from .guidance import Guided, active_guides, grow, settle
 from .guidance_rows import Layout, branches_of, conditioning, halves_differ, layout_of_pipeline, parts_equal, said_rows, same
+from .module_hooks import Hooks
 from .plan import Guide
 from .sdpa_route import clear_marks
 
@@ -38,10 +39,9 @@ class DenoiserDoor:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.handles: dict[int, list[Any]] = {}
+        self.handles = Hooks()
         self.parameters: dict[type, list[str]] = {}
         self.local = threading.local()
-        self.stance: Any = None
         self.warned: set[str] = set()
 
     # -- lifecycle ---------------------------------------------------------------------------------------------------
@@ -53,33 +53,29 @@ class DenoiserDoor:
         check_guides(session, [*self.attachment.active(), session], bool(denoisers))
         if not denoisers:
             return
-        if self.stance is None and any(_is_compiled(root) for root in denoisers):
-            # a compiled graph has no place for hooks that come and go, and would silently run without them
-            warnings.warn(
-                "the denoiser is compiled: compiled models run uncompiled until the session ends", ReattendWarning, stacklevel=2
-            )
-            self.stance = torch.compiler.set_stance("force_eager")
+        if inside(denoisers):
+            run_uncompiled(self, "the denoiser")
+        known = {id(root) for root in self.roots()}
         for root in parts.values():
-            if id(root) in self.handles:
+            if id(root) in known:
                 continue
+            # the hook that ends passes first: none may begin that cannot end
             if denoiser_in(root) is None:
-                self.handles[id(root)] = [root.register_forward_pre_hook(uncompiled(self._elsewhere))]
+                self.handles.after(root, self._landed)
+                self.handles.before(root, self._elsewhere)
             else:
-                self.handles[id(root)] = [
-                    root.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True),
-                    root.register_forward_hook(uncompiled(self._leave), with_kwargs=True, always_call=True),
-                ]
+                self.handles.after(root, self._leave)
+                self.handles.before(root, self._enter, kwargs=True)
 
     def uninstall(self) -> None:
-        for handles in self.handles.values():
-            for handle in handles:
-                handle.remove()
-        self.handles = {}
+        self.handles.remove()
         self.local = threading.local()
         self.warned = set()
-        if self.stance is not None:
-            self.stance.__exit__(None, None, None)
-            self.stance = None
+        run_compiled(self)
+
+    def roots(self) -> list[nn.Module]:
+        """The modules whose passes are followed: the denoisers and the other components of their pipelines."""
+        return [hook.module for hook in self.handles.all if not hook.after]
 
     def current(self) -> DenoiserForward | None:
         """The denoiser pass under way in this thread."""
@@ -90,12 +86,16 @@ class DenoiserDoor:
     def _elsewhere(self, module: nn.Module, args: tuple) -> None:
         clear_marks()
         self.local.forward = None
+        self.attachment.begin()
+
+    def _landed(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.attachment.land(output)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # a denoiser never runs inside an attention module: marks that are still there belong to an interrupted pass
         clear_marks()
         self.local.forward = self.local.guided = None
-        sessions = self.attachment.active()
+        sessions = self.attachment.begin()
         denoiser = denoiser_in(module)
         if not sessions or denoiser is None:
             return None
@@ -136,9 +136,10 @@ class DenoiserDoor:
             session.forwards += 1
         return changed
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         guided = getattr(self.local, "guided", None)
         self.local.forward = self.local.guided = None
+        self.attachment.land(output)
         if guided is None or output is None:
             return None
         return settle(output, guided)
@@ -235,8 +236,6 @@ class DenoiserDoor:
             warnings.warn(warning, ReattendWarning, stacklevel=2)
 
 
-def _is_compiled(root: nn.Module) -> bool:
-    return hasattr(root, "_orig_mod") or any(m._compiled_call_impl is not None for m in root.modules())
 
 
 def check_guides(session: Session, sessions: list[Session], has_denoiser: bool) -> None:

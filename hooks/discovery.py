@@ -94,7 +94,7 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
     for path, module in root.named_modules():
         if any(path.startswith(p + ".") for p in inside_site):
             continue
-        how = _dispatch(module)
+        how = dispatch(module)
         if how is None:
             continue
         inside_site.append(path)
@@ -113,7 +113,7 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
     return result
 
 
-def _dispatch(module: nn.Module) -> tuple[str, str | None] | None:
+def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     """(route, problem) if attention happens in this very module, else None."""
     if isinstance(module, nn.MultiheadAttention):
         return "sdpa", "nn.MultiheadAttention: its fast path calls a kernel that cannot be intercepted"
@@ -138,7 +138,7 @@ def _dispatch(module: nn.Module) -> tuple[str, str | None] | None:
         return "sdpa", None
     named = type(module).__name__
     own = frozenset().union(*(_names(f) for f in vars(type(module)).values() if callable(f) and hasattr(f, "__code__")))
-    if "Attention" in named and "softmax" in own and not any(_dispatch(child) for child in module.children()):
+    if "Attention" in named and "softmax" in own and not any(dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
 

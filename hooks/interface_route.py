@@ -8,29 +8,65 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Call, ReattendError, UnsupportedError, fused, reference_with_weights
+from ..interventions import Call, ReattendError, Site, UnsupportedError, fused, reference_with_weights
 from .caches import filled_columns
 from .discovery import uncompiled
+from .in_flight import Pass, lifecycle
 from .rotary import rotary_at
-from .session import edits_of
+from .session import acting_at, edits_of
 
 if TYPE_CHECKING:
     from .attachment import Attachment
+    from .sequence import Forward
     from .session import Session
 
 PREFIX = "reattend_"
 SUPPORTED = ("sdpa", "eager")
+NO_PAGES = "paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
 
-# (module id -> attachment), for modules of all attached models; registry users counted per original implementation
-_owners: dict[int, Attachment] = {}
-_users: dict[str, int] = {}
-_lock = threading.RLock()
+
+class Name(str):
+    """The name of our attention function for implementation `original`, as it stands in a config; a copy or a pickle names the original."""
+
+    original: str
+
+    def __new__(cls, original: str) -> Name:
+        self = super().__new__(cls, PREFIX + original)
+        self.original = original
+        return self
+
+    def __deepcopy__(self, memo: Any) -> str:
+        return self.original
+
+    def __reduce__(self) -> Any:
+        return str, (self.original,)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str) and other.startswith("paged|"):
+            # only continuous batching asks for these, before it would refuse our name in words of its own
+            raise ReattendError(NO_PAGES)
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+class Switched:
+    """A config that names our function. users: the attachments whose sessions need it; several models may share one config."""
+
+    def __init__(self, config: Any, original: str) -> None:
+        self.config, self.name = config, Name(original)
+        self.users: list[InterfaceRoute] = []
+
+
+# configs by id, the attachments of all models that a module belongs to, by its id, and who needs a name in the registries
+_configs: dict[int, Switched] = {}
+_owners: dict[int, list[Attachment]] = {}
+_names: dict[str, list[InterfaceRoute]] = {}
 
 
 class InterfaceRoute:
@@ -38,77 +74,162 @@ class InterfaceRoute:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.switched: list[tuple[Any, str]] = []
+        # (site, the module's own attributes, its config) of all modules that sessions act at
+        self.modules: dict[int, tuple[Site, dict[str, Any], Any]] = {}
+        self.switched: list[Switched] = []
 
     def install(self, session: Session) -> None:
         """Switches the configs of the sites that this session edits. Raises UnsupportedError for kernels that cannot be edited."""
-        modules = [
+        modules: list[tuple[Site, Any]] = [
             (site, step.sites.module(site))
             for _, step in session.act_steps()
             for site in step.sites
             if site.route == "attention_interface"
         ]
-        todo: list[tuple[Any, str]] = []
         for site, module in modules:
-            config: Any = module.config
-            name: str = config._attn_implementation or "eager"
-            if name.startswith(PREFIX):
-                continue
-            if name not in SUPPORTED:
-                raise UnsupportedError(
-                    f"{site.name} runs attention implementation {name!r}, which returns no statistics to edit: call "
-                    f'model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
+            _original_name(site, module.config)
+        with lifecycle:
+            for site, module in modules:
+                self._switch(site, module.config)
+                owners = _owners.get(id(module), [])
+                if self.attachment not in owners:
+                    _owners[id(module)] = [*owners, self.attachment]
+                self.modules[id(module)] = (site, vars(module), module.config)
+
+    def _switch(self, site: Site, config: Any) -> None:
+        entry = _configs.get(id(config))
+        if entry is None:
+            entry = _configs[id(config)] = Switched(config, _original_name(site, config))
+        if self not in entry.users:
+            entry.users.append(self)
+        if entry not in self.switched:
+            self.switched.append(entry)
+        self._name(entry)
+
+    def _name(self, entry: Switched) -> None:
+        _register(entry.name.original, self)
+        entry.config._attn_implementation_internal = entry.name
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def follow(self, sessions: list[Session]) -> None:
+        """Before a pass: where the user has switched to another implementation, it is the one that is edited from now on.
+
+        Raises UnsupportedError where it cannot be edited.
+        """
+        for entry in self.switched:
+            if entry.config._attn_implementation_internal is not entry.name:
+                self._adopt(entry, sessions)
+        for key, (site, own, config) in self.modules.items():
+            if own.get("config") is not config:
+                with lifecycle:
+                    self._switch(site, own["config"])
+                    self.modules[key] = (site, own, own["config"])
+
+    def _adopt(self, entry: Switched, sessions: list[Session]) -> None:
+        site = self._site_under(entry, sessions)
+        if site is None:
+            return
+        with lifecycle:
+            now = entry.config._attn_implementation_internal or "eager"
+            entry.name = Name(_supported(site, now.removeprefix(PREFIX)))
+            for user in entry.users:
+                user._name(entry)
+
+    def _site_under(self, entry: Switched, sessions: list[Session]) -> Site | None:
+        """A site with this config that these sessions act at; None where there is none."""
+        acted = set().union(*(session.modules for session in sessions))
+        return next((site for key, (site, _, config) in self.modules.items() if config is entry.config and key in acted), None)
+
+    def check(self, landed: Pass) -> None:
+        """After a pass. Raises ReattendError where attention was computed by something that this route cannot see."""
+        for entry in self.switched:
+            now = entry.config._attn_implementation_internal
+            if now is not entry.name and self._site_under(entry, landed.sessions) is not None:
+                raise ReattendError(
+                    f"the attention implementation was switched to {now!r} while a forward pass was under way, which has missed recipes "
+                    f"in some layers: switch between passes"
                 )
-            if all(config is not other for other, _ in todo):
-                todo.append((config, name))
-        with _lock:
-            for _, module in modules:
-                _owners[id(module)] = self.attachment
-            for config, name in todo:
-                _register(name)
-                config._attn_implementation_internal = PREFIX + name
-                self.switched.append((config, name))
+        wanted = [session.decoder_modules for session in landed.sessions if session.decoder_modules]
+        if wanted and all(landed.seen.isdisjoint(modules) for modules in wanted):
+            site = self.modules[next(iter(wanted[0]))][0]
+            raise ReattendError(
+                f"a recipe acts at {site.name}, but no attention of that stack came through the session in this pass: the module's "
+                f"forward or its attention function was replaced after the session began"
+            )
+
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def uninstall(self) -> None:
-        with _lock:
-            for config, name in self.switched:
-                if config._attn_implementation_internal == PREFIX + name:
-                    config._attn_implementation_internal = name
-            for key in [k for k, owner in _owners.items() if owner is self.attachment]:
-                del _owners[key]
-            names = [name for _, name in self.switched]
-            self.switched = []
-            # a pass that is still under way in another thread may look our name up once more: the last one clears it
-            self.attachment.tracker.when_idle(functools.partial(_release, names))
+        """Restores the configs; safe to call twice. Our names stay known until `release`."""
+        with lifecycle:
+            for key, owners in list(_owners.items()):
+                if self.attachment in owners:
+                    rest = [owner for owner in owners if owner is not self.attachment]
+                    if rest:
+                        _owners[key] = rest
+                    else:
+                        del _owners[key]
+            while self.switched:
+                entry = self.switched[-1]
+                entry.users = [user for user in entry.users if user is not self]
+                if not entry.users:
+                    now = entry.config._attn_implementation_internal
+                    if now == entry.name:
+                        entry.config._attn_implementation_internal = entry.name.original
+                    _configs.pop(id(entry.config), None)
+                self.switched.pop()
+            self.modules = {}
+
+    def release(self) -> None:
+        """Takes our names out of transformers' registries, if no other model needs them; safe to call twice."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        with lifecycle:
+            for name, users in list(_names.items()):
+                _names[name] = [user for user in users if user is not self]
+                if not _names[name]:
+                    AttentionInterface._global_mapping.pop(PREFIX + name, None)
+                    AttentionMaskInterface._global_mapping.pop(PREFIX + name, None)
+                    del _names[name]
 
 
-def _register(name: str) -> None:
+def _original_name(site: Site, config: Any) -> str:
+    """The implementation that a config names, by the name that it has outside of sessions."""
+    entry = _configs.get(id(config))
+    name: str = config._attn_implementation or "eager"
+    if entry is not None and name == entry.name:
+        return entry.name.original
+    return _supported(site, name.removeprefix(PREFIX) if name.startswith(PREFIX) else name)
+
+
+def _supported(site: Site, name: str) -> str:
+    if name not in SUPPORTED:
+        raise UnsupportedError(
+            f"{site.name} runs attention implementation {name!r}, which returns no statistics to edit: call "
+            f'model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
+        )
+    return name
+
+
+def _register(name: str, user: InterfaceRoute) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    _users[name] = _users.get(name, 0) + 1
-    if _users[name] == 1:
-        AttentionInterface.register(PREFIX + name, functools.partial(_attention, name))
+    users = _names.setdefault(name, [])
+    if user not in users:
+        users.append(user)
+    if PREFIX + name not in AttentionInterface._global_mapping:
         AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface._global_mapping[name])
-
-
-def _release(names: list[str]) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    with _lock:
-        for name in names:
-            _users[name] -= 1
-            if _users[name] == 0:
-                AttentionInterface._global_mapping.pop(PREFIX + name, None)
-                AttentionMaskInterface._global_mapping.pop(PREFIX + name, None)
+        AttentionInterface.register(PREFIX + name, functools.partial(_attention, name))
 
 
 def _attention(
     name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Stands in for implementation `name`: edits the call if a session asks for it, and delegates otherwise."""
-    owner = _owners.get(id(module))
-    if owner is not None:
-        result = _steered(owner, name, module, query, key, value, attention_mask, kwargs)
+    owners = _owners.get(id(module))
+    if owners is not None:
+        result = _steered(owners, name, module, query, key, value, attention_mask, kwargs)
         if result is not None:
             return result
     return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
@@ -139,7 +260,7 @@ def _original(name: str, module: nn.Module) -> Any:
 
 
 def _edited(
-    owner: Attachment,
+    owners: list[Attachment],
     name: str,
     module: nn.Module,
     query: Tensor,
@@ -148,49 +269,55 @@ def _edited(
     mask: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None] | None:
-    sessions = [s for s in owner.active() if s.acts_at(module)]
-    if not sessions:
+    acting = acting_at(owners, module)
+    if not acting:
         return None
-    site = owner.site_of[id(module)]
-    if kwargs.get("cache") is not None:
-        raise ReattendError(
-            f"{site.name}: paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
-        )
+    if _paged(kwargs):
+        raise ReattendError(f"{acting[0][0].site_at(module).name}: {NO_PAGES}")
     if module.training and kwargs.get("dropout", 0.0):
-        raise ReattendError(f"{site.name}: attention dropout is on; call model.eval() before using a recipe")
-    forward = owner.tracker.current()
-    tokens = forward.tokens_at(site)
-    if site.stack not in ("decoder", "encoder") or site.kind != "self":
-        tokens = None
+        raise ReattendError(
+            f"{acting[0][0].site_at(module).name}: attention dropout is on; call model.eval() before using a recipe"
+        )
     original = _original(name, module)
 
     def run() -> Tensor:
         return original(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
 
-    filled = key.shape[2]
-    if site.stack == "decoder" and site.kind == "self":
-        filled = filled_columns(query, key, mask, tokens, forward.buffered)
-    call = _call(name, module, query, key, value, mask, kwargs, filled)
-    call.site, call.clock, call.tokens, call.original = site, forward.clock, tokens, run
-    call.rotation = functools.partial(rotary_at, owner, site, module, kwargs)
-    edits = edits_of(sessions, module, call, forward)
+    def place(call: Call, site: Site, owner: Attachment) -> Forward:
+        forward = owner.tracker.current()
+        tokens = forward.tokens_at(site)
+        if site.stack not in ("decoder", "encoder") or site.kind != "self":
+            tokens = None
+        call.clock, call.tokens = forward.clock, tokens
+        call.rotation = functools.partial(rotary_at, owner, site, module, kwargs)
+        if site.stack == "decoder" and site.kind == "self":
+            call.keep_columns(filled_columns(query, key, mask, tokens, forward.buffered))
+        return forward
+
+    call = _call(name, module, query, key, value, mask, kwargs)
+    call.original = run
+    edits = edits_of(acting, module, call, place)
     if not edits:
         return None
-    config = getattr(module, "config", None)
-    if name == "eager" and (kwargs.get("output_attentions") or getattr(config, "output_attentions", False)):
+    if name == "eager":
+        # eager attention always returns its weights: other people's hooks read them, not only output_attentions
         output, weights = reference_with_weights(call, edits)
         weights = torch.nn.functional.pad(weights, (0, key.shape[2] - call.num_keys))
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
     return fused(call, edits).transpose(1, 2).contiguous(), None
 
 
+def _paged(kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one of continuous batching, whose cache is no `Cache`."""
+    cache = kwargs.get("cache")
+    return cache is not None and "Paged" in type(cache).__name__
+
+
 _steered = uncompiled(_edited)
 
 
-def _call(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any], filled: int
-) -> Call:
-    """The call as tensors, with the causality that implementation `name` would have applied. filled: key columns that hold tokens."""
+def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:
+    """The call as tensors, with the causality that implementation `name` would have applied."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal) and name == "sdpa" and mask is None and query.shape[2] > 1
@@ -209,9 +336,7 @@ def _call(
                 mask = bias
         else:
             mask = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-    call = Call(
+    return Call(
         query, key, value, mask, is_causal, kwargs.get("scaling"),
         softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), original_is_sdpa=name == "sdpa",
     )  # fmt: skip
-    call.keep_columns(filled)
-    return call

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..interventions import Call, ImageGrid, ReattendError, Site, TokenMap
+from ..interventions import Call, ImageGrid, ReattendError, Site
 from .images import UNPADDED
 from .plan import Capture
 from .sequence import OUTSIDE

@@ -60,7 +60,7 @@ def rotary_at(attachment: Attachment, site: Site, module: nn.Module, given: dict
     facts = _facts_of(module, site, {})
     if isinstance(facts, str):
         raise UnsupportedError(f"{site.name} {facts}")
-    live = _live(attachment, site, facts)
+    live = _live(attachment, module, facts)
     frequencies = getattr(live, facts.buffer, None)
     positions = given.get("position_ids")
     if not isinstance(positions, Tensor) or positions.dim() != 2:
@@ -253,14 +253,14 @@ def _layer_type(module: nn.Module) -> str | None:
     return own if isinstance(own, str) else None
 
 
-def _live(attachment: Attachment, site: Site, facts: Facts) -> nn.Module | None:
+def _live(attachment: Attachment, module: nn.Module, facts: Facts) -> nn.Module | None:
     """The model's own embedding module: the nearest one above the site. Its frequencies may have been cast with the model."""
     known = attachment.__dict__.setdefault("_rotary", {})
-    if site.name not in known:
+    if id(module) not in known:
         inner = unwrapped_model(attachment.model)
         root = pretrained_root(inner) if isinstance(inner, nn.Module) else None
-        known[site.name] = _nearest(root, attachment.table.module(site), facts.cls)
-    return known[site.name]
+        known[id(module)] = _nearest(root, module, facts.cls)
+    return known[id(module)]
 
 
 def _nearest(root: nn.Module | None, attention: nn.Module, cls: type) -> nn.Module | None:

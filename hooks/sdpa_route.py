@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +15,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..interventions import Call, ReattendError, fused
+from ..interventions import Call, ReattendError, Site, fused
 from .caches import filled_columns
 from .denoiser_tokens import locate
-from .discovery import uncompiled
-from .session import edits_of
+from .discovery import dispatch
+from .in_flight import module_call, on_stack
+from .module_hooks import Hooks
+from .session import Acting, acting_at, edits_of
 
 if TYPE_CHECKING:
     from .attachment import Attachment
+    from .denoiser_tokens import DenoiserForward
+    from .sequence import Forward
     from .session import Session
 
 _local = threading.local()
+
+
+class Marked:
+    """A module that sessions edit, with its hooks and the attachments of all models that it belongs to."""
+
+    def __init__(self) -> None:
+        self.hooks = Hooks()
+        self.owners: list[Attachment] = []
+
+    def put_on(self, module: nn.Module) -> None:
+        self.hooks.after(module, self._unmark)
+        self.hooks.before(module, self._mark)
+
+    def _mark(self, module: nn.Module, args: tuple) -> None:
+        acting = acting_at(self.owners, module)
+        if acting:
+            mode = _Interception(module, acting)
+            _marks().append(mode)
+            mode.__enter__()
+
+    def _unmark(self, module: nn.Module, args: tuple, output: Any) -> None:
+        marks = _marks()
+        if not marks or marks[-1].module is not module:
+            return
+        mode = marks.pop()
+        mode.__exit__(None, None, None)
+        if output is not None and not mode.calls:
+            check_bypassed(mode)
+
+
+_marked: dict[int, Marked] = {}
 
 
 class SdpaRoute:
@@ -34,40 +68,49 @@ class SdpaRoute:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.handles: dict[int, list[Any]] = {}
 
     def install(self, session: Session) -> None:
         for _, step in session.act_steps():
             for site in step.sites:
+                if site.route != "sdpa":
+                    continue
                 module = step.sites.module(site)
-                if site.route == "sdpa" and id(module) not in self.handles:
-                    self.handles[id(module)] = [
-                        module.register_forward_pre_hook(uncompiled(self._mark), with_kwargs=True),
-                        module.register_forward_hook(uncompiled(self._unmark), with_kwargs=True, always_call=True),
-                    ]
+                marked = _marked.setdefault(id(module), Marked())
+                if self.attachment not in marked.owners:
+                    marked.owners = [*marked.owners, self.attachment]
+                if not marked.hooks:
+                    marked.put_on(module)
 
     def uninstall(self) -> None:
+        """Takes the marks away, where no other model's sessions need them; safe to call twice."""
         clear_marks()
-        for pair in self.handles.values():
-            for handle in pair:
-                handle.remove()
-        self.handles = {}
-
-    def _mark(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sessions = [s for s in self.attachment.active() if s.acts_at(module)]
-        mode = _Interception(self.attachment, module, sessions) if sessions else None
-        _marks().append(mode)
-        if mode is not None:
-            mode.__enter__()
-
-    def _unmark(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        marks = _marks()
-        mode = marks.pop() if marks else None
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        for key, marked in list(_marked.items()):
+            if self.attachment not in marked.owners:
+                continue
+            rest = [owner for owner in marked.owners if owner is not self.attachment]
+            if not rest:
+                marked.hooks.remove()
+                del _marked[key]
+            marked.owners = rest
 
 
-def _marks() -> list[_Interception | None]:
+def check_bypassed(mode: _Interception) -> None:
+    """Raises ReattendError for a module that ran without calling SDPA, though a step acts there."""
+    session, _ = mode.acting[0]
+    name = session.site_at(mode.module).name
+    how = dispatch(mode.module)
+    problem = "it no longer computes attention that can be intercepted" if how is None else how[1]
+    if problem is None:
+        if "forward" in vars(mode.module):
+            return  # replaced on the instance: it may hand out what it computed before, as diffusers' caches do
+        problem = "it did not call torch's SDPA"
+    raise ReattendError(
+        f"{name} ran, but its attention did not come through the session, which acts there: {problem} (was its processor or its "
+        f"implementation switched inside the session?)"
+    )
+
+
+def _marks() -> list[_Interception]:
     if not hasattr(_local, "marks"):
         _local.marks = []
     return _local.marks
@@ -76,41 +119,28 @@ def _marks() -> list[_Interception | None]:
 def clear_marks() -> None:
     """Leaves every mode that an interrupt (which runs no forward hooks) left behind in this thread."""
     marks = _marks()
-    while marks:
-        mode = marks.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)
-
-
-def _module_call() -> FrameType | None:
-    """The frame of the module call that runs the hooks: on the stack exactly as long as the module's forward is."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != nn.modules.module.__file__:
-        frame = frame.f_back
-    return frame
+    while marks and marks[-1].left_behind():
+        marks.pop().__exit__(None, None, None)
 
 
 class _Interception(TorchFunctionMode):
-    def __init__(self, attachment: Attachment, module: nn.Module, sessions: list[Session]) -> None:
+    def __init__(self, module: nn.Module, acting: Acting) -> None:
         super().__init__()
-        self.attachment, self.module, self.sessions = attachment, module, sessions
+        self.module, self.acting = module, acting
         self.calls = 0
-        self.frame = _module_call()
+        self.frame = module_call()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self._left_behind():
+        if func is not F.scaled_dot_product_attention or self.left_behind():
             return func(*args, **kwargs)
         return self._attention(*args, **kwargs)
 
-    def _left_behind(self) -> bool:
+    def left_behind(self) -> bool:
         """True when the module's forward was interrupted (KeyboardInterrupt runs no hooks): what runs now is somebody else's."""
         if self.frame is None or torch.compiler.is_compiling():
             return False
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is None
+        return not on_stack(self.frame, sys._getframe(1))
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -128,8 +158,9 @@ class _Interception(TorchFunctionMode):
                 enable_gqa=enable_gqa,
             )
 
-        attachment = self.attachment
-        site = attachment.site_of[id(self.module)]
+        acting, number = self.acting, self.calls
+        self.calls += 1
+        site = acting[0][0].site_at(self.module)
         if dropout_p and self.module.training:
             raise ReattendError(f"{site.name}: attention dropout is on; call eval() on the model before using a recipe")
         if query.dim() != 4:
@@ -143,11 +174,15 @@ class _Interception(TorchFunctionMode):
             mask, is_causal_here = causal[None, None], False
         else:
             is_causal_here = is_causal
-        forward = attachment.denoiser.current() or attachment.tracker.current()
-        call = Call(query, key, value, mask, is_causal_here, scale, site=site, clock=forward.clock, original=run)
-        locate(call, forward, self.calls)
-        self.calls += 1
-        if site.stack == "decoder" and site.kind == "self":
-            call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
-        edits = edits_of(self.sessions, self.module, call, forward)
+
+        def place(call: Call, site: Site, owner: Attachment) -> Forward | DenoiserForward:
+            forward = owner.denoiser.current() or owner.tracker.current()
+            call.clock, call.tokens = forward.clock, None
+            locate(call, forward, number)
+            if site.stack == "decoder" and site.kind == "self":
+                call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
+            return forward
+
+        call = Call(query, key, value, mask, is_causal_here, scale, site=site, original=run)
+        edits = edits_of(acting, self.module, call, place)
         return fused(call, edits) if edits else run()

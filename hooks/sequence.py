@@ -10,7 +10,6 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,10 @@ from ..interventions import Clock, ReattendError, Site, TokenMap
 from .branch import fuse_branches, prepare_branches
 from .caches import cache_in, cache_length, cache_of, has_buffers
 from .diffusers_facts import denoiser_in
-from .discovery import pretrained_root, uncompiled, unwrapped_model
+from .discovery import pretrained_root, unwrapped_model
 from .images import join_images
 from .lookahead import check_lookahead, look_ahead
+from .module_hooks import Hooks
 from .probe import Running, run_probes
 from .sides import unfollow
 from .tokens import build_roles
@@ -92,48 +92,34 @@ class SequenceTracker:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.handles: list[Any] = []
+        self.handles = Hooks()
         self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.local = threading.local()
         model = unwrapped_model(attachment.model)
         # a denoiser has no sequence: the denoiser door follows it
         followed = isinstance(model, nn.Module) and denoiser_in(model) is None
         self.root = pretrained_root(model) if followed else None
-        self.in_flight: set[int] = set()
-        self.after: list[Callable[[], None]] = []
-        self.lock = threading.Lock()
+        self.in_flight = attachment.in_flight
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        if self.root is None:
+        if self.root is None or self.handles:
             return
         self.signature = inspect.signature(type(self.root).forward)
-        self.handles = [
-            self.root.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True),
-            self.root.register_forward_hook(uncompiled(self._leave), with_kwargs=True, always_call=True),
-        ]
+        # the hook that ends passes first: none may begin that cannot end
+        self.handles.after(self.root, self._leave)
+        self.handles.before(self.root, self._enter, kwargs=True)
 
     def uninstall(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        unfollow(list(self.by_cache))
-
-    def when_idle(self, then: Callable[[], None]) -> None:
-        """Runs `then` now, or when the last pass that another thread has under way is over."""
+        self.handles.remove()
         self.local.stack = []
-        with self.lock:
-            self.in_flight.discard(threading.get_ident())
-            if self.in_flight:
-                self.after.append(then)
-                return
-        then()
+        unfollow(list(self.by_cache))
 
     def current(self) -> Forward:
         """The forward pass of this thread; outside of one (a vision tower run by `generate` beforehand) an "encode" clock."""
         stack = getattr(self.local, "stack", None)
-        return stack[-1] if stack else Forward(OUTSIDE)
+        return stack[-1] if stack and self.in_flight.here() is not None else Forward(OUTSIDE)
 
     def probing(self) -> Running | None:
         """The probe whose pass is under way in this thread."""
@@ -143,10 +129,9 @@ class SequenceTracker:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.probing() is not None:
             return
-        sessions = self.attachment.active()
         # but for probes, no forward pass of a model starts inside another one of itself: anything left here was interrupted
         self.local.stack = []
-        self.in_flight.add(threading.get_ident())
+        sessions = self.attachment.begin()
         if not sessions:
             return
         given = self.signature.bind_partial(module, *args, **kwargs).arguments
@@ -164,7 +149,7 @@ class SequenceTracker:
             session.forwards += 1
         run_probes(self, forward, given, sessions)
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.probing() is not None:
             return
         stack = getattr(self.local, "stack", None)
@@ -176,20 +161,15 @@ class SequenceTracker:
             if forward is not None and forward.branched is not None and output is not None:
                 fuse_branches(self, forward, forward.branched[0], output, forward.branched[1])
                 look_ahead(self, forward, forward.branched[0], output, forward.branched[1])
-        finally:
-            self._land()
+        except BaseException:
+            self.attachment.land(None)
+            raise
+        self.attachment.land(output)
 
     @functools.cached_property
     def offset_modules(self) -> list[Any]:
         """Modules that keep the offset of multimodal RoPE from one pass to the next."""
         return [] if self.root is None else [m for m in self.root.modules() if hasattr(m, "rope_deltas")]
-
-    def _land(self) -> None:
-        with self.lock:
-            self.in_flight.discard(threading.get_ident())
-            todo, self.after = ([], self.after) if self.in_flight else (self.after, [])
-        for then in todo:
-            then()
 
     # -- reading one forward pass --------------------------------------------------------------------------------------
 

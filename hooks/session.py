@@ -5,22 +5,36 @@ Sessions of one model share its hooks (see `attachment`) and come and go in any 
 
 from __future__ import annotations
 
+import itertools
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..interventions import Call, Edit, ReattendError, ReattendWarning
+from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
 from .attachment import enter, leave
 from .branch import steps_of
 from .lookahead import reader_of
+from .module_hooks import Hooks
 from .plan import Act, Branch, Capture, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
 from .sequence import Forward
 from .site_table import require_supported
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+_numbers = itertools.count()
+
+
+class Mark:
+    """Stands for a session in the contexts that it is active in, where it must not keep the session or its model alive."""
+
+    open = True
 
 
 class Session:
@@ -31,11 +45,20 @@ class Session:
     """
 
     def __init__(self, model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> None:
-        self.model, self.plans, self.isolated = model, list(plans), isolated
+        self._model, self.plans, self.isolated = model, list(plans), isolated
+        self.attachment: Attachment | None = None
+        self._last_model: weakref.ref[Any] | None = None
+        self.mark = Mark()
+        # sessions act in the order of these numbers, also where they are of several models that share modules
+        self.number = -1
         self.tokenizer = tokenizer
         self.counts: dict[str, Counter[str]] = {}
         self.forwards = 0
-        self.active = False
+        self.active = self.ended = False
+        self._sites: dict[int, Site] = {}
+        # of all modules that it acts at, nested steps too, and those of which one computes attention in every pass over tokens
+        self.modules: set[int] = set()
+        self.decoder_modules: set[int] = set()
         self._acts: dict[int, list[tuple[Plan, Act]]] = {}
         self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
         self.probes: list[tuple[Plan, Probe, Session]] = []
@@ -43,8 +66,12 @@ class Session:
         self.lookaheads: list[tuple[Plan, Lookahead, Session]] = []
         self.guides: list[tuple[Plan, Guide]] = []
         self.spans: list[Spans] = []
-        self.handles: list[Any] = []
+        self.handles = Hooks()
         self._prepare()
+        self.modules = {id(step.sites.module(site)) for _, step in self.act_steps() for site in step.sites}
+        self.decoder_modules = {
+            key for key, site in self._sites.items() if site.route == "attention_interface" and site.stack == "decoder"
+        }
 
     def _prepare(self) -> None:
         for plan in self.plans:
@@ -57,9 +84,11 @@ class Session:
                     step.label = step.label or plan.recipe
                     self.counts.setdefault(step.label, Counter())
                     for site in step.sites:
+                        self._sites[id(step.sites.module(site))] = site
                         self._acts.setdefault(id(step.sites.module(site)), []).append((plan, step))
                 elif isinstance(step, Capture):
                     for site in step.sites:
+                        self._sites[id(step.sites.module(site))] = site
                         self._captures.setdefault(id(step.sites.module(site)), []).append((plan, step))
                 elif isinstance(step, (Project, Exit)):
                     step.label = step.label or plan.recipe
@@ -82,26 +111,54 @@ class Session:
     # -- lifecycle ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> Session:
-        """Starts the session; already called by `apply`."""
+        """Starts the session; already called by `apply`. Raises ReattendError for one that has ended."""
         if self.active:
             return self
-        enter(self)
-        self.active = True
-        return self
+        if self.ended:
+            raise ReattendError("this session has ended and knows its model no longer: apply the recipe again")
+        try:
+            self.number = next(_numbers)
+            enter(self)
+            self.active = True
+            return self
+        except BaseException:
+            # nobody has this session yet who could end it
+            leave(self)
+            raise
 
     def remove(self) -> None:
-        """Ends the session and restores the model; safe to call twice. Warns about recipes that never acted."""
+        """Ends the session and restores the model; safe to call twice. Warns about recipes that never acted.
+
+        A forward pass that another thread has under way goes on as it began; what it needs is taken away when it is over.
+        """
         if not self.active:
             return
+        over = leave(self)
+        # last: after an interrupt above, a second call does the rest
         self.active = False
-        leave(self)
         for label, counter in self.counts.items():
-            if self.forwards and not counter:
+            if over and self.forwards and not counter:
                 warnings.warn(
                     f"recipe {label!r} never acted in {self.forwards} forward passes: no call met its conditions",
                     ReattendWarning,
                     2,
                 )
+
+    @property
+    def model(self) -> Any:
+        """The model or pipeline; None where it has died after the session."""
+        return self._model if self._last_model is None else self._last_model()
+
+    def forget(self) -> None:
+        """Lets go of the model and all that belongs to it, but for what has been counted; for a session that is over."""
+        self.ended = True
+        for inner in self.nested:
+            inner.forget()
+        if self._last_model is None:
+            self._last_model = _weak(self._model)
+        self._model = None
+        self.plans, self.probes, self.branches, self.lookaheads, self.guides, self.spans = [], [], [], [], [], []
+        self._acts, self._captures, self._sites = {}, {}, {}
 
     def __enter__(self) -> Session:
         return self.attach()
@@ -136,7 +193,11 @@ class Session:
         return [inner for _, _, inner in (*self.probes, *self.branches, *self.lookaheads)]
 
     def acts_at(self, module: nn.Module) -> bool:
-        return id(module) in self._acts or id(module) in self._captures
+        return id(module) in self._sites
+
+    def site_at(self, module: nn.Module) -> Site:
+        """The site of a module that this session acts at, by the name that it has in this session's model."""
+        return self._sites[id(module)]
 
     def captures_at(self, module: nn.Module) -> list[tuple[Plan, Capture]]:
         return self._captures.get(id(module), [])
@@ -158,12 +219,41 @@ class Session:
         return result
 
 
-def edits_of(sessions: Sequence[Session], module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
-    """What all sessions do to one call, identities left out; their capture steps then read the call with these edits."""
-    edits = [edit for session in sessions for edit in session.edits(module, call, forward)]
+Acting = Sequence["tuple[Session, Attachment]"]
+
+
+def acting_at(owners: Sequence[Attachment], module: nn.Module) -> list[tuple[Session, Attachment]]:
+    """The sessions that act at a module in this thread, in the order in which they began, each with the model it belongs to."""
+    if len(owners) == 1:
+        owner = owners[0]
+        return [(session, owner) for session in owner.active(module) if session.acts_at(module)]
+    acting = [(session, owner) for owner in owners for session in owner.active(module) if session.acts_at(module)]
+    return sorted(acting, key=lambda pair: pair[0].number)
+
+
+def edits_of(acting: Acting, module: nn.Module, call: Call, place: Callable[[Call, Site, Attachment], Forward]) -> list[Edit]:
+    """What all sessions do to one call, identities left out; their capture steps then read the call with these edits.
+
+    place(call, site, attachment) tells the call where it stands in a session's model: its clock, its tokens.
+    """
+    edits: list[Edit] = []
+    at: Any = None
+    for session, owner in acting:
+        site = session.site_at(module)
+        if at != (id(owner), site.name):
+            at, call.site = (id(owner), site.name), site
+            forward = place(call, site, owner)
+        edits += session.edits(module, call, forward)
     edits = [edit for edit in edits if not edit.is_identity]
-    for session in sessions:
-        for plan, step in session.captures_at(module):
+    for session, owner in acting:
+        captures = session.captures_at(module)
+        if not captures:
+            continue
+        site = session.site_at(module)
+        if at != (id(owner), site.name):
+            at, call.site = (id(owner), site.name), site
+            forward = place(call, site, owner)
+        for plan, step in captures:
             call.memory = forward.memory(plan.memory_key)
             # what is read in passes of our own enters the real one
             with torch.set_grad_enabled(torch.is_grad_enabled() and forward.probe is not None):
@@ -171,6 +261,13 @@ def edits_of(sessions: Sequence[Session], module: nn.Module, call: Call, forward
             if forward.probe is not None:
                 forward.probe.read(step, module)
     return edits
+
+
+def _weak(model: Any) -> Any:
+    try:
+        return weakref.ref(model)
+    except TypeError:
+        return lambda: None
 
 
 def attach(model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> Session:

@@ -7,12 +7,12 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, Site, UnsupportedError
-from .discovery import layer_module, uncompiled
+from .discovery import layer_module
 from .plan import Observation, Observe, Plan, Project, Projection, ReadProjection
 from .site_table import SiteTable
 
@@ -25,9 +25,8 @@ NORMS = {"key": ("k_norm", "k_layernorm", "key_layernorm"), "query": ("q_norm", 
 PROJECTIONS = {"key": "k_proj", "query": "q_proj"}
 
 
-def install_observation(attachment: Attachment, session: Session, plan: Plan, step: Observe) -> list[Any]:
-    """Hooks that call step.tap with the hidden state entering the layer of each site."""
-    handles = []
+def install_observation(attachment: Attachment, session: Session, plan: Plan, step: Observe) -> None:
+    """Puts on hooks that call step.tap with the hidden state entering the layer of each site."""
     for site in step.sites:
 
         def tap(module: nn.Module, args: tuple, kwargs: dict, site=site) -> None:
@@ -43,8 +42,7 @@ def install_observation(attachment: Attachment, session: Session, plan: Plan, st
             if forward.probe is not None:
                 forward.probe.read(step, step.sites.module(site))
 
-        handles.append(layer_module(attachment.model, site.name).register_forward_pre_hook(uncompiled(tap), with_kwargs=True))
-    return handles
+        session.handles.before(layer_module(session.model, site.name), tap, kwargs=True)
 
 
 def projection_misfit(table: SiteTable, query: bool = False) -> str:
@@ -80,34 +78,32 @@ def _before_rotary(cls: type, norm: str) -> bool:
     return norm in used and (not rotary or used.index(norm) < rotary[-1])
 
 
-def install_projection(attachment: Attachment, session: Session, plan: Plan, step: Project | ReadProjection) -> list[Any]:
-    """Hooks between projection and RoPE of each site that let the step edit or read the keys of new tokens.
+def install_projection(attachment: Attachment, session: Session, plan: Plan, step: Project | ReadProjection) -> None:
+    """Puts on hooks between projection and RoPE of each site that let the step edit or read the keys of new tokens.
 
     Raises UnsupportedError for sites that have no key projection of their own.
     """
     misfit = projection_misfit(step.sites, step.query)
     if misfit:
         raise UnsupportedError(misfit)
-    handles = []
     for site in step.sites:
         module = step.sites.module(site)
         # queries wait here for the keys of the same pass, per thread
         waiting: dict[int, Tensor] = {}
         if step.query:
-            handles.append(_hook(module, "query", _keep_query(attachment, session, site, waiting)))
-        handles.append(_hook(module, "key", _on_keys(attachment, session, plan, step, site, waiting)))
-    return handles
+            session.handles.after(_target(module, "query"), _keep_query(attachment, session, site, waiting))
+        session.handles.after(_target(module, "key"), _on_keys(attachment, session, plan, step, site, waiting))
 
 
-def _hook(attention: nn.Module, which: str, hook: Callable[..., Any]) -> Any:
+def _target(attention: nn.Module, which: str) -> nn.Module:
     target = last_module(attention, which)
     assert target is not None
-    return target.register_forward_hook(uncompiled(hook))
+    return target
 
 
 def _keep_query(attachment: Attachment, session: Session, site: Site, waiting: dict[int, Tensor]) -> Callable[..., None]:
-    def keep(_: nn.Module, args: tuple, output: Tensor) -> None:
-        if session in attachment.active():
+    def keep(_: nn.Module, args: tuple, output: Tensor | None) -> None:
+        if output is not None and session in attachment.active():
             waiting[threading.get_ident()] = _heads_first(output, args, site, site.num_heads)[0]
 
     return keep
@@ -121,8 +117,8 @@ def _on_keys(
     site: Site,
     waiting: dict[int, Tensor],
 ) -> Callable[..., Tensor | None]:
-    def project(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if session not in attachment.active():
+    def project(_: nn.Module, args: tuple, output: Tensor | None) -> Tensor | None:
+        if output is None or session not in attachment.active():
             return None
         forward = attachment.denoiser.current() or attachment.tracker.current()
         key, back = _heads_first(output, args, site, site.num_kv_heads)

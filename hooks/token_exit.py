@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..interventions import ReattendError, Site, TokenMap, UnsupportedError
 from .caches import NAMES, cache_in
-from .discovery import layer_module, uncompiled
+from .discovery import layer_module
 from .plan import Act, Capture, Exit, Observe, Plan, Project, ReadProjection
 from .site_table import SiteTable
 
@@ -92,19 +92,16 @@ def exit_conflict(sessions: Sequence[Session]) -> str:
     return ""
 
 
-def install_exit(attachment: Attachment, session: Session, plan: Plan, step: Exit) -> list[Any]:
-    """Hooks on the layers behind the exit. Raises UnsupportedError for models that this door does not know."""
+def install_exit(attachment: Attachment, session: Session, plan: Plan, step: Exit) -> None:
+    """Puts hooks on the layers behind the exit. Raises UnsupportedError for models that this door does not know."""
     misfit = token_exit_misfit(step.sites)
     if misfit:
         raise UnsupportedError(f"recipe {plan.recipe!r} does not fit this model: {misfit}")
-    layers = [(site, layer_module(attachment.model, site.name)) for site in step.sites]
+    layers = [(site, layer_module(session.model, site.name)) for site in step.sites]
     first, last = layers[0][0], layers[-1][1]
-    handles = []
     for site, layer in layers:
-        enter = _entering(attachment, session, plan, step, site, site is first)
-        handles.append(layer.register_forward_pre_hook(uncompiled(enter), with_kwargs=True))
-    handles.append(last.register_forward_hook(uncompiled(_leaving(attachment, session, plan))))
-    return handles
+        session.handles.before(layer, _entering(attachment, session, plan, step, site, site is first), kwargs=True)
+    session.handles.after(last, _leaving(attachment, session, plan))
 
 
 def _entering(
@@ -143,7 +140,7 @@ def _entering(
 
 def _leaving(attachment: Attachment, session: Session, plan: Plan) -> Callable[..., Any]:
     def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        if session not in attachment.active():
+        if output is None or session not in attachment.active():
             return None
         now: Shortened | None = attachment.tracker.current().memory(plan.memory_key).pop("pass", None)
         if now is None or now.index is None or now.entered is None:

@@ -1,0 +1,98 @@
+"""Forward hooks that come and go beside running passes, and that no copy and no file of a model takes along.
+
+Every hook of ours on a module of the user's is put on here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .discovery import uncompiled
+
+
+class Hook:
+    """One forward hook: before the module runs, or after it (also after an error). It is on the module once it is made.
+
+    kwargs: a hook before the module gets its keyword arguments too: function(module, args, kwargs); after: function(module, args, output).
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], *, after: bool = False, kwargs: bool = False) -> None:
+        self.module, self.function, self.after = module, function, after
+        self.expected = 3 if after or kwargs else 2
+        self.handle: RemovableHandle | None = None
+        if after:
+            self.handle = module.register_forward_hook(self, always_call=True)
+        else:
+            self.handle = module.register_forward_pre_hook(self, with_kwargs=kwargs)
+
+    @uncompiled
+    def __call__(self, *given: Any) -> Any:
+        # torch looks up by its number how a hook is called: one that was taken away a moment ago gets no keyword arguments
+        return self.function(*given) if len(given) == self.expected else None
+
+    def remove(self) -> None:
+        """Takes the hook away; safe to call twice, and after an interrupt inside."""
+        hooks = self.module._forward_hooks if self.after else self.module._forward_pre_hooks
+        extra = (
+            [self.module._forward_hooks_with_kwargs, self.module._forward_hooks_always_called]
+            if self.after
+            else [self.module._forward_pre_hooks_with_kwargs]
+        )
+        for number in [number for number, hook in list(hooks.items()) if hook is self]:
+            for other in extra:
+                other.pop(number, None)
+            hooks.pop(number, None)
+
+    def __reduce__(self) -> Any:
+        # A copy and a pickle hold, in the place of the hook, something that does nothing and is gone once the copy is complete: what
+        # takes it away waits for the death of an object that lives as long as the copying (in its memo). Read without this package.
+        nothing = contextlib.nullcontext().__exit__
+        return itemgetter(0), ((nothing, _AtTheEnd(self.handle)),)
+
+
+class _AtTheEnd:
+    """Becomes, in a copy, a finalizer that calls handle.remove() when the copying is over."""
+
+    def __init__(self, handle: RemovableHandle | None) -> None:
+        self.handle = handle
+
+    def __reduce__(self) -> Any:
+        return weakref.finalize, (OrderedDict(), RemovableHandle.remove, self.handle)
+
+
+class Hooks:
+    """Hooks that are taken away together."""
+
+    def __init__(self) -> None:
+        self.all: list[Hook] = []
+
+    def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False) -> None:
+        """function(module, args) or function(module, args, kwargs)."""
+        self._add(module, function, after=False, kwargs=kwargs)
+
+    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """function(module, args, output); after an error that is no BaseException too, with output None."""
+        self._add(module, function, after=True, kwargs=False)
+
+    def _add(self, module: nn.Module, function: Callable[..., Any], *, after: bool, kwargs: bool) -> None:
+        # noted before it is put on: an interrupt in between must not lose it
+        hook = Hook.__new__(Hook)
+        hook.module, hook.after = module, after
+        self.all.append(hook)
+        hook.__init__(module, function, after=after, kwargs=kwargs)
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    def remove(self) -> None:
+        while self.all:
+            self.all[-1].remove()
+            self.all.pop()

@@ -210,6 +210,13 @@ def _open_marks() -> tuple[Mark, ...]:
     return tuple(mark for mark in _isolated.get() if mark.open)
 
 
+def forget(session: Session) -> None:
+    """Drops what is known of the sequences that a session has read."""
+    attachment = _attachments.get(id(key_module(session.model)))
+    if attachment is not None:
+        attachment.tracker.forget(session)
+
+
 def running(model: Any) -> list[Session]:
     """The sessions that act on a model just now, in the order of their start."""
     attachment = _attachments.get(id(key_module(model)))

@@ -23,7 +23,8 @@ from .sides import Side, follow, recording_cache, records_past, width_of
 from .text_only import PER_TOKEN
 
 if TYPE_CHECKING:
-    from .sequence import Forward, SequenceTracker
+    from .passes import Forward
+    from .sequence import SequenceTracker
     from .session import Session
 
 IN_PIECES = (
@@ -210,7 +211,7 @@ def _run(
     tracker: SequenceTracker, forward: Forward, side: Side, own: Session, arguments: dict[str, Any], keep: int | None
 ) -> Any:
     """A nested pass of the model, edited by the branch's own steps alone."""
-    from .sequence import Forward
+    from .passes import Forward
 
     root = tracker.root
     assert root is not None and forward.tokens is not None

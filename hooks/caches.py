@@ -6,6 +6,7 @@ transformers calls it `cache` since 5.24 and called it `past_key_values` before;
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from ..interventions import ReattendError, TokenMap
 
 # the newest name first
 NAMES = ("cache", "past_key_values")
+# what models of state spaces call theirs; it holds no keys
+OTHERS = ("cache_params",)
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
@@ -78,3 +81,76 @@ def filled_columns(query: Tensor, key: Tensor, mask: Tensor | None, tokens: Toke
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     places = seen.flatten(0, 2).any(dim=0).nonzero()
     return max(query.shape[2], int(places[-1]) + 1 if len(places) else keys)
+
+
+def strange_cache(values: Mapping[str, Any]) -> str:
+    """The name of a cache among these arguments or outputs that stands under none of the names that are read here, or ""."""
+    return next((name for name, value in values.items() if name not in (*NAMES, *OTHERS) and _is_cache(value)), "")
+
+
+def takes_cache(function: Callable[..., Any]) -> bool:
+    """Whether a forward names a cache among its parameters."""
+    return _name_in(function) is not None
+
+
+def _is_cache(value: Any) -> bool:
+    if hasattr(value, "get_seq_length"):
+        return True
+    first = value[0] if isinstance(value, (tuple, list)) and value else None
+    # one pair of keys and values per layer
+    return (
+        isinstance(first, (tuple, list)) and len(first) >= 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in first[:2])
+    )
+
+
+def same_content(cache: Any, other: Any, length: int) -> bool:
+    """Whether a cache holds what another one holds at its first `length` tokens: for copies, which are objects of their own.
+
+    Keys of the first and the last layer that keep all tokens are compared bit by bit; the rows of `other` may be one for all.
+    """
+    mine, theirs = _whole_layers(cache, length), _whole_layers(other, length)
+    if len(mine) != len(theirs) or not mine:
+        return False
+    pairs = [(mine[i], theirs[i]) for i in dict.fromkeys((0, len(mine) - 1))]
+    for a, b in pairs:
+        if a.shape[1:2] != b.shape[1:2] or a.shape[3:] != b.shape[3:] or (a.dtype, a.device) != (b.dtype, b.device):
+            return False
+        if a.shape[0] != b.shape[0] and b.shape[0] != 1:
+            return False
+    # most caches differ in the last token already
+    spots = [(a[:, :1, length - 1], b[:, :1, length - 1]) for a, b in pairs]
+    return all(bool((a == b).all()) for a, b in [*spots, *((a[:, :, :length], b[:, :, :length]) for a, b in pairs)])
+
+
+def _whole_layers(cache: Any, length: int) -> list[Tensor]:
+    """The keys of the layers that keep the first `length` tokens one after the other."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if isinstance(cache, (tuple, list)):
+        keys = [layer[0] for layer in cache]
+    else:
+        keys = [
+            getattr(layer, "keys", None)
+            for layer in getattr(cache, "layers", ())
+            if not getattr(layer, "is_sliding", False) or 0 < length < getattr(layer, "sliding_window", 0)
+        ]
+    return [k for k in keys if isinstance(k, Tensor) and k.dim() == 4 and k.shape[2] >= length]
+
+
+def rows_repeat(cache: Any, times: int) -> bool:
+    """Whether the rows of a cache are alike in groups of so many: each was repeated, and none was taken away."""
+    keys = _whole_layers(cache, cache_length(cache))
+    if times < 2 or not keys:
+        return False
+    groups = keys[-1].unflatten(0, (-1, times))
+    return bool((groups == groups[:, :1]).all())
+
+
+def versions() -> str:
+    """The versions of the libraries that caches come from."""
+    found = []
+    for name in ("torch", "transformers", "diffusers"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..interventions import Call, Clock, ImageGrid, Site, TokenMap
 from .diffusers_facts import family_of
-from .sequence import Forward
+from .passes import Forward
 
 
 @dataclass

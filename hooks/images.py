@@ -39,17 +39,27 @@ def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any])
     family = getattr(config, "model_type", "")
     if config is None or family in CROSS_ATTENTION:
         return
-    for role in ("image", "video"):
-        token = getattr(config, f"{role}_token_id", None)
-        if isinstance(token, int):
-            found = ids == token
-            if bool(found.any()):
-                tokens.roles[role] = found
-    if "image" in tokens.roles and family not in RESAMPLED:
-        tokens.images = find_grids(model, config, family, tokens.roles["image"].cpu(), ids.cpu(), given)
-    if "video" in tokens.roles:
-        # frames are images to every method (some families write them as such), only without grids
-        tokens.roles["image"] = tokens.roles["video"] | tokens.roles.get("image", False)
+    token = getattr(config, "image_token_id", None)
+    image = ids == token if isinstance(token, int) else ids.new_zeros(ids.shape, dtype=torch.bool)
+    if family not in RESAMPLED and bool(image.any()):
+        tokens.images = find_grids(model, config, family, image.cpu(), ids.cpu(), given)
+    tokens.roles.update(image_roles(model, ids))
+
+
+def image_roles(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Bool [B, T] for those of the roles "image" and "video" that any of the ids has.
+
+    Frames are images to every method (some families write them as such), only without grids.
+    """
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "model_type", "") in CROSS_ATTENTION:
+        return {}
+    tokens = {role: getattr(config, f"{role}_token_id", None) for role in ("image", "video")}
+    found = {role: ids == token for role, token in tokens.items() if isinstance(token, int)}
+    found = {role: marked for role, marked in found.items() if bool(marked.any())}
+    if "video" in found:
+        found["image"] = found["video"] | found["image"] if "image" in found else found["video"]
+    return found
 
 
 def join_images(known: list[ImageGrid], found: list[ImageGrid], past: int, image: Tensor | None = None) -> list[ImageGrid]:

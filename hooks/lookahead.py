@@ -20,7 +20,8 @@ from .probe import Running
 from .sides import follow, holds_on, width_of
 
 if TYPE_CHECKING:
-    from .sequence import Forward, SequenceTracker
+    from .passes import Forward
+    from .sequence import SequenceTracker
     from .session import Session
 
 
@@ -105,7 +106,7 @@ class _Unknown(torch.autograd.Function):
 
 def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cache: Any, ids: Tensor, own: Session) -> Tensor:
     """What the reader makes of a pass with one further token per row; the cache is then as before."""
-    from .sequence import Forward
+    from .passes import Forward
 
     tokens, root = forward.tokens, tracker.root
     assert tokens is not None and root is not None

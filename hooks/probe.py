@@ -16,7 +16,8 @@ from .plan import Capture, Observe, Plan, Probe, Prompt
 from .sides import width_of
 
 if TYPE_CHECKING:
-    from .sequence import Forward, SequenceTracker
+    from .passes import Forward
+    from .sequence import SequenceTracker
     from .session import Session
 
 # What belongs to the real pass alone: its cache, what it returns, and positions (the model finds them again from the mask).
@@ -75,7 +76,7 @@ def _in_pieces(tracker: SequenceTracker, forward: Forward, given: dict[str, Any]
 
 
 def _run(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan: Plan, step: Probe, readers: Session) -> None:
-    from .sequence import Forward
+    from .passes import Forward
 
     root, tokens = tracker.root, forward.tokens
     assert root is not None and tokens is not None

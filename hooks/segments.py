@@ -38,6 +38,7 @@ def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Cal
     Raises ReattendError: as `add_spans`, and for segments that share a token or have different tokens between them.
     """
     real = ~tokens.roles["padding"]
+    real[:, : tokens.virtual] = False
     places = [row.nonzero()[:, 0].tolist() for row in real]
     given: Sequence[list[Any]]
     if step.ranges is not None:

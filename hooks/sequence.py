@@ -10,81 +10,29 @@ import functools
 import inspect
 import threading
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Clock, ReattendError, Site, TokenMap
+from ..interventions import Clock, ReattendError, TokenMap
 from .branch import fuse_branches, prepare_branches
-from .caches import cache_in, cache_length, cache_of, has_buffers
+from .caches import NAMES, cache_in, cache_length, cache_of, rows_repeat, same_content, strange_cache, takes_cache, versions
+from .caller import Caller, caller, virtual_tokens
 from .diffusers_facts import denoiser_in
 from .discovery import pretrained_root, unwrapped_model
 from .images import join_images
 from .lookahead import check_lookahead, look_ahead
 from .module_hooks import Hooks
+from .passes import OUTSIDE, Forward, Sequence
 from .probe import Running, run_probes
 from .sides import unfollow
-from .tokens import build_roles
+from .tokens import add_text_roles, build_roles
 
 if TYPE_CHECKING:
     from .attachment import Attachment
     from .session import Session
-
-
-@dataclass
-class Sequence:
-    """What is known of one batch of sequences: its prompt's roles, how long it is, and what interventions remember."""
-
-    ids: Tensor | None
-    tokens: TokenMap
-    step: int = -1
-    prompt_ids: Tensor | None = None
-    memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
-
-
-@dataclass
-class Forward:
-    """The forward pass under way in this thread."""
-
-    clock: Clock
-    tokens: TokenMap | None = None
-    sequence: Sequence | None = None
-    encoder_tokens: TokenMap | None = None
-    # fresh: this pass starts its sequence. probe: it is read by a probe's steps and edited by nobody
-    fresh: bool = False
-    probe: Running | None = None
-    # what branches need after the pass: its arguments, and the sessions it ran under
-    branched: tuple[dict[str, Any], list[Session]] | None = None
-    # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
-    two_sided: bool = False
-    # where the model put the tokens of this pass, as far as somebody has to know (see `positions`)
-    positions: Tensor | None = None
-    # pieces: this part of a prompt follows on another one with no generated token between them (chunked prefill, or a cached beginning)
-    pieces: bool = False
-    loose_memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
-    # what the model was given to keep keys in; None where it makes one itself, which grows
-    cache: Any = None
-
-    def tokens_at(self, site: Site) -> TokenMap | None:
-        """The tokens that the rows of a site stand for; None where these are frames of sound or patches of an image."""
-        if site.stack == "encoder":
-            return self.encoder_tokens or (None if self.two_sided else self.tokens)
-        return None if site.stack in ("vision", "audio", "connector") else self.tokens
-
-    @functools.cached_property
-    def buffered(self) -> bool:
-        """Whether keys come in buffers that may be longer than the sequence."""
-        return has_buffers(self.cache)
-
-    def memory(self, key: object) -> dict[Any, Any]:
-        """The store of one plan for this sequence."""
-        store = self.loose_memory if self.sequence is None else self.sequence.memory
-        return store.setdefault(key, {})
-
-
-OUTSIDE = Clock("encode")
 
 
 class SequenceTracker:
@@ -155,8 +103,10 @@ class SequenceTracker:
         stack = getattr(self.local, "stack", None)
         forward = stack.pop() if stack else None
         cache = cache_of(output)
-        if forward is not None and forward.sequence is not None and cache is not None and not isinstance(cache, tuple):
-            self.by_cache[cache] = forward.sequence
+        if forward is not None and forward.sequence is not None:
+            if _is_followed(cache):
+                self.by_cache[cache] = forward.sequence
+            self.local.returned = strange_cache(output) if cache is None and isinstance(output, Mapping) else ""
         try:
             if forward is not None and forward.branched is not None and output is not None:
                 fuse_branches(self, forward, forward.branched[0], output, forward.branched[1])
@@ -183,7 +133,6 @@ class SequenceTracker:
         if encoder_decoder and given.get("input_ids") is not None:
             encoder_tokens = self._new_map(given["input_ids"], None, given.get("attention_mask"), given, sessions)
         source = ids if ids is not None else embeds
-        fresh = pieces = False
         if not isinstance(source, Tensor) or source.dim() < 2:
             return Forward(OUTSIDE, encoder_tokens=encoder_tokens, two_sided=encoder_decoder)
         batch, width = source.shape[:2]
@@ -191,88 +140,221 @@ class SequenceTracker:
             raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
         cache = cache_in(given)
         past = cache_length(cache)
-        sequence = self._known(cache, past, ids)
-        if sequence is None or sequence.tokens.batch != batch:
-            prompt = width - _drafted(given, width)
-            if past and ids is not None:
-                # a cache that was filled before the session: its tokens are not known, but they stand in front of these
-                ids, prompt = torch.cat([ids.new_full((batch, past), -1), ids], dim=1), past + prompt
-            tokens = self._new_map(ids, embeds, mask, given, sessions, prompt)
-            sequence = Sequence(ids, tokens, prompt_ids=ids)
-            if cache is not None and not isinstance(cache, tuple):
-                self.by_cache[cache] = sequence
-            self.local.uncached = sequence if cache is None else None
-            clock = Clock("prefill" if self._generates() or past else "encode")
-            fresh = not past
-        elif past + width <= sequence.tokens.prompt_length:
-            # a model without a cache that is called with the same prompt again, or a chunk of it
-            clock = Clock("prefill")
-        elif width == 1 or _drafted(given, width) or cache is None:
-            sequence.step += 1
-            sequence.ids = ids if cache is None else sequence.ids
-            sequence.tokens.length = past + width
-            clock = Clock("decode", sequence.step)
+        known = self._known(cache, past, batch)
+        if known is not None and width == 1:
+            who, drafts = NOBODY, 0
         else:
-            pieces = sequence.step < 0
-            self._extend(sequence, ids, mask, past, width, given, sessions)
-            clock = Clock("prefill")
-        sequence.tokens.length = past + width
-        return Forward(
-            clock, sequence.tokens, sequence, encoder_tokens, fresh, two_sided=encoder_decoder, pieces=pieces, cache=cache
+            who = caller(given, width)
+            drafts = width - 1 if who.assistant and known is not None else who.drafts
+            self._check_counter(given, cache, past, width, mask, who)
+            if cache is None:
+                known = self._without_cache(ids, batch, width, who)
+                past = known.tokens.length if known is not None and width == 1 else 0
+        if known is None:
+            forward = self._begin(ids, embeds, mask, past, width, drafts, who, cache, given, sessions)
+        else:
+            forward = self._go_on(known, ids, mask, past, width, drafts, who, cache, given, sessions)
+        forward.encoder_tokens, forward.two_sided, forward.cache = encoder_tokens, encoder_decoder, cache
+        return forward
+
+    def _begin(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller, cache: Any,
+        given: dict[str, Any], sessions: list[Session],
+    ) -> Forward:  # fmt: skip
+        """The first pass of a sequence that is seen; `past` tokens of it may stand in its cache already."""
+        source = ids if ids is not None else embeds
+        assert source is not None
+        batch, prompt = source.shape[0], past + width - drafts
+        virtual = who.virtual or self._virtual_tokens
+        # they stand in the cache that the first pass is given, or at the front of its embeddings
+        virtual = virtual if past == virtual or (not past and ids is None) else 0
+        known = torch.full((batch, past + width), -1, device=source.device)
+        if ids is not None:
+            known[:, past:] = ids
+        later = None if ids is None else who.to_come(ids, past, past)
+        told = None if ids is None and not past else known
+        tokens = self._new_map(
+            told, embeds, mask, given, sessions, prompt, later, virtual, unread=past - virtual if past else 0
         )
+        sequence = Sequence(tokens, [known], list(sessions), call=who.call, began=past, shuffled=who.beams)
+        sequence.planned = 0 if later is None else prompt + later.shape[1]
+        if _is_followed(cache):
+            self.by_cache[cache] = sequence
+        if cache is None:
+            # of the prompts in one call of generate each may go on (guidance by a second prompt)
+            others = [s for s in getattr(self.local, "uncached", []) if s.call is not None and s.call is who.call]
+            self.local.uncached = [*others[-3:], sequence]
+        tokens.length = past + width
+        clock = Clock("prefill" if self._generates() or past else "encode")
+        return Forward(clock, tokens, sequence, fresh=not past, past=past - virtual if past else 0)
+
+    def _go_on(
+        self, known: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller, cache: Any,
+        given: dict[str, Any], sessions: list[Session],
+    ) -> Forward:  # fmt: skip
+        """A further pass of a known sequence: a step of decoding, or more of its prompt."""
+        pieces = False
+        if width - drafts > 1 and cache is not None or past < known.planned:
+            pieces = known.step < 0
+            self._extend(known, ids, mask, past, width, drafts, who, given, sessions)
+            clock = Clock("prefill")
+        else:
+            if known.sessions != sessions:
+                self._join(known, sessions)
+            known.step += 1
+            if cache is None and width > 1 and ids is not None:
+                known.pieces = [ids]  # every pass holds the whole text
+            else:
+                known.read(ids, width)
+            clock = Clock("decode", known.step)
+        known.tokens.length = past + width
+        return Forward(clock, known.tokens, known, past=past, pieces=pieces)
+
+    def _extend(
+        self, known: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller,
+        given: dict[str, Any], sessions: list[Session],
+    ) -> None:  # fmt: skip
+        """More prompt after a cache: the next chunk of a chunked prefill, or the next turn of a conversation."""
+        if known.call is not who.call or who.call is None:
+            known.call, known.began = who.call, past
+        later = None if ids is None else who.to_come(ids, past, known.began)
+        shuffled, known.shuffled = known.shuffled, False
+        known.read(ids, width)
+        known.shuffled = shuffled or who.beams
+        tokens, prompt = known.tokens, past + width - drafts
+        # sessions of other threads may have read it too
+        readers = [*(s for s in known.sessions if s.active and s not in sessions), *sessions]
+        whole = known.ids(past + width, "cpu" if ids is None else ids.device)
+        unread = tokens.unread + (width if ids is None else 0)
+        before = tokens.roles["padding"]
+        try:
+            new = self._new_map(whole, None, mask, given, readers, prompt, later, tokens.virtual, unread, before)
+        except ReattendError:
+            known.reached(past)
+            raise
+        tokens.roles, tokens.blind, tokens.unknown, tokens.unread = new.roles, new.blind, new.unknown, unread
+        tokens.images = [] if unread else join_images(tokens.images, new.images, past, new.roles.get("image"))
+        tokens.prompt_length, known.sessions, known.step = prompt, readers, -1
+        known.planned = 0 if later is None else prompt + later.shape[1]
+
+    def _join(self, known: Sequence, sessions: list[Session]) -> None:
+        """Looks for the passages of sessions that began after the prompt was read."""
+        new = [session for session in sessions if session not in known.sessions]
+        if new:
+            add_text_roles(known.tokens, known.ids(known.tokens.prompt_length, "cpu"), new)
+            known.sessions = [*known.sessions, *new]
+
+    @functools.cached_property
+    def _virtual_tokens(self) -> int:
+        """Virtual tokens that PEFT puts before every prompt, where the session was given the PEFT model itself."""
+        return virtual_tokens(getattr(unwrapped_model(self.attachment.model), "active_peft_config", None))
 
     def _generates(self) -> bool:
         can = getattr(self.root, "can_generate", None)
         return bool(can()) if callable(can) else True
 
-    def _known(self, cache: Any, past: int, ids: Tensor | None) -> Sequence | None:
-        """The sequence that this pass goes on with, or None if it starts one."""
-        if cache is not None and not isinstance(cache, tuple):
-            return self.by_cache.get(cache) if past else None
-        last = getattr(self.local, "uncached", None)
-        if last is None or ids is None or last.ids is None or last.ids.shape[0] != ids.shape[0]:
-            return None
-        # beams may have changed places since the last step: only their prompts are sure to be the same
-        before, prompt = last.ids, last.tokens.prompt_length
-        grown = ids.shape[1] == before.shape[1] + 1 and torch.equal(ids[:, :prompt], before[:, :prompt])
-        return last if grown else None
+    # -- which sequence a pass belongs to ------------------------------------------------------------------------------
 
-    def _extend(
-        self, sequence: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, given: dict, sessions: list
-    ) -> None:
-        """More prompt after a cache: the next chunk of a chunked prefill, or the next turn of a conversation."""
-        if ids is not None and sequence.prompt_ids is not None:
-            known = sequence.prompt_ids
-            filler = known.new_full((known.shape[0], max(0, past - known.shape[1])), -1)
-            ids = torch.cat([known, filler, ids], dim=1)
-            sequence.prompt_ids = ids
-            extended = self._new_map(ids, None, mask, given, sessions)
-            sequence.tokens.roles = extended.roles
-            sequence.tokens.images = join_images(sequence.tokens.images, extended.images, past, extended.roles.get("image"))
-        sequence.tokens.prompt_length = past + width
-        sequence.step = -1
+    def _known(self, cache: Any, past: int, batch: int) -> Sequence | None:
+        """The sequence that a cache holds, as long as the cache is and no longer; None for one that nobody has read.
+
+        Raises ReattendError where rows were taken from the cache, so that nobody can tell which are left.
+        """
+        if not past or not _is_followed(cache):
+            return None
+        known = self.by_cache.get(cache)
+        if known is None:
+            known = self._copied(cache, past, batch)
+            if known is None:
+                return None
+            self.by_cache[cache] = known
+        if known.tokens.length != past:
+            known.moved_to(past)
+        if known.tokens.batch != batch:
+            times, rest = divmod(batch, known.tokens.batch)
+            if rest or not rows_repeat(cache, times):
+                raise ReattendError(
+                    f"this cache had {known.tokens.batch} rows when it was last read and has {batch} now, so that it cannot be told "
+                    f"which tokens its rows hold: pass whole prompts without it, or call session.reset(), after which its tokens "
+                    f"count as not read"
+                )
+            known = self.by_cache[cache] = known.repeated(times)
+        return known
+
+    def _copied(self, cache: Any, past: int, batch: int) -> Sequence | None:
+        """What is known of the cache of which this one is a copy, for the copy to go on with."""
+        for other, sequence in list(self.by_cache.items()):
+            tokens = sequence.tokens
+            long_enough = tokens.length >= past and tokens.batch in (batch, 1) and cache_length(other) >= past
+            if long_enough and same_content(cache, other, past):
+                return sequence.fork(past)
+        return None
+
+    def _without_cache(self, ids: Tensor | None, batch: int, width: int, who: Caller) -> Sequence | None:
+        """The sequence that a pass without a cache goes on with, inside one call of generate; elsewhere each pass is a prompt."""
+        if who.call is None:
+            return None
+        for last in getattr(self.local, "uncached", []):
+            if last.call is not who.call or last.tokens.batch != batch:
+                continue
+            if width == 1 and last.tokens.length > 1 and not takes_cache(type(self.root).forward):
+                return last  # the model keeps what it has read by itself
+            if width != last.tokens.length + 1:
+                continue
+            # beams may have changed places since the last step: only their prompts are sure to be the same
+            prompt = last.tokens.prompt_length
+            if ids is None or torch.equal(ids[:, :prompt], last.ids(prompt, ids.device)):
+                return last
+        return None
+
+    def _check_counter(self, given: dict[str, Any], cache: Any, past: int, width: int, mask: Any, who: Caller) -> None:
+        """Raises ReattendError where this pass goes on with tokens whose cache nobody here has seen: its steps would be miscounted."""
+        if not self._generates():
+            return
+        named = takes_cache(type(self.root).forward)
+        last, self.local.last = getattr(self.local, "last", None), (who.call, width, cache is not None)
+        returned = getattr(self.local, "returned", "")
+        strange = "" if named or cache is not None else strange_cache(given)
+        problem = ""
+        if strange:
+            problem = f"it was given a cache by the name {strange!r}"
+        elif not past and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width:
+            problem = f"its attention mask has {mask.shape[1]} columns for {width} tokens, and no cache holds the others"
+        elif width == 1 and cache is None and last is not None and last[1] > 1:
+            if returned:
+                problem = f"the pass before has returned a cache by the name {returned!r}"
+            elif named and who.call is not None and last[0] is who.call and not last[2] and given.get("use_cache") is not False:
+                problem = "generate passes one token after a longer prompt, and no cache is seen"
+        if problem:
+            raise ReattendError(
+                f"{type(self.root).__name__} goes on with tokens that cannot be counted: {problem}. Caches are read by the names "
+                f"{' and '.join(NAMES)} ({versions()} found)"
+            )
+
+    def forget(self, session: Session) -> None:
+        """Drops all sequences that a session has read."""
+        mine = [cache for cache, sequence in list(self.by_cache.items()) if session in sequence.sessions]
+        unfollow(mine)
+        for cache in mine:
+            self.by_cache.pop(cache, None)
+        self.local = threading.local()
 
     def _new_map(
-        self,
-        ids: Tensor | None,
-        embeds: Tensor | None,
-        mask: Any,
-        given: dict[str, Any],
-        sessions: list,
-        prompt: int | None = None,
-    ) -> TokenMap:
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any], sessions: list,
+        prompt: int | None = None, later: Tensor | None = None, virtual: int = 0, unread: int = 0, padding: Tensor | None = None,
+    ) -> TokenMap:  # fmt: skip
+        """The map of a prompt; what does not stand here is explained at `build_roles`."""
         source = ids if ids is not None else embeds
         assert source is not None
         batch, width = source.shape[:2]
         prompt = width if prompt is None else prompt
-        tokens = TokenMap(batch, prompt, width)
-        build_roles(tokens, self.root, ids if ids is None else ids[:, :prompt], mask, given, sessions)
+        tokens = TokenMap(batch, prompt, width, virtual=virtual, unread=unread)
+        build_roles(tokens, self.root, ids if ids is None else ids[:, :prompt], mask, given, sessions, later, padding)
         return tokens
 
 
-def _drafted(given: dict[str, Any], width: int) -> int:
-    """Drafted tokens among this pass's tokens: assisted decoding asks for the logits of its drafts and of the token before them."""
-    keep = given.get("logits_to_keep")
-    if isinstance(keep, int) and 1 < keep <= width:
-        return keep - 1
-    return 0
+NOBODY = Caller()
+
+
+def _is_followed(cache: Any) -> bool:
+    return cache is not None and not isinstance(cache, (tuple, list))

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
-from .attachment import enter, leave
+from .attachment import enter, forget, leave
 from .branch import steps_of
 from .lookahead import reader_of
 from .module_hooks import Hooks
+from .passes import Forward
 from .plan import Act, Branch, Capture, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .probe import readers_of
-from .sequence import Forward
 from .site_table import require_supported
 
 if TYPE_CHECKING:
@@ -143,6 +143,11 @@ class Session:
                     ReattendWarning,
                     2,
                 )
+
+    def reset(self) -> None:
+        """Forgets all that is believed about the sequences this session has read: their tokens, how long their prompts are, and what
+        its recipes have learned from them. The next pass starts anew; what a cache holds by then counts as not read."""
+        forget(self)
 
     @property
     def model(self) -> Any:

@@ -25,6 +25,7 @@ def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable
     found = torch.zeros(tokens.batch, tokens.prompt_length, dtype=torch.bool)
     if spans.ranges is not None:
         real = ~tokens.roles["padding"]
+        real[:, : tokens.virtual] = False
         for row, ranges in enumerate(per_row(spans.ranges, tokens.batch, ids, "ranges")):
             positions = real[row].nonzero()[:, 0]
             for start, stop in ranges:

@@ -7,33 +7,72 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..interventions import TokenMap
 from .chat import add_chat_roles, has_template
-from .images import add_images
+from .images import add_images, image_roles
 from .question import Question, add_question
 from .segments import Segments, add_segments
 from .spans import add_spans, tokenizer_of
 from .transcript import Transcript, transcripts
 
+BEGIN_EARLIER = "begin the session before the prompt is read, or pass the whole prompt without that cache"
 
-def build_roles(tokens: TokenMap, model: Any, ids: Tensor | None, mask: Any, given: dict[str, Any], sessions: list) -> None:
-    """Fills tokens.roles and tokens.images. Raises ReattendError when a span that a session asked for is not in the prompt."""
+
+def build_roles(
+    tokens: TokenMap,
+    model: Any,
+    ids: Tensor | None,
+    mask: Any,
+    given: dict[str, Any],
+    sessions: list,
+    later: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> None:
+    """Fills tokens.roles and tokens.images. Raises ReattendError when a span that a session asked for is not in the prompt.
+
+    later [B, n]: ids of the prompt that come in further chunks, where passages may lie. padding [B, m] bool: what is known of the
+    tokens that a mask of new tokens alone does not speak of.
+    """
     prompt = tokens.prompt_length
-    padding = tokens.roles["padding"] = padding_of(mask, tokens.batch, prompt)
+    padding = tokens.roles["padding"] = padding_of(mask, tokens.batch, prompt, padding)
     # the first real token: models park attention there whether or not it is a BOS token
     real = ~padding
+    real[:, : tokens.virtual] = False
     tokens.roles["bos"] = real & (real.cumsum(dim=1) == 1)
     if ids is None:
         tokens.blind = True
+    elif tokens.unread:
+        # roles that are found by id would leave out those that nobody has read
+        tokens.blind = True
+        tokens.unknown = f"{tokens.unread} tokens of this sequence were read when this session did not look: {BEGIN_EARLIER}"
     else:
         add_images(tokens, model, ids, given)
-    if not _is_decoder_side(model, ids, given):
+    if _is_decoder_side(model, ids, given):
+        return
+    if later is None:
         add_text_roles(tokens, ids, sessions)
+        return
+    assert ids is not None
+    whole = TokenMap(
+        tokens.batch, prompt + later.shape[1], prompt + later.shape[1], virtual=tokens.virtual, unread=tokens.unread
+    )
+    whole.roles = {role: pad(marked, (0, later.shape[1])) for role, marked in tokens.roles.items()}
+    found = torch.cat([ids, later.to(ids.device)], dim=1)
+    whole.roles.update(image_roles(model, found))
+    add_text_roles(whole, found, sessions)
+    by_id = ("image", "video")
+    tokens.roles = {**{role: marked for role, marked in whole.roles.items() if role not in by_id}, **tokens.roles}
 
 
-def padding_of(mask: Any, batch: int, prompt: int) -> Tensor:
-    """Bool [batch, prompt]: padded positions, from a 2-d mask or from the 4-d masks that `generate` prepares for static caches."""
+def padding_of(mask: Any, batch: int, prompt: int, known: Tensor | None = None) -> Tensor:
+    """Bool [batch, prompt]: padded positions, from a 2-d mask or from the 4-d masks that `generate` prepares for static caches.
+
+    known [batch, n]: the padding of the first n positions, for masks that do not reach back to them.
+    """
+    before = torch.zeros(batch, 0, dtype=torch.bool) if known is None else known[:, :prompt]
+    before = pad(before, (0, prompt - before.shape[1]))
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] >= prompt:
@@ -41,9 +80,9 @@ def padding_of(mask: Any, batch: int, prompt: int) -> Tensor:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
         mask = seen.any(dim=1)[:, :prompt].expand(batch, -1)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch:
-        return torch.zeros(batch, prompt, dtype=torch.bool)
+        return before
     padding = ~mask[:, :prompt].bool().cpu()
-    return torch.nn.functional.pad(padding, (max(0, prompt - padding.shape[1]), 0))
+    return torch.cat([before[:, : prompt - padding.shape[1]], padding], dim=1)
 
 
 def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None:

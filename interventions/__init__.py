@@ -1,6 +1,6 @@
 """WHAT: the edits of attention and the engine that executes them. Pure tensors; knows no model."""
 
-from .call import Call, Clock, ImageGrid, Site, TokenMap
+from .call import Call, Clock, ImageGrid, Memory, Site, TokenMap, require_whole
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
 from .errors import ReattendError, ReattendWarning, UnsupportedError
@@ -13,12 +13,14 @@ __all__ = [
     "ImageGrid",
     "ReattendError",
     "ReattendWarning",
+    "Memory",
     "Site",
     "TokenMap",
     "UnsupportedError",
     "fused",
     "reference",
     "reference_with_weights",
+    "require_whole",
     "row_outputs",
     "row_weights",
     *_edits,

@@ -5,6 +5,7 @@ Everything here is plain data. `hooks` fills it in; `interventions` and `recipes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,8 @@ class TokenMap:
     Roles found on a model are "image", "bos", "padding", "prompt", "generated", with a chat template also "system", "user",
     "assistant"; a user's spans have their own names ("emphasis"). `length` grows with every decode step: roles are stored
     for the prompt and read as False (generated: True) beyond it. blind: only embeddings were given, so roles that are found by
-    token id are unknown, which is not the same as absent. unknown: why roles could not be found at all, "" where they could.
+    token id are unknown, which is not the same as absent. unknown: why roles could not be found at all, "" where they could. unread: how
+    many of its tokens nobody saw pass by. virtual: how many at its start are learned vectors (prefix and prompt tuning), no tokens.
     """
 
     batch: int
@@ -93,6 +95,8 @@ class TokenMap:
     images: list[ImageGrid] = field(default_factory=list)
     blind: bool = False
     unknown: str = ""
+    unread: int = 0
+    virtual: int = 0
 
     def __contains__(self, role: str) -> bool:
         return role in self.roles or role in ("prompt", "generated")
@@ -121,6 +125,57 @@ class TokenMap:
         return out
 
 
+class Memory(dict):
+    """What one recipe remembers of one sequence. since: the first position that it saw pass by; above 0 where the recipe began, or
+    what it knew was lost, in the middle of the sequence."""
+
+    def __init__(self, since: int = 0) -> None:
+        super().__init__()
+        self.since = since
+
+    def crop(self, length: int) -> None:
+        """Keeps what holds for the first `length` tokens of the prompt: values that know how (`crop`), and nothing else."""
+        left = {key: kept for key, value in self.items() if (kept := _cropped(value, length)) is not None}
+        if len(left) < len(self):
+            self.since = max(self.since, length)
+        self.clear()
+        self.update(left)
+
+    def fork(self) -> Memory:
+        """A store for a copy of the sequence: what changes as the sequence goes on (it has a method `move`) is copied."""
+        other = Memory(self.since)
+        other.update({key: _forked(value) for key, value in self.items()})
+        return other
+
+
+def _cropped(value: Any, length: int) -> Any:
+    if isinstance(value, dict):
+        left = {key: _cropped(inner, length) for key, inner in value.items()}
+        return None if not left or any(inner is None for inner in left.values()) else left
+    return value.crop(length) if hasattr(value, "crop") else None
+
+
+def _forked(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _forked(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_forked, value))
+    return copy.deepcopy(value) if hasattr(value, "move") else value
+
+
+def require_whole(call: Call, recipe: str) -> None:
+    """Raises ReattendError where a recipe that learns from the prompt has not seen all of it."""
+    since = getattr(call.memory, "since", 0)
+    if since:
+        raise ReattendError(
+            f"{recipe} learns from the prompt while it is read, but the first {since} tokens of this sequence were read before it "
+            f"began, or before their cache was cut: begin the session before the prompt is read, and pass the whole prompt without a "
+            f"cache of its beginning"
+        )
+
+
 @dataclass(eq=False)
 class Call:
     """What one execution of a site sees, after RoPE and cache update.
@@ -144,7 +199,7 @@ class Call:
     clock: Clock = field(default_factory=lambda: Clock("encode"))
     tokens: TokenMap | None = None
     query_tokens: TokenMap | None = None
-    memory: MutableMapping = field(default_factory=dict)
+    memory: MutableMapping = field(default_factory=Memory)
     original: Callable[[], Tensor] | None = None
     original_is_sdpa: bool = True
     # how the site turns q and k by position, looked up when `rotary` is asked for

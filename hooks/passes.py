@@ -1,0 +1,160 @@
+"""What is known of a sequence, and of the forward pass under way: which tokens, whose prompt, what interventions remember."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..interventions import Clock, Memory, Site, TokenMap
+from .caches import has_buffers
+
+if TYPE_CHECKING:
+    from .probe import Running
+    from .session import Session
+
+OUTSIDE = Clock("encode")
+# Roles that are absent where no token has them.
+OPTIONAL = ("image", "video", "system", "user", "assistant")
+
+
+@dataclass
+class Sequence:
+    """What is known of one batch of sequences: its tokens and their roles, how long it is, and what interventions remember."""
+
+    tokens: TokenMap
+    # ids [B, n] of all positions, pass by pass; -1 where they are not known
+    pieces: list[Tensor]
+    # the sessions whose passages have been looked for in it
+    sessions: list[Session] = field(default_factory=list)
+    step: int = -1
+    memory: dict[object, Memory] = field(default_factory=dict)
+    # the call of generate that read it last, and how many tokens there were before it
+    call: object = None
+    began: int = 0
+    # how long its prompt is going to be, where that is known of one that comes in chunks
+    planned: int = 0
+    # its rows change places (beams): the ids that were generated do not stay in their rows
+    shuffled: bool = False
+
+    def read(self, ids: Tensor | None, width: int) -> None:
+        """Notes the tokens of a further pass."""
+        if ids is None or self.shuffled:
+            ids = torch.full((self.tokens.batch, width), -1)
+        self.pieces.append(ids)
+
+    def ids(self, length: int, device: torch.device | str) -> Tensor:
+        """[B, length] long: the ids of its first positions; -1 where they are not known."""
+        whole = torch.cat([piece.to(device) for piece in self.pieces], dim=1)
+        self.pieces = [whole]
+        return torch.nn.functional.pad(whole, (0, max(0, length - whole.shape[1])), value=-1)[:, :length]
+
+    def reached(self, length: int) -> None:
+        """Sees to it that `length` positions are known, no more and no less: a cache was cut, or grew while no session looked."""
+        known = sum(piece.shape[1] for piece in self.pieces)
+        while known > length:
+            last = self.pieces.pop()
+            known -= last.shape[1]
+            if known < length:
+                self.pieces.append(last[:, : length - known])
+                known = length
+        if known < length:
+            self.pieces.append(torch.full((self.tokens.batch, length - known), -1))
+
+    def moved_to(self, length: int) -> None:
+        """Its cache has another length than after the last pass: it was cut, or a pass ran that no session saw."""
+        tokens = self.tokens
+        if length < tokens.length:
+            self.crop(length)
+            return
+        self.reached(length)
+        tokens.unread += length - tokens.length
+        tokens.length = length
+
+    def crop(self, length: int) -> None:
+        """What is left when its cache was cut to the first `length` tokens."""
+        self.reached(length)
+        tokens = self.tokens
+        tokens.length = length
+        if length >= tokens.prompt_length:
+            return
+        tokens.prompt_length = length
+        tokens.unread = min(tokens.unread, length)
+        self.planned = 0
+        tokens.roles = {role: marked[:, :length] for role, marked in tokens.roles.items()}
+        for role in OPTIONAL:
+            if role in tokens.roles and not bool(tokens.roles[role].any()):
+                del tokens.roles[role]
+        tokens.images = [grid for grid in tokens.images if int(grid.index.max()) < length]
+        self.step = -1
+        for store in self.memory.values():
+            store.crop(length)
+
+    def fork(self, length: int) -> Sequence:
+        """The same for a copy of its cache, as far as that reaches: the two go on apart."""
+        tokens = copy.copy(self.tokens)
+        tokens.roles, tokens.images = dict(tokens.roles), list(tokens.images)
+        memory = {key: store.fork() for key, store in self.memory.items()}
+        other = Sequence(tokens, list(self.pieces), list(self.sessions), self.step, memory, shuffled=self.shuffled)
+        if length < tokens.length:
+            other.crop(length)
+        return other
+
+    def repeated(self, times: int) -> Sequence:
+        """The same with each row so many times in a row, as a cache's `batch_repeat_interleave` does it; memories stay behind."""
+        old = self.tokens
+        tokens = copy.copy(old)
+        tokens.batch = old.batch * times
+        tokens.roles = {role: marked.repeat_interleave(times, dim=0) for role, marked in old.roles.items()}
+        tokens.images = [type(g)(g.row * times + k, g.index) for g in old.images for k in range(times)]
+        pieces = [piece.repeat_interleave(times, dim=0) for piece in self.pieces]
+        return Sequence(tokens, pieces, list(self.sessions), self.step, {}, shuffled=self.shuffled)
+
+
+@dataclass
+class Forward:
+    """The forward pass under way in this thread."""
+
+    clock: Clock
+    tokens: TokenMap | None = None
+    sequence: Sequence | None = None
+    encoder_tokens: TokenMap | None = None
+    # fresh: this pass starts its sequence. probe: it is read by a probe's steps and edited by nobody
+    fresh: bool = False
+    probe: Running | None = None
+    # what branches need after the pass: its arguments, and the sessions it ran under
+    branched: tuple[dict[str, Any], list[Session]] | None = None
+    # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
+    two_sided: bool = False
+    # tokens of the sequence that came before this pass
+    past: int = 0
+    # where the model put the tokens of this pass, as far as somebody has to know (see `positions`)
+    positions: Tensor | None = None
+    # this part of a prompt follows on another one with no generated token between them (chunked prefill, or a cached beginning)
+    pieces: bool = False
+    # what the model was given to keep keys in; None where it makes one itself, which grows
+    cache: Any = None
+    loose_memory: dict[object, Memory] = field(default_factory=dict)
+
+    def tokens_at(self, site: Site) -> TokenMap | None:
+        """The tokens that the rows of a site stand for; None where these are frames of sound or patches of an image."""
+        if site.stack == "encoder":
+            return self.encoder_tokens or (None if self.two_sided else self.tokens)
+        return None if site.stack in ("vision", "audio", "connector") else self.tokens
+
+    @functools.cached_property
+    def buffered(self) -> bool:
+        """Whether keys come in buffers that may be longer than the sequence."""
+        return has_buffers(self.cache)
+
+    def memory(self, key: object) -> Memory:
+        """The store of one plan for this sequence."""
+        stores = self.loose_memory if self.sequence is None else self.sequence.memory
+        store = stores.get(key)
+        if store is None:
+            store = stores[key] = Memory(since=self.past)
+        return store

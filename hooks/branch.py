@@ -124,7 +124,9 @@ def _sides(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], pl
             raise ReattendError("a branch whose prompt has another length needs position_ids of its own")
         misfit = positions_misfit(prompt.config) if mirrored else ""
         if misfit and changed.get("attention_mask") is not arguments.get("attention_mask"):
-            raise ReattendError(f"{plan.recipe}: {type(tracker.root).__name__} cannot leave other tokens in their places: {misfit}")
+            raise ReattendError(
+                f"{plan.recipe}: {type(tracker.root).__name__} cannot leave other tokens in their places: {misfit}"
+            )
         seen = tokens
         if not shared:
             embeds, mask = changed.get("inputs_embeds"), changed.get("attention_mask")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..interventions import Clock, ReattendError, UnsupportedError
+from ..interventions import Clock, ReattendError, ReattendWarning, UnsupportedError
 from .compiled import inside, run_compiled, run_uncompiled
 from .denoiser_tokens import DenoiserForward, read_forward
 from .denoising_run import First, Run, Running, advance, running_pipeline, timestep_of
@@ -165,7 +165,13 @@ class DenoiserDoor:
         return run
 
     def _layout(
-        self, run: Run, given: Mapping[str, Any], hidden: Tensor, running: Running | None, denoiser: nn.Module, guide: Guide | None
+        self,
+        run: Run,
+        given: Mapping[str, Any],
+        hidden: Tensor,
+        running: Running | None,
+        denoiser: nn.Module,
+        guide: Guide | None,
     ) -> Layout | None:
         """The names of the equal parts of the batch, in order; None where they are not known."""
         said = said_rows(hidden.shape[0])
@@ -234,8 +240,6 @@ class DenoiserDoor:
         if warning not in self.warned:
             self.warned.add(warning)
             warnings.warn(warning, ReattendWarning, stacklevel=2)
-
-
 
 
 def check_guides(session: Session, sessions: list[Session], has_denoiser: bool) -> None:

@@ -41,7 +41,9 @@ def rows(*names: str) -> Iterator[None]:
     Raises ReattendError for other names.
     """
     if not names or any(name not in NAMES for name in names):
-        raise ReattendError(f'rows() takes "conditional", "unconditional" and "neither", one for each part of the batch, got {names}')
+        raise ReattendError(
+            f'rows() takes "conditional", "unconditional" and "neither", one for each part of the batch, got {names}'
+        )
     token = _said.set(tuple("" if name == "neither" else name for name in names))
     try:
         yield

@@ -22,7 +22,7 @@ from .session import acting_at, edits_of
 
 if TYPE_CHECKING:
     from .attachment import Attachment
-    from .sequence import Forward
+    from .passes import Forward
     from .session import Session
 
 PREFIX = "reattend_"

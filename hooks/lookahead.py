@@ -85,7 +85,11 @@ def _with_graph(cache: Any) -> list[tuple[Any, Tensor, Tensor]]:
     """(layer, keys, values) of the layers that a backward pass may go through: trials, which have no gradient, would cut that off."""
     layers = getattr(cache, "layers", ())
     found = [(layer, getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-    return [(x, k, v) for x, k, v in found if isinstance(k, Tensor) and isinstance(v, Tensor) and (k.requires_grad or v.requires_grad)]
+    return [
+        (x, k, v)
+        for x, k, v in found
+        if isinstance(k, Tensor) and isinstance(v, Tensor) and (k.requires_grad or v.requires_grad)
+    ]
 
 
 class _Unknown(torch.autograd.Function):

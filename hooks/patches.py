@@ -19,8 +19,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..interventions import Call, ImageGrid, ReattendError, Site
 from .images import UNPADDED
+from .passes import OUTSIDE
 from .plan import Capture
-from .sequence import OUTSIDE
 from .site_table import SiteTable
 
 # Runs of an encoder that are kept for a prompt to come.

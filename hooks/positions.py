@@ -49,7 +49,10 @@ def takers(attachment: Attachment) -> list[nn.Module]:
 
 def install_positions(attachment: Attachment) -> list[Any]:
     """Hooks that keep the positions of a pass with it (`Forward.positions`)."""
-    return [module.register_forward_pre_hook(uncompiled(_reader(attachment, module)), with_kwargs=True) for module in takers(attachment)]
+    return [
+        module.register_forward_pre_hook(uncompiled(_reader(attachment, module)), with_kwargs=True)
+        for module in takers(attachment)
+    ]
 
 
 def _reader(attachment: Attachment, module: nn.Module) -> Any:

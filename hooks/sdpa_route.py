@@ -26,7 +26,7 @@ from .session import Acting, acting_at, edits_of
 if TYPE_CHECKING:
     from .attachment import Attachment
     from .denoiser_tokens import DenoiserForward
-    from .sequence import Forward
+    from .passes import Forward
     from .session import Session
 
 _local = threading.local()

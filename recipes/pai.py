@@ -82,7 +82,11 @@ class PAI(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         steps: list[Step] = []
         if self.alpha != 0:
-            steps.append(images_told(sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)))
+            steps.append(
+                images_told(
+                    sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)
+                )
+            )
             steps.append(Act(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))

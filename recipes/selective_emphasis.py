@@ -96,7 +96,9 @@ class SelectiveEmphasis(Recipe):
             readings["spatial"] = (first, lambda call, query: attention_received(call))
         patches = PatchReader(encoder, readings)
         return [
-            images_told(sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)),
+            images_told(
+                sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)
+            ),
             *patches.steps,
             Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
         ]
@@ -125,9 +127,7 @@ class SelectiveEmphasis(Recipe):
         places = torch.arange(call.num_queries, device=device)
         # the shares are each row's own: one edit per acting row
         return [
-            ScoreGain(
-                gain=found.gain * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i])
-            )
+            ScoreGain(gain=found.gain * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i]))
             for i in range(len(index))
         ]
 

@@ -154,7 +154,7 @@ class Attachment:
         from .taps import install_observation, install_projection
 
         if session.branches or session.lookaheads:
-            session.handles += install_positions(self)
+            install_positions(self, session)
         for inner in session.nested:
             self._install_taps(inner)
         for plan in session.plans:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .discovery import layer_module, uncompiled
+from .discovery import layer_module
 
 if TYPE_CHECKING:
     from .attachment import Attachment
+    from .session import Session
 
 NAME = "position_ids"
 
@@ -47,22 +48,20 @@ def takers(attachment: Attachment) -> list[nn.Module]:
     return found
 
 
-def install_positions(attachment: Attachment) -> list[Any]:
+def install_positions(attachment: Attachment, session: Session) -> None:
     """Hooks that keep the positions of a pass with it (`Forward.positions`)."""
-    return [
-        module.register_forward_pre_hook(uncompiled(_reader(attachment, module)), with_kwargs=True)
-        for module in takers(attachment)
-    ]
+    for module in takers(attachment):
+        session.handles.before(module, _reader(attachment, module), kwargs=True)
 
 
 def _reader(attachment: Attachment, module: nn.Module) -> Any:
     place = list(inspect.signature(type(module).forward).parameters).index(NAME) - 1  # without self
 
-    def read(_: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
         forward = attachment.tracker.current()
         if forward.sequence is None or forward.positions is not None:
             return
-        positions = (kwargs or {}).get(NAME, args[place] if place < len(args) else None)
+        positions = kwargs.get(NAME, args[place] if place < len(args) else None)
         if isinstance(positions, Tensor):
             forward.positions = positions.detach()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..interventions import ReattendError, ReattendWarning, TokenMap
 from .plan import Spans
-from .spans import per_row, tokenizer_of
+from .spans import BEGIN_EARLIER, per_row, tokenizer_of
 from .transcript import Transcript
 
 SHOWN = 60
@@ -50,7 +50,7 @@ def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Cal
         if rows is None:
             missing = "input_ids instead of inputs_embeds" if ids is None else "reattend.apply(model, ..., tokenizer=tokenizer)"
             raise ReattendError(f"segments are found by their text, which needs {missing}; or give their token ranges")
-        found = [_find(row, texts, index) for index, (row, texts) in enumerate(zip(rows, given, strict=True))]
+        found = [_find(row, texts, index, tokens.unread) for index, (row, texts) in enumerate(zip(rows, given, strict=True))]
     spans = []
     for index, (row, place) in enumerate(zip(found, places, strict=True)):
         row = _checked(row, len(place), index)
@@ -65,7 +65,7 @@ def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Cal
         tokens.roles[role_of(step.name, k)] = role
 
 
-def _find(row: Transcript, texts: list[str], index: int) -> list[tuple[int, int]]:
+def _find(row: Transcript, texts: list[str], index: int, unread: int = 0) -> list[tuple[int, int]]:
     """Token ranges of the texts, counted from the first real token. Longer texts first, so that one may stand inside another."""
     taken: list[tuple[int, int]] = []
     for text in sorted(set(texts), key=len, reverse=True):
@@ -77,6 +77,11 @@ def _find(row: Transcript, texts: list[str], index: int) -> list[tuple[int, int]
             start = row.text.find(text, start + 1)
         wanted = texts.count(text)
         if len(places) != wanted:
+            if unread:
+                raise ReattendError(
+                    f"the segments of prompt {index} cannot be told: {unread} tokens of it stand in a cache that was filled when this "
+                    f"session did not look: {BEGIN_EARLIER}"
+                )
             shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
             raise ReattendError(
                 f"segment {shown!r} stands {len(places)} times in prompt {index} and {wanted} times in the list of its segments: "

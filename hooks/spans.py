@@ -14,6 +14,10 @@ from .transcript import Offsets, Transcript
 
 T = TypeVar("T")
 SHOWN = 160
+BEGIN_EARLIER = "begin the session before the prompt is read, or pass the whole prompt without that cache"
+IN_PIECES = (
+    "a prompt that is passed in pieces is known in advance under generate(prefill_chunk_size=...) alone, else pass it at once"
+)
 
 
 def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable[[], list[Transcript] | None]) -> None:
@@ -31,7 +35,7 @@ def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable
             for start, stop in ranges:
                 if stop > len(positions):
                     raise ReattendError(
-                        f"range ({start}, {stop}) ends beyond prompt {row}, which has {len(positions)} tokens without padding"
+                        f"range ({start}, {stop}) ends beyond prompt {row}, which has {len(positions)} tokens without padding; {IN_PIECES}"
                     )
                 found[row, positions[start:stop]] = True
     if spans.texts is not None:
@@ -46,7 +50,7 @@ def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable
             )
         for row, texts in enumerate(per_row(spans.texts, tokens.batch, ids, "texts")):
             for text in texts:
-                found[row, _locate(rows[row], text, spans, row, tokens.batch)] = True
+                found[row, _locate(rows[row], text, spans, row, tokens)] = True
     tokens.roles[spans.name] = found
 
 
@@ -59,14 +63,21 @@ def per_row(given: Sequence[list[T]], batch: int, ids: Tensor | None, what: str)
     return [given[row // times] for row in range(batch)]
 
 
-def _locate(row: Transcript, text: str, spans: Spans, index: int, batch: int) -> list[int]:
+def _locate(row: Transcript, text: str, spans: Spans, index: int, tokens: TokenMap) -> list[int]:
     places = _occurrences(row.text, text)
+    if not places and tokens.unread:
+        raise ReattendError(
+            f"{text!r} is not in what was read of prompt {index}, and {tokens.unread} tokens of it stand in a cache that was filled "
+            f"when this session did not look: {BEGIN_EARLIER}"
+        )
     if not places:
         shown = row.text[:SHOWN] + ("..." if len(row.text) > SHOWN else "")
         hint = (
-            "; for other passages in each prompt give one list per prompt" if batch > 1 and len(spans.texts or ()) == 1 else ""
+            "; for other passages in each prompt give one list per prompt"
+            if tokens.batch > 1 and len(spans.texts or ()) == 1
+            else ""
         )
-        raise ReattendError(f"{text!r} is not in prompt {index}, which begins {shown!r}{hint}")
+        raise ReattendError(f"{text!r} is not in prompt {index}, which begins {shown!r}{hint}; {IN_PIECES}")
     if spans.occurrence is None and len(places) > 1:
         raise ReattendError(
             f"{text!r} occurs {len(places)} times in prompt {index}: give occurrence=0 for the first, 1 for the second, "

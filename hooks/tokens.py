@@ -14,10 +14,8 @@ from .chat import add_chat_roles, has_template
 from .images import add_images, image_roles
 from .question import Question, add_question
 from .segments import Segments, add_segments
-from .spans import add_spans, tokenizer_of
+from .spans import BEGIN_EARLIER, add_spans, tokenizer_of
 from .transcript import Transcript, transcripts
-
-BEGIN_EARLIER = "begin the session before the prompt is read, or pass the whole prompt without that cache"
 
 
 def build_roles(

@@ -101,6 +101,12 @@ class TokenMap:
     def __contains__(self, role: str) -> bool:
         return role in self.roles or role in ("prompt", "generated")
 
+    def anywhere(self, role: str) -> Tensor:
+        """Bool [batch, 1]: the sequences that have the role, be it in a chunk of the prompt that is still to come."""
+        if role not in self.roles:
+            return self.positions(role, 0, self.prompt_length).any(dim=1, keepdim=True)
+        return self.roles[role].any(dim=1, keepdim=True).cpu()
+
     def positions(self, role: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """Bool [batch, stop - start]: which of the absolute positions start..stop-1 carry the role."""
         width = stop - start
@@ -126,24 +132,24 @@ class TokenMap:
 
 
 class Memory(dict):
-    """What one recipe remembers of one sequence. since: the first position that it saw pass by; above 0 where the recipe began, or
-    what it knew was lost, in the middle of the sequence."""
+    """What one recipe remembers of one sequence. since: the first position that it saw pass by, above 0 where it began in the middle of
+    the sequence. lost: up to where it has forgotten what it learned, because the sequence was cut."""
 
-    def __init__(self, since: int = 0) -> None:
+    def __init__(self, since: int = 0, lost: int = 0) -> None:
         super().__init__()
-        self.since = since
+        self.since, self.lost = since, lost
 
     def crop(self, length: int) -> None:
         """Keeps what holds for the first `length` tokens of the prompt: values that know how (`crop`), and nothing else."""
         left = {key: kept for key, value in self.items() if (kept := _cropped(value, length)) is not None}
         if len(left) < len(self):
-            self.since = max(self.since, length)
+            self.lost = length
         self.clear()
         self.update(left)
 
     def fork(self) -> Memory:
         """A store for a copy of the sequence: what changes as the sequence goes on (it has a method `move`) is copied."""
-        other = Memory(self.since)
+        other = Memory(self.since, self.lost)
         other.update({key: _forked(value) for key, value in self.items()})
         return other
 
@@ -165,9 +171,9 @@ def _forked(value: Any) -> Any:
     return copy.deepcopy(value) if hasattr(value, "move") else value
 
 
-def require_whole(call: Call, recipe: str) -> None:
-    """Raises ReattendError where a recipe that learns from the prompt has not seen all of it."""
-    since = getattr(call.memory, "since", 0)
+def require_whole(memory: Any, recipe: str) -> None:
+    """Raises ReattendError where a recipe that learns from the prompt has not seen all of it, or no longer knows what it saw."""
+    since = max(getattr(memory, "since", 0), getattr(memory, "lost", 0))
     if since:
         raise ReattendError(
             f"{recipe} learns from the prompt while it is read, but the first {since} tokens of this sequence were read before it "

@@ -53,10 +53,10 @@ def marked_columns(call: Call, role: str, more: Sequence[str] = ()) -> Tensor | 
     key = ("marked", role, *more, tokens.prompt_length, call.query.device)
     if key not in call.memory:
         whole = tokens.positions(role, 0, tokens.prompt_length)
-        there = whole.any(dim=1, keepdim=True)
+        there = tokens.anywhere(role)
         for other in more:
             whole = whole | (tokens.positions(other, 0, tokens.prompt_length) & there)
-        call.memory[key] = whole.to(call.query.device) if bool(there.any()) else None
+        call.memory[key] = whole.to(call.query.device) if bool(whole.any()) else None
     whole = call.memory[key]
     return None if whole is None else of_call(call, whole)
 
@@ -99,5 +99,5 @@ def over_prompt(tokens: TokenMap, terms: Sequence[tuple[str, float]], free: Sequ
     for role in free:
         bias *= ~columns(role)
     if rows_with is not None:
-        bias *= columns(rows_with).any(dim=1, keepdim=True)
+        bias *= tokens.anywhere(rows_with)
     return bias

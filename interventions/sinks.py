@@ -6,6 +6,7 @@ from the input of a layer, long before any attention is computed.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,16 @@ class VisualSinks:
         self.floor = floor[:, None, None]
         self.end = int(image.any(dim=0).nonzero()[-1]) + 1 if self.any else 0
         self.limits: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def crop(self, length: int) -> VisualSinks:
+        """The same for the first `length` tokens."""
+        other = copy.copy(self)
+        other.sinks, other.groups, other.limits = self.sinks[:, :length], self.groups[:, :, :length], {}
+        visual, image = other.groups[:, 2].bool().any(dim=1), other.groups[:, 3]
+        other.any = bool(visual.any())
+        other.floor = image.sum(dim=1).mul(1e-6).masked_fill(~visual, float("-inf"))[:, None, None]
+        other.end = int(image.any(dim=0).nonzero()[-1]) + 1 if other.any else 0
+        return other
 
     @classmethod
     def learn(cls, known: VisualSinks | None, hidden: Tensor, tokens: TokenMap, dims: Tensor, tau: float) -> VisualSinks:

@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 
 from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support
 from ..hooks.plan import Step
-from ..interventions import Call, ReattendError, Transfer
+from ..interventions import Call, ReattendError, Transfer, require_whole
 from ..interventions.calibration import learn_sinks
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Numbers
@@ -143,6 +143,8 @@ class ACT(Recipe):
         if self.beta == 1:
             return None
         known = call.memory.get(call.site.name)
+        if known is None:
+            require_whole(call.memory, self.slug)
         if call.clock.phase != "decode":
             known = learn_sinks(call, heads[call.site.layer], known, **self.rule)
             call.memory[call.site.name] = known

@@ -23,7 +23,7 @@ from pydantic import Field
 from ..hooks import Act, SiteTable, Support
 from ..hooks.images import UNPADDED
 from ..hooks.plan import Step
-from ..interventions import Call, Edit
+from ..interventions import Call, Edit, require_whole
 from ..interventions.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
@@ -100,8 +100,10 @@ class CMAI(Recipe):
         """What all layers of a pass share: the rows that are changed, and which positions are text and image."""
         tokens, memory = call.tokens, call.memory
         assert tokens is not None
-        key = (call.total, call.num_queries, tokens.prompt_length)
+        key = (call.total, call.num_queries, tokens.prompt_length, call.clock.step)
         if memory.get("now", {}).get("key") != key:
+            if "where" not in memory:
+                require_whole(memory, self.slug)
             if memory.get("prompt") != tokens.prompt_length:
                 memory["prompt"], memory["where"] = tokens.prompt_length, TextAndImage.of(tokens, call.query.device)
             where = memory["where"]

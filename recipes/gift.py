@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from ..hooks import Act, Capture, Probe, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.question import Question
-from ..interventions import Call, Edit, ReattendWarning
+from ..interventions import Call, Edit, ReattendWarning, require_whole
 from ..interventions.gaze import Focus, Shift, focused_rows, image_columns, positive_shift, refocus_columns, saliency_map
 from ..interventions.sinks import SoundMap
 from .base import Info, Recipe
@@ -205,6 +205,8 @@ class GIFT(Recipe):
         if known is not None and known.rows == call.total:
             return  # the probe has read these rows
         start = call.total - call.num_queries
+        if known is None and start:
+            require_whole(call.memory, self.slug)
         if known is not None and not bool(tokens.positions(question, 0, start).any()):
             known = known.emptied()  # the next turn of a conversation, with a question of its own
         rows = tokens.positions(f"{question}-words", start, call.total)
@@ -230,6 +232,8 @@ class GIFT(Recipe):
     def _focus(self, question: str, alpha: float, read: Sequence[str], call: Call) -> Focus | None:
         """The factors of this prompt, made once; None where no row of the batch has any, or the map is not known yet."""
         tokens, shifts = call.tokens, call.memory.get("shifts", {})
+        if not shifts and tokens is not None and ("image" in tokens or tokens.blind) and call.clock.phase == "decode":
+            require_whole(call.memory, self.slug)
         if tokens is None or any(name not in shifts or shifts[name].rows < tokens.prompt_length for name in read):
             return None
         key = (tokens.prompt_length, *(shifts[name].rows for name in read))

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from ..hooks import Capture, Lookahead, SiteTable, Support, Trials
 from ..hooks.plan import Step
-from ..interventions import Call, Edit
+from ..interventions import Call, Edit, require_whole
 from ..interventions.logits import at_least_float
 from ..interventions.over_trust import OverTrust, over_trust_penalty, strongest_row
 from .base import Info, Recipe
@@ -93,6 +93,8 @@ class OPERA(Recipe):
         if call.clock.phase != "decode":
             call.memory["trust"] = OverTrust(self.scale)
         elif call.tokens is not None:
+            if "trust" not in call.memory:
+                require_whole(call.memory, self.slug)
             call.memory["trust"].keep(strongest_row(call, list(edits)), call.tokens.prompt_length)
 
     def score(self, role: str, trials: Trials) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..hooks import Project, Projection, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.taps import projection_misfit
-from ..interventions import ProjectKey, ReattendError
+from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Numbers
@@ -291,6 +291,9 @@ def known_layers(profile: Profile) -> list[int]:
 def marked_rows(role: str, seen: Projection) -> Tensor | None:
     """Bool [B, T] on the keys' device, or None where none of this pass's tokens is marked. Found once per pass for all layers."""
     tokens, width, device = seen.tokens, seen.key.shape[2], seen.key.device
+    since = getattr(seen.memory, "since", 0)
+    if since and tokens is not None and role in tokens and bool(tokens.positions(role, 0, since).any()):
+        require_whole(seen.memory, "seka")  # those keys stand in the cache as they were
     if tokens is not None and tokens.length - width >= tokens.prompt_length:
         return None  # decode: passages lie in the prompt
     made_for = (tokens and tokens.roles.get(role), seen.start, width, device)

@@ -25,7 +25,7 @@ from pydantic import Field
 from ..hooks import Act, SiteTable, Support
 from ..hooks.patches import PatchReader, encoder_sites
 from ..hooks.plan import Step
-from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain
+from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain, require_whole
 from ..interventions.gaze import focused_rows
 from ..interventions.reweighting import of_call, shared_by_layers
 from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
@@ -141,6 +141,8 @@ class SelectiveEmphasis(Recipe):
                     "selective-emphasis reads what the vision encoder looks at in images, and this prompt holds a video: leave the video "
                     "out, or pass its frames as images"
                 )
+            if "known" not in memory:
+                require_whole(memory, self.slug)
             # what a pass that failed has found in the place of this one is no image of this prompt
             start = call.total - call.num_queries
             known: list[ImageGrid] = [grid for grid in memory.get("known", ()) if int(grid.index.max()) < start]

@@ -26,7 +26,7 @@ from ..hooks import Act, Observe, Plan, SiteTable, Support, attach, sites
 from ..hooks.discovery import unwrapped_model
 from ..hooks.plan import Observation, Step
 from ..hooks.spans import tokenizer_of
-from ..interventions import Call, ReattendError, ReattendWarning, WeightMap
+from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, require_whole
 from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
 from .contents import Contents, Numbers
@@ -154,6 +154,7 @@ class VAR(Recipe):
         known = call.memory.get(call.site.name)
         if known is None:
             call.columns("image")  # says what is missing: a token map, or ids
+            require_whole(call.memory, self.slug)
             return None
         if not known.any or call.key_start >= known.end:
             return None  # no sink on an image, or the image has left the window

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support, sites
 from ..hooks.plan import Step
 from ..hooks.text_only import NEVER_WITHOUT, placeholders, without_images
-from ..interventions import Call, Edit, HeadGain, ReattendError
+from ..interventions import Call, Edit, HeadGain, ReattendError, require_whole
 from ..interventions.heads import last_prompt_outputs, vision_aware_heads
 from .base import Info, Recipe
 from .head_choice import Heads, by_layer, missing_heads
@@ -173,6 +173,8 @@ class VHR(Recipe):
     def _check_goes_on(self, call: Call) -> None:
         """Raises ReattendError for a prompt that comes in pieces: its first tokens were cached with other heads, or with none."""
         memory = call.memory
+        if memory.get("rows") is None and call.tokens is not None and ("image" in call.tokens or call.tokens.unread):
+            require_whole(memory, self.slug)
         if call.clock.phase == "decode":
             memory["answering"] = True
             return

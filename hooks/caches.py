@@ -148,7 +148,7 @@ def rows_repeat(cache: Any, times: int) -> bool:
 def versions() -> str:
     """The versions of the libraries that caches come from."""
     found = []
-    for name in ("torch", "transformers", "diffusers"):
+    for name in ("torch", "transformers", "diffusers", "peft"):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

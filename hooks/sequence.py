@@ -320,6 +320,8 @@ class SequenceTracker:
             problem = f"it was given a cache by the name {strange!r}"
         elif not past and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width:
             problem = f"its attention mask has {mask.shape[1]} columns for {width} tokens, and no cache holds the others"
+        elif past and who.virtual and not isinstance(given.get("input_ids"), Tensor):
+            problem = f"PEFT puts its {who.virtual} virtual tokens before every token, because it sees no cache"
         elif width == 1 and cache is None and last is not None and last[1] > 1:
             if returned:
                 problem = f"the pass before has returned a cache by the name {returned!r}"

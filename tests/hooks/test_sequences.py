@@ -231,7 +231,7 @@ def test_drafts_are_told_from_the_prompt(model, how):
 @pytest.mark.parametrize("mark", [dict(ranges=[(12, 15)]), dict(ranges=[(4, 8)]), dict(text="red house")])
 def test_a_passage_in_a_later_chunk_is_known_from_the_first(model, size, mark):
     chars = tokenizer(None)
-    ids = chars("The dog sat. Anna has a red house, the capital", return_tensors="pt").input_ids[:, :18]
+    ids = chars("Quick: the dog sat. Anna has a red house, the capital", return_tensors="pt").input_ids[:, :18]
     for slug, more in (("emphasise", dict(alpha=0.05)), ("instaboost", dict(multiplier=9.0))):
         with reattend.apply(model, slug, tokenizer=chars, **mark, **more) as session:
             whole = answer(model, ids)[0]
@@ -278,7 +278,11 @@ def test_a_recipe_that_learns_from_the_prompt_says_that_it_came_too_late(model):
 
 def test_chat_roles_of_an_answer_that_stands_in_the_cache(model):
     chars = tokenizer(CHATML)
-    talk = [{"role": "user", "content": "Anna?"}, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "Rome?"}]
+    talk = [
+        {"role": "user", "content": "Anna?"},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": "Rome?"},
+    ]
     ids = chars(chars.apply_chat_template(talk, tokenize=False), return_tensors="pt").input_ids
     spoken = []
 
@@ -347,7 +351,9 @@ def test_single_tokens_and_encoders_raise_no_alarm(model):
             run(model, LONG[:, :width])
             run(model, LONG[:, :width], use_cache=False)
         model.generate(LONG[:, :1], max_new_tokens=3, do_sample=False)
-    bert = BertModel(BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99))
+    bert = BertModel(
+        BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+    )
     with attach(bert.eval(), [Plan("none", [Act(sites(bert), lambda call: None)])]), torch.no_grad():
         for width in (6, 1):
             bert(LONG[:, :width] % 99, attention_mask=torch.ones(1, width))
@@ -361,7 +367,9 @@ def test_single_tokens_and_encoders_raise_no_alarm(model):
 def test_ranges_are_counted_from_the_users_first_token(kind, inner):
     peft = pytest.importorskip("peft")
     more = dict(encoder_hidden_size=32) if kind == "PromptEncoderConfig" else {}
-    tuned = peft.get_peft_model(language_model(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5, **more)).eval()
+    tuned = peft.get_peft_model(
+        language_model(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5, **more)
+    ).eval()
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), LONG[:, :9]], dim=1)
     ids = torch.cat([LONG[:, 20:32], ids])
     mask = torch.ones_like(ids)
@@ -377,7 +385,9 @@ def test_ranges_are_counted_from_the_users_first_token(kind, inner):
         try:
             tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
         except ReattendError as error:
-            # this PEFT hands its prefix to transformers by a name that is no longer read
-            assert kind == "PrefixTuningConfig" and "mask has 17 columns for 12 tokens" in str(error)
+            # a PEFT that knows caches by a name which transformers no longer reads
+            prefix = kind == "PrefixTuningConfig"
+            assert ("mask has 17 columns for 12 tokens" if prefix else "virtual tokens before every token") in str(error)
+            assert cache_name(target) == "cache" and found == ([] if prefix else [[[6, 7], [8, 9]]])
             return
     assert found == [[[6, 7], [8, 9]]] * 2

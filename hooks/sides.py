@@ -154,13 +154,13 @@ def outgrown(layer: Any) -> bool:
 
 def holds_on(layer: Any) -> bool:
     """Whether a layer of a cache can give its last token back, now or once it has been told to keep more than its window."""
-    if not hasattr(layer, "crop"):
-        return False
+    if not hasattr(layer, "crop") or hasattr(layer, "_quantized_keys"):
+        return False  # up to transformers 5.23 quantised layers have a `crop` that does not fit them
     if hasattr(layer, "activate_past_recording"):
         return True
     if hasattr(layer, "is_croppable"):
         return bool(layer.is_croppable)
-    return not hasattr(layer, "_quantized_keys")  # up to transformers 5.23 these have a `crop` that does not fit them
+    return True
 
 
 def recording_cache(root: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import reattend
 import torch
@@ -19,6 +21,7 @@ HEADS = [[0, 1], [1, 0], [1, 3], [2, 2], [3, 1]]
 MODELS = {
     "Llama": {},
     "Mistral": {"sliding_window": 12},
+    "Mistral, filling": {"sliding_window": 26},  # the prompt does not fill its window, the answer does
     "Gemma3": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 # what goes with a row of the batch, by parameter
@@ -32,6 +35,8 @@ RECIPES = {
     "seka": dict(text=PASSAGES, layers="all", gain=2.0),
     "pine": dict(segments=SEGMENTS),
     "soft-injection": dict(),
+    "streaming": dict(sinks=2, window=5),
+    "streaming, last rows": dict(sinks=1, window=4, last_rows=3, start_layer=1),
     "mask": dict(mode="mask", heads=HEADS),
     "mask from the last row on": dict(mode="mask", heads=HEADS, where="last_row"),
     "sink_down": dict(mode="sink_down", heads=HEADS, strength=1.0),
@@ -43,6 +48,11 @@ CASES = [
     for kind, way in (("Llama", BEAMS), ("Llama", SAMPLING), ("Mistral", BEAMS), ("Gemma3", SAMPLING))
     if name != "pine" or kind == "Llama"  # it refuses windows that do not cover the prompt
 ]
+
+
+@functools.cache
+def model_of(kind):
+    return language_model(kind.split(",")[0], **MODELS[kind])
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +72,8 @@ def steered(tmp_path_factory):
 
     def start(kind, name, rows=(0, 1)):
         if kind not in known:
-            known[kind] = language_model(kind, **MODELS[kind])
-        slug = name if name in reattend.list_recipes() else "retrieval-heads"
+            known[kind] = model_of(kind)
+        slug = name.split(",")[0] if name.split(",")[0] in reattend.list_recipes() else "retrieval-heads"
         given = {k: [v[r] for r in rows] if k in ROWS else v for k, v in RECIPES[name].items()}
         if slug in ("seka", "soft-injection"):
             given |= profile(kind, known[kind], slug)

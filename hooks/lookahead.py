@@ -51,7 +51,7 @@ def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None
     if forward.fresh and bool(forward.tokens.positions("padding", 0, forward.tokens.length)[:, -1].any()):
         raise ReattendError(f"{plan.recipe}: next tokens are tried behind the last column: prompts must be padded on the left")
     layers = getattr(cache_in(given), "layers", ())
-    fixed = next((layer for layer in layers if not holds_on(layer)), None)
+    fixed = next((layer for layer in layers if not holds_on(layer) and not _is_static(layer)), None)
     if fixed is not None:
         raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
     full = next((n for n in room_of(cache_in(given)) if forward.tokens.length >= n), None)
@@ -72,10 +72,11 @@ def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any]
                 raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
             memory = forward.memory(plan.memory_key)
             logits = output.logits[:, -1]
+            room = _with_room(cache, tokens.length)
             graph = _with_graph(cache) if torch.is_grad_enabled() else []
             with torch.no_grad():
                 ids = logits.topk(min(step.count, logits.shape[-1]), dim=-1).indices
-                readings = [_try(tracker, forward, given, cache, ids[:, k : k + 1], own) for k in range(ids.shape[1])]
+                readings = [_try(tracker, forward, given, room, ids[:, k : k + 1], own) for k in range(ids.shape[1])]
             for layer, keys, values in graph:  # a layer may have cut itself to its window
                 count = layer.keys.shape[2]
                 layer.keys, layer.values = keys[:, :, keys.shape[2] - count :], values[:, :, values.shape[2] - count :]
@@ -85,6 +86,24 @@ def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any]
             output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
             follow(cache, [value for value in memory.values() if hasattr(value, "move")])
             session.counts[step.label]["logits"] += 1
+
+
+def _is_static(layer: Any) -> bool:
+    """Whether a layer of a cache holds all tokens in their order, in a buffer of a fixed size."""
+    return type(layer).__name__ == "StaticLayer"
+
+
+def _with_room(cache: Any, length: int) -> Any:
+    """The cache, or another one with what it holds, where it has no room for one more token or could not give it back."""
+    layers = getattr(cache, "layers", ())
+    if not layers or not all(map(_is_static, layers)) or (all(map(holds_on, layers)) and length < layers[0].max_cache_len):
+        return cache
+    from transformers import DynamicCache
+
+    room = DynamicCache()
+    for number, layer in enumerate(layers):
+        room.update(layer.keys[:, :, :length], layer.values[:, :, :length], number)
+    return room
 
 
 def _with_graph(cache: Any) -> list[tuple[Any, Tensor, Tensor]]:

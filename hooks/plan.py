@@ -195,14 +195,16 @@ class Probe:
     of changed prompts are those that follow from ids and mask ("image", "bos", "padding"); an unchanged prompt has all of its roles.
     Readers find `call.memory` or `observation.memory` shared with the recipe's other steps, so what they store there the real pass
     can use. early_exit: the pass stops after the last decoder site has been read. Passes that go on with a cache (a chunk of a
-    prompt, the next turn, decode steps) have no probe. in_pieces(Prompt): called before a pass that reads a further part of a prompt
-    with no generated token before it (chunked prefill, or a beginning that was cached), to refuse it or to say what becomes of it.
+    prompt, the next turn, decode steps) have no probe. weighed: the real pass is changed by how much was read, not only by what was
+    found, so the probe has gradients where the real pass has them. in_pieces(Prompt): called before a pass that reads a further part of a
+    prompt with no generated token before it (chunked prefill, or a beginning that was cached), to refuse it or to say what happens to it.
     """
 
     steps: Sequence[Observe | Capture]
     inputs: Callable[[Prompt], dict[str, Any] | None] | None = None
     early_exit: bool = True
     in_pieces: Callable[[Prompt], None] | None = None
+    weighed: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps:

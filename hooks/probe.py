@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..interventions import TokenMap
@@ -102,7 +103,8 @@ def _run(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan
     # multimodal RoPE keeps its offset on the module
     kept = [(m, m.rope_deltas) for m in root.modules() if hasattr(m, "rope_deltas")]
     try:
-        root(**arguments)  # with gradients where the real pass has them: what is read here may enter it
+        with torch.set_grad_enabled(step.weighed and torch.is_grad_enabled()):
+            root(**arguments)
     except Enough:
         pass
     finally:

@@ -260,8 +260,8 @@ def edits_of(acting: Acting, module: nn.Module, call: Call, place: Callable[[Cal
             forward = place(call, site, owner)
         for plan, step in captures:
             call.memory = forward.memory(plan.memory_key)
-            # what is read in passes of our own enters the real one
-            with torch.set_grad_enabled(torch.is_grad_enabled() and forward.probe is not None):
+            # the pass of a probe says itself whether it has gradients
+            with torch.set_grad_enabled(forward.probe is not None and torch.is_grad_enabled()):
                 step.reader(call, edits)
             if forward.probe is not None:
                 forward.probe.read(step, module)

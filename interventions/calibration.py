@@ -90,7 +90,8 @@ class Chunk(NamedTuple):
 def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
     """The untouched weights of these heads, some rows at a time. Raises ReattendError for a head that the call does not have.
 
-    heads: in ascending order. Their output and log-sum-exp stay on the call, so that editing them costs no second kernel.
+    heads: in ascending order. Their output and log-sum-exp stay on the call, so that editing them costs no second kernel. The weights
+    are constants: they carry no gradient.
     """
     heads = list(heads)
     if not heads or min(heads) < 0 or max(heads) >= call.num_heads:
@@ -98,7 +99,7 @@ def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
     if heads != sorted(set(heads)):
         raise ReattendError(f"heads must be distinct and in ascending order, got {heads}")
     x, lse = untouched_heads(call, heads)
-    query, key, mask = x.query, x.key, x.mask
+    lse, query, key, mask = lse.detach(), x.query.detach(), x.key.detach(), x.mask
     lse = lse.to(statistics_dtype(query)).masked_fill(lse == float("-inf"), 0.0)
     keys, offset = call.num_keys, call.num_keys - call.num_queries
     step = max(16, CHUNK_WEIGHTS // (call.batch * len(heads) * keys))

@@ -169,7 +169,9 @@ def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]
     x = Operands(*group.operands, call.is_causal, offset=call.num_keys - call.num_queries)
     output, lse = group.kernel(x, None, True)
     assert lse is not None
-    call.attended[tuple(heads)] = output, lse
+    if torch.is_grad_enabled() or not any(own.requires_grad for own in (x.query, x.key, x.value)):
+        # where the output will have a gradient, one that was only read has none to give
+        call.attended[tuple(heads)] = output, lse
     return x, lse
 
 

@@ -117,7 +117,8 @@ class CMAI(Recipe):
         assert call.site is not None
         where, index = now["where"], now["index"]
         known = call.memory.setdefault("looks", {})
-        scores, looks = focus_scores(call, [*call.edits, *own], index, known.get(call.site.name), where)
+        with torch.no_grad():  # which tokens are hidden is chosen, not weighed
+            scores, looks = focus_scores(call, [*call.edits, *own], index, known.get(call.site.name), where)
         known[call.site.name] = (where, looks)
         at = index + call.total - call.num_queries
         return least_focused(scores, at, where, self.gamma) & now["rows"][:, index, None]

@@ -182,7 +182,7 @@ class GIFT(Recipe):
         )
         steps: list[Step] = [images_told(sites, told), question]
         if max(layers.saliency) > min(layers.enhance):
-            steps.append(Probe([Capture(read, lambda call, edits: learn(call))]))
+            steps.append(Probe([Capture(read, lambda call, edits: learn(call))], weighed=True))
         return [*steps, Act(read, learn), Act(change, enhance)]
 
     def _question(self) -> Question:

@@ -35,7 +35,8 @@ def role_of(name: str, index: int) -> str:
 def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Callable[[], list[Transcript] | None]) -> None:
     """Makes the segments roles of the map. `read` as in `add_spans`.
 
-    Raises ReattendError: as `add_spans`, and for segments that share a token or have different tokens between them.
+    Raises ReattendError: as `add_spans`, and for segments that share a token, have different tokens between them or tokens inside that
+    the attention mask hides.
     """
     real = ~tokens.roles["padding"]
     real[:, : tokens.virtual] = False
@@ -56,6 +57,7 @@ def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Cal
         row = _checked(row, len(place), index)
         if ids is not None:
             row = _adjoined(row, [int(ids[index, p]) for p in place], index)
+        _unbroken(row, place, index)
         spans.append([[place[i] for i in range(start, stop)] for start, stop in row])
     for k in range(max(map(len, spans), default=0)):
         role = torch.zeros(tokens.batch, tokens.prompt_length, dtype=torch.bool)
@@ -116,6 +118,18 @@ def _checked(row: list[tuple[int, int]], length: int, index: int) -> list[tuple[
                 f"reattend.hooks.segments.joined, or part them by a line break"
             )
     return row
+
+
+def _unbroken(row: list[tuple[int, int]], place: list[int], index: int) -> None:
+    if not row:
+        return
+    inside = place[row[0][0] : row[-1][1]]
+    gap = next((a + 1 for a, b in zip(inside, inside[1:]) if b != a + 1), None)
+    if gap is not None:
+        raise ReattendError(
+            f"attention_mask hides token {gap} of prompt {index}, which stands inside its segments: segments can only change places as "
+            f"a whole, so leave hidden tokens out of them"
+        )
 
 
 def _adjoined(row: list[tuple[int, int]], ids: list[int], index: int) -> list[tuple[int, int]]:

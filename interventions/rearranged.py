@@ -73,6 +73,8 @@ class _Blocks:
     sinks: Tensor | None
     # values for every query head
     wide: Tensor | None = None
+    # the mask of the columns before the segments, once it is known
+    holes: tuple[Tensor | None] | None = None
 
     def run(self) -> Tensor:
         rows = self.query.shape[2]
@@ -99,7 +101,7 @@ class _Blocks:
         query = self.rotary.turn(query, steps[:, :, :1])
         left = steps[..., :1] - steps[..., 1:]
         if begin > self.first:
-            parts.append(self._attend(query, self.key[:, :, self.first : begin], self.value[:, :, self.first : begin]))
+            parts.append(self._prefix(query, begin))
         for others in (range(i), range(i + 1, len(self.spans))):
             if others:
                 parts.append(self._attend(query, *self._turned(others, left)))
@@ -126,10 +128,17 @@ class _Blocks:
         query, steps = self.query[:, :, after:], self.steps[:, :, after:]
         parts = [self._causal(after, self.query.shape[2], end)]
         if begin > self.first and self.spans:
-            parts.append(self._attend(query, self.key[:, :, self.first : begin], self.value[:, :, self.first : begin]))
+            parts.append(self._prefix(query, begin))
         for j, (a, b) in enumerate(self.spans):
             parts.append(self._attend(self.rotary.turn(query, steps[..., j + 1]), self.key[:, :, a:b], self.value[:, :, a:b]))
         return self._merge(parts)
+
+    def _prefix(self, query: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """Query rows over what stands before the segments, all of it but columns that nobody sees."""
+        if self.holes is None:
+            hidden = None if self.hidden is None else self.hidden[:, self.first : begin]
+            self.holes = (None if hidden is None or not bool(hidden.any()) else ~hidden[:, None, None],)
+        return self._attend(query, self.key[:, :, self.first : begin], self.value[:, :, self.first : begin], self.holes[0])
 
     def _causal(self, low: int, high: int, column: int) -> tuple[Tensor, Tensor]:
         """Query rows low..high over the columns from `column` up to their own."""

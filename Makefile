@@ -1,6 +1,8 @@
 # make demo   sets up .venv, runs the offline demo and says where its report lies
 # make test   sets up .venv and runs every test (make test ARGS="-k streaming" for some)
 # make style  formats and checks the code
+# make newest runs a subset of the tests on the newest of everything, beyond the caps of pyproject.toml (TORCH=torch==2.13.0 keeps torch)
+# make floors makes one environment at every floor of pyproject.toml and one per Python, runs the subset, and writes docs/support.md
 # make bench  prints the cost tables of docs/performance.md
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test style bench clean
+.PHONY: demo test newest floors style bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reattend demo
@@ -18,6 +20,12 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+newest:
+	$(PYTHON) tests/versions.py newest $(if $(TORCH),--torch "$(TORCH)")
+
+floors:
+	$(PYTHON) tests/versions.py floors $(if $(FOLDER),--folder "$(FOLDER)") $(if $(ONLY),--only $(ONLY))
 
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -41,4 +49,4 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-floors build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,8 +13,8 @@ from .edits.base import repeat_heads
 
 # Values of one temporary [B, H, R, Tk] when rows are materialised in chunks: 4 Mi float32 = 16 MiB.
 CHUNK_VALUES = 1 << 22
-# Before torch 2.9 the CPU kernel with log-sum-exp took each query head for a key head and read past the end of shared ones, without
-# an error. By version and not by a trial: the trial would read there too.
+# Before torch 2.9, which is the floor, the CPU kernel with log-sum-exp takes each query head for a key head and reads past the end
+# of shared ones without an error. By version and not by a trial: the trial would read there too.
 CPU_KERNEL_SHARES_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
 
 

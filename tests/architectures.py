@@ -1,6 +1,7 @@
 """The architecture matrix: every causal language model of transformers that builds from a small configuration, checked the same way.
 
-    python tests/architectures.py        # runs all and writes docs/support.json and docs/support.md
+    python tests/architectures.py               # runs all and writes docs/support.json and docs/support.md
+    python tests/architectures.py llama gptj    # runs these anew (with the versions on record) and keeps the others' rows
 
 `check` attaches, passes through bit-identically, applies one edit and compares it with the reference executor, and detaches.
 """
@@ -11,19 +12,18 @@ import json
 import os
 import sys
 import warnings
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import reattend.hooks.interface_route as interface_route
 import reattend.hooks.sdpa_route as sdpa_route
+import support_page
 import torch
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.interventions import ReattendWarning, Transfer, reference
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 LARGEST = 30_000_000
 
 SMALL = dict(
@@ -125,9 +125,9 @@ def check(model: torch.nn.Module) -> dict:
     return result
 
 
-def record() -> dict[str, dict]:
+def record(chosen: list[str]) -> dict[str, dict]:
     rows: dict[str, dict] = {}
-    for model_type in model_types():
+    for model_type in chosen:
         try:
             model = build(model_type)
         except Exception as error:
@@ -144,38 +144,24 @@ def record() -> dict[str, dict]:
     return rows
 
 
-def write(rows: dict[str, dict]) -> None:
+def versions() -> dict[str, str]:
     import transformers
 
-    DOCS.mkdir(exist_ok=True)
-    (DOCS / "support.json").write_text(
-        json.dumps(
-            {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0], "models": rows}, indent=1
-        )
-        + "\n"
-    )
-    count = {s: sum(r["status"] == s for r in rows.values()) for s in ("verified", "refused", "failed", "not built")}
-    lines = [
-        "# Which language models were verified",
-        "",
-        f"Written by `python tests/architectures.py` with transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}.",
-        "Each model type of transformers' causal language models was built small with random weights; a session was attached, passed",
-        "through bit-identically, edited every decoder self-attention as the reference executor says, and was detached bit-identically.",
-        "",
-        f"{count['verified']} verified, {count['refused']} refused with a reason, {count['failed']} failed, {count['not built']} could not be",
-        "built from small settings (nothing is said about those).",
-        "",
-        "| model type | class | result | sites edited | remarks |",
-        "|---|---|---|---|---|",
-    ]
-    for model_type, row in rows.items():
-        remarks = row.get("reason") or "; ".join(row.get("problems", []))
-        lines.append(
-            f"| {model_type} | {row.get('class', '')} | {row['status']} | {row.get('edited', '')} | {remarks.replace('|', '/')} |"
-        )
-    (DOCS / "support.md").write_text("\n".join(lines) + "\n")
+    return {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+
+
+def main(chosen: list[str]) -> None:
+    kept: dict[str, dict] = {}
+    if chosen:
+        before = json.loads(support_page.MODELS.read_text())
+        if {name: before[name] for name in versions()} != versions():
+            raise SystemExit("the record is of other versions: run all")
+        kept = before["models"]
+    rows = kept | record(chosen or model_types())
+    support_page.MODELS.write_text(json.dumps({**versions(), "models": dict(sorted(rows.items()))}, indent=1) + "\n")
+    support_page.write()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write(record())
+    main(sys.argv[1:])

@@ -100,7 +100,7 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
         inside_site.append(path)
         route, problem = how
         stack = _stack(root, path, component, module) if denoiser is None else stack_of(denoiser, path)
-        if stack == "decoder" and route == "attention_interface" and not _knows_masks(type(module).forward):
+        if stack == "decoder" and route != "none" and _from_transformers(module) and not _knows_masks(type(module).forward):
             stack, problem = "depth", f"{type(module).__name__} attends over the states of earlier layers, not over tokens"
         layer = _layer(module, path, counters.setdefault(stack, {}))
         heads, kv, dim = _heads(module)
@@ -141,6 +141,10 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if "Attention" in named and "softmax" in own and not any(dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
+
+
+def _from_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ def profile(
     from ..hooks import sites as sites_of
     from ..recipes import Recipe, cached_profile, recipe_class
     from ..recipes.files import check_output
-    from ..recipes.profile import cached_path, learn
+    from ..recipes.profile import cached_path
 
     cls = recipe_class(recipe)
     if cls.profile.__func__ is Recipe.profile.__func__:  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def profile(
     tokenizer = getattr(pipe, "processor", None) or getattr(pipe, "tokenizer", None)
     inner = getattr(pipe, "model", pipe)
     if out:
-        learned = learn(cls, inner, tokenizer, options)
+        learned = cls.profile(inner, tokenizer, **options)
         file = learned.save(out)
     else:
         learned, file = cached_profile(cls, inner, tokenizer, refresh=True, **options), cached_path(cls.slug, sites_of(inner))

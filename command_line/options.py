@@ -27,7 +27,7 @@ Settings = Annotated[
 Text = Annotated[str, typer.Option("--text", "--prompt", "-t", help="the input text, or @file", show_default=False)]
 Image = Annotated[str, typer.Option("--image", "-i", help="an input picture", show_default=False)]
 Raw = Annotated[bool, typer.Option("--raw", help="give the text as it is, without the model's chat template")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="how much text at most")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**20, help="how much text at most")]
 Steps = Annotated[int, typer.Option("--steps", min=0, help="denoising steps; 0 = the pipeline's own", show_default=False)]
 Sample = Annotated[bool, typer.Option("--sample", help="sample with the seed instead of taking the likeliest token")]
 Seed = Annotated[int, typer.Option("--seed", help="random seed")]

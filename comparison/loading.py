@@ -39,9 +39,9 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None) -> A
         if _file(name, "model_index.json") is not None:
             return _diffusion(name, kind, where)
         return _transformers(name, kind or "auto", where)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ReattendError):
-            raise
+    except ReattendError:
+        raise
+    except Exception as error:  # readers of broken files raise nearly everything
         raise ReattendError(f"cannot load {name!r}: {_first_sentence(error)}") from error
 
 
@@ -109,9 +109,9 @@ def skeleton(name: str) -> Any:
         index = _file(name, "model_index.json")
         with torch.device("meta"):
             return _denoiser(name, index) if index is not None else _architecture(name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ReattendError):
-            raise
+    except ReattendError:
+        raise
+    except Exception as error:  # readers of broken files raise nearly everything
         raise ReattendError(f"cannot read {name!r}: {_first_sentence(error)}") from error
 
 

@@ -153,17 +153,6 @@ def find_profile(recipe: Any, path: str | None, table: Any, *, of_any: bool = Fa
     return profile
 
 
-def learn(cls: Any, model: Any, tokenizer: Any, options: dict[str, Any]) -> Profile:
-    """What the profiling step of a recipe class learns. Raises ReattendError for an option that the step does not have."""
-    try:
-        return cls.profile(model, tokenizer, **options)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None or unknown[1] not in options:
-            raise
-        raise ReattendError(f"{unknown[1]} is no option of the profiling step of recipe {cls.slug!r}") from None
-
-
 def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: bool = False, **options: Any) -> Profile:
     """The kept profile of a recipe for this model, made (and kept) if there is none for these options yet.
 
@@ -182,7 +171,7 @@ def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: b
             return kept
     if tokenizer is None:
         tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
-    profile = learn(cls, inner, tokenizer, options)
+    profile = cls.profile(inner, tokenizer, **options)
     profile.facts["asked"] = asked
     profile.save(place)
     return profile

@@ -15,12 +15,14 @@ from ...interventions.calibration import learn_sinks
 from ..base import Recipe, profiled_sites
 from ..head_choice import Head, as_heads, by_layer, missing_heads
 from ..profile import Profile, table_fingerprint
-from .files import content_of
+from .files import content_of, list_of
 from .labelled_examples import built_in
 from .labelled_tasks import Judge, Kind, LabelledTask, labelled_task
+from .options import checked
 from .progress import track
 
 
+@checked
 def search_heads(
     recipe: type[Recipe],
     model: Any,
@@ -51,7 +53,7 @@ def search_heads(
     Raises ReattendError for data that cannot be judged, such as choices that begin with the same token.
     """
     table, chosen = profiled_sites(model, recipe.slug)
-    examples = list(built_in(kind) if data is None else content_of(data))[:max_samples]
+    examples = list(built_in(kind) if data is None else list_of(content_of(data)))[:max_samples]
     listed = _candidates(heads, chosen)
     settings = recipe(heads=listed, **parameters)
     work = labelled_task(kind, tokenizer, examples, batch_size, judge, max_new_tokens)

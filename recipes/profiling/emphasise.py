@@ -15,10 +15,12 @@ import torch
 from ...hooks import Plan, SiteTable, attach
 from ...hooks.spans import tokenizer_of
 from ...interventions import ReattendError
-from ..base import Recipe, profiled_sites
+from ..base import Recipe, profiled_sites, shown
 from ..head_choice import Head, by_layer, ranked
 from ..profile import Profile, table_fingerprint
 from .choices import Batch, Choice, batches_of, lead_of, read_choices
+from .files import content_of, list_of
+from .options import checked
 from .progress import track
 from .question_pairs import conflicts
 
@@ -26,6 +28,7 @@ from .question_pairs import conflicts
 Marked = tuple[str, Sequence[str], str, Sequence[str]]
 
 
+@checked
 def search_heads(
     recipe: type[Recipe],
     model: Any,
@@ -51,7 +54,7 @@ def search_heads(
     table, chosen = profiled_sites(model, recipe.slug)
     if pairs < 1 or batch_size < 1 or (layers is not None and layers < 1):
         raise ReattendError(f"pairs, batch_size and layers must be at least 1, got {pairs}, {batch_size} and {layers}")
-    examples = list(_made_up(2 * pairs, seed) if data is None else data)
+    examples = list(_made_up(2 * pairs, seed)) if data is None else [_marked(item) for item in list_of(content_of(data))]
     if len(examples) < 2:
         raise ReattendError(
             "data must hold at least two (prompt, passages, answer, answers): one to search with, one to choose with"
@@ -87,6 +90,16 @@ def search_heads(
         **parameters,
     }
     return Profile(recipe.slug, table_fingerprint(table), {"score": score, "tried": tried, "layer_score": layer_score}, facts)
+
+
+def _marked(item: Any) -> Marked:
+    right = isinstance(item, (list, tuple)) and len(item) == 4
+    if right:
+        lists = [isinstance(part, (list, tuple)) and all(isinstance(text, str) for text in part) for part in (item[1], item[3])]
+        right = isinstance(item[0], str) and isinstance(item[2], str) and all(lists)
+    if not right:
+        raise ReattendError(f"data must hold (prompt, [passages], answer, [answers]), got {shown(item)}")
+    return item[0], list(item[1]), item[2], list(item[3])
 
 
 def _made_up(count: int, seed: int) -> Iterable[Marked]:

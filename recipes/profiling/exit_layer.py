@@ -18,9 +18,11 @@ from ...interventions import ReattendError
 from ..base import Recipe
 from ..profile import Profile, table_fingerprint
 from .image_questions import inputs_of, read_samples
+from .options import checked
 from .progress import track
 
 
+@checked
 def find_exit_layer(
     recipe: type[Recipe],
     model: Any,

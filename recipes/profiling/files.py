@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...interventions import ReattendError
+from ..base import shown
 from ..files import read_json, read_text
 
 
@@ -13,3 +16,10 @@ def content_of(data: Any) -> Any:
     if not isinstance(data, (str, Path)):
         return data
     return read_json(read_text(data, "data file"), f"data: {str(data)!r}")
+
+
+def list_of(data: Any) -> list[Any]:
+    """The examples of data as a list. Raises ReattendError where it is none."""
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise ReattendError(f"data must be a list of examples, got {shown(data)}")
+    return list(data)

@@ -19,6 +19,7 @@ from ..image_models import image_misfit
 from ..profile import Profile, table_fingerprint
 from ..question_words import chooser
 from .image_questions import inputs_of, read_samples
+from .options import checked
 from .progress import track
 
 ROLE = "profiled-question"
@@ -48,6 +49,7 @@ class Watcher:
         self.question.setdefault(layer, []).extend(shares[:, 1].tolist())
 
 
+@checked
 def gaze_layers(
     recipe: type[Recipe],
     model: Any,

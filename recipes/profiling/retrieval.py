@@ -17,6 +17,7 @@ from ..base import profiled_sites
 from ..profile import Profile, fingerprint
 from .answers import written
 from .needles import NEEDLES, Needle, Sample, make_samples, recall
+from .options import checked
 from .progress import track
 
 LENGTHS, DEPTHS = (150, 300, 600), (0.1, 0.5, 0.9)
@@ -97,6 +98,7 @@ def answers(
     return result
 
 
+@checked
 def detect(
     slug: str,
     model: Any,

@@ -20,8 +20,10 @@ from ...hooks.transcript import Offsets, read
 from ...interventions import Call, ReattendError
 from ...interventions.gaze import row_shares
 from ...interventions.subspaces import KeyDistance, PairedKeys
-from ..base import profiled_sites
+from ..base import profiled_sites, shown
 from ..profile import Profile, fingerprint
+from .files import content_of, list_of
+from .options import checked
 from .progress import track
 from .question_pairs import Triplet, triplets
 
@@ -81,6 +83,7 @@ class Watcher:
         return relevant >= least * neutral
 
 
+@checked
 def learn_subspaces(
     recipe: str,
     model: Any,
@@ -113,7 +116,7 @@ def learn_subspaces(
         raise ReattendError(f"feature must be None, 'tanh' or 'elu', got {feature!r}")
     if pairs < 1 or batch_size < 1:
         raise ReattendError(f"pairs and batch_size must be at least 1, got {pairs} and {batch_size}")
-    given = triplets(pairs, seed) if data is None else [t if isinstance(t, Triplet) else Triplet(*t) for t in data]
+    given = triplets(pairs, seed) if data is None else [_triplet(t) for t in list_of(content_of(data))]
     samples = [s for s in (read_triplet(tokenizer_of(tokenizer), t, official_span) for t in given) if s is not None]
     if not samples:
         raise ReattendError(
@@ -191,6 +194,14 @@ def _expert(pairs: PairedKeys, distance: KeyDistance, like: tuple[Tensor, Tensor
         return torch.full_like(vectors, float("nan")), torch.zeros_like(values), -torch.ones_like(far), -torch.ones_like(far)
     found = pairs.subspaces()
     return found.vectors, found.values, distance.code(), distance.paper()
+
+
+def _triplet(item: Any) -> Triplet:
+    if isinstance(item, Triplet):
+        return item
+    if not isinstance(item, (list, tuple)) or len(item) not in (4, 5) or not all(isinstance(text, str) for text in item):
+        raise ReattendError(f"data must hold (context, question, answer, other question[, kind]) as texts, got {shown(item)}")
+    return Triplet(*item)
 
 
 def read_triplet(tokenizer: Any, triplet: Triplet, official: bool = False) -> Sample | None:

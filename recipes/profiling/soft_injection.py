@@ -19,6 +19,7 @@ from ..profile import Profile, table_fingerprint
 from ..soft_injection import mixture
 from .choices import Choice, batches_of, first_token, last_logits
 from .files import content_of
+from .options import checked
 from .progress import track
 from .word_pairs import Pair, parted
 
@@ -37,6 +38,7 @@ def task_prompt(x: str, demonstrations: Sequence[Pair] = (), template: str = TEM
     return BETWEEN.join([*shown, template.replace("{x}", x)])
 
 
+@checked
 def learn_task(
     slug: str,
     model: Any,

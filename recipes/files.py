@@ -100,16 +100,18 @@ class _Loader(yaml.SafeLoader):
         self.depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
         self.depth += 1
         if self.depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
         node: Any = super().compose_node(parent, index)
         self.depth -= 1
+        if is_alias and id(node) not in self.sizes:
+            raise ValueError("a value refers to itself")
         if id(node) not in self.sizes:
             parts = node.value if isinstance(node, yaml.CollectionNode) else []
             inner = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-            # a part that is not counted yet is the node itself, or one around it
-            self.sizes[id(node)] = 1 + sum(self.sizes.get(id(part), MOST_VALUES) for part in inner)
+            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in inner)
             if self.sizes[id(node)] > MOST_VALUES:
                 raise ValueError(f"with its aliases written out it holds more than {MOST_VALUES} values")
         return node

@@ -127,9 +127,7 @@ class SEKA(Recipe):
     @field_validator("layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if not re.fullmatch(r"all|(first|last)[1-9][0-9]*", value):
-                raise ValueError("layers must be 'all', 'firstN', 'lastN' or a list of layer numbers")
+        if isinstance(value, str) and re.fullmatch(r"all|(first|last)[1-9][0-9]{0,5}", value):
             return value
         numbers = value if isinstance(value, (list, tuple)) else ()
         plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)

@@ -1,0 +1,136 @@
+"""What users write for recipes - names, pairs, dicts, YAML files, parameters - is right, or one short ReattendError before any work."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import reattend
+import torch
+from reattend.interventions import ReattendError
+from reattend.recipes import load_recipe, recipe, save_recipe
+from reattend.recipes.registry import registry
+from tiny_language import language_model, tokenizer
+
+BOMB = "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9) if a else ','.join('x' * 9)}]\n" for a, b in zip(["", *"abcdef"], "abcdefg")
+)
+WEIRD = [
+    None, True, 3, -1, 10**30, -(10**30), 1.5, float("nan"), float("inf"), "", "x", "\0", "/tmp", [], [0], [[0]], [[0, 0]], [[[0, 0]]],
+    {}, {"a": 1}, {0: [0]}, {0: 0}, (), [1.5], ["a"], [["a"], ["b", "c"]], [None], object(), b"x", {1, 2}, [-1], [10**30], [[0, 10**30]],
+    range(3), torch.ones(2), 1j, type, "all", "last0", [[]], [""],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ("name: streaming\n".encode("utf-16"), "is not UTF-8 text; it looks like UTF-16"),
+        (bytes(range(256)), "is not UTF-8 text"),
+        (b"", "must be a mapping"),
+        (b"- 3", "must be a mapping"),
+        (b"name: [streaming]", "must be a mapping with a `name`"),
+        (b"name: streaming\n3: 4\n", "3 names no parameter"),
+        (b"name: streaming\nself: 3\n", "self is not a parameter"),
+        (b"name: streaming\nwindow: " + b"[" * 2000 + b"]" * 2000, "nested more than"),
+        (BOMB.encode() + b"name: streaming\nwindow: *g\n", "with its aliases written out"),
+        (b"name: streaming\nwindow: &a [*a]\n", "a value refers to itself"),
+        (b"name: streaming\nwindow: 3\nwindow: 4\n", "it names 'window' twice"),
+        (b"name: streaming\nversion: 9\n", "version 9 of recipe 'streaming' is not known"),
+        (b"name: streaming\nwindow: !!python/name:os.system x\n", "is not valid YAML"),
+    ],
+)
+def test_broken_recipe_files(data, words, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(data)
+    for read in (load_recipe, lambda p: reattend.apply(language_model(), str(p))):
+        with pytest.raises(ReattendError, match=words) as found:
+            read(path)
+        assert len(str(found.value)) < 1000
+
+
+def test_aliases_of_a_person_s_size_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes("\ufeffname: act\nheads:\n  - &pair [0, 1]\n  - [1, 1]\n".encode())
+    assert load_recipe(path).heads == ((0, 1), (1, 1))  # type: ignore[attr-defined]
+    path.write_text("name: emphasise\ntext: &t in French\nranges: null\n")
+    assert load_recipe(path).text == "in French"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        (None, "a recipe must be a name"),
+        (3, "got 3"),
+        (["streaming"], r"apply\(model, \*recipes\)"),
+        (("streaming",), "pair"),
+        (("streaming", [1]), "pair"),
+        ((3, {}), "named by a text"),
+        (("streaming", {3: 4}), "3 names no parameter|go with one recipe name"),
+        (type(recipe("streaming")), "give its name 'streaming'"),
+        ({}, "must be a mapping with a `name`"),
+        (Path("nowhere.yaml"), "no recipe file at 'nowhere.yaml'"),
+        (Path("tests"), "is a folder"),
+        ("", "unknown recipe ''"),
+        ("x" * 5000, "unknown recipe 'xxx"),
+    ],
+)
+def test_what_apply_takes(choice, words):
+    for more in ({}, {"window": 3}):
+        with pytest.raises(ReattendError, match=words) as found:
+            reattend.apply(language_model(), choice, **more)
+        assert len(str(found.value)) < 1000
+
+
+@pytest.mark.parametrize("layers", [3, [[0]], [], [-1], [True], ["a"], "last0", {}, None])
+def test_layers_of_seka(layers):
+    with pytest.raises(ReattendError, match="layers: must be 'all', 'firstN', 'lastN', or a list"):
+        recipe("seka", text="x", layers=layers)
+
+
+@pytest.mark.parametrize("slug", registry())
+def test_no_parameter_takes_what_overflows_later(slug):
+    for name in registry()[slug].model_fields:
+        for value in (10**30, -(10**30), [10**30], [[0, 10**30]]):
+            with pytest.raises(ReattendError, match=name):
+                recipe(slug, **{name: value})
+
+
+@pytest.mark.parametrize("slug", registry())
+def test_any_value_of_any_parameter_is_taken_or_named(slug):
+    """And what is taken by a language recipe runs, or is refused as well."""
+    fields, model, words = registry()[slug].model_fields, language_model(), tokenizer()
+    x = words(["Anna has a red house."], return_tensors="pt")
+    for name in fields:
+        for value in WEIRD:
+            more = {"text": "red house"} if "text" in fields and name not in ("text", "ranges") else {}
+            if slug in ("act", "retrieval-heads") and name not in ("heads", "profile_path"):
+                more = {"heads": [[0, 0]]}
+            try:
+                made = recipe(slug, **{name: value, **more})
+                if "llm" in made.info.kinds:
+                    with warnings.catch_warnings(), torch.no_grad():
+                        warnings.simplefilter("ignore", reattend.ReattendWarning)  # nothing to do is right too
+                        with reattend.apply(model, made, tokenizer=words):
+                            model(**x)
+            except ReattendError as error:
+                assert len(str(error)) < 1500
+
+
+def test_a_truth_value_is_no_number():
+    with pytest.raises(ReattendError, match="window: must be no truth value, got True"):
+        recipe("streaming", window=True)
+
+
+def test_recipe_files_are_not_overwritten_unasked(tmp_path):
+    path = save_recipe(recipe("streaming", window=3), tmp_path / "new" / "mine.yaml")
+    with pytest.raises(ReattendError, match="exists already.*overwrite=True"):
+        save_recipe(recipe("streaming", window=4), path)
+    assert load_recipe(path).window == 3  # type: ignore[attr-defined]
+    save_recipe(recipe("streaming", window=4), path, overwrite=True)
+    assert load_recipe(path).window == 4  # type: ignore[attr-defined]
+    with pytest.raises(ReattendError, match="is a folder"):
+        save_recipe(recipe("streaming"), tmp_path)
+    with pytest.raises(ReattendError, match="takes a Recipe object"):
+        save_recipe("streaming", path)  # type: ignore[arg-type]

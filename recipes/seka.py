@@ -132,7 +132,7 @@ class SEKA(Recipe):
         numbers = value if isinstance(value, (list, tuple)) else ()
         plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
         if not numbers or not plain or len(set(numbers)) != len(numbers):
-            raise ValueError("must be 'all', 'firstN', 'lastN', or a list of distinct layer numbers, counted from 0")
+            raise ValueError("layers must be 'all', 'firstN', 'lastN' or a list of distinct layer numbers, counted from 0")
         return tuple(numbers)
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ def test_what_apply_takes(choice, words):
 
 @pytest.mark.parametrize("layers", [3, [[0]], [], [-1], [True], ["a"], "last0", {}, None])
 def test_layers_of_seka(layers):
-    with pytest.raises(ReattendError, match="layers: must be 'all', 'firstN', 'lastN', or a list"):
+    with pytest.raises(ReattendError, match="layers must be 'all', 'firstN', 'lastN' or a list"):
         recipe("seka", text="x", layers=layers)
 
 

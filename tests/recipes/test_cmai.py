@@ -8,7 +8,8 @@ import tiny_models
 import torch
 from asked_images import ONE, PROMPTS
 from reattend.hooks.caches import cache_name, cache_of
-from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError
+from reattend.interventions import Call, ReattendError, ReattendWarning, TokenMap, UnsupportedError
+from reattend.interventions.inhibition import TextAndImage, focus_scores
 
 FAMILIES = [
     "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma",
@@ -175,3 +176,30 @@ def test_what_does_not_fit_is_refused():
         tiny.model(inputs_embeds=torch.randn(1, 8, 32))
     info = reattend.list_recipes()["cmai"]
     assert info.status == "experiment" and "reconstruction" in info.does
+
+
+def test_focus_of_a_generated_row_counts_its_own_look_at_the_image():
+    """F[i, j] of a row after the prompt: the prompt's text it sees, each with what that looks at, and itself with its own look."""
+    torch.manual_seed(0)
+    length, image = 9, [2, 3, 4]
+    query, key, value = (torch.randn(1, 2, length + 2, 8) for _ in range(3))
+    places = torch.arange(length)[None]
+    weights = (
+        ((query @ key.transpose(2, 3)) / 8**0.5 + torch.full((length + 2, length + 2), -torch.inf).triu(1))
+        .softmax(-1)
+        .mean(1)[0]
+    )
+    text, known, where = [5, 6, 7, 8], None, None
+    for start, stop in ((0, length), (length, length + 1), (length + 1, length + 2)):
+        tokens = TokenMap(1, length, stop, {"image": (places >= 2) & (places < 5), "padding": torch.zeros_like(places).bool()})
+        where = where or TextAndImage.of(tokens, torch.device("cpu"))
+        call = Call(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], is_causal=stop == length)
+        index = torch.arange(5, length) if stop == length else torch.tensor([0])
+        scores, looks = focus_scores(call, [], index, known, where)
+        known = (where, looks)
+        for row, i in enumerate((index + start).tolist()):
+            seen = [k for k in (*text, i) if k <= i] if i >= length else [k for k in text if k <= i]
+            wanted = sum(weights[i, k] * weights[k, image] for k in seen)
+            torch.testing.assert_close(scores[0, row], wanted)
+            if i >= length:
+                assert float((weights[i, i] * weights[i, image]).max()) > 1e-3, "else nothing would be seen of it"

@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from golden_files import golden_file
 from reattend.hooks import capture
+from reattend.hooks.plan import Fusion
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.logits import contrasted
 from reattend.recipes import load_recipe, recipe, save_recipe
@@ -82,7 +83,10 @@ def test_golden_attention_of_the_official_code(name, execute):
 @pytest.mark.parametrize("name", ["logits_refine", "logits_refine_gamma1"])
 def test_golden_logits_of_the_official_code(name):
     data, facts = golden(name)
-    found = contrasted(data["cond_logits"], data["uncond_logits_last"], float(facts["gamma"]), float(facts["cutoff_ratio"]))
+    chosen = recipe("pai", gamma=float(facts["gamma"]), cutoff=float(facts["cutoff_ratio"]))
+    real, text = data["cond_logits"][:, None], data["uncond_logits_last"][:, None]
+    told = {"rows": torch.ones(len(real), dtype=torch.bool)}
+    found = chosen.fuse(Fusion(real, [text], Clock("decode"), TokenMap(len(real), 4, 4), told))[:, 0]
     assert torch.equal(found == -torch.inf, data["out"] == -torch.inf)
     torch.testing.assert_close(found, data["out"], atol=1e-5, rtol=0)
 

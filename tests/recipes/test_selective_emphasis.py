@@ -18,16 +18,19 @@ from reattend.hooks.images import add_images
 from reattend.hooks.patches import lay_out
 from reattend.interventions import (
     Call,
+    Clock,
     ImageGrid,
     ReattendError,
     ReattendWarning,
     ScoreGain,
+    Site,
     TokenMap,
     UnsupportedError,
     fused,
     reference,
 )
 from reattend.interventions.visual_tokens import informed_tokens, outliers
+from reattend.recipes import recipe
 
 FAMILIES = [
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3",
@@ -39,36 +42,82 @@ FEW = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, outp
 golden = functools.partial(golden_file, "selective-emphasis")
 
 
+class Read:
+    """A reader of the encoder that has these readings of one image."""
+
+    def __init__(self, **readings):
+        self.readings = readings
+
+    def per_image(self, tokens, known):
+        return [(grid, self.readings) for grid in tokens.images if grid not in known]
+
+    def clear(self):
+        pass
+
+
+def strengthened(call, start, count, readings, **parameters):
+    """What the recipe asks for at a call whose image is the columns from start on."""
+    places = torch.arange(call.num_keys)[None]
+    grid = ImageGrid(0, torch.arange(start, start + count)[None])
+    call.tokens = TokenMap(
+        1, call.num_keys, call.num_keys, {"image": (places >= start) & (places < start + count)}, images=[grid]
+    )
+    call.tokens.roles["padding"] = torch.zeros_like(places, dtype=torch.bool)
+    call.clock = Clock("prefill" if call.num_queries > 1 else "decode")
+    call.site = Site("decoder", 2, "decoder", "self", call.num_heads, call.num_heads, 8, True)
+    return recipe("selective-emphasis", **parameters).strengthen(Read(**readings), call)
+
+
 @pytest.mark.parametrize("name", ["select_basic", "select_no_outlier"])
 def test_golden_choice_of_the_official_code(name):
+    """The two sets of tokens, as the recipe's own gains on the columns of an image."""
     data, facts = golden(name)
-    received = [data[f"vit_attn_{layer}"][0, :, 0, 1:].sum(0) for layer in ("first", "penultimate")]
-    local, summary = informed_tokens(*received, float(facts["local_token_ratio"]))
-    assert local.nonzero()[:, 0].tolist() == data["local_tokens"].tolist()
-    assert summary.nonzero()[:, 0].tolist() == data["summary_tokens"].tolist()
-    assert not (local & summary).any()
+    first, penultimate = (data[f"vit_attn_{layer}"][0, :, 0, 1:].sum(0) for layer in ("first", "penultimate"))
+    count, states = len(first), torch.zeros(1, 1, len(first) + 3, 8)
+    edit = strengthened(
+        Call(states, states, states), 2, count, {"first": first[None], "penultimate": penultimate[None]}, alpha=0.5, beta=0.25,
+        local_share=float(facts["local_token_ratio"]), spatial_share=0,
+    )  # fmt: skip
+    gain = edit.gain.expand(1, 1, count + 3)[0, 0, 2 : 2 + count]
+    assert (gain == 0.5).nonzero()[:, 0].tolist() == data["local_tokens"].tolist()
+    assert (gain == 0.25).nonzero()[:, 0].tolist() == data["summary_tokens"].tolist()
+    assert edit.gain.count_nonzero() == gain.count_nonzero() == len(data["local_tokens"]) + len(data["summary_tokens"])
+    assert edit.rows[0].nonzero()[:, 0].tolist() == [count + 2]
 
 
 @pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ["attn_prefill", "attn_no_summary"])
 def test_golden_attention_of_the_official_code(name, execute):
+    """Readings that name the golden tokens, through the recipe's own edit, on the last row of a prompt and on a row after it."""
     data, facts = golden(name)
-    start, last = int(facts["img_start"]), data["scores"].shape[2] - 1
-    gain, rows = torch.zeros(last + 1), torch.arange(last + 1) == last
-    gain[start + data["local_tokens"]] = float(facts["alpha"])
-    gain[start + data["summary_tokens"]] = float(facts["beta"])
-    edit = ScoreGain(gain=gain, rows=rows)
+    start, count = int(facts["img_start"]), int(facts["img_end_exclusive"]) - int(facts["img_start"])
+    summary = torch.zeros(count).index_fill(0, data["summary_tokens"], 1.0)
+    local = torch.zeros(count).index_fill(0, data["local_tokens"], 1.0) + 2 * summary
+    # the largest of the first layer that are no outliers of the other one: with so few tokens, as many as both sets have
+    share = (len(data["local_tokens"]) + len(data["summary_tokens"]) + 0.5) / count
+    settings = {
+        "alpha": float(facts["alpha"]),
+        "beta": float(facts["beta"]),
+        "local_share": min(1.0, share),
+        "spatial_share": 0,
+    }
+    readings = {"first": local[None], "penultimate": summary[None]}
+    assert len(data["summary_tokens"]) < count / 4, "else they are no outliers"
 
-    def output(edits):
-        out = execute(Call(data["query_rot"], data["key_rot"], data["value"], data["attention_mask"]), edits)
-        return out.transpose(1, 2).flatten(2) @ data["o_proj_weight"].T
+    def output(call, edits):
+        return execute(call, edits).transpose(1, 2).flatten(2) @ data["o_proj_weight"].T
 
-    torch.testing.assert_close(output([edit]), data["output_mod"], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(output([]), data["output_plain"], atol=1e-6, rtol=1e-5)
+    def call(rows=slice(None)):
+        return Call(data["query_rot"][:, :, rows], data["key_rot"], data["value"], data["attention_mask"][:, :, rows])
+
+    whole = call()
+    found = output(whole, [strengthened(whole, start, count, readings, **settings)])
+    torch.testing.assert_close(found, data["output_mod"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output(call(), []), data["output_plain"], atol=1e-6, rtol=1e-5)
     assert (data["output_mod"] - data["output_plain"]).abs().max() > 1e-2
-    decode = execute(Call(data["query_rot"][:, :, -1:], data["key_rot"], data["value"]), [ScoreGain(gain=gain)])
-    got = decode.transpose(1, 2).flatten(2) @ data["o_proj_weight"].T
-    torch.testing.assert_close(got, data["output_mod"][:, -1:], atol=1e-6, rtol=1e-5)
+    step = call(slice(-1, None))
+    found = output(step, [strengthened(step, start, count, readings, **settings)])
+    torch.testing.assert_close(found, data["output_mod"][:, -1:], atol=1e-6, rtol=1e-5)
 
 
 def test_hidden_columns_stay_hidden_and_all_selected_scores_grow():
@@ -91,6 +140,11 @@ def test_outliers():
     assert outliers(values).nonzero()[:, 0].tolist() == [4, 9]
     local, summary = informed_tokens(values, values, 0.25)
     assert summary.sum() == 2 and local.sum() == 3
+    # quartiles 1 and 2: the line is drawn 1.5 of their distance above the upper one, at 3.5, and what lies on it is none
+    values = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    for value, out in ((3.3, False), (3.5, False), (3.51, True), (4.0, True)):
+        values[8] = value
+        assert bool(outliers(values)[8]) is out, value
 
 
 # -- from patches to tokens ------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
-from reattend.interventions import ReattendError, UnsupportedError
+from reattend.hooks.plan import Fusion
+from reattend.interventions import Clock, ReattendError, TokenMap, UnsupportedError
 from reattend.interventions.logits import anchored
 from reattend.recipes import load_recipe, recipe, save_recipe
 from tiny_language import language_model, tokenizer
@@ -21,8 +22,36 @@ LOGITS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
 def test_golden_logits_of_the_official_code(name):
     data, facts = golden_file("spa", name)
     full, hidden, wanted = (data[f"scores_{kind}"] for kind in ("full", "masked", "out"))
-    found = anchored(full, hidden, float(facts["strength"]), facts["modulated_by_prob"] == "True")
+    chosen = recipe("spa", text="x", strength=float(facts["strength"]), modulated=facts["modulated_by_prob"] == "True")
+    found = fused_logits(chosen, full, hidden)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def fused_logits(chosen, full, hidden):
+    """What the recipe makes of the logits [B, V] with and without the passages."""
+    told = {"rows": torch.ones(len(full), dtype=torch.bool)}
+    step = Fusion(full[:, None], [hidden[:, None]], Clock("decode"), TokenMap(len(full), 4, 4), told)
+    return chosen.fuse(step)[:, 0]
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("strength", [-50.0, -1.5, -1.0, -0.5, 0.3, 0.9, 1.0, 1.1, 2.0, 20.0])
+def test_the_formula_at_every_strength(strength, modulated):
+    """By hand: between -1 and 1 the change of every token counts in full, beyond it in proportion to the token's probability."""
+    torch.manual_seed(0)
+    full, hidden = 3 * torch.randn(2, 3, 9)
+    full[0, 2] = -torch.inf
+    wanted = full.clone()
+    for row in range(3):
+        chance = [max(1e-6, float(p)) for p in full[row].softmax(0)]
+        for token in range(9):
+            change = (strength - 1) * float(full[row, token] - hidden[row, token])
+            if modulated and abs(strength) > 1:
+                change = max(-100.0, min(100.0, change * chance[token] / max(chance)))
+            wanted[row, token] = full[row, token] + max(-1000.0, min(1000.0, change))
+    wanted[0, 2] = -torch.inf
+    found = fused_logits(recipe("spa", text="x", strength=strength, modulated=modulated), full, hidden)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------

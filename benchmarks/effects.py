@@ -111,7 +111,7 @@ def highlighters(model: str, title: str, count: int) -> Section:
     metrics = {"highlight": ["followed", "on_top", "lead"]}
     paper = {
         "seka": "Qwen3-4B, share of CounterFact prompts that follow the marked fact 45.0 to 99.0; in the same table `emphasise` (PASTA) "
-        "97.2, `spa` 65.2, adaptive `seka` 98.9",
+        "97.2, `spa` 65.2, adaptive `seka` 98.9 (the official routing, whose numbers are not reproduced here: decisions.md)",
         "spotlight": "Qwen2.5-7B, IFEval by prompt 0.47 to 0.54",
         "instaboost": "matches or beats prompting and earlier steering of attention on 15 tasks (abstract)",
         "spa": "as summarised by others, six code models, Pass@1 up to 12.9 % higher",

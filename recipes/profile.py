@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +42,8 @@ class Profile:
         except (TypeError, ValueError, RecursionError) as error:
             raise ReattendError(f"model and facts of a profile must be JSON values: {error}") from None
         with writing(path, "path"):
-            held = {k: v.detach().contiguous().cpu() for k, v in self.tensors.items()}
+            # copies, since tensors that share memory cannot be written
+            held = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in self.tensors.items()}
             save_file(held, path, metadata={"format": FORMAT, "recipe": self.recipe, **told})
         return path
 

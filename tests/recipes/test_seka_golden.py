@@ -10,7 +10,6 @@ import reattend
 import torch
 import transformers
 from golden_files import golden_file
-from reattend.hooks import Plan, Project, attach, sites
 from reattend.hooks.spans import inside_range
 from reattend.interventions import ProjectKey
 from reattend.interventions.subspaces import KeyDistance, PairedKeys, Subspaces, expert_weights, mixed_projection
@@ -235,28 +234,57 @@ def seen_keys(model, layer):
     return seen
 
 
-def test_a_model_with_mixed_projections():
-    """The official mixture (of the first row's query, in a pass without mask) as fixed projections through the projection door."""
+def test_a_model_with_mixed_projections(tmp_path, monkeypatch):
+    """The adaptive recipe from a profile of the golden experts, asked with the official queries.
+
+    Those come from a pass of its own without a mask, of the first row for all, and a head that one expert knows nothing about weighs
+    all of them alike there and leaves that one out here: both are put in, everything else is the recipe's own.
+    """
     data, facts = golden("ada_model")
     model, real, marked = golden_model(data, facts), data["attention_mask"].bool(), data["mask"].bool()
-    experts, gain = Subspaces(data["U"], data["S"]), float(facts["gain"])
-    weights = expert_weights(data["query"], experts, int(facts["top_k"]))
+    layers, gain, top = data["layers"].tolist(), float(facts["gain"]), int(facts["top_k"])
     learned = ~data["U"].isnan().flatten(3).any(dim=3).any(dim=0)
     assert learned.sum() == 3 and (data["coefficients"][~learned] == 1 / 3).all()
-    torch.testing.assert_close(weights[learned], data["coefficients"][learned], atol=1e-5, rtol=0)
-    mixed = mixed_projection(weights, experts, int(facts["top_k"]))
-    torch.testing.assert_close(mixed[learned], data["P_dynamic"][learned], atol=1e-5, rtol=0)
-    edits = {
-        layer: ProjectKey(projection=data["P_dynamic"][i], strength=gain, rows=marked)
-        for i, layer in enumerate(data["layers"].tolist())
-    }
-    key = next(iter(edits.values())).on_key(data["key_in"].transpose(1, 2))
-    torch.testing.assert_close(key.transpose(1, 2), data["key_out"], atol=1e-5, rtol=0)
-    chosen = sites(model).only(list(edits))
-    step = Project(chosen, lambda seen: edits[seen.site.layer] if seen.clock.phase != "decode" else None)
+    tensors = {}
+    for i, layer in enumerate(layers):
+        for kind in ("relevant", "irrelevant"):
+            tensors |= {f"{layer}.{kind}.vectors": data["U"][1, i], f"{layer}.{kind}.values": data["S"][1, i]}
+        tensors |= {f"{layer}.experts.vectors": data["U"][:, i], f"{layer}.experts.values": data["S"][:, i].nan_to_num(0.0)}
+        tensors[f"{layer}.experts.mean_distance"] = torch.ones(data["S"].shape[0], data["S"].shape[2])
+    path = Profile("seka", fingerprint(model), tensors).save(tmp_path / "experts.safetensors")
+    official, mixed = {}, []
+
+    def asked(seen):
+        official["layer"] = layers.index(seen.site.layer)
+        return data["query"][official["layer"]].expand(len(marked), -1, -1)
+
+    def weights_of(query, experts, *rest):
+        found, i = expert_weights(query, experts, *rest), official["layer"]
+        torch.testing.assert_close(
+            found[:, learned[i]], data["coefficients"][i][learned[i]].expand(len(marked), -1, -1), atol=1e-5, rtol=0
+        )
+        return torch.where(learned[i][:, None], found, data["coefficients"][i])
+
+    def mixed_of(weights, experts, top):
+        made = mixed_projection(weights, experts, top)
+        mixed.append((official["layer"], made))
+        return made
+
+    for name, stand_in in (("last_queries", asked), ("expert_weights", weights_of), ("mixed_projection", mixed_of)):
+        monkeypatch.setattr(f"reattend.recipes.seka.{name}", stand_in)
+    ranges = [[(place - int((~r).sum()),) * 2 for place in m.nonzero()[:, 0].tolist()] for m, r in zip(marked, real)]
+    ranges = [[(start, start + 1) for start, _ in row] for row in ranges]
     x = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"]}
-    with attach(model, [Plan("seka", [step])]) as session:
+    settings = dict(adaptive=True, gain=gain, top_k=top, layers=layers, ranges=ranges, profile_path=str(path))
+    with reattend.apply(model, "seka", **settings) as session:
         torch.testing.assert_close(model(**x).logits[real], data["logits_steered"][real], atol=1e-4, rtol=0)
-        assert session.applied == 2
+        assert session.applied == 2 and len(mixed) == 2
+        for i, made in mixed:
+            wanted = data["P_dynamic"][i].expand_as(made)
+            torch.testing.assert_close(made[:, learned[i]], wanted[:, learned[i]], atol=1e-5, rtol=0)
+        edit = ProjectKey(projection=mixed[0][1], strength=gain, rows=marked)
+        key = edit.on_key(data["key_in"].transpose(1, 2)).transpose(1, 2)
+        torch.testing.assert_close(key, data["key_out"], atol=1e-5, rtol=0)
         count = data["generated_steered"].shape[1] - x["input_ids"].shape[1]
         assert torch.equal(model.generate(**x, max_new_tokens=count, do_sample=False), data["generated_steered"])
+    assert (data["logits_steered"] - data["logits_plain"])[real].abs().max() > 0.1

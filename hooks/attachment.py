@@ -20,6 +20,7 @@ from .plan import Exit, Observe, Project, ReadProjection
 from .sequence import SequenceTracker
 from .site_table import SiteTable
 from .token_exit import exit_conflict, install_exit
+from .unserved import unserved
 
 if TYPE_CHECKING:
     from .session import Mark, Session
@@ -54,6 +55,9 @@ class Attachment:
         """Puts a session to work. Where this raises, `discard` takes away what is there of it."""
         if session.probes and self.tracker.root is None:
             raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
+        misfit = unserved(session.plans, self.tracker.root)
+        if misfit:
+            raise UnsupportedError(misfit)
         fusing = [plan for plan, *_ in (*session.branches, *session.lookaheads)]
         misfit = branch_misfit(self.tracker.root) if fusing else ""
         if misfit:

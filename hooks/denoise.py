@@ -117,6 +117,11 @@ class DenoiserDoor:
                 f"guide {guides[0].name!r}: which rows of this batch of {type(denoiser).__name__} are conditional is not known; "
                 "say it around the call: with reattend.rows(...)"
             )
+        if guides and running is not None and getattr(running.pipeline, "do_perturbed_attention_guidance", False):
+            raise UnsupportedError(
+                f"guide {guides[0].name!r}: {type(running.pipeline).__name__} puts a perturbed part of its own into the batch and counts "
+                "rows to find it, so there can be no others: call it with pag_scale=0, or use the pipeline without PAG"
+            )
         if guides and bool(branches["conditional"].any() if "conditional" in branches else False):
             if run.unshifted:
                 raise ReattendError(

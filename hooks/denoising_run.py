@@ -185,7 +185,9 @@ def _changes(values: list[float]) -> list[float]:
 
 def _advance_loop(run: Run | None, timestep: float | None, schedulers: Sequence[Any]) -> Run:
     """The run of a loop of the user's own: a new one where the timestep turns back, or begins a schedule again."""
-    schedules = [t for t in (getattr(s, "timesteps", None) for s in schedulers) if isinstance(t, Tensor) and t.numel()]
+    # a scheduler that was given no number of steps yet holds all the timesteps of training
+    ready = [s for s in schedulers if getattr(s, "num_inference_steps", None) is not None]
+    schedules = [t for t in (getattr(s, "timesteps", None) for s in ready) if isinstance(t, Tensor) and t.numel()]
     if run is None or (run.schedule is not None and not any(run.schedule is schedule for schedule in schedules)):
         return _loop_run(timestep, schedules)
     if timestep == run.timestep or timestep is None or run.timestep is None:

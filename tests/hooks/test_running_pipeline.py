@@ -23,7 +23,7 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
 from reattend.hooks import Act, Plan, attach
 from reattend.hooks.denoising_run import place
-from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning
+from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError
 from torch import Tensor
 
 GUIDANCE = 4.0
@@ -89,7 +89,7 @@ def perturbed(pipe: Any) -> tuple[Any, dict[str, Any]]:
 # -- pipelines made from the components of another one -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [img2img, inpaint, controlled, perturbed])
+@pytest.mark.parametrize("other", [img2img, inpaint, controlled])
 @pytest.mark.parametrize(("guidance", "before"), [(GUIDANCE, 1.0), (1.0, GUIDANCE)])
 def test_the_facts_of_the_pipeline_that_runs(
     other: Callable[[Any], tuple[Any, dict[str, Any]]], guidance: float, before: float
@@ -131,6 +131,24 @@ def noting(pipe: Any, seen: Seen) -> Any:
 
 
 HALVES = ("unconditional", "conditional")
+
+
+def test_a_pipeline_with_a_perturbed_part_of_its_own() -> None:
+    pipe, seen = tiny_pipelines.stable_diffusion(), []
+    second, call = perturbed(pipe)
+    with noting(pipe, seen):
+        draw(second, **call, num_inference_steps=1)
+        draw(second, **call, num_inference_steps=1, guidance_scale=1.0)
+        draw(pipe, num_inference_steps=1)
+    assert seen == [(0, 1, (*HALVES, "")), (0, 1, ("conditional", "")), (0, 1, HALVES)]
+    # its processors cut the batch into parts by themselves
+    for guidance in (GUIDANCE, 1.0):
+        with pytest.raises(UnsupportedError, match="pag_scale=0"), reattend.apply(pipe, "softpag", layers=[0]):
+            draw(second, **call, guidance_scale=guidance)
+    pipe = tiny_pipelines.stable_diffusion()  # after an error a PAG pipeline leaves its processors where they are
+    second, _ = perturbed(pipe)
+    with reattend.apply(pipe, "softpag"):
+        assert torch.equal(draw(second, pag_scale=0.0), draw(pipe))
 
 
 def test_a_scheduler_that_is_exchanged_or_copied() -> None:
@@ -222,11 +240,11 @@ class ModularPipeline:
     def __init__(self, unet: Any, guider: Any) -> None:
         self.unet, self.guider, self.scheduler = unet, guider, DDIMScheduler()
 
-    def __call__(self, calls: list[str], step: int, x: Tensor) -> None:
+    def __call__(self, calls: list[Tensor], step: int, x: Tensor) -> None:
         self.guider.set_state(step=step, num_inference_steps=10, timestep=None)
         for text in calls:
             self.guider._count_prepared += 1
-            self.unet(x, 900 - step, encoder_hidden_states=texts()[text])
+            self.unet(x, 900 - step, encoder_hidden_states=text)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +260,10 @@ class ModularPipeline:
 )
 def test_a_modular_pipelines_guider(guider: Any, calls: list[str], expected: list[str]) -> None:
     unet, seen = tiny_pipelines.stable_diffusion().unet, []
-    made = [texts()[name] for name in ("prompt_embeds", "negative_prompt_embeds")]
-    pipe = ModularPipeline(unet, guider)
-    by_name = dict(zip(("prompt_embeds", "negative_prompt_embeds"), made, strict=True))
-    globals_texts = lambda: by_name  # noqa: E731 - the same tensors at every call, as a pipeline passes them
-    with pytest.MonkeyPatch.context() as patch, noting(unet, seen), torch.no_grad():
-        patch.setitem(ModularPipeline.__call__.__globals__, "texts", globals_texts)
+    pipe, given = ModularPipeline(unet, guider), texts()
+    with noting(unet, seen), torch.no_grad():
         for step in (3, 4):
-            pipe(calls, step, torch.randn(1, 4, 8, 8))
+            pipe([given[name] for name in calls], step, torch.randn(1, 4, 8, 8))
     assert seen == [(step, 10, (name,)) for step in (3, 4) for name in expected]
 
 
@@ -318,7 +332,7 @@ def test_a_guide_refuses_halves_in_two_calls_that_nobody_tells(bare: bool, first
 
 def test_a_guide_refuses_the_unconditional_half_first() -> None:
     pipe = tiny_pipelines.stable_diffusion()
-    with reattend.apply(pipe, "softpag"), pytest.raises(ReattendError, match="call the conditional half first"):
+    with pytest.raises(ReattendError, match="call the conditional half first"), reattend.apply(pipe, "softpag"):
         loop(pipe, two_calls(pipe, "negative_prompt_embeds", told=True))
 
 

@@ -2,8 +2,8 @@
 
 Encoders run before the decoder, inside the model's pass or, under `generate`, before it. What is read inside a pass belongs to that
 pass and goes with it, also where it fails. What is read outside of one is kept for this thread until the prompt with the image tokens
-follows; of several runs (a preview, a call that failed) the last ones that fit the prompt are taken. Patches become tokens as each family does it: one to one, merged
-in blocks, tiles put together and cropped, windows out of order.
+follows; of several runs (a preview, a call that failed) the last ones that fit the prompt are taken. Patches become tokens as each
+family does it: one to one, merged in blocks, tiles put together and cropped, windows out of order.
 """
 
 from __future__ import annotations

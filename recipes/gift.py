@@ -13,8 +13,9 @@ official code (which has no beta) and 0 changes the image only.
 Ours: one map per batch row, over all of its images; newline features between image rows take no part; every occurrence of a repeated
 word counts (the code keeps the last); a question without any such word is read whole; a constant map changes nothing. Parts of speech
 need spaCy with en_core_web_sm, as the official code does; without them, words="auto" keeps every word that is not in our list of English
-function words. A later turn of a conversation, or a chunked prefill, has no probe: there the map is learned in passing, and layers in
-front of it follow from the next step on; a chunked prefill also changes the last row of each chunk behind the question's beginning (which is said).
+function words. A later turn of a conversation, or a chunked prefill, has no probe: there the map is learned in passing, and layers
+before it follow from the next step on; a chunked prefill also changes the last row of each chunk after the question's beginning
+(which is said).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ image weight, in the row as it was.
 Ours: sets per image or tile (the code takes the batch's first image for all); exactly the outliers (its rounding may lose one);
 `spatial_share` takes the tokens that all patches look at most (in the code these sums are all 1, so its choice is arbitrary); encoders
 without a class token (SigLIP, Qwen, Pixtral) are read as the mean of all patches' rows, which is an experiment; merged tokens get the
-sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too (which is said). The logits refinement that the
-official script adds is another method (PAI) and not part of this one.
+sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too (which is said). The logits
+refinement that the official script adds is another method (PAI) and not part of this one.
 """
 
 from __future__ import annotations

@@ -234,7 +234,8 @@ class Branch:
     that the branch has the columns and positions of the real pass at every step; else rows must be padded on the left and their
     positions [..., B, T] given. `later_attention_mask` [B, T]: the prompt's mask from the second pass on, if it is another.
     Each branch has a cache of its own, is edited by `steps` alone, and has gradients where the real pass has them. The logits of the
-    last position of every row leave the model fused, in every pass, so samplers, beams and processors see no others. Counted as "logits" under `label`.
+    last position of every row leave the model fused, in every pass, so samplers, beams and processors see no others. Counted as
+    "logits" under `label`.
     """
 
     inputs: Sequence[Callable[[Prompt], dict[str, Any] | None]]

@@ -191,7 +191,10 @@ def key_module(model: Any) -> Any:
 def enter(session: Session) -> None:
     """Puts a session to work on its model; the model's first one installs the hooks."""
     with lifecycle:
-        session.attachment = attachment_of(session.model)
+        key = id(key_module(session.model))
+        # the session knows it before anybody else does, so that it can always take it away again
+        session.attachment = _attachments.get(key) or Attachment(session.model)
+        _attachments[key] = session.attachment
         session.attachment.add(session)
     if session.isolated:
         _isolated.set((*_open_marks(), session.mark))

@@ -97,13 +97,13 @@ class InterfaceRoute:
                 self.modules[id(module)] = (site, vars(module), module.config)
 
     def _switch(self, site: Site, config: Any) -> None:
-        entry = _configs.get(id(config))
-        if entry is None:
-            entry = _configs[id(config)] = Switched(config, _original_name(site, config))
-        if self not in entry.users:
-            entry.users.append(self)
+        entry = _configs.get(id(config)) or Switched(config, _original_name(site, config))
+        # this route knows it before anybody else does, so that after an interrupt `uninstall` finds all of it
         if entry not in self.switched:
             self.switched.append(entry)
+        if self not in entry.users:
+            entry.users.append(self)
+        _configs[id(config)] = entry
         self._name(entry)
 
     def _name(self, entry: Switched) -> None:

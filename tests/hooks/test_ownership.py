@@ -64,7 +64,7 @@ def test_owners_act_in_the_order_in_which_their_sessions_began():
 
     def other(call):
         order.append("other")
-        return None if len(call.edits) else HeadGain(gain=0.1)
+        return HeadGain(gain=0.1)
 
     for outer_first in (True, False):
         order: list[str] = []
@@ -166,7 +166,7 @@ def test_a_switch_in_mid_pass_is_an_error():
 
 def test_attention_that_does_not_come_through_is_an_error(monkeypatch):
     model = tiny_llama()
-    with session_of(model):
+    with pytest.warns(ReattendWarning, match="never acted"), session_of(model):
         monkeypatch.setattr(LlamaAttention, "forward", lambda self, hidden_states, **_: (hidden_states, None))
         with pytest.raises(ReattendError, match="no attention of that stack came through"):
             logits(model)

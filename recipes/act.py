@@ -96,11 +96,12 @@ class ACT(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen, _ = decoder_sites(sites, self.slug)
         heads = by_layer(self.chosen_heads(sites) or ())
+        act = Act(chosen.only(list(heads)), functools.partial(self.calibrate, heads))
         if self.beta == 1:
-            return []
+            return [act]
         first = chosen.where(lambda s: s is chosen[0])
         whole = Probe([Capture(first, lambda call, edits: None)], lambda prompt: None, in_pieces=self.refuse_pieces)
-        return [whole, Act(chosen.only(list(heads)), functools.partial(self.calibrate, heads))]
+        return [whole, act]
 
     @staticmethod
     def refuse_pieces(prompt: Prompt) -> None:

@@ -11,7 +11,7 @@ import torch
 from golden_files import golden_file
 from reattend.hooks.caches import cache_name
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference_with_weights
-from reattend.interventions.calibration import column_statistics, hidden_sinks
+from reattend.interventions.calibration import column_statistics, hidden_sinks, learn_sinks
 from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.profile import cached_path, fingerprint
 from reattend.recipes.profiling.labelled_examples import built_in
@@ -241,31 +241,40 @@ def test_sinks_stay_those_of_the_prompt_while_generating():
     assert not torch.equal(steered, model.generate(ids, max_new_tokens=6, do_sample=False))
 
 
-def test_a_chunked_prefill_adds_up_its_chunks():
-    model, ids = tiny(), torch.randint(3, 64, (1, 24), generator=torch.Generator().manual_seed(5))
-    act = recipe("act", heads=[(2, 0), (2, 1), (2, 2), (2, 3)], beta=0.2)
+def test_parts_of_a_conversation_add_up():
+    torch.manual_seed(5)
+    query, key = (3 * torch.randn(1, 4, 24, 8) for _ in range(2))
     learned = {}
+    for name, cuts in {"whole": [24], "parts": [10, 18, 24]}.items():
+        known = None
+        for start, stop in zip([0, *cuts], cuts):
+            hidden = torch.ones(stop - start, stop, dtype=torch.bool).tril(start).logical_not()
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[None, None]
+            call = Call(query[:, :, start:stop], key[:, :, :stop], key[:, :, :stop], mask)
+            known = learn_sinks(call, [0, 1, 2, 3], known, threshold=0.1)
+        learned[name] = known
+    whole, parts = learned["whole"].statistics, learned["parts"].statistics
+    torch.testing.assert_close(whole.sums, parts.sums, atol=1e-5, rtol=1e-5)
+    assert torch.equal(whole.counts, parts.counts) and whole.rows == parts.rows == 24
+    assert torch.equal(learned["whole"].sinks, learned["parts"].sinks)
 
-    def watch(session):
-        store = next(iter(session.plans)).memory_key
-        from reattend.hooks.attachment import _attachments
 
-        return [s.memory[store] for a in _attachments.values() for s in a.tracker.by_cache.values()]
-
-    for name, cuts in {"whole": [24], "chunks": [10, 18, 24]}.items():
+@torch.no_grad()
+def test_a_prompt_in_pieces_is_refused():
+    """Its first rows would follow the sinks of a part of it. After an answer the next turn goes on."""
+    model, ids = tiny(), torch.randint(3, 64, (1, 24), generator=torch.Generator().manual_seed(5))
+    heads = [(2, 0), (2, 1), (2, 2), (2, 3)]
+    ran = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with reattend.apply(model, "act", heads=heads, beta=0.2) as session:
+        with pytest.raises(ReattendError, match="prefill_chunk_size=None"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, prefill_chunk_size=10)
+        assert len(ran) == 1, "refused before the second piece runs"
         cache = DynamicCache(config=model.config)
-        with reattend.apply(model, act) as session:
-            for start, stop in zip([0, *cuts], cuts):
-                model(ids[:, start:stop], **{cache_name(model): cache})
-            learned[name] = next(iter(watch(session)[0].values()))
-            assert session.applied
-            after = model(ids[:, :1], **{cache_name(model): cache}).logits
-            assert after.isfinite().all()
-    # layer 2 is the first one edited: its inputs are the same, so sums and counts must be
-    whole, chunks = learned["whole"].statistics, learned["chunks"].statistics
-    torch.testing.assert_close(whole.sums, chunks.sums, atol=1e-5, rtol=1e-5)
-    assert torch.equal(whole.counts, chunks.counts) and whole.rows == chunks.rows == 24
-    assert torch.equal(learned["whole"].sinks, learned["chunks"].sinks)
+        for start, stop in ((0, 10), (10, 11), (11, 24)):
+            logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits
+        assert logits.isfinite().all() and session.applied
+    handle.remove()
 
 
 def test_which_heads_and_what_is_refused(tmp_path):

@@ -16,6 +16,9 @@ from reattend.recipes import Profile, recipe_class
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+# what is said of prompts in pieces is tested in test_chunked_prompts.py
+pytestmark = pytest.mark.filterwarnings("ignore:.*this prompt comes in pieces")
+
 MERGED = {"saliency_layers": [1], "enhance_layers": [1, 3]}
 PROBED = {"saliency_layers": [0, 2], "enhance_layers": [0, 1, 3]}
 # an edit of the last layer alone leaves keys and values as they are: such runs can be compared with others that see the prompt otherwise

@@ -15,6 +15,9 @@ from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, U
 from reattend.interventions.logits import contrasted
 from reattend.recipes import load_recipe, recipe, save_recipe
 
+# what is said of prompts in pieces is tested in test_chunked_prompts.py
+pytestmark = pytest.mark.filterwarnings("ignore:.*this prompt comes in pieces")
+
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
 FAMILIES = [
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",

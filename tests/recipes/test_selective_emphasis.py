@@ -32,6 +32,9 @@ from reattend.interventions import (
 from reattend.interventions.visual_tokens import informed_tokens, outliers
 from reattend.recipes import recipe
 
+# what is said of prompts in pieces is tested in test_chunked_prompts.py
+pytestmark = pytest.mark.filterwarnings("ignore:.*this prompt comes in pieces")
+
 FAMILIES = [
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3",
     "paligemma", "pixtral", "mistral3",

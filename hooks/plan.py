@@ -235,7 +235,7 @@ class Branch:
     positions [..., B, T] given. `later_attention_mask` [B, T]: the prompt's mask from the second pass on, if it is another.
     Each branch has a cache of its own, is edited by `steps` alone, and has gradients where the real pass has them. The logits of the
     last position of every row leave the model fused, in every pass, so samplers, beams and processors see no others. Counted as
-    "logits" under `label`.
+    "logits" under `label`. A further part of the prompt that would need a branch after the first did not is refused.
     """
 
     inputs: Sequence[Callable[[Prompt], dict[str, Any] | None]]

@@ -10,6 +10,9 @@ from ..hooks import Capture, Probe, Prompt, SiteTable
 from ..hooks.images import CROSS_ATTENTION, RESAMPLED
 from ..interventions import ReattendWarning
 
+# What becomes of a prompt in pieces under methods that change its last row.
+EACH_LAST_ROW = "the last row of each piece was changed like that of the whole"
+
 
 def image_misfit(table: SiteTable, slug: str) -> str:
     """Why a recipe that reads or changes the weights between text and image tokens does not fit a model; "" where it does."""

@@ -29,7 +29,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.logits import at_least_float, contrasted
 from ..interventions.reweighting import marked_columns, shared_by_layers
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
+from .image_models import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 
 
 class PAI(Recipe):
@@ -82,11 +82,7 @@ class PAI(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         steps: list[Step] = []
         if self.alpha != 0:
-            steps.append(
-                images_told(
-                    sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)
-                )
-            )
+            steps.append(images_told(sites, pieces_told(self.slug, EACH_LAST_ROW, image_before)))
             steps.append(Act(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))

@@ -10,8 +10,8 @@ image weight, in the row as it was.
 Ours: sets per image or tile (the code takes the batch's first image for all); exactly the outliers (its rounding may lose one);
 `spatial_share` takes the tokens that all patches look at most (in the code these sums are all 1, so its choice is arbitrary); encoders
 without a class token (SigLIP, Qwen, Pixtral) are read as the mean of all patches' rows, which is an experiment; merged tokens get the
-sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too (which is said). The logits
-refinement that the official script adds is another method (PAI) and not part of this one.
+sum of their patches; in a prompt that is read in chunks the last row of each chunk is changed too (which is said). Videos
+are refused. The logits refinement that the official script adds is another method (PAI) and not part of this one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..interventions.gaze import focused_rows
 from ..interventions.reweighting import of_call, shared_by_layers
 from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
 from .base import Info, Recipe
-from .image_models import decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
+from .image_models import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 
 
 class SelectiveEmphasis(Recipe):
@@ -96,9 +96,7 @@ class SelectiveEmphasis(Recipe):
             readings["spatial"] = (first, lambda call, query: attention_received(call))
         patches = PatchReader(encoder, readings)
         return [
-            images_told(
-                sites, pieces_told(self.slug, "the last row of each piece was changed like that of the whole", image_before)
-            ),
+            images_told(sites, pieces_told(self.slug, EACH_LAST_ROW, image_before)),
             *patches.steps,
             Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
         ]

@@ -125,7 +125,10 @@ def test_next_tokens_are_tried_on_static_caches(recipes):
 def test_a_window_that_cannot_give_a_token_back_is_refused_before_the_pass():
     tiny = tiny_models.build("gemma3")
     inputs = tiny.inputs([[1, 50, "image", 5, 6, 7, 8, 9, 51]])
-    with reattend.apply(tiny.model, "opera", candidates=2) as session, pytest.raises(ReattendError, match="cannot give a tried token"):
+    with (
+        reattend.apply(tiny.model, "opera", candidates=2) as session,
+        pytest.raises(ReattendError, match="cannot give a tried token"),
+    ):
         tiny.model.generate(**inputs, max_new_tokens=12, cache_implementation="static", disable_compile=True)
     assert session.applied == 0
 
@@ -241,7 +244,9 @@ def test_what_a_probe_reads_has_gradients_too():
     def read(call, edits):
         call.memory["gain"] = call.query.mean().sigmoid()
 
-    plan = Plan("probe", [Probe([Capture(site, read)]), Act(site, lambda call: HeadGain(gain=call.memory["gain"] * torch.ones(4)))])
+    plan = Plan(
+        "probe", [Probe([Capture(site, read)]), Act(site, lambda call: HeadGain(gain=call.memory["gain"] * torch.ones(4)))]
+    )
     ids = torch.tensor([[1, 8, 4, 21, 6, 17, 90]])
     with attach(model, [plan]):
         told, true = slopes(model, lambda: model(ids).logits[0, -1, :9].sum())

@@ -68,7 +68,13 @@ def test_never_other_numbers_without_a_word(method, family):
 
 @pytest.mark.parametrize(
     ("method", "prompts", "told"),
-    [("pai", ONE, True), ("pai", [[1, 50, 5, 6, 7, 8, 9, 12, 13, 51]], False), ("var", ONE, False), ("var", TWO, True), ("cmai", TWO, False)],
+    [
+        ("pai", ONE, True),
+        ("pai", [[1, 50, 5, 6, 7, 8, 9, 12, 13, 51]], False),
+        ("var", ONE, False),
+        ("var", TWO, True),
+        ("cmai", TWO, False),
+    ],
 )
 def test_it_is_said_where_it_is_so(method, prompts, told):
     tiny = tiny_models.build("llava")

@@ -89,7 +89,9 @@ class Side:
         if count and not records:
             fixed = next((f"a {type(x).__name__}" for x in self.cache.layers if outgrown(x)), "")
             if fixed:
-                raise ReattendError(f"a branch cannot take tokens back from {fixed} beyond its window: decode without drafts")
+                raise ReattendError(
+                    f"a branch cannot take tokens back from {fixed}, which has dropped what came before: decode without drafts"
+                )
         # layers that keep more than their window for this purpose cut themselves to size, also where nothing is taken back
         if count or records:
             self.cache.crop(-count)
@@ -148,8 +150,10 @@ def records_past(cache: Any) -> bool:
 
 def outgrown(layer: Any) -> bool:
     """Whether a layer of a cache has dropped tokens that it would need if the last ones were taken back."""
+    if getattr(layer, "record_past", True):
+        return False  # it keeps all of them, or is told to
     window = getattr(layer, "sliding_window", None)
-    return window is not None and not getattr(layer, "record_past", False) and layer.get_seq_length() >= window
+    return window is None or layer.get_seq_length() >= window  # without a window: a state that sums up what came before
 
 
 def holds_on(layer: Any) -> bool:

@@ -174,6 +174,20 @@ def newest(folder: Path, torch: str | None, limit: int) -> int:
     return 1 if found["failed"] else 0
 
 
+def keep(label: str, found: dict) -> None:
+    """Writes a run into the record, in the order of `recorded`, and the page anew."""
+    record = json.loads(support_page.VERSIONS.read_text(encoding="utf-8")) if support_page.VERSIONS.exists() else {}
+    record[label] = found
+    order = [label_of(environment) for environment in recorded()]
+    record = {name: record[name] for name in order if name in record}
+    support_page.VERSIONS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    support_page.write()
+
+
+def label_of(environment: Environment) -> str:
+    return f"{environment.name}, Python {environment.python}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["floors", "newest"])
@@ -184,19 +198,17 @@ def main() -> int:
     given = parser.parse_args()
     if given.what == "newest":
         return newest((given.folder or ROOT / ".venv-newest").resolve(), given.torch, given.limit)
-    record = json.loads(support_page.VERSIONS.read_text(encoding="utf-8")) if support_page.VERSIONS.exists() else {}
     failed = False
     for environment in recorded():
-        label = f"{environment.name}, Python {environment.python}"
+        label = label_of(environment)
         if given.only and not {environment.name, environment.python} & set(given.only):
             continue
         folder = (given.folder or ROOT / ".venv-floors").resolve() / label.replace(", ", "-").replace(" ", "-")
         print(f"{label}: {folder}", flush=True)
-        record[label] = found = test(make(environment, folder), folder, given.limit)
+        found = test(make(environment, folder), folder, given.limit)
         failed = failed or bool(found["failed"])
         print(f"{label}: {found['passed']} tests passed, failed: {found['failed'] or 'none'}", flush=True)
-        support_page.VERSIONS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        support_page.write()
+        keep(label, found)
     return 1 if failed else 0
 
 

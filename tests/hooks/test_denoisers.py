@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import reattend
+import tiny_pipelines
 import torch
-from reattend.hooks import Act, Plan, attach
+from reattend.hooks import Act, Branch, Exit, Lookahead, Observe, Plan, Probe, Spans, attach
+from reattend.hooks.question import Question
+from reattend.hooks.segments import Segments
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
 from tiny_denoisers import DENOISERS, TEXT, build, unet
 from torch import Tensor, nn
@@ -284,3 +287,33 @@ def test_processors_that_bypass_sdpa_are_reported(kind: str) -> None:
     table = reattend.sites(model)
     assert len(table) == len(table.problems) == 8
     assert all(kind in (s.problem or "") and "never calls torch's SDPA" in (s.problem or "") for s in table)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: Spans("s", texts=[["a fox"]]),
+        lambda t: Segments("s", texts=[["a", "b"]]),
+        lambda t: Question("s"),
+        lambda t: Exit(t[:1], ["image"]),
+        lambda t: Branch([lambda prompt: None], lambda fusion: fusion.logits),
+        lambda t: Lookahead(2, t[:1], lambda call: call.query, lambda trials: trials.logits),
+        lambda t: Probe([Observe(t[:1], lambda seen: None)]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["denoiser", "pipeline", "image encoder"])
+def test_steps_that_need_a_prompt_are_refused_where_none_is_read(make: Any, kind: str) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if kind == "image encoder":
+        config = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        )
+        model: Any = CLIPVisionModel(config).eval()
+    else:
+        model = build("SD3Transformer2DModel")[0] if kind == "denoiser" else tiny_pipelines.stable_diffusion()
+    step = make(reattend.sites(model))
+    with pytest.raises(ReattendError, match="reads no tokens|needs a model that reads tokens"):
+        attach(model, [Plan("text", [step])])
+    parts = [model] if isinstance(model, nn.Module) else [model.unet]
+    assert not any(m._forward_pre_hooks for part in parts for m in part.modules())

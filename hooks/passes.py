@@ -31,6 +31,8 @@ class Sequence:
     pieces: list[Tensor]
     # the sessions whose passages have been looked for in it
     sessions: list[Session] = field(default_factory=list)
+    # the sessions of the last pass
+    current: list[Session] = field(default_factory=list)
     step: int = -1
     memory: dict[object, Memory] = field(default_factory=dict)
     # the call of generate that read it last, and how many tokens there were before it
@@ -98,8 +100,8 @@ class Sequence:
         """The same for a copy of its cache, as far as that reaches: the two go on apart."""
         tokens = copy.copy(self.tokens)
         tokens.roles, tokens.images = dict(tokens.roles), list(tokens.images)
-        memory = {key: store.fork() for key, store in self.memory.items()}
-        other = Sequence(tokens, list(self.pieces), list(self.sessions), self.step, memory, shuffled=self.shuffled)
+        memory = {key: store.fork({id(self.tokens): tokens}) for key, store in self.memory.items()}
+        other = Sequence(tokens, list(self.pieces), list(self.sessions), step=self.step, memory=memory, shuffled=self.shuffled)
         if length < tokens.length:
             other.crop(length)
         return other
@@ -112,7 +114,7 @@ class Sequence:
         tokens.roles = {role: marked.repeat_interleave(times, dim=0) for role, marked in old.roles.items()}
         tokens.images = [type(g)(g.row * times + k, g.index) for g in old.images for k in range(times)]
         pieces = [piece.repeat_interleave(times, dim=0) for piece in self.pieces]
-        return Sequence(tokens, pieces, list(self.sessions), self.step, {}, shuffled=self.shuffled)
+        return Sequence(tokens, pieces, list(self.sessions), step=self.step, shuffled=self.shuffled)
 
 
 @dataclass

@@ -141,7 +141,7 @@ class SequenceTracker:
         cache = cache_in(given)
         past = cache_length(cache)
         known = self._known(cache, past, batch)
-        if known is not None and width == 1:
+        if known is not None and width == 1 and past >= known.planned:
             who, drafts = NOBODY, 0
         else:
             who = caller(given, width)
@@ -199,7 +199,7 @@ class SequenceTracker:
             self._extend(known, ids, mask, past, width, drafts, who, given, sessions)
             clock = Clock("prefill")
         else:
-            if known.sessions != sessions:
+            if known.current != sessions:
                 self._join(known, sessions)
             known.step += 1
             if cache is None and width > 1 and ids is not None:
@@ -243,6 +243,7 @@ class SequenceTracker:
         if new:
             add_text_roles(known.tokens, known.ids(known.tokens.prompt_length, "cpu"), new)
             known.sessions = [*known.sessions, *new]
+        known.current = sessions
 
     @functools.cached_property
     def _virtual_tokens(self) -> int:
@@ -283,7 +284,11 @@ class SequenceTracker:
 
     def _copied(self, cache: Any, past: int, batch: int) -> Sequence | None:
         """What is known of the cache of which this one is a copy, for the copy to go on with."""
-        for other, sequence in list(self.by_cache.items()):
+        for reference in self.by_cache.keyrefs():
+            other = reference()
+            sequence = None if other is None else self.by_cache.get(other)
+            if sequence is None:
+                continue
             tokens = sequence.tokens
             long_enough = tokens.length >= past and tokens.batch in (batch, 1) and cache_length(other) >= past
             if long_enough and same_content(cache, other, past):
@@ -335,7 +340,8 @@ class SequenceTracker:
 
     def forget(self, session: Session) -> None:
         """Drops all sequences that a session has read."""
-        mine = [cache for cache, sequence in list(self.by_cache.items()) if session in sequence.sessions]
+        alive = [cache for cache in (reference() for reference in self.by_cache.keyrefs()) if cache is not None]
+        mine = [cache for cache in alive if (known := self.by_cache.get(cache)) is not None and session in known.sessions]
         unfollow(mine)
         for cache in mine:
             self.by_cache.pop(cache, None)

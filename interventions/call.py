@@ -147,10 +147,13 @@ class Memory(dict):
         self.clear()
         self.update(left)
 
-    def fork(self) -> Memory:
-        """A store for a copy of the sequence: what changes as the sequence goes on (it has a method `move`) is copied."""
+    def fork(self, known: dict[int, Any]) -> Memory:
+        """A store for a copy of the sequence: what changes as the sequence goes on (it has a method `move`) is copied.
+
+        known: id of an object of the sequence -> that of its copy.
+        """
         other = Memory(self.since, self.lost)
-        other.update({key: _forked(value) for key, value in self.items()})
+        other.update({key: _forked(value, known) for key, value in self.items()})
         return other
 
 
@@ -161,14 +164,14 @@ def _cropped(value: Any, length: int) -> Any:
     return value.crop(length) if hasattr(value, "crop") else None
 
 
-def _forked(value: Any) -> Any:
+def _forked(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {key: _forked(inner) for key, inner in value.items()}
+        return {key: _forked(inner, known) for key, inner in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_forked, value))
-    return copy.deepcopy(value) if hasattr(value, "move") else value
+        return type(value)(_forked(inner, known) for inner in value)
+    return copy.deepcopy(value, dict(known)) if hasattr(value, "move") else value
 
 
 def require_whole(memory: Any, recipe: str) -> None:

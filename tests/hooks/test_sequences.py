@@ -178,6 +178,22 @@ def test_reset_forgets_and_the_next_pass_starts_anew(model):
     session.reset()  # after its end too
 
 
+def test_branches_of_a_copied_cache_go_on_with_the_copy(model):
+    from reattend.hooks.plan import Branch
+
+    def branch():
+        return Branch([lambda prompt: prompt.arguments], fuse=lambda fusion: 2 * fusion.logits - fusion.others[0])
+
+    with attach(model, [Plan("same", [branch()])]):
+        prefix = cache_of(run(model, CONTEXT, use_cache=True))
+        want = run(model, FIRST[:, :1], copy.deepcopy(prefix)).logits
+        again = run(model, FIRST[:, :1], prefix).logits
+    torch.testing.assert_close(want, again)
+    torch.testing.assert_close(
+        want[:, -1], run(model, torch.cat([CONTEXT, FIRST[:, :1]], 1)).logits[:, -1], atol=1e-4, rtol=1e-4
+    )
+
+
 # -- passes without a cache, drafts, chunks ------------------------------------------------------------------------------
 
 
@@ -253,7 +269,10 @@ def test_the_last_chunk_of_one_token_is_prompt(model):
     session, seen = watching(model)
     with session:
         answer(model, LONG[:, :13], prefill_chunk_size=6, count=2)
-    assert seen == [("prefill", 0, 6, 6), ("prefill", 0, 12, 12), ("prefill", 0, 13, 13), ("decode", 0, 13, 14)]
+        assert seen == [("prefill", 0, 6, 6), ("prefill", 0, 12, 12), ("prefill", 0, 13, 13), ("decode", 0, 13, 14)]
+        seen.clear()
+        answer(model, LONG[:, :4], prefill_chunk_size=1, count=2)
+    assert seen == [("prefill", 0, n, n) for n in range(1, 5)] + [("decode", 0, 4, 5)]
 
 
 # -- sessions that begin late --------------------------------------------------------------------------------------------

@@ -45,13 +45,14 @@ class Side:
             arguments["position_ids"] = given.get("position_ids")
         if count == 0:
             return arguments
-        if "input_ids" not in arguments:
+        if arguments.get("input_ids") is None:
             raise ReattendError("tokens after a prompt of embeddings need a cache: generate with use_cache=True")
         arguments["input_ids"] = torch.cat([arguments["input_ids"], ids.to(arguments["input_ids"])], dim=1)
         if self.mask is not None:
             arguments["attention_mask"] = pad(self.mask, (0, count), value=1)
         for name in PER_TOKEN:
-            known, real = arguments.get(name), given.get(name)
+            known: Any = arguments.get(name)
+            real = given.get(name)
             if isinstance(known, Tensor):
                 # what the real pass says of these tokens: a generated one may be of another type than the prompt's
                 more = real[:, -count:].to(known) if isinstance(real, Tensor) else known.new_zeros(len(known), count)

@@ -14,6 +14,7 @@ from ..hooks.discovery import original_of, pretrained_root, unwrapped_model
 from ..hooks.session import Session
 from ..hooks.spans import tokenizer_of
 from ..interventions import ReattendError
+from ..recipes import checks
 from .reading import Reader, Sample, Settings
 from .result import Analysis
 
@@ -47,6 +48,20 @@ def analyse(
     What recipes do is seen: `with reattend.apply(model, "act"): reattend.analyse(model)` measures the model under them. The n x n
     matrix is never held. Raises ReattendError for bad input before any forward runs.
     """
+    for name, value in (("epsilon", epsilon), ("absolute", absolute), ("ratio", ratio)):
+        checks.number(value, name)
+    checks.whole_number(skip_last, "skip_last")
+    checks.text(stack, "stack")
+    checks.tokenizer(tokenizer)
+    if length is not None:
+        checks.whole_number(length, "length")
+    if texts is not None and not isinstance(texts, (str, list, tuple)):
+        raise ReattendError(f"texts must be a text or a list of texts or (prompt, answer) pairs, got {checks.shown(texts)}")
+    for part in [texts] if isinstance(texts, str) else texts or ():
+        for piece in part if isinstance(part, (list, tuple)) else (part,):
+            checks.text(piece, "a text")
+    if inputs is not None and not isinstance(inputs, (Mapping, list, tuple)):
+        raise ReattendError(f"inputs must be a mapping of tensors, or a list of those, got {checks.shown(inputs)}")
     if not 0 < epsilon < 1:
         raise ReattendError(f"epsilon must lie between 0 and 1, got {epsilon}")
     if skip_last < 0 or absolute < 0 or ratio < 0:

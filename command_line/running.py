@@ -35,10 +35,11 @@ def run(
     """Run a model under recipes."""
     from PIL import Image as Pictures
 
-    from ..comparison.arguments import prepare, recipes_of, whole_number
+    from ..comparison.arguments import prepare, recipes_of
     from ..comparison.compare import progress_bar
     from ..comparison.inputs import job_for
     from ..recipes import apply
+    from ..recipes.checks import whole_number
     from ..recipes.files import check_output, writing
 
     chosen = recipes_of(recipe, set_)
@@ -88,7 +89,8 @@ def compare(
 ) -> None:
     """Run a model without and with recipes on the same input, and show what changed."""
     from ..comparison import compare as compare_
-    from ..comparison.arguments import prepare, recipes_of, whole_number
+    from ..comparison.arguments import prepare, recipes_of
+    from ..recipes.checks import whole_number
     from ..recipes.files import check_output
 
     seed = whole_number(seed, "--seed")

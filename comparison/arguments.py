@@ -9,19 +9,9 @@ from typing import Any
 
 from ..interventions import ReattendError
 from ..recipes import load_recipe, recipe
-from ..recipes.base import shown
+from ..recipes.checks import shown
 from ..recipes.files import read_picture, read_text, read_yaml
 from . import loading
-
-
-def whole_number(value: Any, what: str, least: int | None = None) -> int:
-    """The value, if it is an integer that fits into 64 bits. Raises ReattendError for anything else."""
-    plain = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    if not plain or (least is not None and value < least):
-        raise ReattendError(
-            f"{what} must be a whole number{'' if least is None else f' of at least {least}'}, got {shown(value)}"
-        )
-    return value
 
 
 def picture_of(image: Any) -> Any:

@@ -13,11 +13,10 @@ import torch
 from ..hooks import Session, capture, sites
 from ..hooks.discovery import original_of, pretrained_root
 from ..interventions import ReattendError
-from ..recipes import Recipe, apply, recipe_class
+from ..recipes import Recipe, apply, checks, recipe_class
 from ..recipes.apply import Choice, resolve
-from ..recipes.base import shown
 from ..recipes.registry import is_file_name
-from .arguments import picture_of, whole_number
+from .arguments import picture_of
 from .cost import Meter
 from .inputs import job_for
 from .job import Job, Tick
@@ -52,9 +51,12 @@ def compare(
     Each variant runs shortly for warming up and for the look at its attention, and then once timed. Raises ReattendError for bad
     input before anything runs.
     """
-    seed, image = whole_number(seed, "seed"), picture_of(image)
-    if title is not None and not isinstance(title, str):
-        raise ReattendError(f"title must be a text, got {shown(title)}")
+    checks.whole_number(seed, "seed")
+    checks.truth(attention, "attention")
+    checks.tokenizer(tokenizer)
+    if title is not None:
+        checks.text(title, "title")
+    image = picture_of(image)
     model = original_of(model)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)

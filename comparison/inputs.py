@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, UnsupportedError
+from ..recipes import checks
 from .job import Job
 from .predictions import PredictionJob
 from .text import TextJob
@@ -24,10 +25,8 @@ def job_for(
     asked = text if text is not None else prompt
     if isinstance(asked, str) and not asked.strip():
         raise ReattendError("the prompt is empty: give the text that both runs shall start from")
-    if isinstance(asked, str) and any("\ud800" <= letter <= "\udfff" for letter in asked):
-        raise ReattendError(
-            "the prompt holds half of a letter (a lone surrogate), which no tokenizer reads: decode it as UTF-8"
-        )
+    if isinstance(asked, str):
+        checks.text(asked, "the prompt")
     if isinstance(model, nn.Module):
         return _bare(model, asked, image, inputs, tokenizer, options, seed)
     if isinstance(getattr(model, "components", None), dict):

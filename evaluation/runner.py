@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ..comparison.arguments import whole_number
 from ..comparison.compare import environment
 from ..hooks import sites
 from ..hooks.discovery import components
 from ..interventions import ReattendError
+from ..recipes.checks import text, whole_number
+from ..recipes.checks import tokenizer as usable_tokenizer
 from .answers import Book, batch_key, model_key
 from .metrics.intervals import Resamples
 from .processes import Team
@@ -82,6 +83,8 @@ def evaluate(
     for what, value in (("count", count), ("resamples", resamples), ("batch", 1 if batch is None else batch)):
         whole_number(value, what, least=1)
     whole_number(seed, "seed")
+    text(name, "name")
+    usable_tokenizer(tokenizer)
     folder = None if out is None else output_folder(out)
     asked, variants = suites_of(suites), variants_of(recipes)
     subject, team = Subject(model, tokenizer), Team.current()

@@ -13,7 +13,7 @@ from typing import Any
 from ..interventions import ReattendError
 from ..recipes import Recipe
 from ..recipes.apply import Choice
-from ..recipes.base import shown
+from ..recipes.checks import shown
 from ..recipes.files import read_yaml
 from ..recipes.registry import is_file_name, made, read_choice
 from .suites import Suite, suite

@@ -9,6 +9,8 @@ from typing import Any
 from ..hooks import Act, Capture, Exit, Plan, Session, attach, running, sites
 from ..interventions import ReattendError, UnsupportedError
 from .base import Recipe
+from .checks import tokenizer as checked_tokenizer
+from .checks import truth
 from .registry import is_file_name, made, read_choice, registry
 
 Choice = str | Recipe | Path | dict | tuple[str, dict[str, Any]]
@@ -39,6 +41,8 @@ def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any =
     tokens by text (a pipeline brings its own). Raises ReattendError before anything runs: unknown recipe, bad parameter,
     a model that a recipe does not fit (with the site and the reason), or a recipe that another one leaves nothing to act on.
     """
+    truth(isolated, "isolated")
+    checked_tokenizer(tokenizer)
     chosen = resolve(recipes, parameters)
     table = sites(model)
     plans = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from ..hooks import SiteTable, Support, running, sites
 from ..hooks.plan import Step
 from ..interventions import ReattendError
+from .checks import shown
 from .contents import Contents
 from .profile import Profile
 
@@ -147,16 +147,6 @@ def _too_much(value: Any, depth: int = 0) -> str:
         return f"must not be nested {DEEPEST} deep"
     items = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
     return next(filter(None, (_too_much(item, depth + 1) for item in items)), "")
-
-
-def shown(value: Any) -> str:
-    """A value as it was given, cut short where it is long."""
-    return _repr.repr(value)
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 100
-_repr.maxlong = 40
 
 
 def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:

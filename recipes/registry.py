@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from ..interventions import ReattendError
-from .base import Info, Recipe, shown
+from .base import Info, Recipe
+from .checks import shown
 from .files import check_output, read_text, read_yaml, writing
 
 

@@ -15,7 +15,8 @@ import torch
 from ...hooks import Plan, SiteTable, attach
 from ...hooks.spans import tokenizer_of
 from ...interventions import ReattendError
-from ..base import Recipe, profiled_sites, shown
+from ..base import Recipe, profiled_sites
+from ..checks import shown
 from ..head_choice import Head, by_layer, ranked
 from ..profile import Profile, table_fingerprint
 from .choices import Batch, Choice, batches_of, lead_of, read_choices

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...interventions import ReattendError
-from ..base import shown
+from ..checks import shown
 from ..files import read_json, read_text
 
 

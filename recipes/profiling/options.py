@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ...interventions import ReattendError
-from ..base import LARGEST, shown
+from ..base import LARGEST
+from ..checks import shown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 WORDS = {

@@ -20,7 +20,8 @@ from ...hooks.transcript import Offsets, read
 from ...interventions import Call, ReattendError
 from ...interventions.gaze import row_shares
 from ...interventions.subspaces import KeyDistance, PairedKeys
-from ..base import profiled_sites, shown
+from ..base import profiled_sites
+from ..checks import shown
 from ..profile import Profile, fingerprint
 from .files import content_of, list_of
 from .options import checked

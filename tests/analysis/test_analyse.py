@@ -315,3 +315,22 @@ def test_known_values_of_smollm2():
     with reattend.apply(model, SinkDown(factor=2.0)):
         weaker = reattend.analyse(model, tokenizer=words)
     assert weaker.sink_rate() < found.sink_rate() - 5
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"texts": 3}, "texts must be a text or a list"),
+        ({"texts": ["a", 3]}, "a text must be a text, got 3"),
+        ({"inputs": 3}, "inputs must be a mapping"),
+        ({"tokenizer": 3}, "tokenizer must be"),
+        ({"length": "x"}, "length must be a whole number"),
+        ({"epsilon": "x"}, "epsilon must be a number"),
+        ({"ratio": float("nan")}, "ratio must be a number, got NaN"),
+        ({"skip_last": 1.5}, "skip_last must be a whole number"),
+        ({"stack": None}, "stack must be a text"),
+    ],
+)
+def test_arguments_of_another_kind(options, words):
+    with pytest.raises(reattend.ReattendError, match=words):
+        reattend.analyse(torch.nn.Linear(2, 2), **options)

@@ -190,7 +190,16 @@ def test_the_model_is_untouched_afterwards(text_pipe):
         ({"text": "a", "prompt": "b"}, "both name the input"),
         ({"text": 5}, "must be a string"),
         ({"text": "a dog", "window": 0}, "window"),
-        ({"text": "a dog", "image": "cat.png"}, "takes no picture"),
+        ({"text": "a dog", "image": "cat.png"}, "no image at 'cat.png'"),
+        ({"text": "a dog", "image": __file__}, "image: .* cannot be read as a picture"),
+        ({"text": "a dog", "image": 3}, "image must be a picture or the path of one, got 3"),
+        ({"text": "a dog", "image": Image.new("RGB", (4, 4))}, "takes no picture"),
+        ({"text": "a dog", "seed": [1]}, r"seed must be a whole number, got \[1\]"),
+        ({"text": "a dog", "seed": 10**30}, "seed must be a whole number"),
+        ({"text": "a dog", "title": 3}, "title must be a text"),
+        ({"text": "a dog", "attention": "no"}, "attention must be True or False"),
+        ({"text": "a dog", "tokenizer": 3}, "tokenizer must be the model's tokenizer"),
+        ({"text": "\ud800"}, "half of a letter"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(text_pipe, options, message, monkeypatch):

@@ -94,7 +94,13 @@ def make_edit(rng: random.Random, call: Call):
         "keybias": lambda: KeyBias(bias=torch.randn(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])) * rng.choice([1, 5]), **who),
         "scoregain": lambda: ScoreGain(gain=torch.rand(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])), **who),
         "pairbias": lambda: PairBias(bias=torch.randn(rng.choice([(t, n), (call.batch, h, t, n)])), **who),
-        "band": lambda: Keep(pattern=Band(rng.choice([0, 1, 3]), rng.choice([1, 4, 9]), dense_after=rng.choice([None, n // 2])), **who),
+        "band": lambda: Keep(
+            pattern=Band(
+                rng.choice([0, 1, 3]), rng.choice([1, 4, 9]), dense_after=rng.choice([None, n // 2, torch.randint(-3, n, (call.batch,))]),
+                dense_until=rng.choice([None, n // 2 + 2, torch.randint(0, n + 2, (call.batch,))]),
+            ),
+            **who,
+        ),
         "keep": lambda: Keep(pattern=torch.rand(t, n) > 0.5, **who),
         "gain": lambda: Gain(
             columns=some_columns(rng, call, h), factor=rng.choice([0.0, 0.1, 0.7, 3.0, torch.rand(call.batch, h, t)]),

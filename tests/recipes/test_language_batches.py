@@ -36,7 +36,7 @@ RECIPES = {
     "pine": dict(segments=SEGMENTS),
     "soft-injection": dict(),
     "streaming": dict(sinks=2, window=5),
-    "streaming, last rows": dict(sinks=1, window=4, last_rows=3, start_layer=1),
+    "streaming, last rows": dict(sinks=2, window=8, last_rows=4, start_layer=1),
     "mask": dict(mode="mask", heads=HEADS),
     "mask from the last row on": dict(mode="mask", heads=HEADS, where="last_row"),
     "sink_down": dict(mode="sink_down", heads=HEADS, strength=1.0),

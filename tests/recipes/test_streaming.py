@@ -87,6 +87,31 @@ def test_last_rows_of_the_prompt_see_everything():
     )
 
 
+def test_last_rows_are_the_prompts_own_wherever_padding_and_drafts_lie():
+    """Row 0 is padded on the right; the last two rows of the pass are no longer the prompt's."""
+    n, prompt, lengths = 30, 28, torch.tensor([[20], [28]])
+    real = torch.arange(n)[None] < lengths
+    padding = ~real[:, :prompt]
+    mask = (torch.ones(n, n, dtype=torch.bool).tril() & (real | (torch.arange(n) >= prompt))[:, None, :])[:, None]
+    tokens = TokenMap(2, prompt, n, {"padding": padding, "bos": (torch.arange(prompt) == 0).expand(2, -1)})
+    call = Call(*torch.randn(3, 2, 2, n, 8), mask=mask, tokens=tokens, clock=Clock("prefill"))
+    edits = edits_of(call, sinks=1, window=3, last_rows=4)
+    counts = (reference_with_weights(call, edits)[1] > 0).sum(-1)[:, 0]
+    assert counts[0, [15, 16, 19]].tolist() == [4, 17, 20] and counts[1, [23, 24, 27, 28]].tolist() == [4, 25, 28, 4]
+    shown = mask.any(dim=1).diagonal(dim1=1, dim2=2)[:, None, :, None]
+    torch.testing.assert_close(fused(call, edits) * shown, reference(call, edits) * shown, atol=1e-5, rtol=1e-5)
+
+
+def test_last_rows_of_a_prompt_in_pieces_are_refused():
+    model = llama()
+    ids = torch.randint(2, 60, (1, 20), generator=torch.Generator().manual_seed(0))
+    with (
+        reattend.apply(model, "streaming", sinks=1, window=3, last_rows=4),
+        pytest.raises(ReattendError, match="comes in pieces"),
+    ):
+        model.generate(ids, max_new_tokens=2, prefill_chunk_size=7)
+
+
 def test_long_calls_through_query_blocks_equal_the_reference():
     call = Call(torch.randn(1, 4, 700, 8), torch.randn(1, 2, 700, 8), torch.randn(1, 2, 700, 8), is_causal=True)
     edits = [Keep(pattern=Band(4, 100))]

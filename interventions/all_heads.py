@@ -59,7 +59,7 @@ def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple
 class _Part:
     """Heads with the same operands. All heads of a call are one part, unless edits of operands name some of them."""
 
-    heads: list[int]
+    heads: list[int]  # not read where the part is the whole call
     whole: bool
     operands: Operands
     sinks: Tensor | None
@@ -70,8 +70,9 @@ class _Part:
         if edit.heads is None:
             own = edit if self.whole else edit.at_heads(self.heads)
             return at_chosen(own, self.rows, getattr(own, method)(values, self.rows), values)
+        places: Sequence[int]
         if self.whole:
-            places, own = list(edit.heads), edit
+            places, own = edit.heads, edit
         else:
             named = [head for head in edit.heads if head in self.heads]
             if not named:
@@ -82,9 +83,11 @@ class _Part:
         rows, old = self._rows_of(own, places), values.index_select(1, index)
         return values.index_copy(1, index, at_chosen(own, rows, getattr(own, method)(old, rows), old))
 
-    def _rows_of(self, edit: Edit, places: list[int]) -> Rows:
+    def _rows_of(self, edit: Edit, places: Sequence[int]) -> Rows:
         rows = self.rows
-        visible = rows.visible if rows.visible is None or rows.visible.shape[1] == 1 else rows.visible[:, places]
+        places, visible = list(places), rows.visible
+        if visible is not None and visible.shape[1] > 1:
+            visible = visible[:, places]
         if isinstance(edit, SIZES_ONLY) or (isinstance(edit, Mix) and edit.target != "mean_query"):
             return rows if visible is rows.visible else replace(rows, visible=visible)
         times = rows.query.shape[1] // rows.key.shape[1]
@@ -107,6 +110,10 @@ class _Part:
 
 def _parts(call: Call, edits: Sequence[Edit]) -> list[_Part]:
     changes = [edit for edit in edits if isinstance(edit, OperandEdit)]
+    if not changes:
+        offset = call.num_keys - call.num_queries
+        x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=offset)
+        return [_Part([], True, x, call.sinks)]
     found = []
     for chosen, heads in group_heads(call.num_heads, changes).items():
         group = HeadGroup(call, heads, [changes[i] for i in chosen])
@@ -118,7 +125,7 @@ def _level(parts: list[_Part], level: type[Edit], method: str, edits: Sequence[E
     for edit in edits:
         if not isinstance(edit, level):
             continue
-        if edit.reads_heads and len(parts) > 1:
+        if len(parts) > 1 and edit.reads_heads:
             values = _across(parts, edit, method, values)
         else:
             values = [part.apply(edit, method, own) for part, own in zip(parts, values, strict=True)]

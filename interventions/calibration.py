@@ -178,4 +178,5 @@ def learn_sinks(
             limit = alpha / call.tokens.positions("prompt", 0, length, device).sum(dim=1).clamp_min(1)[:, None, None]
     sinks = hidden_sinks(found, limit, first, exempt_first_over, min_rows)
     keep = [i for i, has in enumerate(sinks.any(dim=2).any(dim=0).tolist()) if has]
-    return KnownSinks(found, [list(heads)[i] for i in keep], sinks[:, keep])
+    end = int(sinks.flatten(0, 1).any(dim=0).nonzero()[-1]) + 1 if keep else 0
+    return KnownSinks(found, [list(heads)[i] for i in keep], sinks[:, keep], end)

@@ -139,11 +139,14 @@ def hidden_sinks(
 
 @dataclass
 class KnownSinks:
-    """What a prompt taught about some heads of one site. heads: those with a sink. sinks: bool [B, heads, n], absolute positions."""
+    """What a prompt taught about some heads of one site. heads: those with a sink. sinks: bool [B, heads, n], absolute positions;
+    end: the position after the last of them.
+    """
 
     statistics: ColumnStatistics
     heads: list[int]
     sinks: Tensor
+    end: int
 
     def columns(self, call: Call) -> Tensor:
         """The sinks as key columns [B, heads, Tk] of a call. Tokens that came later are none."""

@@ -25,8 +25,9 @@ def prompt_bias(
     """Bias [B, Tk] for `KeyBias`: each term (role, b) adds b to the prompt's columns of that role; generated columns keep 0.
 
     Weights of the role are thus multiplied by exp(b) against those of generated tokens. free: roles whose columns keep 0 in the
-    end. rows_with: sequences without any token of this role get no bias at all. None where no column is biased, so that the call stays
-    untouched. The prompt is read once, kept in call.memory under `name`; see `shared_by_layers` for the rest.
+    end. rows_with: sequences without any token of this role get no bias at all. None where no column is biased, or all that the call
+    sees are biased alike, so that the call stays untouched. The prompt is read once, kept in call.memory under `name`; see
+    `shared_by_layers` for the rest.
     """
     tokens = call.tokens
     if tokens is None:
@@ -36,15 +37,16 @@ def prompt_bias(
     made_for = (tokens.prompt_length, call.query.device)
     if made_for not in store:
         whole = over_prompt(tokens, terms, free, rows_with)
-        store[made_for] = whole.to(call.query.device) if bool(whole.any()) else None
-    whole = store[made_for]
-    return None if whole is None else of_call(call, whole)
+        store[made_for] = (whole, whole.to(call.query.device)) if bool(whole.any()) else None
+    known = store[made_for]
+    return of_call(call, known[1]) if known is not None and tells_apart(call, known[0]) else None
 
 
-def marked_columns(call: Call, role: str, more: Sequence[str] = ()) -> Tensor | None:
+def marked_columns(call: Call, role: str, more: Sequence[str] = (), apart: bool = False) -> Tensor | None:
     """Bool [B, Tk]: columns of a role of the prompt, and of `more` roles in the sequences that have any of it; None without any.
 
-    The prompt is read once and kept in call.memory; see `shared_by_layers` for the rest.
+    apart: None also where the call sees all columns or none of them (see `tells_apart`). The prompt is read once and kept in
+    call.memory; see `shared_by_layers` for the rest.
     """
     tokens = call.tokens
     if tokens is None:
@@ -56,9 +58,29 @@ def marked_columns(call: Call, role: str, more: Sequence[str] = ()) -> Tensor | 
         there = tokens.anywhere(role)
         for other in more:
             whole = whole | (tokens.positions(other, 0, tokens.prompt_length) & there)
-        call.memory[key] = whole.to(call.query.device) if bool(whole.any()) else None
-    whole = call.memory[key]
-    return None if whole is None else of_call(call, whole)
+        call.memory[key] = (whole, whole.to(call.query.device)) if bool(whole.any()) else None
+    known = call.memory[key]
+    if known is None or (apart and not tells_apart(call, known[0])):
+        return None
+    return of_call(call, known[1])
+
+
+def tells_apart(call: Call, whole: Tensor) -> bool:
+    """Whether some row of the batch has different values on the columns that a call sees; what counts only against other columns (a
+    bias, a share of the row) changes nothing where it has not. whole: on the prompt, [B, prompt] on the CPU; 0 on generated tokens.
+    """
+    tokens = call.tokens
+    assert tokens is not None
+    if call.sinks is not None:
+        return True  # learned sinks are one more column, which no token is
+    start, stop = call.key_start, min(call.total, tokens.prompt_length)
+    if stop <= start:
+        return False  # a window has left the prompt behind
+    part, real = whole[:, start:stop], tokens.positions("prompt", start, stop)
+    if call.total > tokens.prompt_length:
+        return bool((part.bool() & real).any())
+    low, high = (part.to(torch.float32).masked_fill(~real, fill) for fill in (float("inf"), float("-inf")))
+    return bool((low.amin(dim=1) < high.amax(dim=1)).any())
 
 
 def of_call(call: Call, whole: Tensor) -> Tensor:

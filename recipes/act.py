@@ -149,8 +149,8 @@ class ACT(Recipe):
         if call.clock.phase != "decode":
             known = learn_sinks(call, heads[call.site.layer], known, **self.rule)
             call.memory[call.site.name] = known
-        if known is None or not known.heads:
-            return None
+        if known is None or not known.heads or call.key_start >= known.end:
+            return None  # no sink, or the window has left them behind
         return Transfer(heads=known.heads, src=known.columns(call), fraction=1 - self.beta)
 
     @classmethod

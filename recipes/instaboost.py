@@ -66,7 +66,7 @@ class InstABoost(Highlighter):
         assert call.site is not None
 
         def make() -> KeyBias | None:
-            columns = marked_columns(call, role, ("bos",) if self.first_token else ())
+            columns = marked_columns(call, role, ("bos",) if self.first_token else (), apart=True)
             return None if columns is None else KeyBias(bias=math.log(self.multiplier) * columns)
 
         edit = shared_by_layers(call, self.slug, make)

@@ -25,6 +25,7 @@ from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.heads import prompt_end
+from ..interventions.reweighting import shared_by_layers
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Numbers
 from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
@@ -146,7 +147,7 @@ class RetrievalHeads(Recipe):
             return scores_of_json(path)
         return ranked(head_scores(find_profile(self, path, sites)))
 
-    def intervene(self, make: Callable[[int, torch.device], Callable[..., Edit]], call: Call) -> Edit | None:
+    def intervene(self, make: Callable[[int, torch.device], Callable[..., Edit | None]], call: Call) -> Edit | None:
         """The mode's edit on the listed heads of this layer, in the rows that `where` names."""
         assert call.site is not None
         where = self.where
@@ -165,8 +166,8 @@ class RetrievalHeads(Recipe):
 
     def edit(
         self, weights: dict[Head, float], layers: dict[int, list[int]], layer: int, device: torch.device
-    ) -> Callable[[Call, Tensor | None], Edit]:
-        """A function (call, rows) -> Edit for the heads of one layer."""
+    ) -> Callable[[Call, Tensor | None], Edit | None]:
+        """A function (call, rows) -> Edit for the heads of one layer; None where nothing can change."""
         heads, s = layers[layer], self.amount
         share = torch.tensor([weights[layer, h] for h in heads], device=device)[None, :, None]
         fixed: dict[str, Callable[..., Edit]] = {
@@ -177,7 +178,9 @@ class RetrievalHeads(Recipe):
         }
         if self.mode == "sink_down":
             factor = 1.0 if s == 0 else 1 - s * share
-            return lambda call, rows: Gain(columns=call.columns("bos"), factor=factor, heads=heads, rows=rows)
+            return lambda call, rows: (
+                Gain(columns=call.columns("bos"), factor=factor, heads=heads, rows=rows) if _sees_bos(call) else None
+            )
         whole = fixed[self.mode](heads=heads)
         return lambda call, rows: whole if rows is None else fixed[self.mode](heads=heads, rows=rows)
 
@@ -187,6 +190,19 @@ class RetrievalHeads(Recipe):
         from .profiling.retrieval import detect
 
         return detect(cls.slug, model, tokenizer, **options)
+
+
+def _sees_bos(call: Call) -> bool:
+    """Whether there is a first token to take weight from, and another one to give it to: a window may have left it behind."""
+    if call.tokens is None:
+        return True  # asking for its columns says what is missing
+
+    def look() -> bool:
+        assert call.tokens is not None
+        there = call.tokens.positions("bos", call.key_start, call.key_start + call.num_keys)
+        return call.num_keys > 1 and bool(there.any())
+
+    return shared_by_layers(call, "bos", look)
 
 
 def _only_generated(call: Call) -> bool:

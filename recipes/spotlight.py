@@ -86,7 +86,7 @@ class Spotlight(Highlighter):
         assert call.site is not None
 
         def make() -> Lift | None:
-            columns = marked_columns(call, role)
+            columns = marked_columns(call, role, apart=True)
             if columns is None:
                 return None
             return Lift(

@@ -16,7 +16,7 @@ from .edits.base import repeat_heads
 CHUNK_VALUES = 1 << 22
 # Before torch 2.9, which is the floor, the CPU kernel with log-sum-exp takes each query head for a key head and reads past the end
 # of shared ones without an error. By version and not by a trial: the trial would read there too.
-CPU_KERNEL_SHARES_HEADS = TorchVersion(torch.__version__) >= (2, 9)
+CPU_KERNEL_SHARES_HEADS = TorchVersion(torch.__version__) >= TorchVersion("2.9")
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

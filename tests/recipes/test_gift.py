@@ -11,7 +11,7 @@ import torch
 from asked_images import tiny_models, tokenizer
 from golden_files import golden_file
 from reattend.hooks import SiteTable, sites
-from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused
+from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
 from reattend.recipes import Profile, load_recipe, recipe
 from reattend.recipes.profile import cached_path, table_fingerprint
@@ -60,8 +60,9 @@ def test_golden_saliency(name):
     torch.testing.assert_close(1 + focus.groups[0, 2][image[0]], data["saliency_factor"], atol=0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("execute", [fused, reference])
 @pytest.mark.parametrize("name", ENHANCE)
-def test_golden_enhancement(name):
+def test_golden_enhancement(name, execute):
     data, facts = golden(name)
     length, queries = data["key"].shape[2], data["query"].shape[2]
     image, question = between(facts, "vision", length), between(facts, "query", length)
@@ -79,7 +80,7 @@ def test_golden_enhancement(name):
         tokens=tokens, memory=memory,
     )  # fmt: skip
     edit = recipe("gift", saliency_layers=[0], enhance_layers=[1]).enhance("q", facts["alpha"], ["read"], call)
-    output = fused(call, [edit]).transpose(1, 2)
+    output = execute(call, [edit]).transpose(1, 2)
     torch.testing.assert_close(output[:, -1], data["output_gift"][:, -1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output[:, :-1], data["output_plain"][:, :-1], atol=1e-5, rtol=1e-5)
     groups = focus.columns(0, length, torch.device("cpu"), torch.float32)

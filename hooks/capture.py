@@ -185,7 +185,11 @@ def capture(
         raise ReattendError(f"no attention site of this {type(model).__name__} can be read")
     recording = Recording(table, rows, top, maps, max_steps, spread)
     tokenizer = tokenizer or getattr(model, "processor", None) or getattr(model, "tokenizer", None)
-    recording._session = Session(model, [Plan("capture", [*spans, *recording.steps()])], isolated=isolated, tokenizer=tokenizer)
+
+    def plans(_: Any) -> list[Plan]:
+        return [Plan("capture", [*spans, *recording.steps()])]
+
+    recording._session = Session(model, plans(model), isolated=isolated, tokenizer=tokenizer, again=plans)
     return recording
 
 

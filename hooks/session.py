@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .attachment import Attachment
 
 _numbers = itertools.count()
+# a session that is over keeps no part of its model: this makes its plans anew, for the same model
+Again = Callable[[Any], Sequence[Plan]]
 
 
 class Mark:
@@ -44,8 +46,11 @@ class Session:
     warns (ReattendWarning) when the session ends.
     """
 
-    def __init__(self, model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None, again: Again | None = None
+    ) -> None:
         self._model, self.plans, self.isolated = model, list(plans), isolated
+        self._again = again
         self.attachment: Attachment | None = None
         self._last_model: weakref.ref[Any] | None = None
         self.mark = Mark()
@@ -68,10 +73,6 @@ class Session:
         self.spans: list[Spans] = []
         self.handles = Hooks()
         self._prepare()
-        self.modules = {id(step.sites.module(site)) for _, step in self.act_steps() for site in step.sites}
-        self.decoder_modules = {
-            key for key, site in self._sites.items() if site.route == "attention_interface" and site.stack == "decoder"
-        }
 
     def _prepare(self) -> None:
         for plan in self.plans:
@@ -108,14 +109,19 @@ class Session:
                 elif isinstance(step, Spans):
                     self.spans.append(step)
 
+        self.modules = {id(step.sites.module(site)) for _, step in self.act_steps() for site in step.sites}
+        self.decoder_modules = {
+            key for key, site in self._sites.items() if site.route == "attention_interface" and site.stack == "decoder"
+        }
+
     # -- lifecycle ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> Session:
-        """Starts the session; already called by `apply`. Raises ReattendError for one that has ended."""
+        """Starts the session; already called by `apply`. One that has ended starts again, as long as its model is there."""
         if self.active:
             return self
         if self.ended:
-            raise ReattendError("this session has ended and knows its model no longer: apply the recipe again")
+            self._remember()
         try:
             self.number = next(_numbers)
             enter(self)
@@ -154,6 +160,17 @@ class Session:
         """The model or pipeline; None where it has died after the session."""
         return self._model if self._last_model is None else self._last_model()
 
+    def _remember(self) -> None:
+        """Takes up the model again after the session had let go of it. Raises ReattendError where that cannot be."""
+        model = self.model
+        if model is None or self._again is None:
+            gone = "its model is gone" if model is None else "its plans are not known any more"
+            raise ReattendError(f"this session has ended and {gone}: apply the recipe again")
+        self._model, self._last_model, self.mark, self.spans = model, None, Mark(), []
+        self.plans = list(self._again(model))
+        self._prepare()
+        self.ended = False
+
     def forget(self) -> None:
         """Lets go of the model and all that belongs to it, but for what has been counted; for a session that is over."""
         self.ended = True
@@ -162,7 +179,8 @@ class Session:
         if self._last_model is None:
             self._last_model = _weak(self._model)
         self._model = None
-        self.plans, self.probes, self.branches, self.lookaheads, self.guides, self.spans = [], [], [], [], [], []
+        # passages that the user named are no part of the model
+        self.plans, self.probes, self.branches, self.lookaheads, self.guides = [], [], [], [], []
         self._acts, self._captures, self._sites = {}, {}, {}
 
     def __enter__(self) -> Session:
@@ -275,6 +293,10 @@ def _weak(model: Any) -> Any:
         return lambda: None
 
 
-def attach(model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None) -> Session:
-    """Starts a session of these plans on a model or pipeline. Raises UnsupportedError for sites that cannot be intercepted."""
-    return Session(model, plans, isolated=isolated, tokenizer=tokenizer).attach()
+def attach(
+    model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None, again: Again | None = None
+) -> Session:
+    """Starts a session of these plans on a model or pipeline. again(model): the same plans made anew, for a session that is begun a
+    second time. Raises UnsupportedError for sites that cannot be intercepted.
+    """
+    return Session(model, plans, isolated=isolated, tokenizer=tokenizer, again=again).attach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,15 @@ def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any =
     """
     truth(isolated, "isolated")
     checked_tokenizer(tokenizer)
-    chosen = resolve(recipes, parameters)
+    again = functools.partial(plans_of, resolve(recipes, parameters))
+    plans = again(model)
+    if tokenizer is None:
+        tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
+    return attach(model, plans, isolated=isolated, tokenizer=tokenizer, again=again)
+
+
+def plans_of(chosen: Sequence[Recipe], model: Any) -> list[Plan]:
+    """The plans of these recipes on a model. Raises UnsupportedError where one does not fit it, or what is at work on it."""
     table = sites(model)
     plans = []
     for item in chosen:
@@ -54,9 +63,7 @@ def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any =
     problem = conflict([*(plan for session in running(model) for plan in session.plans), *plans])
     if problem:
         raise UnsupportedError(problem)
-    if tokenizer is None:
-        tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
-    return attach(model, plans, isolated=isolated, tokenizer=tokenizer)
+    return plans
 
 
 def conflict(plans: Sequence[Plan]) -> str:

@@ -6,6 +6,7 @@ and are reduced to one sum per head and column before the next ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -149,6 +150,11 @@ class Focus:
     acting: Tensor
     end: int
     stored: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def rows(self) -> Tensor | None:
+        """Bool [B, 1] beside the groups: the rows of the batch that are changed at decode; None for all."""
+        return None if bool(self.acting.all()) else self.acting[:, None].to(self.groups.device)
 
     @classmethod
     def of(cls, saliency: Tensor, image: Tensor, question: Tensor, alpha: float) -> Focus:

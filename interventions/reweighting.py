@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -37,15 +38,15 @@ def prompt_bias(
     made_for = (tokens.prompt_length, call.query.device)
     if made_for not in store:
         whole = over_prompt(tokens, terms, free, rows_with)
-        store[made_for] = (whole, whole.to(call.query.device)) if bool(whole.any()) else None
+        store[made_for] = OverPrompt(whole, whole.to(call.query.device)) if bool(whole.any()) else None
     known = store[made_for]
-    return of_call(call, known[1]) if known is not None and tells_apart(call, known[0]) else None
+    return of_call(call, known.there) if known is not None and known.tells_apart(call) else None
 
 
 def marked_columns(call: Call, role: str, more: Sequence[str] = (), apart: bool = False) -> Tensor | None:
     """Bool [B, Tk]: columns of a role of the prompt, and of `more` roles in the sequences that have any of it; None without any.
 
-    apart: None also where the call sees all columns or none of them (see `tells_apart`). The prompt is read once and kept in
+    apart: None also where the call sees all columns or none of them (see `OverPrompt.tells_apart`). The prompt is read once and kept in
     call.memory; see `shared_by_layers` for the rest.
     """
     tokens = call.tokens
@@ -58,29 +59,43 @@ def marked_columns(call: Call, role: str, more: Sequence[str] = (), apart: bool 
         there = tokens.anywhere(role)
         for other in more:
             whole = whole | (tokens.positions(other, 0, tokens.prompt_length) & there)
-        call.memory[key] = (whole, whole.to(call.query.device)) if bool(whole.any()) else None
+        call.memory[key] = OverPrompt(whole, whole.to(call.query.device)) if bool(whole.any()) else None
     known = call.memory[key]
-    if known is None or (apart and not tells_apart(call, known[0])):
+    if known is None or (apart and not known.tells_apart(call)):
         return None
-    return of_call(call, known[1])
+    return of_call(call, known.there)
 
 
-def tells_apart(call: Call, whole: Tensor) -> bool:
-    """Whether some row of the batch has different values on the columns that a call sees; what counts only against other columns (a
-    bias, a share of the row) changes nothing where it has not. whole: on the prompt, [B, prompt] on the CPU; 0 on generated tokens.
-    """
-    tokens = call.tokens
-    assert tokens is not None
-    if call.sinks is not None:
-        return True  # learned sinks are one more column, which no token is
-    start, stop = call.key_start, min(call.total, tokens.prompt_length)
-    if stop <= start:
-        return False  # a window has left the prompt behind
-    part, real = whole[:, start:stop], tokens.positions("prompt", start, stop)
-    if call.total > tokens.prompt_length:
-        return bool((part.bool() & real).any())
-    low, high = (part.to(torch.float32).masked_fill(~real, fill) for fill in (float("inf"), float("-inf")))
-    return bool((low.amin(dim=1) < high.amax(dim=1)).any())
+@dataclass
+class OverPrompt:
+    """Values over the prompt [B, prompt], 0 on generated tokens: whole on the CPU, there where the model computes."""
+
+    whole: Tensor
+    there: Tensor
+    # what has been found: (first and last column that a call sees, whether generated ones follow) -> tells apart
+    found: dict[tuple[int, int, bool], bool] = field(default_factory=dict)
+
+    def tells_apart(self, call: Call) -> bool:
+        """Whether some row of the batch has different values on the columns that a call sees: what counts only against other columns
+        (a bias, a share of the row) changes nothing where it has not."""
+        tokens = call.tokens
+        assert tokens is not None
+        if call.sinks is not None:
+            return True  # learned sinks are one more column, which no token is
+        start, stop = call.key_start, min(call.total, tokens.prompt_length)
+        if stop <= start:
+            return False  # a window has left the prompt behind
+        key = (start, stop, call.total > tokens.prompt_length)
+        if key not in self.found:
+            self.found[key] = self._differ(self.whole[:, start:stop], tokens.positions("prompt", start, stop), key[2])
+        return self.found[key]
+
+    @staticmethod
+    def _differ(part: Tensor, real: Tensor, generated: bool) -> bool:
+        if generated:
+            return bool((part.bool() & real).any())
+        low, high = (part.to(torch.float32).masked_fill(~real, fill) for fill in (float("inf"), float("-inf")))
+        return bool((low.amin(dim=1) < high.amax(dim=1)).any())
 
 
 def of_call(call: Call, whole: Tensor) -> Tensor:

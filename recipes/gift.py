@@ -219,7 +219,7 @@ class GIFT(Recipe):
         if focus is None or call.key_start >= focus.end:
             return None  # not known yet, or the image has left the window
         # a row of the batch without a map of its own keeps its bits
-        rows = None if bool(focus.acting.all()) else focus.acting[:, None].to(call.query.device)
+        rows = None if focus.rows is None else focus.rows.to(call.query.device)
         if call.num_queries > 1:
             key = (call.total, call.num_queries)
             if call.memory.get("pass") != key:

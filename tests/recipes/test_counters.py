@@ -87,13 +87,14 @@ def test_padding_does_not_tell_columns_apart():
 def test_learned_sinks_are_something_to_be_told_apart_from():
     """In gpt-oss every row also attends to a learned logit, so more for all tokens is less for that."""
     from reattend.interventions import Call, TokenMap
-    from reattend.interventions.reweighting import tells_apart
+    from reattend.interventions.reweighting import OverPrompt
 
     q = torch.randn(1, 2, 5, 8)
     tokens = TokenMap(1, 5, 5, {"padding": torch.zeros(1, 5, dtype=torch.bool)})
     whole = torch.ones(1, 5, dtype=torch.bool)
-    assert not tells_apart(Call(q, q, q, tokens=tokens), whole)
-    assert tells_apart(Call(q, q, q, tokens=tokens, sinks=torch.zeros(2)), whole)
+    known = OverPrompt(whole, whole)
+    assert not known.tells_apart(Call(q, q, q, tokens=tokens))
+    assert known.tells_apart(Call(q, q, q, tokens=tokens, sinks=torch.zeros(2)))
 
 
 @pytest.mark.parametrize(

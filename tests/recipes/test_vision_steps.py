@@ -29,7 +29,9 @@ METHODS = {
     "visual-token-exit": {},
 }
 # operations per layer and step beyond plain SDPA's, prompts without padding. A decode step by hand (scores, softmax, values) is 4 of them.
-MOST = {"var": 19, "gift": 20, "pai": 7, "selective-emphasis": 7, "vhr": 1, "visual-token-exit": 0}
+MOST = {"var": 19, "gift": 23, "pai": 7, "selective-emphasis": 7, "vhr": 1, "visual-token-exit": 0}
+# the same where a row of the batch is left alone: its own numbers are put back bit for bit
+ALONE = {"gift": 10}
 pytestmark = pytest.mark.filterwarnings("ignore:var. no first token is a sink")
 
 
@@ -87,6 +89,7 @@ def test_operations_per_layer_and_step(method, prompts):
     plain, more, fewer = steps(prompts), steps(prompts, method, 2), steps(prompts, method, 3)
     assert len(set(plain)) == len(set(more)) == len(set(fewer)) == 1, "no step costs more than the one before it"
     layer = more[0] - fewer[0]
-    assert layer <= MOST[method], f"{method} adds {layer} operations per layer and step"
+    most = MOST[method] + (ALONE.get(method, 0) if prompts is PROMPTS else 0)
+    assert layer <= most, f"{method} adds {layer} operations per layer and step"
     shared = more[0] - plain[0] - (LAYERS - 2) * layer
     assert shared <= 15, f"{method} adds {shared} operations per step for all layers together"

@@ -94,8 +94,8 @@ def _wanted(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], s
     tokens, sequence, ids = forward.tokens, forward.sequence, given.get("input_ids")
     assert tokens is not None and sequence is not None
     arguments = plain_arguments(given, tokens)
-    known = sequence.prompt_ids
-    if isinstance(ids, Tensor) and isinstance(known, Tensor) and known.shape[1] == tokens.prompt_length:
+    if isinstance(ids, Tensor):
+        known = sequence.ids(tokens.prompt_length, ids.device)
         arguments["input_ids"] = known  # the whole of it, not this part alone
         arguments["attention_mask"] = (~tokens.positions("padding", 0, known.shape[1], known.device)).long()
     prompt = Prompt(arguments, tokens, getattr(tracker.root, "config", None), {})

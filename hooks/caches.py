@@ -67,12 +67,6 @@ def has_buffers(cache: Any) -> bool:
     return any(hasattr(layer, "max_cache_len") for layer in getattr(cache, "layers", ()))
 
 
-def room_of(cache: Any) -> list[int]:
-    """How many tokens each layer of a cache can hold that is not windowed and does not grow."""
-    layers = getattr(cache, "layers", ())
-    return [x.max_cache_len for x in layers if hasattr(x, "max_cache_len") and not getattr(x, "is_sliding", False)]
-
-
 def filled_columns(query: Tensor, key: Tensor, mask: Tensor | None, tokens: TokenMap | None, buffered: bool) -> int:
     """How many of a decoder's key columns hold tokens: the length of the sequence, or of the window that its cache keeps.
 

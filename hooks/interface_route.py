@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Call, ReattendError, Site, UnsupportedError, fused, reference_with_weights
+from ..interventions import Call, ReattendError, Site, UnsupportedError, fused, row_weights
 from .caches import filled_columns
 from .discovery import uncompiled
 from .in_flight import Pass, lifecycle
+from .module_hooks import Hook
 from .rotary import rotary_at
 from .session import acting_at, edits_of
 
@@ -299,12 +300,19 @@ def _edited(
     edits = edits_of(acting, module, call, place)
     if not edits:
         return None
-    if name == "eager":
-        # eager attention always returns its weights: other people's hooks read them, not only output_attentions
-        output, weights = reference_with_weights(call, edits)
-        weights = torch.nn.functional.pad(weights, (0, key.shape[2] - call.num_keys))
-        return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
-    return fused(call, edits).transpose(1, 2).contiguous(), None
+    output = fused(call, edits).transpose(1, 2).contiguous()
+    if name != "eager" or not _weights_are_read(module, kwargs):
+        return output, None
+    weights = row_weights(call, edits, torch.arange(call.num_queries, device=query.device))
+    return output, torch.nn.functional.pad(weights, (0, key.shape[2] - call.num_keys)).to(query.dtype)
+
+
+def _weights_are_read(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody may look at the weights that eager attention returns: the caller who asks for them, or hooks of others."""
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    hooks = (*module._forward_hooks.values(), *nn.modules.module._global_forward_hooks.values())
+    return "forward" in vars(module) or any(not isinstance(hook, Hook) for hook in hooks)
 
 
 def _paged(kwargs: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..interventions import ReattendError
-from .caches import cache_in, cache_name, cache_of, room_of
+from .caches import cache_in, cache_name, cache_of
 from .plan import Capture, Lookahead, Plan, Trials
 from .positions import next_position, with_positions
 from .probe import Running
@@ -54,12 +54,6 @@ def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None
     fixed = next((layer for layer in layers if not holds_on(layer) and not _is_static(layer)), None)
     if fixed is not None:
         raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
-    full = next((n for n in room_of(cache_in(given)) if forward.tokens.length >= n), None)
-    if full is not None:
-        raise ReattendError(
-            f"{plan.recipe}: a static cache of {full} tokens has no room for a tried token: make it longer than the answer by one, or "
-            f"use the default cache"
-        )
 
 
 def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, sessions: list[Session]) -> None:

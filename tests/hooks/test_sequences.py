@@ -286,6 +286,7 @@ def test_a_session_begun_on_a_sequence_that_another_one_reads_knows_its_tokens(m
         assert late.applied
 
 
+@pytest.mark.filterwarnings("ignore:recipe .act. never acted")
 def test_a_recipe_that_learns_from_the_prompt_says_that_it_came_too_late(model):
     cache = cache_of(run(model, CONTEXT, use_cache=True))
     with (
@@ -361,6 +362,7 @@ def test_a_mask_longer_than_the_tokens_without_a_cache_is_an_error(model):
         run(model, FIRST[:, :1], attention_mask=torch.ones(1, 17, dtype=torch.long))
 
 
+@pytest.mark.filterwarnings("ignore:recipe .none. never acted")
 def test_single_tokens_and_encoders_raise_no_alarm(model):
     from transformers import BertConfig, BertModel
 
@@ -381,6 +383,7 @@ def test_single_tokens_and_encoders_raise_no_alarm(model):
 # -- virtual tokens ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("inner", [False, True], ids=["on the PEFT model", "on the model inside"])
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
 def test_ranges_are_counted_from_the_users_first_token(kind, inner):

@@ -397,7 +397,7 @@ def test_the_search_can_be_limited_and_reads_files(tmp_path):
     ("options", "message"),
     [
         ({"data": []}, "at least one"),
-        ({"data": "nowhere.json"}, "no file"),
+        ({"data": "nowhere.json"}, "no (data|samples) file"),
         ({"data": [("a", "b", ["c", "d"])]}, "must be one of"),
         ({"data": [("a", "b")]}, "at least two choices"),
         ({"data": [("a", "bc"), ("a", "bd")]}, "different tokens"),

@@ -103,6 +103,7 @@ def test_image_recipes_act_on_a_video(method):
     assert torch.equal(logits(model, video()), plain)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .selective-emphasis. never acted")
 def test_selective_emphasis_refuses_a_video():
     model = tiny_models.build("qwen2_5_vl").model
     with steer(model), pytest.raises(ReattendError, match="this prompt holds a video"):

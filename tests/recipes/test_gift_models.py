@@ -237,17 +237,14 @@ def test_no_cache_and_sliding_windows():
     tiny = tiny_models.build("gemma3")
     inputs = tiny.inputs([ONE])
     layers = {"saliency_layers": [1], "enhance_layers": [2, 3]}
+    options = {**FEW, "max_new_tokens": 8}
     with steer(tiny.model, **layers):
-        cached = tiny.model.generate(**inputs, **{**FEW, "max_new_tokens": 8})
-    step = dict(inputs)
-    with steer(tiny.model, **layers) as session, torch.no_grad():
-        for n, expected in enumerate(cached.logits):
-            logits = tiny.model(**step, use_cache=False).logits[:, -1]
-            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-4, msg=lambda m, n=n: f"step {n}: {m}")
-            step["input_ids"] = cached.sequences[:, : inputs["input_ids"].shape[1] + n + 1]
-            step["attention_mask"] = torch.ones_like(step["input_ids"])
-            step["token_type_ids"] = torch.nn.functional.pad(step["token_type_ids"], (0, 1))
+        cached = tiny.model.generate(**inputs, **options)
+    with steer(tiny.model, **layers) as session:
+        whole = tiny.model.generate(**inputs, **options, use_cache=False)
         assert session.applied == 16
+    for n, (logits, expected) in enumerate(zip(whole.logits, cached.logits, strict=True)):
+        torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-4, msg=lambda m, n=n: f"step {n}: {m}")
 
 
 def test_beams_and_sampling():
@@ -417,7 +414,7 @@ def test_profiling_says_what_is_wrong(tmp_path):
         learn(tiny.model, tokenizer())
     with pytest.raises(ReattendError, match="a sample must be"):
         learn(tiny.model, tokenizer(), samples=["a picture"])
-    with pytest.raises(ReattendError, match="no file"):
+    with pytest.raises(ReattendError, match="no (data|samples) file"):
         learn(tiny.model, tokenizer(), samples=str(tmp_path / "none.jsonl"))
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n')
     with pytest.raises(ReattendError, match="must hold lines"):

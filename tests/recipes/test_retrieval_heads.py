@@ -352,7 +352,7 @@ def test_published_scores_are_read(tmp_path):
         reattend.apply(tiny(), "retrieval-heads", profile_path=str(file))
     for text in ("[1]", "{}", '{"a": 1}', '{"0-1": []}', '{"0-1": "x"}', "no"):
         file.write_text(text)
-        with pytest.raises(ReattendError, match="holds no head scores"):
+        with pytest.raises(ReattendError, match="holds no head scores|is not valid JSON"):
             reattend.apply(tiny(), "retrieval-heads", profile_path=str(file))
 
 

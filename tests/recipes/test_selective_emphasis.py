@@ -51,11 +51,8 @@ class Read:
     def __init__(self, **readings):
         self.readings = readings
 
-    def per_image(self, tokens, known):
-        return [(grid, self.readings) for grid in tokens.images if grid not in known]
-
-    def clear(self):
-        pass
+    def per_image(self, call, known):
+        return [(grid, self.readings) for grid in call.tokens.images if grid not in known]
 
 
 def strengthened(call, start, count, readings, **parameters):
@@ -119,6 +116,7 @@ def test_golden_attention_of_the_official_code(name, execute):
     torch.testing.assert_close(output(call(), []), data["output_plain"], atol=1e-6, rtol=1e-5)
     assert (data["output_mod"] - data["output_plain"]).abs().max() > 1e-2
     step = call(slice(-1, None))
+    step.memory = whole.memory  # a row after the prompt, which has been read
     found = output(step, [strengthened(step, start, count, readings, **settings)])
     torch.testing.assert_close(found, data["output_mod"][:, -1:], atol=1e-6, rtol=1e-5)
 
@@ -374,7 +372,8 @@ def test_heads_in_proportion_to_their_image_share():
             session.plans[0].steps[-1].intervention = lambda call: seen.setdefault("plain", whole(call))
             alike = tiny.model(**inputs).logits
     plain = seen["plain"]
-    gain = seen["edit"].gain
+    (edit,) = seen["edit"]
+    gain = edit.gain
     torch.testing.assert_close(
         (gain / gain.amax(dim=1, keepdim=True)).nanmean(dim=2)[0], mass / mass.max(), atol=1e-5, rtol=1e-4
     )

@@ -360,7 +360,7 @@ def test_several_tasks_share_one_alpha_and_files_are_read(tmp_path):
         (dict(data=PAIRS[:5]), "has 5 pairs"),
         (dict(data=["ab"]), "pairs of texts"),
         (dict(data=[("a", 1)]), "pairs of texts"),
-        (dict(data="nowhere.json"), "no file"),
+        (dict(data="nowhere.json"), "no (data|samples) file"),
         (dict(data=PAIRS, how="best"), "how must be"),
         (dict(data=PAIRS, shots=0), "shots"),
         (dict(data=PAIRS, lr=0), "lr above 0"),

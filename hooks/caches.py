@@ -47,7 +47,7 @@ def _name_in(function: Callable[..., Any]) -> str | None:
 def _library_name() -> str:
     from transformers import GenerationMixin
 
-    return _name_in(GenerationMixin.prepare_inputs_for_generation) or NAMES[0]
+    return _name_in(vars(GenerationMixin)["prepare_inputs_for_generation"]) or NAMES[0]
 
 
 def cache_length(cache: Any) -> int:
@@ -88,9 +88,9 @@ def strange_cache(values: Mapping[str, Any]) -> str:
     return next((name for name, value in values.items() if name not in (*NAMES, *OTHERS) and _is_cache(value)), "")
 
 
-def takes_cache(function: Callable[..., Any]) -> bool:
-    """Whether a forward names a cache among its parameters."""
-    return _name_in(function) is not None
+def takes_cache(model: Any) -> bool:
+    """Whether a model's forward names a cache among its parameters."""
+    return _name_in(type(model).forward) is not None
 
 
 def _is_cache(value: Any) -> bool:

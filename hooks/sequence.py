@@ -302,7 +302,7 @@ class SequenceTracker:
         for last in getattr(self.local, "uncached", []):
             if last.call is not who.call or last.tokens.batch != batch:
                 continue
-            if width == 1 and last.tokens.length > 1 and not takes_cache(type(self.root).forward):
+            if width == 1 and last.tokens.length > 1 and not takes_cache(self.root):
                 return last  # the model keeps what it has read by itself
             if width != last.tokens.length + 1:
                 continue
@@ -316,7 +316,7 @@ class SequenceTracker:
         """Raises ReattendError where this pass goes on with tokens whose cache nobody here has seen: its steps would be miscounted."""
         if not self._generates():
             return
-        named = takes_cache(type(self.root).forward)
+        named = takes_cache(self.root)
         last, self.local.last = getattr(self.local, "last", None), (who.call, width, cache is not None)
         returned = getattr(self.local, "returned", "")
         strange = "" if named or cache is not None else strange_cache(given)

@@ -58,7 +58,8 @@ class Side:
                 more = real[:, -count:].to(known) if isinstance(real, Tensor) else known.new_zeros(len(known), count)
                 arguments[name] = torch.cat([known, more], dim=1)
         if not self.mirrored and self.position is not None:
-            arguments["position_ids"] = torch.cat([arguments["position_ids"], self._next(count)], dim=-1)
+            before: Any = arguments["position_ids"]
+            arguments["position_ids"] = torch.cat([before, self._next(count)], dim=-1)
         return arguments
 
     def step(self, ids: Tensor, given: dict[str, Any], cache_name: str) -> dict[str, Any]:

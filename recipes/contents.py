@@ -98,20 +98,20 @@ def model_sizes(table: Any) -> dict[str, set[int]]:
 
 
 def _check_fact(name: str, fact: Fact, facts: Mapping[str, Any], sizes: dict[str, set[int]]) -> None:
-    value = facts.get(name)
+    value: Any = facts.get(name)
     if value is None and not fact.needed:
         return
     right = isinstance(value, fact.kind) and not (isinstance(value, bool) and fact.kind is not bool)
     if isinstance(value, list):
         right = right and 0 < len(value) <= LARGEST and all(isinstance(item, str) for item in value)
     elif right and fact.least is not None:
-        right = fact.least <= value <= LARGEST
+        right = isinstance(value, (int, float)) and fact.least <= value <= LARGEST
     if not right:
         bound = "" if fact.least is None else f" of at least {fact.least}"
         kind = {list: "a list of texts", int: f"a whole number{bound}", str: "a text"}.get(fact.kind, fact.kind.__name__)
         got = "no fact" if name not in facts else f"{value!r:.60} as fact"
         raise _error(f"holds {got} {name!r}, which must be {kind}")
-    if fact.size:
+    if fact.size and isinstance(value, list):
         sizes[fact.size] = {len(value)}
 
 

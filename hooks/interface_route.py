@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Call, ReattendError, Site, UnsupportedError, fused, row_weights
+from ..interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, fused, row_weights
 from .caches import filled_columns
 from .discovery import uncompiled
 from .in_flight import Pass, lifecycle
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PREFIX = "reattend_"
 SUPPORTED = ("sdpa", "eager")
 NO_PAGES = "paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
+
+CONTINUOUS_BATCHING = "transformers.generation.continuous_batching"
 
 
 class Name(str):
@@ -48,8 +51,9 @@ class Name(str):
         return str, (self.original,)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, str) and other.startswith("paged|"):
-            # only continuous batching asks for these, before it would refuse our name in words of its own
+        # continuous batching asks for these before it would refuse our name in words of its own
+        paged = isinstance(other, str) and other.startswith("paged|")
+        if paged and sys._getframe(1).f_globals.get("__name__", "").startswith(CONTINUOUS_BATCHING):
             raise ReattendError(NO_PAGES)
         return str.__eq__(self, other)
 
@@ -61,6 +65,8 @@ class Switched:
 
     def __init__(self, config: Any, original: str) -> None:
         self.config, self.name = config, Name(original)
+        # an implementation that the user has switched to and that cannot be edited: recipes are off as long as it stands there
+        self.left_for: str | None = None
         self.users: list[InterfaceRoute] = []
 
 
@@ -116,10 +122,13 @@ class InterfaceRoute:
     def follow(self, sessions: list[Session]) -> None:
         """Before a pass: where the user has switched to another implementation, it is the one that is edited from now on.
 
-        Raises UnsupportedError where it cannot be edited.
+        Warns where it cannot be edited: recipes are then off until the user switches back.
         """
         for entry in self.switched:
-            if entry.config._attn_implementation_internal is not entry.name:
+            now = entry.config._attn_implementation_internal
+            if now is entry.name:
+                entry.left_for = None
+            elif now != entry.left_for:
                 self._adopt(entry, sessions)
         for key, (site, own, config) in self.modules.items():
             if own.get("config") is not config:
@@ -132,8 +141,17 @@ class InterfaceRoute:
         if site is None:
             return
         with lifecycle:
-            now = entry.config._attn_implementation_internal or "eager"
-            entry.name = Name(_supported(site, now.removeprefix(PREFIX)))
+            now = (entry.config._attn_implementation_internal or "eager").removeprefix(PREFIX)
+            entry.left_for = None if now in SUPPORTED else now
+            if entry.left_for is not None:
+                warnings.warn(
+                    f"{site.name} was switched to attention implementation {now!r} inside a session, which cannot be edited: recipes "
+                    f'do nothing there until model.set_attn_implementation("sdpa")',
+                    ReattendWarning,
+                    stacklevel=2,
+                )
+                return
+            entry.name = Name(now)
             for user in entry.users:
                 user._name(entry)
 
@@ -146,12 +164,14 @@ class InterfaceRoute:
         """After a pass. Raises ReattendError where attention was computed by something that this route cannot see."""
         for entry in self.switched:
             now = entry.config._attn_implementation_internal
-            if now is not entry.name and self._site_under(entry, landed.sessions) is not None:
+            if now is not entry.name and now != entry.left_for and self._site_under(entry, landed.sessions) is not None:
                 raise ReattendError(
                     f"the attention implementation was switched to {now!r} while a forward pass was under way, which has missed recipes "
                     f"in some layers: switch between passes"
                 )
         wanted = [session.decoder_modules for session in landed.sessions if session.decoder_modules]
+        if any(entry.left_for is not None for entry in self.switched):
+            return  # said when it was switched
         if wanted and all(landed.seen.isdisjoint(modules) for modules in wanted):
             site = self.modules[next(iter(wanted[0]))][0]
             raise ReattendError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from reattend.hooks import Act, Observe, Plan, attach, sites
-from reattend.interventions import HeadGain, ReattendError, ReattendWarning, UnsupportedError
+from reattend.interventions import HeadGain, ReattendError, ReattendWarning
 from tiny_denoisers import unet
 from tiny_llama import IDS, drop_first, halve, logits, session_of, tiny_llama, traces
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 
@@ -137,20 +137,32 @@ def test_a_replaced_config_is_adopted():
     assert other._attn_implementation == "sdpa" and traces(model)[0] == 0
 
 
-def test_a_switch_to_a_kernel_that_cannot_be_edited_is_an_error():
+def test_a_switch_to_a_kernel_that_cannot_be_edited_is_said_once_and_recipes_are_off_until_the_switch_back():
     model = tiny_llama()
-    before = logits(model)
-    AttentionInterface.register("my_kernel", lambda *a, **k: None)
+    plain = logits(model)
+    with session_of(model):
+        steered = logits(model)
+    AttentionInterface.register("my_kernel", AttentionInterface._global_mapping["sdpa"])
+    AttentionMaskInterface.register("my_kernel", AttentionMaskInterface._global_mapping["sdpa"])
     try:
-        with session_of(model):
-            model.config._attn_implementation_internal = "my_kernel"
-            with pytest.raises(UnsupportedError, match="runs attention implementation 'my_kernel'"):
-                logits(model)
+        with session_of(model) as session:
+            assert torch.equal(logits(model), steered)
+            before = model.config._attn_implementation
+            for _ in range(2):
+                model.set_attn_implementation("my_kernel")
+                acted = session.applied
+                with pytest.warns(ReattendWarning, match="'my_kernel' inside a session, which cannot be edited"):
+                    assert torch.equal(logits(model), plain)
+                assert torch.equal(logits(model), plain), "said once"
+                assert session.applied == acted
+                model.set_attn_implementation(before)
+                assert torch.equal(logits(model), steered)
+            model.set_attn_implementation("my_kernel")
         assert model.config._attn_implementation == "my_kernel"
     finally:
-        del AttentionInterface._global_mapping["my_kernel"]
+        del AttentionInterface._global_mapping["my_kernel"], AttentionMaskInterface._global_mapping["my_kernel"]
         model.config._attn_implementation_internal = "sdpa"
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), plain)
 
 
 def test_a_switch_in_mid_pass_is_an_error():

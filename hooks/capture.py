@@ -180,6 +180,10 @@ def capture(
     for roles that its chat template marks. spans: passages to tell apart as roles of their own. Outputs stay bit-identical. Raises
     ReattendError for a model without readable attention.
     """
+    if where is not None and not isinstance(where, SiteTable):
+        raise ReattendError(
+            f"where must be a table of sites, as reattend.sites(model).layers(2, 5) gives it, got {where!r:.80}"
+        )
     table = sites(model).where(lambda s: s.supported) if where is None else where
     if not len(table):
         raise ReattendError(f"no attention site of this {type(model).__name__} can be read")

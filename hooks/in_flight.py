@@ -72,6 +72,7 @@ class InFlight:
     def __init__(self) -> None:
         self.by_thread: dict[int, list[Pass]] = {}
         self.waiting: list[tuple[list[Pass], Callable[[], None]]] = []
+        self.running: list[tuple[list[Pass], Callable[[], None]]] = []
         # of the passes alone, held for a moment; what has waited runs under `lifecycle`
         self.lock = threading.RLock()
 
@@ -154,10 +155,16 @@ class InFlight:
         with lifecycle:
             for item in self.waiting:
                 passes, then = item
-                if all(one.is_over() for one in passes):
+                # what runs may wait for further passes, and so come here again
+                if any(item is other for other in self.running) or not all(one.is_over() for one in passes):
+                    continue
+                self.running.append(item)
+                try:
                     then()
                     # forgotten last: after an interrupt it is run once more
                     self.waiting = [other for other in self.waiting if other is not item]
+                finally:
+                    self.running.remove(item)
 
     def _drop_finished(self, thread: int) -> None:
         """Forgets the passes of a thread that ended without landing."""

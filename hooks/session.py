@@ -122,6 +122,11 @@ class Session:
             return self
         if self.ended:
             self._remember()
+        elif self.number >= 0:
+            raise ReattendError(
+                "this session has been removed, but a forward pass that began under it is still under way: begin it again when that is "
+                "over, or apply the recipe anew"
+            )
         try:
             self.number = next(_numbers)
             enter(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -15,6 +17,7 @@ from .checks import shown
 from .contents import Contents
 from .profile import Profile
 
+_serials = itertools.count(1)
 Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
 # no count of tokens, layers or heads is larger, and sums of two of them still fit into the integers of a tensor
 LARGEST = 2**31 - 1
@@ -87,6 +90,11 @@ class Recipe(BaseModel):
         if reason:
             raise ValueError(reason)
         return value
+
+    @functools.cached_property
+    def serial(self) -> int:
+        """A number that no other recipe object has; token roles of its own carry it."""
+        return next(_serials)
 
     @classmethod
     def field_help(cls) -> dict[str, str]:

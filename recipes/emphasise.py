@@ -137,7 +137,7 @@ class Emphasise(Highlighter):
             steps.append(passage_spans(role, *named, self.occurrence, self.official_span))
             return role
 
-        marked = add(marked_role(self.slug), passages)
+        marked = add(marked_role(self), passages)
         count = len(passages[0])
         if not self.official_multi or count == 1:
             return marked, [marked]

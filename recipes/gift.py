@@ -20,7 +20,6 @@ before it follow from the next step on; a chunked prefill also changes the last 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -62,7 +61,6 @@ REMEDY = (
     "pass saliency_layers=[...] and enhance_layers=[...]"
 )
 # a role of its own for every session: two sessions on one model may look for different questions
-_serial = itertools.count(1)
 
 
 class GIFT(Recipe):
@@ -192,7 +190,7 @@ class GIFT(Recipe):
             texts = [[text] for text in ([self.question] if isinstance(self.question, str) else self.question)]
         ranges = None if self.ranges is None else [[pair] for pair in self.ranges]
         must_read = self.words in ("spacy", "content")
-        return Question(f"question-{next(_serial)}", texts, ranges, -1, words=chooser(self.words), must_read=must_read)
+        return Question(f"question-{self.serial}", texts, ranges, -1, words=chooser(self.words), must_read=must_read)
 
     def learn(self, question: str, call: Call) -> None:
         """Steps 1 to 3 of the map: the positive changes D of the question's rows on the image's columns."""

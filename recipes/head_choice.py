@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -18,6 +19,13 @@ from .profile import Profile
 Head = tuple[int, int]
 
 
+def _whole(value: Any) -> int:
+    """A layer or head as a number; the keys of a JSON object are texts. Raises TypeError or ValueError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError
+    return int(value) if isinstance(value, str) else operator.index(value)
+
+
 def as_heads(value: Any) -> Any:
     """Pairs (layer, head) from [[layer, head], ...] or {layer: [heads]}; None and names pass. Raises ValueError for anything else."""
     if value is None or isinstance(value, str):
@@ -25,9 +33,9 @@ def as_heads(value: Any) -> Any:
     pairs: list[Head] = []
     try:
         if isinstance(value, Mapping):
-            pairs = [(int(layer), int(head)) for layer, heads in value.items() for head in heads]
+            pairs = [(_whole(layer), _whole(head)) for layer, heads in value.items() for head in heads]
         else:
-            pairs = [(int(layer), int(head)) for layer, head in value]
+            pairs = [(_whole(layer), _whole(head)) for layer, head in value]
     except (TypeError, ValueError):
         raise ValueError("heads must be [[layer, head], ...] or {layer: [heads]}") from None
     if any(layer < 0 or head < 0 for layer, head in pairs):

@@ -53,7 +53,7 @@ class InstABoost(Highlighter):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen, _ = decoder_sites(sites, self.slug)
-        role = marked_role(self.slug)
+        role = marked_role(self)
         steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
         # a multiplier of 1 asks for no change: the prompt is still searched for the passages
         if self.multiplier != 1:

@@ -78,7 +78,7 @@ class OPERA(Recipe):
         last, role = self._last(sites), "image"
         steps: list[Step] = []
         if self.image_range is not None:
-            role = marked_role(self.slug)
+            role = marked_role(self)
             steps.append(passage_spans(role, None, [self.image_range]))
         else:
             steps.append(images_told(sites))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..hooks import Spans
+
+if TYPE_CHECKING:
+    from .base import Recipe
 
 Text = str | list[str] | list[list[str]] | None
 Ranges = list[tuple[int, int]] | list[list[tuple[int, int]]] | None
@@ -15,7 +17,6 @@ RANGES_HELP = "token ranges [start, stop) instead, counted from the first real t
 OCCURRENCE_HELP = (
     "which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"
 )
-_serial = itertools.count(1)
 
 
 def per_prompt(text: Text, ranges: Ranges) -> list[list[Any]] | None:
@@ -36,9 +37,9 @@ def check_passages(text: Text, ranges: Ranges, what: str) -> None:
         raise ValueError("text (or ranges) names no passage")
 
 
-def marked_role(recipe: str) -> str:
-    """A role of its own for every session: two sessions on one model may mark different passages."""
-    return f"{recipe}-{next(_serial)}"
+def marked_role(recipe: Recipe) -> str:
+    """A role of its own for every recipe object: two on one model may mark different passages, and one that is begun again has its own."""
+    return f"{recipe.slug}-{recipe.serial}"
 
 
 def passage_spans(

@@ -91,7 +91,7 @@ class Pine(Recipe):
         chosen, _ = decoder_sites(sites, self.slug)
         rows = per_prompt(self.segments, self.ranges) or []
         kind: dict[str, Any] = {"ranges" if self.ranges is not None else "texts": rows}
-        name, most = marked_role(self.slug), max(map(len, rows))
+        name, most = marked_role(self), max(map(len, rows))
         return [Segments(name, **kind), Act(chosen, partial(self.rearrange, name, most))]
 
     def rearrange(self, name: str, most: int, call: Call) -> Rearrange | None:

@@ -179,7 +179,7 @@ class SEKA(Recipe):
         every, _ = decoder_sites(sites, self.slug)
         chosen = self.chosen_sites(every)
         profile = find_profile(self, self.profile_path, sites)
-        role = marked_role(self.slug)
+        role = marked_role(self)
         steps: list[Step] = [
             passage_spans(role, self.text, self.ranges, self.occurrence, "inside" if self.official_span else False)
         ]

@@ -91,7 +91,7 @@ class SPA(Recipe):
         return support
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        role = marked_role(self.slug)
+        role = marked_role(self)
         steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
         # a strength of 1 asks for no change: the prompt is still searched for the passages
         if abs(self.strength - 1) >= SAME_STRENGTH:

@@ -73,7 +73,7 @@ class Spotlight(Highlighter):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen, _ = decoder_sites(sites, self.slug)
-        role = marked_role(self.slug)
+        role = marked_role(self)
         steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
         # a target of 0 asks for no change: the prompt is still searched for the passages
         if self.target and self.largest_factor > 1:

@@ -7,7 +7,7 @@ import reattend
 import torch
 from reattend.hooks import Plan, Session
 from reattend.hooks.capture import _membership
-from reattend.interventions import Call, Clock, PoolKV, Reorder, TokenMap
+from reattend.interventions import Call, Clock, PoolKV, ReattendError, Reorder, TokenMap
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 
@@ -179,3 +179,9 @@ def test_spread_follows_reordered_columns_and_drops_merged_ones():
 
     torch.testing.assert_close(spread([Reorder(order=torch.randperm(6))]), spread([]))
     assert spread([PoolKV(groups=torch.tensor([0, 0, 1, 1, 2, 2]))]) is None
+
+
+@pytest.mark.parametrize("where", [3, "model.layers.0", ["model.layers.0"], {}])
+def test_where_is_a_table_of_sites(model, where):
+    with pytest.raises(ReattendError, match="where must be a table of sites"):
+        reattend.capture(model, where=where)

@@ -135,6 +135,20 @@ def test_copies_of_a_cache_go_on_apart_with_what_was_read(model):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_copies_of_a_cache_whose_windows_have_moved_on_are_known():
+    """All layers have dropped the first tokens; what they hold tells the copy apart."""
+    model = language_model("Mistral", sliding_window=6)
+    with reattend.apply(model, "act", heads="all", threshold=0.02) as session:
+        cache = DynamicCache(config=model.config)
+        run(model, CONTEXT, cache)
+        run(model, FIRST[:, :1], cache)
+        twin = copy.deepcopy(cache)
+        acted = session.applied
+        mine = run(model, FIRST[:, 1:2], twin).logits
+        theirs = run(model, FIRST[:, 1:2], cache).logits
+        assert torch.equal(mine, theirs) and acted
+
+
 def test_a_cache_of_other_tokens_is_no_copy(model):
     other = DynamicCache(config=model.config)
     run(model, LONG[:, 20:36], other)

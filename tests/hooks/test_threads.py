@@ -12,6 +12,7 @@ import pytest
 import torch
 from reattend.hooks import Act, Observe, Plan, attach, sites
 from reattend.hooks.attachment import _attachments
+from reattend.hooks.in_flight import lifecycle
 from reattend.interventions import ReattendError
 from tiny_llama import IDS, drop_first, halve, logits, session_of, tiny_llama, traces
 from torch import nn
@@ -159,6 +160,28 @@ def test_attention_outside_a_pass_does_not_belong_to_an_interrupted_one(model):
     assert clocks == ["prefill", "encode", "encode", "encode"]
 
 
+def test_the_last_session_ends_beside_a_pass_and_another_pass_begins_before_that_is_over(model):
+    """What waits for the first pass then waits for the second one: neither pass may be called to account for it."""
+    plain, before = logits(model), traces(model)
+    session = session_of(model, isolated=True)  # of this thread only: the passes are other people's
+    with pass_held_in_layer(model, 1) as first:
+        session.remove()
+        with pass_held_in_layer(model, 2) as second:
+            assert torch.equal(first(), plain)
+            assert torch.equal(second(), plain)
+    assert traces(model) == before and torch.equal(logits(model), plain)
+
+
+def test_a_removed_session_is_not_begun_again_while_a_pass_under_it_goes_on(model):
+    session = session_of(model)
+    steered = logits(model)
+    with pass_held_in_layer(model, 1) as finish:
+        session.remove()
+        with pytest.raises(ReattendError, match="removed, but a forward pass that began under it is still under way"):
+            session.attach()
+        assert torch.equal(finish(), steered)
+
+
 def test_torch_calls_a_removed_hook_without_its_keyword_arguments(model):
     """A session ends while another thread stands in a hook of somebody else's before ours: that thread's pass goes on untouched."""
     before = logits(model)
@@ -281,6 +304,9 @@ def interrupted_at(number: int, what):
         return True
     finally:
         sys.settrace(None)
+        # a trace also raises where a lock is just being given back, as no real interrupt does
+        while lifecycle._is_owned():
+            lifecycle.release()
     return False
 
 

@@ -134,3 +134,17 @@ def test_recipe_files_are_not_overwritten_unasked(tmp_path):
         save_recipe(recipe("streaming"), tmp_path)
     with pytest.raises(ReattendError, match="takes a Recipe object"):
         save_recipe("streaming", path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("heads", [[(1.5, 3)], [(1, 3.7)], [(True, 1)], {1: [2.5]}, [(1, None)]])
+@pytest.mark.parametrize("slug", ["emphasise", "act", "retrieval-heads"])
+def test_heads_are_whole_numbers(slug, heads):
+    text = {"text": "x"} if slug == "emphasise" else {}
+    with pytest.raises(ReattendError, match="heads"):
+        recipe(slug, heads=heads, **text)
+
+
+@pytest.mark.parametrize("heads", [[], {}, ()])
+def test_no_heads_are_no_request(heads):
+    with pytest.raises(ReattendError, match="heads is empty"):
+        recipe("retrieval-heads", heads=heads)

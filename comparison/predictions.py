@@ -42,8 +42,9 @@ class PredictionJob(Job):
     def warm(self) -> None:
         self._logits()
 
-    def glance(self) -> None:
+    def glance(self, tick: Tick, untouched: Tensor) -> None:
         self._logits()
+        tick()
 
     def run(self, tick: Tick) -> Tensor:
         logits = self._logits()

@@ -16,6 +16,7 @@ from ..interventions import ReattendError
 from ..recipes.files import check_output, writing
 from .cost import Cost
 from .looks import Looks
+from .shares import on_prompt
 
 TEMPLATE = "report.html"
 
@@ -85,11 +86,13 @@ class Report:
         return sum(sum(sites.values()) for sites in self.stats.values())
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """Seconds after / seconds before: of the whole run, until the first step, and per further step, as far as they are known."""
-        a, b = self.before.cost, self.after.cost
-        pairs = {"total": (a.seconds, b.seconds), "first_step": (a.first, b.first), "further_step": (a.per_step, b.per_step)}
-        return {name: after / before for name, (before, after) in pairs.items() if before and after}
+    def attention_shares(self) -> dict[str, dict[str, float]]:
+        """{"before", "after"}: {kind of token: share} of the attention on the prompt after its first token, mean over layers and heads.
+
+        Each adds up to 1. The rows are those that predict the first tokens of the untouched model's answer, read with this answer before
+        them in both variants. {} where the attention was not looked at or has no prompt.
+        """
+        return {"before": on_prompt(self.before.mass), "after": on_prompt(self.after.mass)}
 
     def attention_map(self, image: Any = None, *, groups: int = 3) -> Any:
         """A PIL picture of where the answer looks, before, after and what moved.
@@ -107,10 +110,10 @@ class Report:
         return sheet(looks, picture, grid, groups)
 
     def attention_strip(self) -> Any:
-        """A PIL picture of the prompt's tokens, coloured by the attention that they lost or gained, mean over all layers."""
+        """A PIL picture of the prompt's tokens after the first, coloured by the share of attention that they lost or gained."""
         from .pictures import strip
 
-        return strip(self._looks().cells())
+        return strip(self._looks().shared_cells())
 
     def attention_inside(
         self, box: Sequence[float], image: Any = None, layers: Sequence[int] | None = None
@@ -175,8 +178,9 @@ class Report:
             "seed": self.seed,
             "before": side(self.before),
             "after": side(self.after),
-            "metrics": {**self.metrics, "time_ratios": self.ratios, "edits_applied": self.applied},
+            "metrics": {**self.metrics, "edits_applied": self.applied},
             "kl_per_token": self.kl,
+            "attention_shares": self.attention_shares,
             "attention_on_prompt": self.looks.as_dict() if self.looks is not None else None,
             "stats": self.stats,
             "checks": [vars(check) for check in self.checks],

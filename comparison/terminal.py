@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import Check, Report, Side
-from .words import duration, number, percent, role_words, size, summary, times_of
+from .shares import of_all, on_prompt
+from .words import attention_summary, count, number, percent, role_words, summary
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -26,12 +27,11 @@ def renderable(report: Report) -> Any:
     parts.append(_outputs(report))
     parts.append(Text(summary(report), style="bold"))
     parts += [_check(check) for check in report.checks]
-    if report.kind == "text" and report.kl:
-        parts.append(Text("KL per token  ").append(_sparkline(report.kl)).append(f"  max {number(max(report.kl))} nats"))
-    if report.before.mass or report.after.mass:
-        parts.append(_mass(report))
+    parts += _attention(report)
     parts.append(_cost(report))
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
+    if report.kind == "text" and report.kl:
+        parts.append(Text("KL per token  ").append(_sparkline(report.kl)).append(f"  max {number(max(report.kl))} nats"))
     return Group(*parts)
 
 
@@ -41,6 +41,8 @@ def brief(report: Report) -> Any:
     does = " ".join(f"{recipe['name']}: {recipe['does']}" for recipe in report.recipes)
     parts.append(Text(report.intro or does, style="dim"))
     parts += [_outputs(report), Text(summary(report)), *(_check(check) for check in report.checks)]
+    if moved := attention_summary(report):
+        parts.append(Text(moved))
     parts.append(_cost(report))
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
     return Group(*parts)
@@ -78,11 +80,21 @@ def _output(report: Report, side: Side) -> Text:
     return text.append("".join(side.tokens[place + 1 :]), style="not dim")
 
 
-def _mass(report: Report) -> Table:
-    table = Table("attention on", "before", "after", "", box=None, pad_edge=False, header_style="dim")
-    names = {**report.before.mass, **report.after.mass}
-    for name in sorted(names, key=lambda n: -max(report.before.mass.get(n, 0), report.after.mass.get(n, 0))):
-        a, b = report.before.mass.get(name, 0.0), report.after.mass.get(name, 0.0)
+def _attention(report: Report) -> list[Any]:
+    """What moved, in a sentence and as shares by kind of token."""
+    found: list[Any] = [Text(moved)] if (moved := attention_summary(report)) else []
+    prompt, whole = ([of(side.mass) for side in (report.before, report.after)] for of in (on_prompt, of_all))
+    if max(map(len, prompt)) > 1:
+        found.append(_shares("of the prompt after its first token", *prompt))
+    if any(whole):
+        found.append(_shares("of all attention", *whole))
+    return found
+
+
+def _shares(title: str, before: dict[str, float], after: dict[str, float]) -> Table:
+    table = Table(title, "before", "after", "", box=None, pad_edge=False, header_style="dim")
+    for name in sorted({**before, **after}, key=lambda n: -max(before.get(n, 0), after.get(n, 0))):
+        a, b = before.get(name, 0.0), after.get(name, 0.0)
         if max(a, b) >= 0.0005:
             table.add_row(role_words(name), percent(a), percent(b), Text("█" * round(20 * b), style="cyan"))
     return table
@@ -90,10 +102,11 @@ def _mass(report: Report) -> Table:
 
 def _cost(report: Report) -> Text:
     def one(side: Side) -> str:
-        return f"{duration(side.cost.seconds)}, +{size(side.cost.memory)}"
+        cost = side.cost
+        read = f" over {count(cost.tokens)} tokens" if cost.tokens else ""
+        return f"{count(cost.passes)} forward pass{'es' if cost.passes != 1 else ''}{read}"
 
-    ratios = "".join(f", {ratio:.2f}x {words}" for words, ratio in times_of(report))
-    line = f"before {one(report.before)}; after {one(report.after)}{ratios}; edits applied {report.applied:,} times"
+    line = f"before {one(report.before)}; after {one(report.after)}; edits applied {report.applied:,} times"
     return Text(line, style="dim")
 
 

@@ -17,6 +17,8 @@ from .report import Report, Side
 
 DEFAULT_NEW_TOKENS = 64
 GLANCE_TOKENS = 16
+# Options of generate under which one sequence is written, a token at a time.
+ONE_BY_ONE = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "assistant_early_exit": None}
 # A token is decoded together with this many before it, which decide on blanks and on characters of several tokens.
 CONTEXT = 8
 
@@ -62,11 +64,16 @@ class TextJob(Job):
     def watched(self, table: SiteTable) -> SiteTable:
         return super().watched(table).stack("decoder").kind("self")
 
+    @property
+    def glance_ticks(self) -> int:
+        return min(GLANCE_TOKENS, self.ticks)
+
     def warm(self) -> None:
         self._generate(1, None)
 
-    def glance(self) -> None:
-        self._generate(min(GLANCE_TOKENS, self.ticks), None)
+    def glance(self, tick: Tick, untouched: Generated) -> None:
+        """Writes the untouched model's answer once more, so that every row that is read has the same text before it in both variants."""
+        self._generate(None, tick, untouched.ids[:GLANCE_TOKENS])
 
     def run(self, tick: Tick) -> Generated:
         output = self._generate(None, tick)
@@ -85,13 +92,23 @@ class TextJob(Job):
         with_prompt = isinstance(ids, Tensor) and output.sequences.shape[1] >= ids.shape[1]
         return ids.shape[1] if isinstance(ids, Tensor) and with_prompt else 0
 
-    def _generate(self, new_tokens: int | None, tick: Tick | None) -> Any:
+    def _generate(self, new_tokens: int | None, tick: Tick | None, forced: list[int] | None = None) -> Any:
+        """forced: the new tokens to write, whatever the model would."""
         options = dict(self.options)
+        if forced is not None:
+            new_tokens = len(forced)
+            config = options.get("generation_config") or getattr(self._module, "generation_config", None)
+            # one sequence, token by token: beams and drafts would read others
+            options.pop("assistant_model", None)
+            for name, plain in ONE_BY_ONE.items():
+                if options.get(name, getattr(config, name, None)) not in (None, plain):
+                    options[name] = plain
+            options["logits_processor"] = [*(options.get("logits_processor") or ()), _Forced(forced)]
         if new_tokens is not None:
             options.pop("max_length", None)
             options.update(max_new_tokens=new_tokens, min_new_tokens=None)
         if tick is not None:
-            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), _Ticker(tick)]
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), _Ticker(tick)]
         self.reseed()
         with torch.no_grad():
             return self._module.generate(  # type: ignore[operator]
@@ -180,6 +197,19 @@ class _Ticker:
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.tick()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _Forced:
+    """A processor of logits that leaves one token to choose: the next one of a given text."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.start = ids, -1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.start < 0:
+            self.start = input_ids.shape[1]
+        place = min(input_ids.shape[1] - self.start, len(self.ids) - 1)
+        return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([self.ids[place]], device=scores.device), 0.0)
 
 
 def first_difference(before: Sequence[int], after: Sequence[int]) -> int | None:

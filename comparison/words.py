@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 from .report import Report
+from .shares import marked, of_all, on_prompt
 
 ROLES = {
     "bos": "first token",
     "prompt": "rest of the prompt",
-    "generated": "generated so far",
+    "generated": "answer so far",
     "user": "user's message",
     "system": "system message",
     "assistant": "earlier answers",
@@ -21,8 +22,13 @@ ROLES = {
 }
 
 
+# Changes of a share below this, and of its ratio, are not spoken of.
+STILL, AS_BEFORE = 0.0005, 0.02
+WHOLE = "of the attention on the prompt after its first token"
+
+
 def role_words(role: str) -> str:
-    return "marked passage" if role.startswith("emphasis") else ROLES.get(role, role)
+    return ROLES.get(role, role)
 
 
 def number(value: float | None) -> str:
@@ -51,6 +57,10 @@ def points(change: float) -> str:
     return f"{value:+.2f}" if abs(value) < 0.995 else f"{value:+.1f}"
 
 
+def count(value: int | None) -> str:
+    return "not known" if value is None else f"{value:,}"
+
+
 def duration(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
@@ -70,13 +80,11 @@ def summary(report: Report) -> str:
 def _text(report: Report) -> str:
     place = report.first_difference
     if place is None:
-        changed = any(value > 0 for value in report.kl)
-        inside = f"; the next-token distributions moved by up to {number(max(report.kl))} nats on the way" if changed else ""
-        return f"Both texts are the same, all {len(report.before.tokens)} tokens{inside}."
-    shared = f"{place} token{'s' if place != 1 else ''}"
-    start = "The texts differ from the first token on" if place == 0 else f"The texts share {shared} and then part"
-    at = report.metrics.get("kl_at_first_difference")
-    return f"{start}." + ("" if at is None else f" There, the next-token distributions lie {number(at)} nats apart.")
+        count = len(report.before.tokens)
+        return f"Both texts are the same, all {count} tokens." if count != 1 else "Both texts are the same token."
+    if place == 0:
+        return "The texts differ from the first token on."
+    return f"The texts share {place} token{'s' if place != 1 else ''} and then part."
 
 
 def _prediction(report: Report) -> str:
@@ -104,13 +112,45 @@ def _image(report: Report) -> str:
     )
 
 
-def times_of(report: Report) -> list[tuple[str, float]]:
-    """[(of what, seconds after / before)]: a text's two stages apart, because its length may differ; else the whole run."""
-    ratios = report.ratios
-    if report.kind == "text":
-        named = {"to the first token": "first_step", "per further token": "further_step"}
-        return [(words, ratios[key]) for words, key in named.items() if key in ratios]
-    return [("whole run", ratios["total"])] if "total" in ratios else []
+def attention_summary(report: Report) -> str:
+    """A sentence on what moved: the marked passage, or the image, or else what changed most of all attention; "" where it is not known."""
+    before, after = (on_prompt(side.mass) for side in (report.before, report.after))
+    for roles, one, several in (
+        (marked(after) or marked(before), "The marked passage gets", "The marked passages together get"),
+        (["image"] if len(after) > 1 and "image" in after else [], "The image gets", ""),
+    ):
+        if roles and before and after:
+            a, b = (sum(shares.get(role, 0.0) for role in roles) for shares in (before, after))
+            return f"{one if len(roles) == 1 else several} {_times(a, b)} {WHOLE}."
+    return _of_all(report)
+
+
+def _times(a: float, b: float) -> str:
+    """What became of a share, in words."""
+    if a <= 0:
+        return f"{percent(b)} instead of none"
+    if abs(b / a - 1) < AS_BEFORE:
+        return (
+            f"the same share as before, {percent(a)}" if percent(a) == percent(b) else f"{percent(b)} instead of {percent(a)}"
+        )
+    return f"{ratio(b / a)} times its share: {percent(a)} to {percent(b)}"
+
+
+def _of_all(report: Report) -> str:
+    before, after = of_all(report.before.mass), of_all(report.after.mass)
+    if not before or not after:
+        return ""
+    moved = {role: after.get(role, 0.0) - before.get(role, 0.0) for role in {**before, **after}}
+    role = max(moved, key=lambda name: abs(moved[name]))
+    if abs(moved[role]) < STILL:
+        return "No kind of token gets more or less of the attention than before, to 0.1 percentage points."
+    a, b = percent(before.get(role, 0.0)), percent(after.get(role, 0.0))
+    return f"The {ROLES.get(role, role)} gets {b} of all attention instead of {a}."
+
+
+def ratio(value: float) -> str:
+    """A factor with two digits: 0.061, 0.63, 1.6, 14."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
 
 
 def tiles(report: Report) -> list[dict[str, str]]:
@@ -136,14 +176,6 @@ def tiles(report: Report) -> list[dict[str, str]]:
     else:
         tile("SSIM", number(m["ssim"]), "structural similarity; 1 = the same")
         tile("PSNR", f"{number(m['psnr'])} dB", "higher = closer")
-    times = times_of(report)
-    if times:
-        names = ", ".join(name for name, _ in times)
-        tile(
-            "Time",
-            " · ".join(f"{ratio:.2f}x" for _, ratio in times),
-            f"after / before: {names}; one run each",
-        )
     sites = len({site for counts in report.stats.values() for site in counts})
     tile("Edits applied", f"{report.applied:,}", f"calls of attention changed, at {sites} of {report.model.get('sites')} sites")
     return found

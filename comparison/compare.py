@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,17 +174,26 @@ def progress_bar(wanted: bool | None, total: int, words: str) -> Iterator[Tick]:
 def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:
     module = job.module
     config = getattr(pretrained_root(module), "config", None)
-    name = getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or ""
+    name = model_name(str(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or ""))
     first = next(module.parameters(), None)
     return {
         "class": type(model).__name__ if job.kind == "image" else type(module).__name__,
-        "name": str(name),
+        "name": name,
         "parameters": sum(p.numel() for p in module.parameters()),
         "dtype": str(first.dtype).removeprefix("torch.") if first is not None else "",
         "device": str(job.device),
         "attention": str(getattr(config, "_attn_implementation", None) or "native"),
         "sites": num_sites,
     }
+
+
+def model_name(name: str) -> str:
+    """The name of a model for a reader: a hub id as it is, of a folder of this machine its last part only."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    if cached := [part for part in parts if part.startswith("models--")]:  # a snapshot in the hub's cache
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    folder = name.startswith(("/", ".", "~")) or "\\" in name or len(parts) != 2 or Path(name).is_dir()
+    return parts[-1] if parts and folder else name
 
 
 def recipe_facts(item: Recipe) -> dict[str, Any]:

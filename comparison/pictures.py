@@ -74,7 +74,7 @@ def seen_part(picture: Image.Image, cropped: bool) -> Image.Image:
 def panels(looks: Looks, picture: Image.Image, grid: Tensor, count: int = 3) -> list[dict[str, Any]]:
     """Per group of layers: label, the pictures before, after and moved, the image's share before and after, a square's largest.
 
-    Shares are those of the attention on the prompt after its first token. Before and after share one scale, so that their colours can be compared.
+    Shares are those of the attention on the prompt after its first token. Before and after have one scale: their colours can be compared.
     """
     base = seen_part(picture, looks.cropped)
     found = []

@@ -10,6 +10,7 @@ import reattend
 import torch
 from PIL import Image
 from reattend.comparison import Report
+from reattend.comparison.compare import model_name
 from reattend.comparison.text import first_difference, kl_divergence, shared_kl
 from reattend.hooks import Act, Support
 from reattend.interventions import KeyBias
@@ -83,6 +84,28 @@ def test_a_recipe_that_does_nothing_is_said_to_do_nothing(text_pipe):
         report = reattend.compare(text_pipe, "streaming", text=PROMPT, max_new_tokens=4, do_sample=False)
     assert report.metrics["identical"] and report.first_difference is None and report.kl == [0.0] * 4
     assert "never acted" in report.notes[0]
+
+
+def test_no_folder_of_the_machine_in_a_report(text_pipe, tmp_path):
+    folder = tmp_path / "my-model"
+    text_pipe.model.config._name_or_path = str(folder)
+    report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=2, do_sample=False)
+    assert report.title == "streaming on my-model" and report.model["name"] == "my-model"
+    assert str(tmp_path) not in report.json() and str(tmp_path) not in report._repr_html_()
+    snapshot = "/home/me/.cache/huggingface/hub/models--owner--name/snapshots/12ab"
+    names = [
+        "owner/name",
+        "gpt2",
+        "SmolLM2-135M-Instruct",
+        "",
+        "./here/there",
+        "a/b/c",
+        "C:\\models\\mine",
+        snapshot,
+        str(tmp_path) + "/",
+    ]
+    expected = ["owner/name", "gpt2", "SmolLM2-135M-Instruct", "", "there", "c", "mine", "owner/name", tmp_path.name]
+    assert [model_name(name) for name in names] == expected
 
 
 def test_sampling_is_seeded(text_pipe):

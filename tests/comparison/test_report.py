@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 
 import pytest
 import reattend
+import torch
 from PIL import Image
 from reattend.comparison import Report, write_page
 from reattend.comparison.cost import Cost
-from reattend.comparison.report import Side
+from reattend.comparison.looks import Looks
+from reattend.comparison.report import Check, Side
 from reattend.comparison.words import duration, number, percent, size
 from rich.console import Console
 
@@ -114,6 +116,31 @@ def test_the_first_difference_is_marked_and_shared_text_is_not(tmp_path):
     shorter = text_report(first_difference=2, kl=[0.0, 0.0])
     shorter.after.tokens = ["a", " b"]
     assert "(ends here)" in shorter._repr_html_()
+
+
+def test_numbers_of_cells_need_no_mouse():
+    looks = Looks(
+        ["<s>", "a", " b"], [False] * 3, before={0: torch.tensor([0.5, 0.3, 0.1])}, after={0: torch.tensor([0.6, 0.1, 0.3])}
+    )
+    source = text_report(looks=looks)._repr_html_()
+    rows = [re.findall(r">([^<]+)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", source, re.S)]
+    assert ["a", "75.0 %", "25.0 %", "-50.0"] in rows and ["b", "25.0 %", "75.0 %", "+50.0"] in rows, (
+        "the first token is left out"
+    )
+    assert any(row[1:] == ["75.0 % → 50.0 %", "25.0 % → 50.0 %"] for row in rows), "shares by layer"
+    assert source.count('class="scroll" tabindex="0"') == 3, "what scrolls can be reached by the keyboard"
+
+
+def test_what_matters_comes_first():
+    words = "".join(Page(text_report(checks=[Check("is it so", True, False)])._repr_html_()).words)
+    order = ["Output", "Checked", "Prompt", "What changed in the attention", "Cost", "Settings", "All parameters", "nats"]
+    places = [words.index(word) for word in order]
+    assert places == sorted(places) and "nats" not in words[: places[-2]]
+    null = text_report(
+        recipes=[{**text_report().recipes[0], "parameters": {"window": 3, "top": None}, "chosen": ["window", "top"]}]
+    )
+    shown, folded = "".join(Page(null._repr_html_()).words).split("All parameters")
+    assert "window = 3" in shown and "null" not in shown and "top = null" in folded
 
 
 def test_whole_page_and_cell_differ_by_the_page_only(tmp_path):

@@ -36,7 +36,7 @@ def run(
     from PIL import Image as Pictures
 
     from ..comparison.arguments import prepare, recipes_of
-    from ..comparison.compare import progress_bar
+    from ..comparison.facts import progress_bar
     from ..comparison.inputs import job_for
     from ..recipes import apply
     from ..recipes.checks import whole_number

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..hooks import Session, SiteTable, Spans, capture, sites
-from ..hooks.discovery import original_of, pretrained_root
+from ..hooks.discovery import original_of
 from ..interventions import ReattendError
 from ..recipes import Recipe, apply, checks, recipe_class
 from ..recipes.apply import Choice, resolve
 from ..recipes.registry import is_file_name
 from .arguments import picture_of
 from .cost import Meter
+from .facts import environment, model_facts, progress_bar, recipe_facts
 from .inputs import job_for
 from .job import Job, Tick
 from .looks import add_side
@@ -154,73 +149,3 @@ def _recipes(
                 "or give the input as prompt= and the recipe's as text="
             )
     return resolve(recipes, parameters), text, options
-
-
-@contextmanager
-def progress_bar(wanted: bool | None, total: int, words: str) -> Iterator[Tick]:
-    """A bar on stderr that goes away when done; silent where nobody watches."""
-    if wanted is False or (wanted is None and not sys.stderr.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn(words), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:
-    module = job.module
-    config = getattr(pretrained_root(module), "config", None)
-    name = model_name(str(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or ""))
-    first = next(module.parameters(), None)
-    return {
-        "class": type(model).__name__ if job.kind == "image" else type(module).__name__,
-        "name": name,
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "dtype": str(first.dtype).removeprefix("torch.") if first is not None else "",
-        "device": str(job.device),
-        "attention": str(getattr(config, "_attn_implementation", None) or "native"),
-        "sites": num_sites,
-    }
-
-
-def model_name(name: str) -> str:
-    """The name of a model for a reader: a hub id as it is, of a folder of this machine its last part only."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
-    if cached := [part for part in parts if part.startswith("models--")]:  # a snapshot in the hub's cache
-        return cached[-1].removeprefix("models--").replace("--", "/")
-    folder = name.startswith(("/", ".", "~")) or "\\" in name or len(parts) != 2 or Path(name).is_dir()
-    return parts[-1] if parts and folder else name
-
-
-def recipe_facts(item: Recipe) -> dict[str, Any]:
-    """Name, parameters and source of a recipe, as JSON values."""
-    from pydantic_core import to_jsonable_python
-
-    parameters = {}
-    for name in type(item).model_fields:
-        value = getattr(item, name)
-        parameters[name] = to_jsonable_python(value, fallback=lambda v: f"{type(v).__name__}")
-    chosen = sorted(item.model_fields_set)
-    return {"name": item.slug, "parameters": parameters, "chosen": chosen, **item.info.as_dict()}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they matter to the numbers."""
-    from .. import __version__
-
-    found = {"reattend": __version__, "torch": torch.__version__}
-    for name in ("transformers", "diffusers"):
-        if name in sys.modules:
-            found[name] = sys.modules[name].__version__
-    found["python"] = platform.python_version()
-    found["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
-    return found
-
-
-def _cpu() -> str:
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

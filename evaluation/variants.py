@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..comparison.variants import NONE, choices_of, is_one, read_spec, slug, split_composed, split_list
 from ..interventions import ReattendError
-from ..recipes import Recipe
 from ..recipes.apply import Choice
 from ..recipes.checks import shown
-from ..recipes.files import read_yaml
-from ..recipes.registry import is_file_name, made, read_choice
+from ..recipes.registry import made, read_choice
 from .suites import Suite, suite
 
-NONE = "none"
+__all__ = ["NONE", "Variant", "read_spec", "slug", "split_composed", "split_list", "suites_of", "variants_of"]
+
 WIDEST_VALUE = 24
 
 
@@ -67,54 +66,19 @@ def _digest(path: Any) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
-def split_list(text: str) -> list[str]:
-    """Parts between commas; commas inside brackets and braces do not part."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
-def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """("var", {"move": 0.2, "rho": 0.3}) from "var:move=0.2:rho=0.3"; values are read as YAML."""
-    name, *pairs = re.split(r":(?=\w+=)", spec.strip())
-    found = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        try:
-            found[key] = read_yaml(value, "the value")
-        except ReattendError:
-            raise ReattendError(f"{spec!r}: {shown(value)} is not a YAML value") from None
-    return name.strip(), found
-
-
-def split_composed(text: str) -> list[str]:
-    """["vhr", "var:move=0.2"] from "vhr+var:move=0.2"; a plus sign inside a value does not part."""
-    return [part.strip() for part in re.split(r"\+(?=\s*[A-Za-z./][\w./-]*\s*(?::\w+=|\+|$))", text)]
-
-
-def slug(name: str) -> str:
-    """A name as its owner's settings are found by: "lm-eval" for "lm_eval:arc_easy"."""
-    return name.partition(":")[0].strip().lower().replace("_", "-")
-
-
 def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
     """Variants from words or objects, doubles left out.
 
     wanted: a comma-separated text, or a list whose items are a text ("none", "var:move=0.2", "vhr+var", "my.yaml"), a Recipe, a
     (name, parameters) pair, None for the plain model, or a list of these, which compose. settings: {recipe: further parameters}.
     """
-    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if _is_one(wanted) else _listed(wanted, "recipes")
+    items = split_list(wanted) if isinstance(wanted, str) else [wanted] if is_one(wanted) else _listed(wanted, "recipes")
     if not items:
         raise ReattendError('name what to compare, for example "none,var"')
     found: dict[str, Variant] = {}
     for item in items:
         parts = list(item) if isinstance(item, list) else [item]
-        variant = Variant.of([choice for part in parts for choice in _choices(part, settings or {})])
+        variant = Variant.of([choice for part in parts for choice in choices_of(part, settings or {})])
         found.setdefault(json.dumps(variant.key(), sort_keys=True), variant)
     return list(found.values())
 
@@ -123,31 +87,6 @@ def _listed(wanted: Any, what: str) -> list[Any]:
     if not isinstance(wanted, (list, tuple)):
         raise ReattendError(f"{what} must be a text or a list, got {shown(wanted)}")
     return list(wanted)
-
-
-def _is_one(wanted: Any) -> bool:
-    pair = isinstance(wanted, tuple) and len(wanted) == 2 and isinstance(wanted[1], dict)
-    return wanted is None or pair or isinstance(wanted, (Recipe, Path, dict))
-
-
-def _choices(part: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Choice]:
-    if part is None:
-        return []
-    if not isinstance(part, str):
-        return [part]
-    found: list[Choice] = []
-    for spec in split_composed(part):
-        name, given = read_spec(spec)
-        if name == NONE:
-            if given:
-                raise ReattendError(f"{spec!r}: the plain model takes no parameters")
-        elif is_file_name(name):
-            if given or settings.get(name):
-                raise ReattendError(f"change the parameters of {name} in the file")
-            found.append(Path(name))
-        else:
-            found.append((name, {**settings.get(slug(name), {}), **given}))
-    return found
 
 
 def suites_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Suite]:

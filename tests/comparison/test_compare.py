@@ -10,7 +10,7 @@ import reattend
 import torch
 from PIL import Image
 from reattend.comparison import Report
-from reattend.comparison.compare import model_name
+from reattend.comparison.facts import model_name
 from reattend.comparison.text import first_difference, kl_divergence, shared_kl
 from reattend.hooks import Act, Support
 from reattend.interventions import KeyBias

@@ -9,7 +9,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is imported at runtime before it is used
+    from . import zoo
+    from .analysis import analyse
+    from .comparison import compare, wrap
+    from .evaluation import evaluate
+    from .hooks import capture, rows, sites
+    from .interventions import ReattendError, ReattendWarning, UnsupportedError
+    from .recipes import list_recipes, load_recipe
+    from .recipes.named import apply, recipe  # with a signature for each recipe
 
 __version__ = "0.1.0"
 
@@ -31,7 +41,25 @@ _LAZY = {
     "UnsupportedError": ".interventions",
 }
 
-__all__ = ["__version__", "zoo", *_LAZY]
+# written out, because type checkers read no dict
+__all__ = [
+    "ReattendError",
+    "ReattendWarning",
+    "UnsupportedError",
+    "__version__",
+    "analyse",
+    "apply",
+    "capture",
+    "compare",
+    "evaluate",
+    "list_recipes",
+    "load_recipe",
+    "recipe",
+    "rows",
+    "sites",
+    "wrap",
+    "zoo",
+]
 
 
 def __getattr__(name: str) -> Any:

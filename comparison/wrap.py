@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import copy
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from ..hooks import Session, SiteTable, sites
 from ..hooks.discovery import components, original_of
 from ..interventions import ReattendError
 from ..recipes import apply
+from ..recipes.apply import Choice
+
+if TYPE_CHECKING:
+    from ..recipes.named import Uses
+    from .report import Report
+else:
+    Uses = object
 
 METHODS = ("use", "compare", "sites")
 
 
-class Wrapped:
+class Wrapped(Uses):
     """What `wrap` adds. A wrapped object shares the attributes of the original one: what happens to either happens to both."""
 
     _reattend_original: Any
 
-    def use(self, *recipes: Any, isolated: bool = False, **parameters: Any) -> Session:
-        """Starts a session: `with pipe.use("streaming", window=512) as session: pipe(...)`. Arguments as for `reattend.apply`."""
-        return apply(original_of(self), *recipes, isolated=isolated, **parameters)
+    if not TYPE_CHECKING:  # there it has a signature for each recipe
 
-    def compare(self, *recipes: Any, **options: Any) -> Any:
+        def use(self, *recipes: Any, isolated: bool = False, **parameters: Any) -> Session:
+            """Starts a session: `with pipe.use("streaming", window=512) as session: pipe(...)`. Arguments as for `reattend.apply`."""
+            return apply(original_of(self), *recipes, isolated=isolated, **parameters)
+
+    def compare(self, *recipes: Choice, **options: Any) -> Report:
         """Runs without and with the recipes on the same input and seed and reports both. Arguments as for `reattend.compare`."""
         from .compare import compare
 
@@ -43,6 +53,54 @@ class Wrapped:
         return wrap, (original_of(self),)
 
 
+if TYPE_CHECKING:
+    # What `wrap` makes is an object of both classes, the user's and `Wrapped`. Python's types have no such intersection, and the
+    # user's type alone would hide `use` and `compare`. So the libraries' own classes are joined with `Wrapped` here; a diffusers
+    # pipeline, of which there are a hundred, keeps the signature of its call (P, R) and what all of them have, its further
+    # attributes are Any; a model shows what all models have (transformers' own type of `generate` fits none of them).
+    # Where diffusers is missing, its class counts as unknown: that is why its overload comes last.
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from torch import nn
+    from transformers import GenerationMixin, PreTrainedModel
+    from transformers.pipelines import ImageTextToTextPipeline, Pipeline, TextGenerationPipeline
+
+    W = TypeVar("W", bound=Wrapped)
+    P, R = ParamSpec("P"), TypeVar("R")
+
+    class WrappedTextGeneration(Wrapped, TextGenerationPipeline): ...
+
+    class WrappedImageTextToText(Wrapped, ImageTextToTextPipeline): ...
+
+    class WrappedPipeline(Wrapped, Pipeline): ...
+
+    class WrappedModel(Wrapped, PreTrainedModel, GenerationMixin):
+        def generate(self, *args: Any, **options: Any) -> Any: ...
+
+    class WrappedModule(Wrapped, nn.Module): ...
+
+    class WrappedDiffusion(Wrapped, DiffusionPipeline, Generic[P, R]):
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+
+@overload
+def wrap(model: W) -> W: ...
+@overload
+def wrap(model: TextGenerationPipeline) -> WrappedTextGeneration: ...
+@overload
+def wrap(model: ImageTextToTextPipeline) -> WrappedImageTextToText: ...
+@overload
+def wrap(model: Pipeline) -> WrappedPipeline: ...
+@overload
+def wrap(model: PreTrainedModel) -> WrappedModel: ...
+@overload
+def wrap(model: nn.Module) -> WrappedModule: ...
+@overload
+def wrap(model: Callable[P, R]) -> WrappedDiffusion[P, R]: ...
+@overload
+def wrap(model: DiffusionPipeline) -> WrappedDiffusion[..., Any]: ...
+@overload
+def wrap(model: Any) -> Any: ...
 def wrap(model: Any) -> Any:
     """The same pipeline or model with `.use(...)`, `.compare(...)` and `.sites()`; isinstance and every attribute hold.
 

@@ -13,9 +13,10 @@ FIRST, MARKED = "bos", "marked passage"
 # Roles of columns that are no tokens of the prompt.
 OUTSIDE = ("generated", "padding", "other", "appended", "learned sink")
 # A role of a recipe's own: its name, the number of the recipe object, and the part where it has several (see recipes/passages.py).
-OWN = re.compile(r"(?P<slug>.*)-(?P<serial>\d+)(\.(?P<part>\d+))?")
-# What the passages of these are; those of all other recipes are marked by the user.
-NAMED = {"pine": "segment", "opera": "image"}
+OWN = re.compile(r"(?P<slug>.*)-(?P<serial>\d+)(\.(?P<part>\d+)|(?P<words>-words))?")
+# What the passages of these are; those of all other recipes are marked by the user. A question is gift's, and its words are told apart.
+NAMED = {"pine": "segment", "opera": "image", "question": "rest of the question"}
+WORDS = "words of the question"
 
 
 def plain_names(roles: Iterable[str]) -> dict[str, str]:
@@ -29,7 +30,7 @@ def plain_names(roles: Iterable[str]) -> dict[str, str]:
     names = {role: role for role in roles}
     for role, match in own.items():
         slug, part = match["slug"], match["part"]
-        name = NAMED.get(slug, MARKED)
+        name = WORDS if match["words"] else NAMED.get(slug, MARKED)
         if part is not None:
             name += f" {int(part) + 1}"
         if slug not in NAMED and len(owners) > 1:

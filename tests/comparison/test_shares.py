@@ -7,6 +7,7 @@ import reattend
 import torch
 from reattend.comparison.shares import named, of_all, on_prompt, plain_names
 from reattend.comparison.words import attention_summary
+from reattend.recipes import recipe_class
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 LAYER_0 = [(0, head) for head in range(4)]
@@ -77,14 +78,13 @@ def test_beams_drafts_and_samples_are_looked_at_as_one_text(text_pipe, options):
     assert report.looks.answer == (6, 6) and len(report.before.tokens) == 6
 
 
-HIGHLIGHTERS = {
-    "emphasise": {}, "instaboost": {}, "spotlight": {}, "spa": {},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HIGHLIGHTERS)
-def test_every_highlighter_has_a_marked_passage(text_pipe, name):
-    recipe = (name, {"text": "and the small cat", **HIGHLIGHTERS[name]})
+@pytest.mark.parametrize("name", ["emphasise", "instaboost", "spotlight", "spa", "seka"])
+def test_every_highlighter_has_a_marked_passage(text_pipe, name, tmp_path):
+    more = {}
+    if name == "seka":
+        profile = recipe_class(name).profile(text_pipe.model, text_pipe.tokenizer, pairs=4, min_rise=0.0)
+        more = {"profile_path": str(profile.save(tmp_path / "seka.safetensors"))}
+    recipe = (name, {"text": "and the small cat", **more})
     report = reattend.compare(text_pipe, recipe, text=PROMPT, max_new_tokens=3, do_sample=False)
     for side in (report.before, report.after):
         assert set(side.mass) <= {"bos", "prompt", "generated", "marked passage"} and side.mass["marked passage"] > 0
@@ -108,6 +108,8 @@ def test_names_of_passages():
     assert plain_names(["pine-3.0", "pine-3.1"]) == {"pine-3.0": "segment 1", "pine-3.1": "segment 2"}
     assert plain_names(["selective-emphasis-4", "my role"])["selective-emphasis-4"] == "marked passage"
     assert plain_names(["my role"]) == {"my role": "my role"} and plain_names(["-5"]) == {"-5": "marked passage"}
+    asked = plain_names(["question-1", "question-1-words"])
+    assert asked == {"question-1": "rest of the question", "question-1-words": "words of the question"}
     assert named({"opera-3": 0.25, "image": 0.5}) == {"image": 0.75}
 
 

@@ -82,7 +82,8 @@ def test_beams_drafts_and_samples_are_looked_at_as_one_text(text_pipe, options):
 def test_every_highlighter_has_a_marked_passage(text_pipe, name, tmp_path):
     more = {}
     if name == "seka":
-        profile = recipe_class(name).profile(text_pipe.model, text_pipe.tokenizer, pairs=4, min_rise=0.0)
+        asked = [("the red dog sat on a big house", "the dog sat on", "a big house", "the cat ran in")]
+        profile = recipe_class(name).profile(text_pipe.model, text_pipe.tokenizer, data=asked, experts=False)
         more = {"profile_path": str(profile.save(tmp_path / "seka.safetensors"))}
     recipe = (name, {"text": "and the small cat", **more})
     report = reattend.compare(text_pipe, recipe, text=PROMPT, max_new_tokens=3, do_sample=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from .report import Check, Report, write_page
 
 # The heads of SmolLM2-135M-Instruct that copy most from the context, as `reattend profile retrieval-heads smollm2` ranks them.
 COPYING_HEADS = [[18, 6], [17, 3], [23, 2], [17, 4], [18, 7]]
+
+# As measured with one and with two cores, and on a machine that has other work.
+MINUTES = "one to three minutes"
 
 TITLE = "reattend demo: the same model, looking elsewhere"
 INTRO = (
@@ -99,19 +103,22 @@ def cases() -> list[Case]:
 
 
 def demo(folder: Path, quiet: bool = False, overwrite: bool = True) -> tuple[list[Report], Path]:
-    """Runs the comparisons, writes report.html into the folder and returns (reports, its path).
+    """Runs the comparisons, writes report.html into the folder and returns (reports, its path). Takes one to three minutes on a CPU.
 
     Raises ReattendError without the package, and before anything runs for a report that is there, unless overwrite.
     """
     from .loading import packaged_smollm2
 
     check_output(folder / "report.html", "--out", overwrite=overwrite, remedy="--force")
+    chosen = cases()
+    _say(f"{len(chosen)} comparisons on a small language model, {MINUTES} on a CPU. Loading the model ...")
     model, tokenizer = packaged_smollm2()
     reports = []
-    chosen = cases()
     for place, case in enumerate(chosen, start=1):
-        print(f"{place}/{len(chosen)} {case.title} ({case.recipe})", file=sys.stderr, flush=True)
-        reports.append(run_case(case, model, tokenizer))
+        _say(f"{place}/{len(chosen)} {case.title} ({case.recipe})")
+        start = time.perf_counter()
+        reports.append(run_case(case, model, tokenizer))  # with a bar of its own where somebody is watching
+        _say(f"    done in {time.perf_counter() - start:.0f} s")
     file = write_page(reports, folder / "report.html", TITLE, INTRO)
     if not quiet:
         show(reports, file)
@@ -145,6 +152,11 @@ def show(reports: list[Report], file: Path) -> None:
     for report in reports:
         console.print(brief(report))
     console.print(f"The whole comparison, with attention and cost: {file.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _say(line: str) -> None:
+    """To stderr: what goes to stdout is the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _looks_like_json(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.discovery import pretrained_root
+from ..hooks.discovery import components, pretrained_root
 from ..recipes import Recipe
 from .job import Job, Tick
 
@@ -34,7 +34,11 @@ def progress_bar(wanted: bool | None, total: int, words: str) -> Iterator[Tick]:
 def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:
     module = job.module
     config = getattr(pretrained_root(module), "config", None)
-    name = model_name(str(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or ""))
+    # of a diffusers pipeline the whole, not the denoiser's folder inside it
+    named = [getattr(model, "name_or_path", ""), getattr(config, "_name_or_path", "")]
+    name = model_name(
+        str(next((n for n in (named if job.kind == "image" else named[::-1]) if n), "")), tuple(components(model))
+    )
     first = next(module.parameters(), None)
     return {
         "class": type(model).__name__ if job.kind == "image" else type(module).__name__,
@@ -47,9 +51,14 @@ def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:
     }
 
 
-def model_name(name: str) -> str:
-    """The name of a model for a reader: a hub id as it is, of a folder of this machine its last part only."""
+def model_name(name: str, inner: tuple[str, ...] = ()) -> str:
+    """The name of a model for a reader: a hub id as it is, of a folder of this machine its last part only.
+
+    inner: names of folders inside of a model's, which a component's path ends in.
+    """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    if len(parts) > 2 and parts[-1] in inner:
+        parts = parts[:-1]
     if cached := [part for part in parts if part.startswith("models--")]:  # a snapshot in the hub's cache
         return cached[-1].removeprefix("models--").replace("--", "/")
     folder = name.startswith(("/", ".", "~")) or "\\" in name or len(parts) != 2 or Path(name).is_dir()

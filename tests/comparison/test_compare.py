@@ -106,6 +106,9 @@ def test_no_folder_of_the_machine_in_a_report(text_pipe, tmp_path):
     ]
     expected = ["owner/name", "gpt2", "SmolLM2-135M-Instruct", "", "there", "c", "mine", "owner/name", tmp_path.name]
     assert [model_name(name) for name in names] == expected
+    assert (
+        model_name("/models/shapes-sd/unet", ("unet", "vae")) == "shapes-sd" and model_name("me/unet", ("unet",)) == "me/unet"
+    )
 
 
 def test_sampling_is_seeded(text_pipe):

@@ -51,4 +51,7 @@ def test_the_shortest_case_end_to_end(smollm2, tmp_path, monkeypatch, capsys):
     (check,) = report.checks
     assert check.after and not check.before
     assert json.loads(report.json())["checks"] == [vars(check)]
-    assert str(file.resolve()) in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert str(file.resolve()) in shown.out
+    assert demo.MINUTES in shown.err.splitlines()[0], "it says how long it takes before it starts"
+    assert "1/1 An overlooked instruction" in shown.err and "done in" in shown.err

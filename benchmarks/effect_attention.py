@@ -65,7 +65,7 @@ def main() -> None:
             report = compare(pipe, recipe, image=image, text=question, max_new_tokens=2, do_sample=False, progress=False)
             shares.append(report.attention_inside(box))
             if given.picture is not None and i == 0 and label == "gift, alpha 10":
-                report.attention_map().save(given.picture)
+                report.attention_map().quantize().save(given.picture, optimize=True)
         before, after = ([s[side] for s in shares] for side in ("before", "after"))
         change = mean_change(before, after)
         moved = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"

@@ -17,7 +17,7 @@ from .report import Check, Report, write_page
 # The heads of SmolLM2-135M-Instruct that copy most from the context, as `reattend profile retrieval-heads smollm2` ranks them.
 COPYING_HEADS = [[18, 6], [17, 3], [23, 2], [17, 4], [18, 7]]
 
-# As measured with one and with two cores, and on a machine that has other work.
+# Measured: a minute and a half on one thread of a CPU that had little else to do.
 MINUTES = "one to three minutes"
 
 TITLE = "reattend demo: the same model, looking elsewhere"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import itertools
+import re
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,22 +12,35 @@ from ..interventions.errors import ReattendError
 from .console import print_json
 from .options import Debug, Json, Model
 
+if TYPE_CHECKING:
+    from ..hooks import SiteTable
+
+# what recipes there are for, and their families: written out, so that help and completion import no torch; a test compares them
+KINDS = ("diffusion", "llm", "lvlm")
+FAMILIES = ("calibration", "decoding", "heads", "reweighting", "sinks", "sparsity")
+
+
+def _one_of(known: tuple[str, ...], name: str, help: str) -> typer.models.OptionInfo:
+    """An option with these values, in help and completion; what is refused is the command's to say, in one line."""
+    return typer.Option(
+        name,
+        help=help,
+        metavar="|".join(known),
+        autocompletion=lambda incomplete: [value for value in known if value.startswith(incomplete)],
+        show_default=False,
+    )
+
 
 def list_(
-    family: Annotated[str, typer.Option("--family", help="only this family of methods", show_default=False)] = "",
-    kind: Annotated[
-        str, typer.Option("--kind", help="only methods for llm, lvlm, diffusion, vision, speech", show_default=False)
-    ] = "",
+    family: Annotated[str, _one_of(FAMILIES, "--family", "only this family of methods")] = "",
+    kind: Annotated[str, _one_of(KINDS, "--kind", "only methods for this kind of model")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the recipes."""
     from ..recipes import list_recipes
 
-    found = list_recipes()
-    families = sorted({f for info in found.values() for f in info.families})
-    kinds = sorted({k for info in found.values() for k in info.kinds})
-    for name, value, known in (("--family", family, families), ("--kind", kind, kinds)):
+    for name, value, known in (("--family", family, FAMILIES), ("--kind", kind, KINDS)):
         if value and value not in known:
             raise ReattendError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     found = list_recipes(family or None, kind or None)
@@ -52,9 +67,32 @@ def show(
 
 
 def sites(model: Model, as_json: Json = False, debug: Debug = False) -> None:
-    """List a model's attention sites; reads its config only, no weights."""
+    """List a model's attention sites; reads its config, no weights."""
     from ..comparison.loading import skeleton
     from ..hooks import sites as find
 
     table = find(skeleton(model))
-    print_json({"model": table.model_name, "sites": table.rows()}) if as_json else typer.echo(str(table))
+    if as_json:
+        print_json({"model": table.model_name, "sites": table.rows()})
+    else:
+        typer.echo(f"{table.model_name}: {len(table)} attention sites (read from its config, no weights loaded)")
+        typer.echo("\n".join(sites_by_layers(table)))
+
+
+def sites_by_layers(table: SiteTable) -> list[str]:
+    """The sites in lines: layers that follow each other and are alike stand in one, as 0-5; names come last, for they are long."""
+
+    def facts(site: Any) -> tuple[str, ...]:
+        sizes = ("?" if v is None else str(v) for v in (site.num_heads, site.num_kv_heads, site.head_dim))
+        return site.stack, site.kind, *sizes, "yes" if site.causal else "no", site.problem or ""
+
+    def pattern(site: Any) -> str:
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
+
+    lines = [("layers", "stack", "kind", "heads", "kv", "dim", "causal", "site", "")]
+    for (name, (*known, problem)), group in itertools.groupby(table, key=lambda s: (pattern(s), facts(s))):
+        alike = list(group)
+        layers = str(alike[0].layer) if len(alike) == 1 else f"{alike[0].layer}-{alike[-1].layer}"
+        lines.append((layers, *known, alike[0].name if len(alike) == 1 else name, problem))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
-from .packaged import PACKAGED, packaged_smollm2, quiet
+from .packaged import FILES, PACKAGED, packaged_smollm2, quiet
 
 __all__ = ["load", "packaged_smollm2", "skeleton", "task_of"]
 
@@ -101,11 +101,16 @@ def skeleton(name: str) -> Any:
 
     try:
         if name in PACKAGED:
-            return PACKAGED[name]()[0]
+            import transformers
+
+            file = FILES[name]()
+            config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(config)
         if name.startswith(ZOO):
             from ..zoo.loading import folder
 
-            name = str(folder(name.removeprefix(ZOO)))
+            name = str(folder(name.removeprefix(ZOO), weights=True))
         index = _file(name, "model_index.json")
         with torch.device("meta"):
             return _denoiser(name, index) if index is not None else _architecture(name)

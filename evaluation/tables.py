@@ -1,4 +1,4 @@
-"""An evaluation as tables, drawn with rich: one per suite, a row per metric and variant, with the change against the plain model."""
+"""An evaluation as tables, drawn with rich: one per suite, a row per variant under each metric, with the change against the plain model."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def _heading(cell: Cell) -> Text:
 def _table(cells: list[Cell], level: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     changed = any(cell.changes is not None for cell in cells)
-    for column in ("", "recipe", "value", level, *(("change", level) if changed else ())):
-        table.add_column(column, no_wrap=column != "recipe", justify="right" if column in ("value", "change") else "left")
+    # labels are folded, never cut: the parameters that tell two variants apart stand at their ends
+    table.add_column("", overflow="fold")
+    for column in ("value", level, *(("change", level) if changed else ())):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("value", "change") else "left")
     for name in cells[0].shown:
         lower = name in cells[0].suite.lower
-        for place, cell in enumerate(cells):
+        table.add_row(Text(name + " (less is better)" * lower))
+        for cell in cells:
             one, change = cell.metrics[name], None if cell.changes is None else cell.changes[name]
-            row = [Text((name + " (less is better)" * lower) if place == 0 else ""), Text(cell.recipe, style="cyan")]
-            row += [Text(_number(one, one.value)), Text(_between(one))]
+            row = [Text(f"  {cell.recipe}", style="cyan"), Text(_number(one, one.value)), Text(_between(one))]
             if change is not None:
                 better = (change.value < 0) == lower
                 certain = (change.low > 0 or change.high < 0) and name not in cell.suite.neutral
@@ -55,9 +57,10 @@ def _table(cells: list[Cell], level: str) -> Table:
                 row += [Text(_number(change, change.value, "+"), style=style), Text(_between(change, "+"), style=style)]
             table.add_row(*row)
     timed = [cell for cell in cells if cell.time_ratio is not None]
-    for place, cell in enumerate(timed):
-        label = Text("time" if place == 0 else "", style="dim")
-        table.add_row(label, Text(cell.recipe, style="cyan"), Text(f"{cell.time_ratio:.2f}x", style="dim"))
+    if timed:
+        table.add_row(Text("time", style="dim"))
+    for cell in timed:
+        table.add_row(Text(f"  {cell.recipe}", style="cyan"), Text(f"{cell.time_ratio:.2f}x", style="dim"))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import reattend
 import torch
 from PIL import Image
 from reattend import __main__ as command_line
-from reattend.command_line import console
+from reattend.command_line import console, listing
+from reattend.comparison import packaged
 from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
 from typer.testing import CliRunner
 
@@ -75,6 +77,23 @@ def test_help_and_version(call):
         assert "--json" in call(command, "--help").stdout
 
 
+def test_choices_are_shown_and_others_refused_in_one_line(call):
+    found = reattend.list_recipes()
+    assert tuple(sorted({kind for info in found.values() for kind in info.kinds})) == listing.KINDS
+    assert tuple(sorted({family for info in found.values() for family in info.families})) == listing.FAMILIES
+    shown = call("list", "--help").stdout
+    assert "|".join(listing.KINDS) in shown and "|".join(listing.FAMILIES) in shown
+    assert "--kind must be one of diffusion, llm, lvlm" in one_line_error(call("list", "--kind", "speech"))
+
+
+def test_the_shell_can_complete(call):
+    assert "--install-completion" in call("--help").stdout
+    asked = {"_REATTEND_COMPLETE": "complete_bash", "COMP_WORDS": "reattend list --kind l", "COMP_CWORD": "3"}
+    program = "from reattend.__main__ import app; app(prog_name='reattend')"
+    said = subprocess.run([sys.executable, "-c", program], env={**os.environ, **asked}, capture_output=True, text=True).stdout
+    assert said.split() == ["llm", "lvlm"]
+
+
 def test_in_a_process_of_its_own_without_diffusers():
     program = (
         "import runpy, sys; sys.argv = ['reattend', 'list', '--json']\n"
@@ -135,7 +154,20 @@ def test_sites_reads_configs_only(call, saved, tmp_path):
         ("model.layers.0.self_attn", 0, True, 2),
         ("model.layers.1.self_attn", 1, True, 2),
     ]
-    assert "2 attention sites" in call("sites", saved).stdout
+    text = call("sites", saved).stdout
+    assert "2 attention sites (read from its config, no weights loaded)" in text
+    assert "0-1     decoder" in text and "model.layers.*.self_attn" in text and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_sites_of_a_packaged_model_read_no_weights(call, smollm2, monkeypatch):
+    monkeypatch.setitem(packaged.PACKAGED, "smollm2", lambda: 1 / 0)
+    sites = json.loads(call("sites", "smollm2", "--json").stdout)["sites"]
+    assert sites == reattend.sites(smollm2[0]).rows()
+
+
+def test_sites_of_a_model_that_does_not_come_along(call):
+    assert "the weights of smol-llava do not come along yet" in one_line_error(call("sites", "zoo:smol-llava"))
 
 
 def test_sites_of_a_diffusers_pipeline(call, image_pipe, tmp_path):  # noqa: F811

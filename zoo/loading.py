@@ -28,16 +28,20 @@ MODELS = {
 }
 
 
-def folder(name: str) -> Path:
-    """Where a model of the zoo lies: a folder that `from_pretrained` takes, with its card.
+def folder(name: str, weights: bool = False) -> Path:
+    """Where a model of the zoo lies: a folder that `from_pretrained` takes, with its card. weights: it has to be there.
 
-    Raises ReattendError for a name that the zoo does not know.
+    Raises ReattendError for a name that the zoo does not know, and with weights for a model that does not come along.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ReattendError(f"the zoo has no model {name!r}{hint}; it has: {', '.join(MODELS)}")
-    return Path(__file__).parent / name
+    where = Path(__file__).parent / name
+    if weights and not where.is_dir():
+        script = MODELS[name].script
+        raise ReattendError(f"the weights of {name} do not come along yet: python -m reattend.zoo.train.{script} trains them")
+    return where
 
 
 def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
@@ -48,10 +52,7 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
     """
     import torch
 
-    where, kind = folder(name), dtype or torch.float32
-    if not where.is_dir():
-        script = MODELS[name].script
-        raise ReattendError(f"the weights of {name} do not come along yet: python -m reattend.zoo.train.{script} trains them")
+    where, kind = folder(name, weights=True), dtype or torch.float32
     if MODELS[name].kind == "lvlm":
         from transformers import AutoModelForImageTextToText, AutoProcessor
 

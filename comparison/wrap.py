@@ -65,7 +65,8 @@ if TYPE_CHECKING:
     from transformers.pipelines import ImageTextToTextPipeline, Pipeline, TextGenerationPipeline
 
     W = TypeVar("W", bound=Wrapped)
-    P, R = ParamSpec("P"), TypeVar("R")
+    P = ParamSpec("P")
+    R = TypeVar("R")
 
     class WrappedTextGeneration(Wrapped, TextGenerationPipeline): ...
 

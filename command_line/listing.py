@@ -37,15 +37,18 @@ def list_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the recipes."""
+    """List the recipes by the problem they are a remedy for."""
     from ..recipes import list_recipes
+    from ..recipes.measured import NOTHING, measured
 
     for name, value, known in (("--family", family, FAMILIES), ("--kind", kind, KINDS)):
         if value and value not in known:
             raise ReattendError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     found = list_recipes(family or None, kind or None)
     if as_json:
-        print_json([{"name": name, **info.as_dict()} for name, info in found.items()])
+        print_json(
+            [{"name": name, **info.as_dict(), "measured": measured().get(name, NOTHING)} for name, info in found.items()]
+        )
         return
     from ..comparison.catalogue import print_list
 
@@ -58,10 +61,20 @@ def show(
     """Show one recipe: what it does, its source, its parameters."""
     from ..comparison.catalogue import parameters_of, print_recipe
     from ..recipes import recipe_class
+    from ..recipes.measured import NOTHING, measured
 
     cls = recipe_class(name)
     if as_json:
-        print_json({"name": cls.slug, **cls.info.as_dict(), "version": cls.version, "parameters": parameters_of(cls)})
+        known = measured().get(cls.slug, NOTHING)
+        print_json(
+            {
+                "name": cls.slug,
+                **cls.info.as_dict(),
+                "measured": known,
+                "version": cls.version,
+                "parameters": parameters_of(cls),
+            }
+        )
     else:
         print_recipe(cls)
 

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..recipes import Info, Recipe
+from ..recipes.base import Problem
+from ..recipes.measured import NOTHING, measured
 
 
 def print_list(found: Mapping[str, Info]) -> None:
-    """One line per recipe."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("recipe", "for", "year", "what it does"):
-        table.add_column(column, no_wrap=column != "what it does")
-    for name, info in found.items():
-        does = info.does if info.status == "ready" else f"({info.status}) {info.does}"
-        table.add_row(Text(name, style="cyan"), ", ".join(info.kinds), str(info.year), Text(does))
-    Console().print(table)
+    """By problem: what is a remedy for it, what that did when it was measured, what it costs and needs."""
+    console, width = Console(), max(map(len, found), default=0)
+    for problem in (*get_args(Problem), None):
+        chosen = {name: info for name, info in found.items() if (problem in info.problems if problem else not info.problems)}
+        if not chosen:
+            continue
+        console.print(Text(f"{problem or 'other'}", style="bold"))
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, min_width=width + 2)
+        table.add_column(overflow="fold")
+        for name, info in chosen.items():
+            does = Text(info.does if info.status == "ready" else f"({info.status}) {info.does}")
+            table.add_row(Text(f"  {name}", style="cyan"), does.append(f"\n{_facts(name, info)}", style="dim"))
+        console.print(table)
+    console.print(
+        Text(
+            "Figures are of small models; docs/results.md tells the rest. `reattend show NAME`: parameters, paper.", style="dim"
+        )
+    )
+
+
+def _facts(name: str, info: Info) -> str:
+    """For which models, the effect that was measured, cost and profiling, in a line."""
+    known = measured().get(name, NOTHING)
+    profiling = (
+        "profiling optional"
+        if info.profiling.startswith("optional")
+        else "needs profiling"
+        if info.profiling
+        else "no profiling"
+    )
+    did = f"measured: {known['did'][0]}" if known["did"] else "not measured"
+    return f"{', '.join(info.kinds)}; {did}; cost: {known['cost'] or info.cost}; {profiling}"
 
 
 def parameters_of(cls: type[Recipe]) -> list[dict[str, Any]]:
@@ -50,6 +77,13 @@ def print_recipe(cls: type[Recipe]) -> None:
         *([f"profiling: {info.profiling}"] if info.profiling else []),
     ]
     console.print(Text("\n".join(lines), style="dim"))
+    known = measured().get(cls.slug, NOTHING)
+    first = ", ".join(f"{k}={v!r}" for k, v in info.try_first.items()) or "the defaults"
+    swept = "; ".join(f"{k} {', '.join(map(repr, values))}" for k, values in info.sweep.items())
+    told = [f"when {problem}" for problem in info.problems]
+    told += [f"try first: {first}" + (f"; then compare: {swept}" if swept else "")]
+    told += [f"measured: {text}" for text in known["did"]] + ([f"costs: {known['cost']}"] if known["cost"] else [])
+    console.print(Text("\n".join(told)))
     table = Table("parameter", "default", "", box=None, pad_edge=False, header_style="dim")
     for p in parameters_of(cls):
         table.add_row(Text(p["name"], style="cyan"), Text("required" if p["required"] else repr(p["default"])), Text(p["help"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -22,6 +22,19 @@ Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
 # no count of tokens, layers or heads is larger, and sums of two of them still fit into the integers of a tensor
 LARGEST = 2**31 - 1
 DEEPEST, MOST_NAMED = 10, 6
+# what a user comes with, in the order in which the README and `reattend list` answer
+Problem = Literal[
+    "my instruction is overlooked",
+    "a fact in a long prompt is not found",
+    "the answer depends on the order of the documents",
+    "answers to classification questions are poor",
+    "demonstrations make every prompt long",
+    "the prompt is too long",
+    "the model describes what is not there",
+    "the image makes the model overlook the instruction",
+    "an image's tokens cost too much",
+    "the picture ignores a word",
+]
 Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "decoding"]
 
 
@@ -33,6 +46,8 @@ class Info:
     there was one. code, licence: the official code where known. families: the first is the primary one. profiling: what has to be learned
     about a model before use, or "".
     cost: "free", "decode" (every step), "prefill", "forward" (a further forward pass). status: "ready" or "experiment".
+    problems: what it is a remedy for. try_first: the strength that a user should begin with, {} = the defaults are that; sweep: the
+    values of a strength that are worth comparing, from weak to strong.
     """
 
     does: str
@@ -42,6 +57,9 @@ class Info:
     families: Sequence[Family]
     kinds: Sequence[Kind]
     cost: str
+    problems: Sequence[Problem] = ()
+    try_first: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     code: str = ""
     licence: str = ""
     profiling: str = ""

@@ -41,6 +41,9 @@ class CMAI(Recipe):
         families=("sparsity", "reweighting"),
         kinds=("lvlm",),
         cost="decode",
+        problems=("the image makes the model overlook the instruction",),
+        try_first={"gamma": 0.5},
+        sweep={"gamma": (0.25, 0.5, 0.9)},
         status="experiment",
     )
 

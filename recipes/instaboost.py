@@ -37,6 +37,9 @@ class InstABoost(Highlighter):
         families=("reweighting",),
         kinds=("llm", "lvlm"),
         cost="free",
+        problems=("my instruction is overlooked",),
+        try_first={"multiplier": 3.0},
+        sweep={"multiplier": (1.7, 3.0, 9.0)},
         code="BrachioLab/InstABoost",
     )
 

@@ -43,6 +43,9 @@ class PAI(Recipe):
         families=("reweighting", "decoding"),
         kinds=("lvlm",),
         cost="forward",
+        problems=("the model describes what is not there",),
+        try_first={"alpha": 0.2},
+        sweep={"alpha": (0.1, 0.2, 0.4), "gamma": (1.0, 1.1)},
         code="LALBJ/PAI",
         licence="MIT",
     )

@@ -45,6 +45,7 @@ class Pine(Recipe):
         families=("calibration", "reweighting"),
         kinds=("llm",),
         cost="decode",
+        problems=("the answer depends on the order of the documents",),
         code="wzq016/PINE",
     )
     marks = {"segments": "segments"}

@@ -44,6 +44,9 @@ class SelectiveEmphasis(Recipe):
         families=("reweighting", "heads"),
         kinds=("lvlm",),
         cost="decode",
+        problems=("the model describes what is not there",),
+        try_first={"alpha": 0.7, "beta": 0.3},
+        sweep={"alpha": (0.35, 0.7, 1.4), "beta": (0.15, 0.3, 0.6)},
         code="hasanar1f/PAINT",
         licence="Apache-2.0",
     )

@@ -42,6 +42,9 @@ class SoftInjection(Recipe):
         families=("heads", "calibration"),
         kinds=("llm",),
         cost="free",
+        problems=("demonstrations make every prompt long",),
+        try_first={"scale": 1.0},
+        sweep={"scale": (0.5, 1.0)},
         code="SNU-DRL/Soft_Injection",
         profiling="what each head hands on after demonstrations, and how much of it to mix in",
     )

@@ -33,6 +33,9 @@ class SoftPAG(Recipe):
         families=("heads",),
         kinds=("diffusion",),
         cost="forward",
+        problems=("the picture ignores a word",),
+        try_first={"strength": 0.5},
+        sweep={"scale": (1.0, 2.5, 5.0), "strength": (0.5, 1.0)},
         code="cvlab-kaist/HeadHunter",
     )
 

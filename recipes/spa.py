@@ -39,6 +39,9 @@ class SPA(Recipe):
         families=("decoding", "reweighting"),
         kinds=("llm", "lvlm"),
         cost="forward",
+        problems=("my instruction is overlooked",),
+        try_first={"strength": 1.4},
+        sweep={"strength": (1.2, 1.4, 1.8)},
         code="magic-YuanTian/Selective-Prompt-Anchoring",
         licence="Apache-2.0",
     )

@@ -38,6 +38,9 @@ class Spotlight(Highlighter):
         families=("reweighting", "calibration"),
         kinds=("llm", "lvlm"),
         cost="decode",
+        problems=("my instruction is overlooked",),
+        try_first={"target": 0.2},
+        sweep={"target": (0.1, 0.2, 0.4)},
     )
 
     target: float = Field(

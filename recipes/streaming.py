@@ -30,6 +30,9 @@ class Streaming(Recipe):
         families=("sparsity", "sinks"),
         kinds=("llm",),
         cost="free",
+        problems=("the prompt is too long",),
+        try_first={"window": 1020},
+        sweep={"window": (508, 1020, 2044)},
         code="mit-han-lab/streaming-llm",
     )
 

@@ -46,6 +46,9 @@ class VHR(Recipe):
         families=("heads",),
         kinds=("lvlm",),
         cost="forward",
+        problems=("the model describes what is not there",),
+        try_first={"alpha": 2.0},
+        sweep={"alpha": (1.5, 2.0, 3.0)},
         code="jinghan1he/VHR",
     )
 

@@ -50,6 +50,8 @@ class VisualTokenExit(Recipe):
         families=("sparsity",),
         kinds=("lvlm",),
         cost="free",
+        problems=("an image's tokens cost too much",),
+        sweep={"exit_layer": (8, 12, 16)},
         code="DoubtedSteam/DyVTE",
         profiling="the exit layer, from image-question pairs; or choose one by hand",
     )

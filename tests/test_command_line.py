@@ -63,6 +63,16 @@ def test_list_and_show(call):
     assert "arxiv.org/abs/2309.17453" in text and "window" in text
 
 
+def test_list_answers_by_problem_and_show_says_what_to_try(call):
+    listed = call("list").stdout
+    assert listed.index("my instruction is overlooked") < listed.index("  emphasise") < listed.index("the prompt is too long")
+    assert "measured: highlight followed" in " ".join(listed.split()) and max(map(len, listed.splitlines())) <= 80
+    shown = " ".join(call("show", "emphasise").stdout.split())
+    assert "try first: alpha=0.3; then compare: alpha 0.55, 0.3, 0.09" in shown and "when my instruction is overlooked" in shown
+    data = json.loads(call("show", "emphasise", "--json").stdout)
+    assert data["measured"]["did"] and data["try_first"] == {"alpha": 0.3}
+
+
 def test_every_recipe_can_be_shown(call):
     for name in reattend.list_recipes():
         assert json.loads(call("show", name, "--json").stdout)["name"] == name

@@ -1,23 +1,31 @@
-"""The README says what the recipes say of themselves."""
+"""The README says what the recipes say of themselves and what was measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import reattend
+import which
+from reattend.recipes.base import Problem
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TABLE = README.split("<!-- recipes: checked by tests/test_readme.py -->\n")[1].split("<!-- end of recipes -->")[0]
 
 
-def row(slug: str, info) -> str:
-    link = f"[{info.paper}](https://arxiv.org/abs/{info.arxiv}), {info.year}"
-    return f"| `{slug}` | {', '.join(info.kinds)} | {', '.join(info.families)} | {link} | {info.status} | {info.profiling or 'no'} |"
+def test_what_answers_which_recipe_is_made_of_the_recorded_figures():
+    found = which.figures()
+    for file, text in (
+        (which.README, which.readme(found)),
+        (which.PAGE, which.page(found)),
+        (which.SHIPPED, which.shipped(found)),
+    ):
+        assert file.read_text(encoding="utf-8") == text, "python benchmarks/which.py writes it"
 
 
-def test_table_of_recipes():
-    rows = [row(slug, info) for slug, info in reattend.list_recipes().items()]
-    assert TABLE.strip().splitlines()[2:] == rows, "put these rows into the README:\n" + "\n".join(rows)
+def test_every_recipe_answers_a_problem_and_every_problem_has_one():
+    problems = [problem for info in reattend.list_recipes().values() for problem in info.problems]
+    assert all(info.problems for info in reattend.list_recipes().values())
+    assert set(problems) == set(get_args(Problem))
 
 
 def test_files_that_the_readme_names_exist():

@@ -1,0 +1,107 @@
+"""Which recipe? Writes what answers that from the recorded figures: the README's table, docs/recipes.md and recipes/measured.json.
+
+    python benchmarks/which.py      # after docs/effects.json or docs/costs.json changed, or a recipe came
+
+A recipe says itself which problems it is a remedy for (`Info.problems`); what it did and what it costs is read by `figures` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import reattend
+import summary
+from effects import SECTIONS, written
+from reattend.recipes.base import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+README, PAGE, SHIPPED = ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "recipes" / "measured.json"
+BEGIN, END = "<!-- recipes: written by benchmarks/which.py -->\n", "<!-- end of recipes -->"
+
+
+def figures() -> dict[str, dict[str, Any]]:
+    """{slug: {"did": [one text per measure], "cost": text}} of the recorded runs; a recipe that was not measured has no entry."""
+    effects, costs = (json.loads((summary.DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("effects", "costs"))
+    found: dict[str, dict[str, Any]] = {}
+    for section, recipe, suite, metric in summary.rows():
+        slug = recipe.partition("(")[0]
+        cells = {written(c["recipes"]): c for c in effects[section]["cells"] if c["suite"].partition(":")[0] == suite}
+        plain, value = (cells[name]["metrics"][metric]["value"] for name in ("none", recipe))
+        change = cells[recipe]["changes"][metric]
+        certain = change["low"] > 0 or change["high"] < 0
+        with_settings = f" with {recipe.partition('(')[2].removesuffix(')')}" if "(" in recipe else ""
+        model = SECTIONS[section].model.removeprefix("zoo:")
+        text = (
+            f"{suite} {metric} {plain:.2f} to {value:.2f}{'' if certain else ' (no certain change)'} ({model}{with_settings})"
+        )
+        entry = found.setdefault(slug, {"did": [], "cost": ""})
+        entry["did"].append(text)
+    for slug, entry in found.items():
+        entry["cost"] = cost(slug, costs)
+    return found
+
+
+def cost(slug: str, costs: dict[str, Any]) -> str:
+    """Prefill and decode, as times of the untouched model's; "" where it was not timed."""
+    if slug not in summary.COSTS:
+        return ""
+    subject, label = summary.COSTS[slug]
+    row = costs[subject]["rows"][label]
+    prefill, decode = (one["value"] if isinstance(one, dict) else one for one in (row["prefill"], row["decode"]))
+    return f"prefill {prefill:.2f}x, decode {decode:.2f}x"
+
+
+def answers(found: dict[str, dict[str, Any]]) -> str:
+    """The README's table: a line per problem and recipe."""
+    lines = ["| problem | recipe | family | what it did when we measured it | what it costs | profiling |", "|---" * 6 + "|"]
+    for problem in get_args(Problem):
+        for place, (slug, info) in enumerate((s, i) for s, i in reattend.list_recipes().items() if problem in i.problems):
+            entry = found.get(slug, {"did": [], "cost": ""})
+            did = "; ".join(entry["did"][:2]) or "not measured"
+            needed = "optional" if info.profiling.startswith("optional") else "yes" if info.profiling else "no"
+            name = f"`{slug}`" + ("" if info.status == "ready" else f" ({info.status})")
+            lines.append(
+                f"| {problem if place == 0 else ''} | {name} | {info.families[0]} | {did} | {entry['cost'] or info.cost} | {needed} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/recipes.md: everything a recipe says of itself, and every figure."""
+    parts = ["# The recipes", "", "Written by `python benchmarks/which.py`; do not edit. Parameters: `reattend show NAME`."]
+    for slug, info in reattend.list_recipes().items():
+        code = f"[{info.code}](https://github.com/{info.code})" + (f", {info.licence}" if info.licence else "")
+        first = ", ".join(f"{k}={v}" for k, v in info.try_first.items()) or "the defaults"
+        swept = "; ".join(f"{k} = {', '.join(map(str, values))}" for k, values in info.sweep.items()) or "nothing to sweep"
+        parts += ["", f"## {slug}", "", info.does, ""]
+        parts += [f"- For: {', '.join(info.kinds)}. Problem: {'; '.join(info.problems)}. Family: {', '.join(info.families)}."]
+        parts += [f"- Paper: [{info.paper}](https://arxiv.org/abs/{info.arxiv}), {info.year}. Status: {info.status}."]
+        parts += [
+            f"- Official code: {code}." if info.code.count("/") == 1 else f"- Official code: {info.code or 'none known'}."
+        ]
+        parts += [f"- Try first: {first}. Sweep: {swept}.", f"- Needs profiling: {info.profiling or 'no'}."]
+        entry = found.get(slug, {"did": [], "cost": ""})
+        parts += [f"- Measured: {text}." for text in entry["did"]] or ["- Not measured."]
+        parts += [f"- Costs: {entry['cost'] or info.cost}."]
+    return "\n".join(parts) + "\n"
+
+
+def readme(found: dict[str, dict[str, Any]]) -> str:
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    return before + BEGIN + answers(found) + END + rest.split(END)[1]
+
+
+def shipped(found: dict[str, dict[str, Any]]) -> str:
+    return json.dumps(dict(sorted(found.items())), indent=1) + "\n"
+
+
+def main() -> None:
+    found = figures()
+    for file, text in ((README, readme(found)), (PAGE, page(found)), (SHIPPED, shipped(found))):
+        file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

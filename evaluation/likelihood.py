@@ -73,6 +73,16 @@ def token_losses(subject: Subject, rows: Sequence[Sequence[int]], last: Sequence
     return [line[-n:].tolist() for line, n in zip(found, last)]
 
 
+def written_losses(subject: Subject, prompts: Sequence[str], texts: Sequence[str]) -> list[list[float]]:
+    """Negative log-probabilities of the tokens of what was written after each prompt; none for an empty text."""
+    split = [_split(subject, prompt, text) if text else None for prompt, text in zip(prompts, texts)]
+    some = [pair for pair in split if pair is not None]
+    if not some:
+        return [[] for _ in split]
+    found = iter(token_losses(subject, [before + after for before, after in some], [len(after) for _, after in some]))
+    return [next(found) if pair is not None else [] for pair in split]
+
+
 def _split(subject: Subject, prompt: str, option: str) -> tuple[list[int], list[int]]:
     """(tokens of the prompt, tokens of the option), divided where the prompt's own tokens end."""
     tokenizer = subject.tokenizer

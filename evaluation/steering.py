@@ -75,6 +75,16 @@ class Steering:
             yield
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model as it is, for a while: recipes that act from `with` to its end step aside."""
+        self._stack.close()
+        try:
+            yield
+        finally:
+            if self.ready:
+                self._stack.enter_context(self._session(self.ready))
+
+    @contextlib.contextmanager
     def _session(self, chosen: list[Recipe]) -> Iterator[None]:
         with apply(self.subject.source, *chosen, tokenizer=self.subject.processor) as session:
             self._open.append(session)

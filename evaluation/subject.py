@@ -50,6 +50,10 @@ class Subject:
         """
         return contextlib.nullcontext() if self.steering is None else self.steering.marked(rows)
 
+    def untouched(self) -> contextlib.AbstractContextManager:
+        """The model without the recipes that are being evaluated, for a judgement about what they wrote."""
+        return contextlib.nullcontext() if self.steering is None else self.steering.paused()
+
     @property
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", None) or self.processor

@@ -19,6 +19,19 @@ Counts = Mapping[str, float]
 Metrics = Callable[[Sums], Mapping[str, Any]]
 
 
+def group_sums(groups: Sequence[str], *sides: Sequence[Counts]) -> tuple[Any, ...]:
+    """(for each side an array [groups, names] of its counts added up by group, ..., names). Groups in order of appearance."""
+    index = {name: place for place, name in enumerate(dict.fromkeys(groups))}
+    places = np.array([index[name] for name in groups])
+    names = list(dict.fromkeys(name for side in sides for one in side for name in one))
+    tables = []
+    for side in sides:
+        table = np.zeros((len(index), len(names)))
+        np.add.at(table, places, np.array([[one.get(name, 0.0) for name in names] for one in side]))
+        tables.append(table)
+    return (*tables, names)
+
+
 @dataclass(frozen=True)
 class Interval:
     """A value and the interval in which `level` of the resamples lie."""
@@ -37,19 +50,14 @@ class Resamples:
     def __init__(self, groups: Sequence[str], count: int = 2000, seed: int = 0, level: float = 0.95) -> None:
         if not groups:
             raise ReattendError("there are no records to compute metrics of")
-        self.level, names = level, list(dict.fromkeys(groups))
-        index = {name: place for place, name in enumerate(names)}
-        self.places = np.array([index[name] for name in groups])
-        self.size = len(names)
+        self.level, self.groups = level, list(groups)
+        self.size = len(set(groups))
         times = np.random.default_rng(seed).multinomial(self.size, np.full(self.size, 1 / self.size), size=count)
         self.times = times.astype(float)
 
     def sums(self, counts: Sequence[Counts]) -> tuple[Sums, Sums]:
         """(sums over all records, sums in every resample [count]) by name."""
-        names = list(dict.fromkeys(name for one in counts for name in one))
-        table = np.zeros((self.size, len(names)))
-        rows = np.array([[one.get(name, 0.0) for name in names] for one in counts])
-        np.add.at(table, self.places, rows)
+        table, names = group_sums(self.groups, counts)
         drawn = self.times @ table
         return Sums(zip(names, table.sum(axis=0).tolist())), Sums(zip(names, drawn.T))
 

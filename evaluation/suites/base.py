@@ -87,6 +87,10 @@ class Suite(BaseModel):
         """Metrics by name from summed counts. Values of `sums` are floats or arrays [resamples]: use arithmetic, numpy and `ratio`."""
         raise NotImplementedError
 
+    def chance(self) -> dict[str, float]:
+        """What guessing would reach, by metric; metrics that have no such level are left out."""
+        return {}
+
     def score(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Metrics of records."""
         found = self.metrics(Sums.of(self.counts(record) for record in records))

@@ -19,6 +19,7 @@ from .base import Item
 from .shapes_world import ShapesSuite
 
 VOCABULARY = Vocabulary.of([[shape, f"{shape}es" if shape.endswith("s") else f"{shape}s"] for shape in SHAPES])
+LONGEST = 48  # tokens of a description
 
 
 class Chair(ShapesSuite):
@@ -28,7 +29,7 @@ class Chair(ShapesSuite):
     lower = ("chair_i", "chair_s")
     neutral = ("length",)
 
-    tokens: int = Field(48, ge=1, description="longest description, in tokens")
+    tokens: int = Field(LONGEST, ge=1, description="longest description, in tokens")
     prompt: str = Field(DESCRIBE, min_length=1, description="what is asked")
 
     def items(self, count: int, seed: int) -> list[Item]:

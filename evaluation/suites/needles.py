@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ...recipes.profiling.needles import Needle, make_sample, recall
+from ...recipes.profiling.needles import Needle, make_sample, question_about, recall
 from ..material import prose
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject
@@ -40,6 +40,10 @@ class Needles(Suite):
     batch: ClassVar[int] = 8
 
     lengths: tuple[int, ...] = Field((120, 240, 360), min_length=1, description="tokens of the text; as many items of each")
+    last: int | None = Field(
+        None, ge=1, description="give the model only the last so many tokens of each text, the plain way to save on a long one"
+    )
+    asked_first: bool = Field(False, description="ask the question before the text too, as one would without any recipe")
     rivals: int = Field(2, ge=0, le=10, description="sentences of the same form about other places, hidden in the same text")
 
     def items(self, count: int, seed: int) -> list[Item]:
@@ -76,7 +80,20 @@ class Needles(Suite):
                 if rest and rng.random() < 0.5:
                     yield rest.pop()
 
-        return needle, make_sample(tokenizer, data["length"], data["depth"], needle, data["seed"], haystack).prompt
+        sample = make_sample(tokenizer, data["length"], data["depth"], needle, data["seed"], haystack)
+        if self.last is None and not self.asked_first:
+            return needle, sample.prompt
+        lead = f"{needle.question}\n\n" if self.asked_first else ""
+        return needle, question_about(tokenizer, lead + sample.text[self.cut(tokenizer, sample.text) :], needle)
+
+    def cut(self, tokenizer: Any, text: str) -> int:
+        """Where in the text its last tokens begin, in characters."""
+        if self.last is None:
+            return 0
+        starts = [
+            start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ]
+        return starts[-self.last] if len(starts) > self.last else 0
 
     def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
         hidden = [self.prompt(subject.tokenizer, item) for item in items]

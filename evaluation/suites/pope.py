@@ -7,17 +7,18 @@ often shapes occur, alone and together, is counted in the world as models learn 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from ...zoo.worlds.language import presence
+from ...zoo.worlds.language import DESCRIBE, presence
 from ...zoo.worlds.shapes import SHAPES, Scene
 from ..metrics.pope import pope_counts, pope_metrics, strict_yes_or_no, yes_or_no
 from ..metrics.sums import Sums
 from ..subject import Subject
 from .base import Item
+from .chair import LONGEST, VOCABULARY
 from .shapes_world import ShapesSuite, frequencies, together
 
 SPLITS = ("random", "popular", "adversarial")
@@ -32,6 +33,10 @@ class Pope(ShapesSuite):
 
     pairs: int = Field(
         2, ge=1, le=4, description="at most this many shapes that are there, and as many that are not, per scene"
+    )
+    by: Literal["answer", "description"] = Field(
+        "answer",
+        description="what counts: the answer to the question, or whether the model's description of the scene names the shape",
     )
     strict: bool = Field(False, description="only answers that begin with yes or no count; else all that do not deny are a yes")
 
@@ -63,9 +68,12 @@ class Pope(ShapesSuite):
 
     def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
         questions = [presence(item.data["shape"], self.scene_of(item)).text for item in items]
-        said = subject.generate(
-            [subject.chat(question, picture=True) for question in questions], [self.picture(item) for item in items], 8
-        )
+        pictures = [self.picture(item) for item in items]
+        if self.by == "description":
+            described = subject.generate([subject.chat(DESCRIBE, picture=True)] * len(items), pictures, LONGEST)
+            said = ["yes" if item.data["shape"] in VOCABULARY.mentions(text) else "no" for item, text in zip(items, described)]
+        else:
+            said = subject.generate([subject.chat(question, picture=True) for question in questions], pictures, 8)
         return [
             {"question": question, "answer": text, "truth": item.data["truth"], "splits": item.data["splits"]}
             for question, text, item in zip(questions, said, items)
@@ -75,6 +83,10 @@ class Pope(ShapesSuite):
         said = strict_yes_or_no(record["answer"]) if self.strict else yes_or_no(record["answer"])
         one = pope_counts(said, record["truth"])
         return {f"{name}/{split}": value for split in record["splits"] for name, value in one.items()}
+
+    def chance(self) -> dict[str, float]:
+        # as many shapes that are there are asked for as ones that are not
+        return {name: 0.5 for name in ("accuracy", *(f"accuracy/{split}" for split in SPLITS))}
 
     def metrics(self, sums: Sums) -> dict[str, Any]:
         """Every metric of every split, and their mean over the splits."""

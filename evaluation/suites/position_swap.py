@@ -24,6 +24,7 @@ class PositionSwap(Suite):
     shown: ClassVar[Sequence[str] | None] = ("accuracy", "consistency", "accuracy_first", "accuracy_last")
     marks: ClassVar[Sequence[str]] = ("segments",)
     batch: ClassVar[int] = 4
+    version: ClassVar[int] = 2
 
     segments: int = Field(3, ge=2, le=8, description="documents in a prompt; one of them answers the question")
 
@@ -56,21 +57,26 @@ class PositionSwap(Suite):
             [[f" {word}" for word in item.data["words"]] for item, _ in rows],
             segments=[[item.data["segments"][k] for k in order] for item, order in rows],
         )
-        chosen = iter([max(range(len(row)), key=lambda k, row=row: row[k].logprob) for row in scores])
-        return [
-            {
-                "question": item.data["question"], "wanted": item.data["words"][0],
-                "chosen": [item.data["words"][next(chosen)] for _ in item.data["orders"]],
+        logprobs = iter([[round(s.logprob, 5) for s in row] for row in scores])
+        records = []
+        for item in items:
+            rows = [next(logprobs) for _ in item.data["orders"]]
+            words = item.data["words"]
+            records.append({
+                "question": item.data["question"], "wanted": words[0], "words": words, "logprobs": rows,
+                "chosen": [_best(words, row) for row in rows],
+                # what asking in all orders and taking the mean gives, the plain way to have one answer
+                "averaged": _best(words, [sum(column) / len(rows) for column in zip(*rows)]),
                 "place": [order.index(0) for order in item.data["orders"]],
-            }
-            for item in items
-        ]  # fmt: skip
+            })  # fmt: skip
+        return records
 
     def counts(self, record: Mapping[str, Any]) -> dict[str, float]:
         right = [word == record["wanted"] for word in record["chosen"]]
         by_place = dict(zip(record["place"], right))
         return {
-            "items": 1, "asked": len(right), "right": sum(right), "consistent": len(set(record["chosen"])) == 1, "robust": all(right),
+            "items": 1, "averaged": record["averaged"] == record["wanted"], "asked": len(right),
+            "right": sum(right), "consistent": len(set(record["chosen"])) == 1, "robust": all(right),
             **{f"right {place}": right for place, right in by_place.items()},
         }  # fmt: skip
 
@@ -81,5 +87,19 @@ class PositionSwap(Suite):
             "accuracy": ratio(sums["right"], sums["asked"]),
             "consistency": ratio(sums["consistent"], sums["items"]),
             "all_right": ratio(sums["robust"], sums["items"]),
+            "accuracy_averaged": ratio(sums["averaged"], sums["items"]),
             **{f"accuracy_{name}": ratio(sums[f"right {k}"], sums["items"]) for name, k in places.items()},
         }
+
+    def chance(self) -> dict[str, float]:
+        places = ("first", *(f"place_{k + 1}" for k in range(1, self.segments - 1)), "last", "averaged")
+        guess = 1 / self.segments
+        # guesses that know nothing of each other agree in all orders only by accident
+        return {
+            "accuracy": guess, **{f"accuracy_{name}": guess for name in places}, "consistency": guess ** (self.segments - 1),
+            "all_right": guess**self.segments,
+        }  # fmt: skip
+
+
+def _best(words: Sequence[str], values: Sequence[float]) -> str:
+    return words[max(range(len(words)), key=lambda i: values[i])]

@@ -84,7 +84,10 @@ def filler(seed: int | str = 0) -> Iterator[str]:
 
 @dataclass
 class Sample:
-    """A prompt with a hidden needle. ids: its tokens; span: the answer's [start, stop) among them; prompt: its text."""
+    """A prompt with a hidden needle. ids: its tokens; span: the answer's [start, stop) among them; prompt: its text.
+
+    text: the sentences in which the needle is hidden, as the prompt holds them.
+    """
 
     needle: Needle
     length: int
@@ -93,6 +96,7 @@ class Sample:
     span: tuple[int, int]
     answer_tokens: int
     prompt: str = ""
+    text: str = ""
 
 
 def make_samples(
@@ -129,21 +133,24 @@ def _text(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int, 
 def make_sample(tokenizer: Any, length: int, depth: float, needle: Needle, seed: int, haystack: Haystack = filler) -> Sample:
     """One sample; haystack: a function of a seed that gives the sentences around the needle, without end."""
     text = _text(tokenizer, length, depth, needle, seed, haystack)
-    prompt = f"{text}\n\nBased on the content of the book, Question: {needle.question}\nAnswer:"
-    if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+    prompt = question_about(tokenizer, text, needle)
+    ids = tokenizer(prompt, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"]
     ids = list(ids)
     # an answer inside a text begins with a space, which most tokenizers make part of its first token
     spaced, bare = (tokenizer(s + needle.answer, add_special_tokens=False)["input_ids"] for s in (" ", ""))
     for phrase in (spaced, bare):
         span = find_phrase(ids, phrase)
         if span is not None:
-            return Sample(needle, length, depth, ids, span, len(phrase), prompt)
+            return Sample(needle, length, depth, ids, span, len(phrase), prompt, text)
     raise ReattendError(f"the tokens of the answer {needle.answer!r} cannot be found in the prompt: choose another needle")
+
+
+def question_about(tokenizer: Any, text: str, needle: Needle) -> str:
+    """The prompt: a text and the needle's question, in the chat template where the tokenizer has one."""
+    prompt = f"{text}\n\nBased on the content of the book, Question: {needle.question}\nAnswer:"
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
 
 
 def recall(answer: str, generated: str) -> float:

@@ -48,10 +48,12 @@ def test_right_answers_are_right() -> None:
 
 
 def test_accuracy_plain_and_per_character() -> None:
-    data = {"kind": "capital", "options": ["ab", "abcdefgh"], "right": 1}
+    data = {"kind": "capital", "options": ["ab", "abcdefgh"], "right": 1, "empty": [-1.0, -4.0]}
     longer = {**data, "logprobs": [-2.0, -3.0]}  # -1 against -0.375 per character
     scores = suite("choices").score([longer, {**data, "logprobs": [-3.0, -2.0]}])
     assert scores["accuracy"] == 0.5 and scores["accuracy_norm"] == 1 and scores["accuracy_capital"] == 0.5
+    # less what the options have by themselves: -1 and -1 against +1 and +2
+    assert scores["accuracy_calibrated"] == 1
 
 
 def test_a_model_is_asked() -> None:

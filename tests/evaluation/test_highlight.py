@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from reattend.evaluation import suite
+from reattend.evaluation.likelihood import written_losses
 from suite_checks import ask, check_items, subject
 
 
@@ -46,3 +47,39 @@ def test_scores_of_made_up_answers() -> None:
     assert scores["followed"] == scores["on_top"] == pytest.approx(2 / 3)
     assert scores["lead"] == pytest.approx((2 - 2 + 2) / 3) and scores["logprob"] == pytest.approx(-5 / 3)
     assert (scores["followed_first"], scores["followed_second"]) == (1, 0)
+
+
+@pytest.mark.parametrize("how", ["repeated", "important", "capitals"])
+def test_a_fact_can_stand_out_in_the_prompt_s_words_instead(how: str) -> None:
+    asked, view = suite("highlight", prompting=how), subject()
+    first, second = asked.items(1, 0)
+    plain = suite("highlight").prompt(view, first)
+    prompts = [asked.prompt(view, item) for item in (first, second)]
+    assert prompts[0] != prompts[1] and plain not in prompts
+    fact, other = first.data["facts"]
+    expected = {
+        "repeated": f"{fact} {other} {fact}",
+        "important": f"Important: {fact} {other}",
+        "capitals": f"{fact.upper()} {other}",
+    }
+    assert expected[how] in prompts[0]
+    records = ask(asked, [first, second])
+    assert records[0]["logprobs"] != records[1]["logprobs"]
+
+
+def test_what_was_written_is_judged_by_the_untouched_model_and_the_plain_prompt() -> None:
+    asked, view = suite("highlight", written=6), subject()
+    items = asked.items(2, 0)
+    plain = ask(asked, items)
+    for item, record in zip(items, plain):
+        (loss,) = written_losses(view, [suite("highlight").prompt(view, item)], [record["text"]])
+        assert record["losses"] == pytest.approx(loss, abs=1e-3) and record["text"]
+    # a recipe that acts all the time steps aside for the judgement: the same text gets the same loss
+    calmed = ask(asked, items, [("streaming", {"window": 2, "sinks": 1})])
+    for item, record in zip(items, calmed):
+        (loss,) = written_losses(view, [suite("highlight").prompt(view, item)], [record["text"]])
+        assert record["losses"] == pytest.approx(loss, abs=1e-3)
+    assert [r["logprobs"] for r in calmed] != [r["logprobs"] for r in plain]
+    counted = asked.score(plain)
+    assert counted["loss"] == pytest.approx(sum(sum(r["losses"]) for r in plain) / sum(len(r["losses"]) for r in plain))
+    assert "loss" not in suite("highlight").score(ask(suite("highlight"), items))

@@ -53,3 +53,15 @@ def test_a_model_is_asked() -> None:
     ask(needles, needles.items(2, 0), [("streaming", {"window": 16})])
     with pytest.raises(ReattendError, match="lengths"):
         ask(suite("needles", lengths=(30,)), needles.__class__(lengths=(30,)).items(1, 0))
+
+
+def test_what_one_would_do_without_a_recipe() -> None:
+    tokenizer = subject().tokenizer
+    plain, cut, twice = (suite("needles", lengths=(300,), **how) for how in ({}, {"last": 40}, {"asked_first": True}))
+    for item in plain.items(4, 0):
+        (needle, whole), (_, short), (_, asked) = (one.prompt(tokenizer, item) for one in (plain, cut, twice))
+        assert asked.count(needle.question) == 2 and whole.count(needle.question) == short.count(needle.question) == 1
+        text = short[: short.index("\n\nBased on")]
+        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == pytest.approx(50, abs=14), "and the frame of the chat"
+        # the end of the same text, after what a chat template writes first
+        assert text[-30:] in whole and len(short) < len(whole)

@@ -27,13 +27,15 @@ def test_every_segment_stands_once_at_every_place() -> None:
 
 def test_scores_of_made_up_answers() -> None:
     asked = suite("position-swap", segments=3)
-    steady = {"wanted": "red", "chosen": ["red", "red", "red"], "place": [0, 2, 1]}
-    biased = {"wanted": "red", "chosen": ["red", "blue", "green"], "place": [0, 2, 1]}
-    wrong = {"wanted": "red", "chosen": ["blue", "blue", "blue"], "place": [2, 1, 0]}
+    steady = {"wanted": "red", "averaged": "red", "chosen": ["red", "red", "red"], "place": [0, 2, 1]}
+    biased = {"wanted": "red", "averaged": "red", "chosen": ["red", "blue", "green"], "place": [0, 2, 1]}
+    wrong = {"wanted": "red", "averaged": "blue", "chosen": ["blue", "blue", "blue"], "place": [2, 1, 0]}
     scores = asked.score([steady, biased, wrong])
     assert scores["accuracy"] == pytest.approx(4 / 9)
     assert scores["consistency"] == pytest.approx(2 / 3) and scores["all_right"] == pytest.approx(1 / 3)
     assert scores["accuracy_first"] == pytest.approx(2 / 3) and scores["accuracy_last"] == pytest.approx(1 / 3)
+    assert scores["accuracy_averaged"] == pytest.approx(2 / 3)
+    assert asked.chance()["accuracy"] == pytest.approx(1 / 3) and asked.chance()["consistency"] == pytest.approx(1 / 9)
     assert scores["accuracy_place_2"] == pytest.approx(1 / 3)
 
 
@@ -46,6 +48,8 @@ def test_a_model_is_asked_in_all_orders_and_segments_are_named_to_recipes(monkey
     items = asked.items(3, 0)
     for item, record in zip(items, ask(asked, items)):
         assert [order[place] for order, place in zip(item.data["orders"], record["place"])] == [0, 0, 0]
+        means = [sum(column) / 3 for column in zip(*record["logprobs"])]
+        assert record["averaged"] == item.data["words"][means.index(max(means))]
         assert set(record["chosen"]) <= set(item.data["words"]) and record["wanted"] == item.data["words"][0]
     (rows,) = named
     texts = {item.data["segments"][k] for item in items for k in range(3)}

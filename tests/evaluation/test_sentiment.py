@@ -31,7 +31,8 @@ def test_words_of_patterns_stand_on_their_side() -> None:
 
 
 def test_scores_of_made_up_answers() -> None:
-    base = {"text": "x", "written": True}
+    # leans to "positive" by 2.5 after a review that says nothing
+    base = {"text": "x", "written": True, "empty": [-4.0, -1.5]}
     records = [
         {**base, "positive": True, "logprobs": [-3.0, -1.0]},
         {**base, "positive": False, "logprobs": [-3.0, -1.0]},
@@ -40,6 +41,8 @@ def test_scores_of_made_up_answers() -> None:
     scores = suite("sentiment").score(records)
     assert scores["accuracy"] == pytest.approx(2 / 3) and scores["said_positive"] == pytest.approx(2 / 3)
     assert (scores["accuracy_written"], scores["accuracy_pattern"]) == (0.5, 1)
+    assert scores["accuracy_calibrated"] == pytest.approx(2 / 3), "one positive less, one negative more"
+    assert scores["auc"] == pytest.approx(0.75), "the positive one stands above one negative one and beside the other"
     assert scores["lead"] == pytest.approx((2 - 2 + 3) / 3)
 
 

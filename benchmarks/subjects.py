@@ -9,11 +9,9 @@ from typing import Any
 import reattend
 import torch
 from reattend.comparison.loading import packaged_smollm2
-from reattend.hooks import Act, Plan, attach, sites
 from reattend.hooks.caches import cache_name, cache_of
-from reattend.interventions import Call, HeadGain
 from reattend.recipes import Profile, recipe_class
-from timing import Answer, Variant
+from timing import Answer, PromptUpTo, Variant
 
 MARKED = "Answer with a single word and nothing else."
 SENTENCE = "The {n}th visitor of the museum wrote in the guest book that the lamps were too bright for the old maps. "
@@ -69,7 +67,7 @@ def smollm2(folder: Path, tokens: int = 512) -> Subject:
         "emphasise + instaboost": [("emphasise", marked), ("instaboost", marked)],
     }
     twice = Variant(more=lambda model: [Answer(model, inputs)], each=True)
-    again = Variant(lambda model: attach(model, [Plan("again", [Act(sites(model), attended_again)])]))
+    again = Variant(attended_twice)
     floors = {
         "spa": ("every token is computed twice", twice),
         "pine, 3 segments": ("a second attention, without positions, ranks the segments", again),
@@ -78,10 +76,19 @@ def smollm2(folder: Path, tokens: int = 512) -> Subject:
     return Subject(title, model, tokenizer, inputs, recipes, floors, {"untouched, eager attention": EAGER})
 
 
-def attended_again(call: Call) -> list[HeadGain]:
-    assert call.original is not None
-    call.original()
-    return [HeadGain(gain=1.000001)]  # a gain of 1 would be no edit
+def attended_twice(model: Any) -> switched:
+    """Every attention of the model twice, by transformers' own function."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        sdpa_attention_forward(*args, **kwargs)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("sdpa_twice", twice)
+    AttentionMaskInterface.register("sdpa_twice", sdpa_mask)
+    return switched(model, "sdpa_twice")
 
 
 def seka_profile(model: Any, tokenizer: Any, folder: Path) -> Path:
@@ -188,12 +195,12 @@ def vision(
     def blind_answer(model: Any) -> list[Answer]:
         return [Answer(model, blind)]
 
-    read_twice = Variant(more=lambda model: [Answer(model, inputs)])
+    read_again = Variant(more=lambda model: [PromptUpTo(model, inputs, model.model.language_model.layers, layers // 2)])
     floors = {
         "vhr": ("the prompt's text is read once more without the image", Variant(more=blind_answer)),
         "vhr + var": ("as vhr", Variant(more=blind_answer)),
         "pai": ("every token is computed once more without the image", Variant(more=blind_answer, each=True)),
-        "gift, map from a probe": ("the prompt is read twice (up to the saliency layer)", read_twice),
+        "gift, map from a probe": ("the prompt is read once more up to the saliency layer", read_again),
         "opera": ("five next tokens are tried before one is chosen", Variant(lambda model: Trying(model, 5))),
     }
     others = {

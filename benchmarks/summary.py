@@ -1,4 +1,4 @@
-"""Every recipe in one line or two: what it did at its published strength, and what it cost. Rewrites a table of docs/results.md.
+"""Every recipe in one line or two: what it did, beside what a user would try without it, and what it cost. Rewrites a table of docs/results.md.
 
 python benchmarks/summary.py     # from docs/effects.json and docs/costs.json, which two other commands make
 """
@@ -10,11 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from effects import SECTIONS, written
+from claims import believed
+from effects_page import name_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- summary: written by benchmarks/summary.py -->\n", "<!-- end of summary -->"
-HEAD = "| recipe | on | measure | plain | with it | change, 95 % interval | prefill, decode | the paper, on its models |"
+HEAD = "| recipe | on | measure | no recipe | with it | change, 95 % interval | best plain attempt | prefill, decode |"
+# metrics beside a section's first column
+ALSO = {
+    "order": ["accuracy"],
+    "gemma-order": ["accuracy"],
+    "sentiment": ["auc"],
+    "gemma-sentiment": ["auc"],
+    "chair": ["recall"],
+}
 # slug -> where docs/costs.json has its time: (subject, row)
 COSTS = {
     "emphasise": ("smollm2", "emphasise, all heads"),
@@ -36,56 +45,49 @@ COSTS = {
     "opera": ("llava-smollm2", "opera"),
     "visual-token-exit": ("llava-smollm2", "visual-token-exit, leaving"),
 }
-HIGHLIGHTERS = ["emphasise", "instaboost", "spotlight", "seka", "spa"]
-IMAGES = [
-    "var(tau=2.0)",
-    "vhr(layers=[1, 3, 4, 5])",
-    "gift(saliency_layers=[2], enhance_layers=[3, 4])",
-    "selective-emphasis",
-    "pai",
-    "cmai",
-    "opera",
-    "visual-token-exit(exit_layer=3)",
-]
 
 
-def rows() -> Iterator[tuple[str, str, str, str]]:
-    """(section, recipe, suite, metric), names as in docs/effects.md."""
-    for recipe in HIGHLIGHTERS:
-        for section in ("highlight", "gemma-highlight"):
-            yield section, recipe, "highlight", "followed"
-    for metric in ("consistency", "accuracy"):
-        for section in ("order", "gemma-order"):
-            yield section, "pine", "position-swap", metric
-    for suite in ("sentiment", "choices"):
-        for section in ("calibration", "gemma-calibration"):
-            yield section, 'act(heads="all")', suite, "accuracy"
-    for recipe in ("retrieval-heads", 'retrieval-heads(mode="mask", top=5)', "streaming(window=124)"):
-        for section in ("needles", "gemma-needles"):
-            yield section, recipe, "needles", "recall"
-    yield "tasks", "soft-injection", "word-tasks", "accuracy"
-    for recipe in IMAGES:
-        yield "vision", recipe, "pope", "accuracy"
-        yield "vision", recipe, "chair", "chair_i"
-    yield "pictures", "softpag", "binding", "binding"
+def effects() -> dict[str, dict[str, Any]]:
+    return json.loads((DOCS / "effects.json").read_text(encoding="utf-8"))
 
 
-def table() -> str:
-    effects, costs = (json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("effects", "costs"))
+def claims(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+    """(section, row, metric) of every recipe at its default, and at the setting that was chosen for a section."""
+    slugs = dict.fromkeys(row["recipe"] for found in results.values() for row in found["confirming"]["rows"] if row["recipe"])
+    for slug in slugs:
+        for name, found in results.items():
+            for row in found["confirming"]["rows"]:
+                if row["recipe"] == slug and (row["role"] == "default" or row["label"] in found["chosen"].values()):
+                    for metric in [found["columns"][0], *ALSO.get(name, [])]:
+                        yield found, row, metric
+
+
+def table(results: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:
     lines, told = [HEAD, "|---" * 8 + "|"], set()
-    for section, recipe, suite, metric in rows():
-        cells = {written(c["recipes"]): c for c in effects[section]["cells"] if c["suite"].partition(":")[0] == suite}
-        plain, found = (cells[name]["metrics"][metric]["value"] for name in ("none", recipe))
-        change = cells[recipe]["changes"][metric]
-        mark = "**" if change["low"] > 0 or change["high"] < 0 else ""
+    for found, row, metric in claims(results):
+        plain, change = found["confirming"]["rows"][0], row["changes"][metric]
+        mark = "**" if believed(change) else ""
         moved = f"{mark}{change['value']:+.3f}{mark} [{change['low']:+.3f}, {change['high']:+.3f}]"
-        slug = recipe.partition("(")[0]
-        # costs and papers are the same for every measure: once per recipe
-        more = ("", "") if slug in told else (cost(slug, costs), SECTIONS[section].paper.get(slug, ""))
-        told.add(slug)
-        what = f"`{recipe}` | {SECTIONS[section].model} | {suite} {metric}"
-        lines.append(f"| {what} | {plain:.3f} | {found:.3f} | {moved} | {more[0]} | {more[1]} |")
+        # what a recipe costs is the same for every measure: once
+        price = "" if row["recipe"] in told else cost(row["recipe"], costs)
+        told.add(row["recipe"])
+        setting = "default" if row["role"] == "default" else "chosen"
+        lines.append(
+            f"| {name_of(row)}, {setting} | {found['model'].removeprefix('zoo:')} | {found['suite']} {metric} "
+            f"| {plain['metrics'][metric]['value']:.3f} | {row['metrics'][metric]['value']:.3f} | {moved} "
+            f"| {best_attempt(found, metric)} | {price} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def best_attempt(found: dict[str, Any], metric: str) -> str:
+    """The best of the section's baselines."""
+    sign = -1 if metric in found["lower"] else 1
+    rows = [row for row in found["confirming"]["rows"] if row["role"] == "baseline"]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: sign * row["metrics"][metric]["value"])
+    return f"{best['metrics'][metric]['value']:.3f}, {best['label']}"
 
 
 def cost(slug: str, costs: dict[str, Any]) -> str:
@@ -94,14 +96,22 @@ def cost(slug: str, costs: dict[str, Any]) -> str:
         return ""
     subject, label = COSTS[slug]
     found = costs[subject]["rows"][label]
-    ratios = f"{found['prefill']:.2f}, {found['decode']:.2f}"
-    return f"{ratios} (floor {found['prefill floor']:.2f}, {found['decode floor']:.2f})" if "decode floor" in found else ratios
+    ratios = f"{found['prefill'][0]:.2f}, {found['decode'][0]:.2f}"
+    return (
+        f"{ratios} (floor {found['prefill floor'][0]:.2f}, {found['decode floor'][0]:.2f})"
+        if "decode floor" in found
+        else ratios
+    )
+
+
+def written() -> str:
+    return table(effects(), json.loads((DOCS / "costs.json").read_text(encoding="utf-8")))
 
 
 def main() -> None:
     page = DOCS / "results.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+    page.write_text(before + BEGIN + written() + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

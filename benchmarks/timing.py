@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from reattend.hooks.caches import cache_name, cache_of
 
@@ -52,6 +53,46 @@ class Answer:
         self.cache, self.token = cache_of(output), output.logits[:, -1:].argmax(dim=-1)
 
 
+class Stopped(Exception):
+    """A pass that went as far as it should."""
+
+
+class PromptUpTo(Answer):
+    """Reads the prompt up to a layer, counted from 0, and no further."""
+
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor], layers: Any, last: int) -> None:
+        super().__init__(model, inputs)
+        self.layer = layers[last + 1]
+
+    def start(self) -> None:
+        handle = self.layer.register_forward_pre_hook(self.stop)
+        try:
+            self.model(**self.inputs, use_cache=True)
+        except Stopped:
+            pass
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The median of ratios, and its 95 % interval (bootstrap)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: list[float], resamples: int = 2000) -> Pace:
+        drawn = np.random.default_rng(0).choice(ratios, (resamples, len(ratios)))
+        low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+        return cls(median(ratios), float(low), float(high))
+
+
 @dataclass
 class Variant:
     """A way of answering. enter(model): what holds meanwhile, a session or another implementation. more(model): further answers at work.
@@ -67,7 +108,7 @@ class Variant:
 @torch.no_grad()
 def paces(
     model: Any, inputs: dict[str, torch.Tensor], variants: dict[str, Variant], new: int, rounds: int
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[Pace, Pace]]:
     """{name: (time to read the prompt, time of one more token)}, as ratios to the untouched model.
 
     The untouched model and a copy of it, on which the variant runs, take turns with every prompt and every token, and the median of the
@@ -81,7 +122,7 @@ def paces(
             first = [_ratio(plain.start, [a.start for a in own]) for _ in range(rounds + 1)][1:]
             going = [a.step for a in (own if variant.each else own[:1])]
             later = [_ratio(plain.step, going) for _ in range(new + 1)][1:]
-        found[name] = median(first), median(later)
+        found[name] = Pace.of(first), Pace.of(later)
     return found
 
 

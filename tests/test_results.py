@@ -1,18 +1,86 @@
-"""The pages of docs that scripts write are what the recorded figures say."""
+"""The pages of docs that scripts write are what the recorded figures say, and the figures are what their counts say."""
 
 from __future__ import annotations
 
-import json
-
-import effects
+import claims
+import costs as costs_page
+import effects_page
+import pytest
 import summary
+from reattend.evaluation.metrics.intervals import Resamples
+from reattend.evaluation.suites.registry import suite
+from reattend.evaluation.variants import suites_of
+from sections import SECTIONS
 
 
 def test_summary_is_made_of_the_recorded_figures():
     page = (summary.DOCS / "results.md").read_text(encoding="utf-8")
-    assert summary.BEGIN + summary.table() + summary.END in page, "run python benchmarks/summary.py"
+    assert summary.BEGIN + summary.written() + summary.END in page, "run python benchmarks/summary.py"
 
 
 def test_effects_page_is_made_of_the_recorded_figures():
-    found = json.loads((summary.DOCS / "effects.json").read_text(encoding="utf-8"))
-    assert (summary.DOCS / "effects.md").read_text(encoding="utf-8") == effects.page(found)
+    found = summary.effects()
+    assert list(found) == list(SECTIONS), "every section was measured"
+    assert (summary.DOCS / "effects.md").read_text(encoding="utf-8") == effects_page.page(found)
+
+
+def test_recorded_counts_give_the_recorded_intervals_and_changes():
+    for name, found in summary.effects().items():
+        (asked,) = suites_of([f"{SECTIONS[name].suite}:{SECTIONS[name].confirming}".rstrip(":")])
+        confirmed = found["confirming"]
+        counts = claims.restored(confirmed)
+        groups = [str(place) for place in range(confirmed["groups"])]
+        draws, plain = Resamples(groups, count=claims.RESAMPLES), counts[confirmed["rows"][0]["label"]]
+        for row in confirmed["rows"]:
+            mine = counts[row["label"]]
+            intervals = draws.intervals(mine, asked.metrics)
+            for metric, value in row["metrics"].items():
+                assert intervals[metric].as_dict() == pytest.approx(value, abs=2e-3), (name, row["label"], metric)
+            if "changes" in row:
+                changes = draws.changes(plain, mine, asked.metrics)
+                for metric, value in row["changes"].items():
+                    assert changes[metric].value == pytest.approx(value["value"], abs=2e-3), (name, row["label"], metric)
+
+
+def test_settings_are_confirmed_on_other_items_than_they_were_chosen_on():
+    for name, found in summary.effects().items():
+        assert found["confirming"]["seed"] == 1
+        assert "choosing" not in found or found["choosing"]["seed"] == 0
+        labels = [row["label"] for row in found["confirming"]["rows"]]
+        assert set(found["chosen"].values()) <= set(labels), name
+        roles = [row["role"] for row in found["confirming"]["rows"]]
+        assert roles[0] == "plain" and "baseline" in roles, f"{name}: what a user would try without a recipe"
+
+
+def test_costs_page_is_made_of_the_recorded_figures():
+    assert (summary.DOCS / "costs.md").read_text(encoding="utf-8") == costs_page.page(costs_page.recorded())
+
+
+def test_false_discoveries_are_counted_over_the_whole_table():
+    def row(label, values):
+        return claims.Row(label, "tried", label, [str(i) for i in range(30)], [{"x": float(v), "n": 1.0} for v in values])
+
+    import numpy as np
+
+    rng = np.random.default_rng(3)
+    plain = rng.normal(0, 1, 30)
+    rows = [row("none", plain), row("better", plain + 1), *(row(f"r{i}", plain + rng.normal(0, 1, 30)) for i in range(20))]
+    found = claims.table(rows, lambda s: {"mean": np.asarray(s["x"]) / s["n"], "other": s["n"]}, ["mean"], 0)
+    changes = {line["label"]: line["changes"]["mean"] for line in found["rows"][1:]}
+    assert claims.believed(changes["better"]) and changes["better"]["value"] == pytest.approx(1, abs=1e-4)
+    assert all(change["q"] >= change["p"] for change in changes.values())
+    assert sum(claims.believed(change) for change in changes.values()) <= 3
+    assert claims.restored(found)["better"][4]["x"] == pytest.approx(plain[4] + 1, abs=1e-3)
+    with pytest.raises(ValueError, match="other scenes"):
+        claims.table([rows[0], claims.Row("x", "tried", "x", ["a"], [{}])], lambda s: {}, [], 0)
+
+
+def test_every_recipe_has_a_section():
+    from reattend.recipes import list_recipes
+
+    asked = {slug for section in SECTIONS.values() for slug in section.recipes}
+    known = (
+        {item["name"] for item in list_recipes()} if isinstance(list_recipes()[0], dict) else {str(s) for s in list_recipes()}
+    )
+    assert asked == known
+    assert all(suite(section.suite.partition(":")[0]) for section in SECTIONS.values())

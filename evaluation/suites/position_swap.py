@@ -74,8 +74,9 @@ class PositionSwap(Suite):
     def counts(self, record: Mapping[str, Any]) -> dict[str, float]:
         right = [word == record["wanted"] for word in record["chosen"]]
         by_place = dict(zip(record["place"], right))
+        averaged = record["averaged"] == record["wanted"]
         return {
-            "items": 1, "averaged": record["averaged"] == record["wanted"], "asked": len(right),
+            "items": 1, "averaged": averaged, "averaged in all": averaged * len(right), "asked": len(right),
             "right": sum(right), "consistent": len(set(record["chosen"])) == 1, "robust": all(right),
             **{f"right {place}": right for place, right in by_place.items()},
         }  # fmt: skip

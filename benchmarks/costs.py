@@ -1,7 +1,7 @@
 """What every recipe costs end to end, as ratios to the untouched model in the same run: the tables of docs/costs.md, by one command.
 
-python benchmarks/recipes.py                 # SmolLM2, shapes-llava, and a LLaVA around SmolLM2; twenty minutes on one core
-python benchmarks/recipes.py --only smollm2 --rounds 2
+python benchmarks/costs.py                 # SmolLM2, shapes-llava, and a LLaVA around SmolLM2; an hour on one core
+python benchmarks/costs.py --only smollm2 --rounds 2
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ UNTOUCHED = "untouched"
 SUBJECTS = {"smollm2": smollm2, "shapes-llava": shapes_llava, "llava-smollm2": llava_around_smollm2}
 HEAD = """# What every recipe costs
 
-Written by `python benchmarks/recipes.py`; do not edit. Ratios to the untouched model (fused attention): it and a copy under the recipe take
-turns with every prompt and every token, and the median of the ratios counts, in CPU time of one thread. Prefill: reading the prompt. Decode:
-each further token. `untouched`: two copies against each other, which is what chance does. Floor: what the untouched model takes for the passes
-that the method needs by its definition. What limits these figures: [performance](performance.md).
+Written by `python benchmarks/costs.py`; do not edit. Ratios to the untouched model (fused attention): it and a copy under the recipe take
+turns with every prompt and every token, and the median of the ratios counts, in CPU time of one thread; in brackets its 95 % interval
+(bootstrap). Prefill: reading the prompt. Decode: each further token. `untouched`: two copies against each other, which is what chance does.
+Floor: what the untouched model takes for the passes that the method needs by its definition, without any code of reattend.
+What limits these figures: [performance](performance.md).
 """
 
 
-def measure(subject: Subject, new: int, rounds: int) -> dict[str, dict[str, float]]:
-    """{row: {column: ratio}}"""
+def measure(subject: Subject, new: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """{row: {column: [ratio, low, high]}}"""
     variants = {UNTOUCHED: Variant()}
     variants |= {label: subject.under(chosen) for label, chosen in subject.recipes.items()}
     variants |= {f"floor of {label}": floor for label, (_, floor) in subject.floors.items()}
     ratios = paces(subject.model, subject.inputs, {**variants, **subject.others}, new, rounds)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, list[float]]] = {}
     for label in [UNTOUCHED, *subject.recipes, *subject.others]:
         row = {"prefill": ratios[label][0], "decode": ratios[label][1]}
         if label in subject.floors:
             floor = ratios[f"floor of {label}"]
             row |= {"prefill floor": floor[0], "decode floor": floor[1]}
-        rows[label] = {name: round(value, 3) for name, value in row.items()}
+        rows[label] = {name: [round(part, 3) for part in (pace.value, pace.low, pace.high)] for name, pace in row.items()}
     return rows
 
 
@@ -47,16 +48,31 @@ def section(found: dict) -> str:
     lines = [f"## {found['title']}, {found['new']} new tokens", ""]
     lines += ["| | prefill | decode | floor of prefill, decode | why |", "|---|---|---|---|---|"]
     for label, row in found["rows"].items():
-        floor = f"{row['prefill floor']:.2f}, {row['decode floor']:.2f}" if "prefill floor" in row else ""
-        lines.append(f"| {label} | {row['prefill']:.2f} | {row['decode']:.2f} | {floor} | {found['why'].get(label, '')} |")
+        floor = f"{shown(row['prefill floor'])}, {shown(row['decode floor'])}" if "prefill floor" in row else ""
+        lines.append(
+            f"| {label} | {shown(row['prefill'])} | {shown(row['decode'])} | {floor} | {found['why'].get(label, '')} |"
+        )
     return "\n".join(lines)
+
+
+def shown(pace: list[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*pace)
+
+
+def page(results: dict[str, dict]) -> str:
+    return "\n\n".join([HEAD.strip(), *(section(results[n]) for n in SUBJECTS if n in results)]) + "\n"
+
+
+def recorded() -> dict[str, dict]:
+    store = PAGE.with_suffix(".json")
+    return json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(SUBJECTS), default=None)
     parser.add_argument("--new", type=int, default=32, help="tokens behind the prompt")
-    parser.add_argument("--rounds", type=int, default=3, help="times that the prompt is read")
+    parser.add_argument("--rounds", type=int, default=9, help="times that the prompt is read")
     parser.add_argument("--out", type=Path, default=Path("runs/costs"), help="folder of profiles")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,13 +82,11 @@ def main() -> None:
     for name in [given.only] if given.only else SUBJECTS:
         subject = SUBJECTS[name](given.out)
         rows = measure(subject, given.new, given.rounds)
-        results = json.loads(store.read_text()) if store.is_file() else {}
+        results = recorded()
         why = {label: reason for label, (reason, _) in subject.floors.items()}
         results[name] = {"title": subject.title, "new": given.new, "rows": rows, "why": why}
         store.write_text(json.dumps(results, indent=1) + "\n")
-        PAGE.with_suffix(".md").write_text(
-            "\n\n".join([HEAD.strip(), *(section(results[n]) for n in SUBJECTS if n in results)]) + "\n"
-        )
+        PAGE.with_suffix(".md").write_text(page(results), encoding="utf-8")
         print(section(results[name]), flush=True)
 
 

@@ -48,7 +48,10 @@ def sites(model: Any) -> SiteTable:
             modules[site.name] = module
     inner = unwrapped_model(model)
     root = pretrained_root(inner) if isinstance(inner, nn.Module) else inner
-    return SiteTable(found, modules, type(root).__name__, getattr(root, "config", None))
+    # of a diffusers pipeline the denoiser's configuration says how large its pictures are; the pipeline's own names its parts
+    drawing = next((part for part in components(model).values() if denoiser_in(part) is not None), None)
+    config = getattr(root if drawing is None or isinstance(root, nn.Module) else drawing, "config", None)
+    return SiteTable(found, modules, type(root).__name__, config)
 
 
 def original_of(model: Any) -> Any:

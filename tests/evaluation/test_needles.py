@@ -62,6 +62,8 @@ def test_what_one_would_do_without_a_recipe() -> None:
         (needle, whole), (_, short), (_, asked) = (one.prompt(tokenizer, item) for one in (plain, cut, twice))
         assert asked.count(needle.question) == 2 and whole.count(needle.question) == short.count(needle.question) == 1
         text = short[: short.index("\n\nBased on")]
-        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == pytest.approx(50, abs=14), "and the frame of the chat"
+        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == pytest.approx(50, abs=14), (
+            "and the frame of the chat"
+        )
         # the end of the same text, after what a chat template writes first
         assert text[-30:] in whole and len(short) < len(whole)

@@ -314,3 +314,30 @@ def test_read_forward_counts_registers_and_masks() -> None:
     assert read_forward(model, inputs, Clock("denoise"), {}).text_length == 5 + 8
     model, inputs = build("HunyuanDiT2DModel")
     assert read_forward(model, inputs, Clock("denoise"), {}).text_length == 3 + 2
+
+
+@pytest.mark.parametrize("size, blocks, layers", [(64, 4, [4]), (128, 3, [3]), (16, 3, [5]), (8, 3, [6]), (None, 3, [3])])
+def test_the_default_layer_of_a_unet_sees_enough_of_the_picture(size: int | None, blocks: int, layers: list[int]) -> None:
+    """SD 1.5 and SDXL keep the published mid block; a UNet for small pictures takes the last layer of the first block that sees 8 x 8."""
+    from types import SimpleNamespace
+
+    from reattend.hooks import SiteTable
+    from reattend.interventions import Site
+    from reattend.recipes.denoiser import default_layers
+
+    down = [("denoiser.down", f"down_blocks.{n}") for n in range(blocks)]
+    up = [("denoiser.up", f"up_blocks.{n}") for n in range(blocks)]
+    places = [*down, ("denoiser.mid", "mid_block"), *up]
+    listed = [
+        Site(f"unet.{name}.attn1", n, stack, "self", 4, 4, 8, False, "sdpa", None) for n, (stack, name) in enumerate(places)
+    ]
+    config = SimpleNamespace(sample_size=size, block_out_channels=[32] * blocks)
+    assert default_layers(SiteTable(listed, {}, "UNet", config)) == layers
+
+
+def test_the_default_acts_on_the_zoo_s_pictures() -> None:
+    pytest.importorskip("diffusers")
+    pipe = reattend.zoo.load("shapes-sd")
+    from reattend.recipes.denoiser import default_layers
+
+    assert default_layers(reattend.sites(pipe)) == default_layers(reattend.sites(pipe.unet)) == [7]

@@ -98,7 +98,7 @@ def calibration(model: str, title: str, suite: str, columns: tuple[str, ...], co
     )  # fmt: skip
 
 
-def copying(model: str, title: str) -> Section:
+def copying(model: str, title: str, choose: int, confirm: int) -> Section:
     own = "retrieval-heads:profile_path={retrieval-heads}"
     return Section(
         f"A needle in a haystack, {title}", model, "needles", ("recall", "found"),
@@ -106,7 +106,7 @@ def copying(model: str, title: str) -> Section:
             "retrieval-heads": [f"{own}:strength=0.1", own, f"{own}:strength=0.4", f"{own}:mode=gain:strength=0.2"],
             "streaming": ["streaming:window=60", "streaming:window=124", "streaming:window=188", "streaming"],
         },
-        16, 50,
+        choose, confirm,
         others=(f"{own}:random_heads=true", f"{own}:mode=mask:top=5", f"{own}:mode=mask:top=5:random_heads=true"),
         baselines={
             "asked before the text too": Baseline("asked_first=true"),
@@ -173,7 +173,7 @@ PICTURES = Section(
         # every other layer of this UNet; 3 is the mid block, the published choice for larger pictures
         *(f"softpag:layers=[{n}]{more}" for n in (0, 2, 3, 4, 5, 6, 8, 9) for more in (":scale=2.5", "")),
     ]},
-    24, 120,
+    24, 300,
     baselines={"guidance scale 3 instead of 2": Baseline("guidance=3"), "guidance scale 4 instead of 2": Baseline("guidance=4")},
     paper={"softpag": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"},
 )  # fmt: skip
@@ -187,8 +187,8 @@ SECTIONS = {
     "gemma-sentiment": calibration(*GEMMA, "sentiment", ("accuracy", "auc", "said_positive"), 160),
     "choices": calibration(*SMOLLM2, "choices", ("accuracy",), 120),
     "gemma-choices": calibration(*GEMMA, "choices", ("accuracy",), 120),
-    "needles": copying(*SMOLLM2),
-    "gemma-needles": copying(*GEMMA),
+    "needles": copying(*SMOLLM2, 16, 50),
+    "gemma-needles": copying(*GEMMA, 8, 30),
     "windows": windows(*SMOLLM2),
     "capitals": tasks("capital"),
     "past": tasks("past"),

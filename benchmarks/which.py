@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import reattend
 import summary
-from effects import SECTIONS, written
+from claims import believed
 from reattend.recipes.base import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,24 +23,32 @@ BEGIN, END = "<!-- recipes: written by benchmarks/which.py -->\n", "<!-- end of 
 
 def figures() -> dict[str, dict[str, Any]]:
     """{slug: {"did": [one text per measure], "cost": text}} of the recorded runs; a recipe that was not measured has no entry."""
-    effects, costs = (json.loads((summary.DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("effects", "costs"))
+    costs = json.loads((summary.DOCS / "costs.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Any]] = {}
-    for section, recipe, suite, metric in summary.rows():
-        slug = recipe.partition("(")[0]
-        cells = {written(c["recipes"]): c for c in effects[section]["cells"] if c["suite"].partition(":")[0] == suite}
-        plain, value = (cells[name]["metrics"][metric]["value"] for name in ("none", recipe))
-        change = cells[recipe]["changes"][metric]
-        certain = change["low"] > 0 or change["high"] < 0
-        with_settings = f" with {recipe.partition('(')[2].removesuffix(')')}" if "(" in recipe else ""
-        model = SECTIONS[section].model.removeprefix("zoo:")
-        text = (
-            f"{suite} {metric} {plain:.2f} to {value:.2f}{'' if certain else ' (no certain change)'} ({model}{with_settings})"
-        )
-        entry = found.setdefault(slug, {"did": [], "cost": ""})
-        entry["did"].append(text)
+    for section in summary.effects().values():
+        for slug in dict.fromkeys(row["recipe"] for row in section["confirming"]["rows"] if row["recipe"]):
+            if told := did(section, slug):
+                found.setdefault(slug, {"did": [], "cost": ""})["did"].append(told)
     for slug, entry in found.items():
         entry["cost"] = cost(slug, costs)
     return found
+
+
+def did(section: dict[str, Any], slug: str) -> str:
+    """ "position-swap consistency 0.13 to 1.00 (smollm2)": plain, default, the setting that was chosen, and the best plain attempt."""
+    metric, (plain, *rows) = section["columns"][0], section["confirming"]["rows"]
+    parts = []
+    for row in rows:
+        chosen = row["label"] == section["chosen"].get(slug)
+        if row["recipe"] == slug and (row["role"] == "default" or chosen):
+            settings = row["label"].removeprefix(slug).strip("()")
+            doubt = "" if believed(row["changes"][metric]) else " (no certain change)"
+            parts.append(f"{row['metrics'][metric]['value']:.2f}{settings and ' with ' + settings}{doubt}")
+    if not parts:
+        return ""
+    less = ", less is better" if metric in section["lower"] else ""
+    text = f"{section['suite']} {metric} {plain['metrics'][metric]['value']:.2f} to {', '.join(parts)}"
+    return f"{text}; without a recipe {summary.best_attempt(section, metric)} ({section['model'].removeprefix('zoo:')}{less})"
 
 
 def cost(slug: str, costs: dict[str, Any]) -> str:
@@ -49,8 +57,7 @@ def cost(slug: str, costs: dict[str, Any]) -> str:
         return ""
     subject, label = summary.COSTS[slug]
     row = costs[subject]["rows"][label]
-    prefill, decode = (one["value"] if isinstance(one, dict) else one for one in (row["prefill"], row["decode"]))
-    return f"prefill {prefill:.2f}x, decode {decode:.2f}x"
+    return f"prefill {row['prefill'][0]:.2f}x, decode {row['decode'][0]:.2f}x"
 
 
 def answers(found: dict[str, dict[str, Any]]) -> str:

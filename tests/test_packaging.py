@@ -72,7 +72,7 @@ def test_wheel_holds_every_room_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for room in ROOMS:
         for path in (ROOT / room).iterdir():
-            if path.suffix in (".py", ".html", ".json", ".yaml", ".txt"):
+            if path.suffix in (".py", ".pyi", ".html", ".json", ".yaml", ".txt"):
                 assert f"reattend/{room}/{path.name}" in names, f"{path} is missing from the wheel"
     assert {"reattend/__init__.py", "reattend/__main__.py", "reattend/py.typed"} <= set(names)
     assert not [

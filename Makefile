@@ -1,4 +1,4 @@
-# make demo   sets up .venv, runs the offline demo (about five minutes on two cores) and says where its report lies
+# make demo   sets up .venv, runs the offline demo (one to three minutes after the install) and says where its report lies
 # make test   sets up .venv and runs every test (make test ARGS="-k streaming" for some)
 # make style  formats and checks the code
 # make newest runs a subset of the tests on the newest of everything, beyond the caps of pyproject.toml (TORCH=torch==2.13.0 keeps torch)

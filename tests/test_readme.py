@@ -7,6 +7,7 @@ from typing import get_args
 
 import reattend
 import which
+from reattend.comparison import demo
 from reattend.recipes.base import Problem
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -33,3 +34,8 @@ def test_files_that_the_readme_names_exist():
 
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_the_demo_takes_as_long_everywhere():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    assert demo.MINUTES in README and demo.MINUTES in makefile

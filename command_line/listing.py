@@ -102,7 +102,7 @@ def sites_by_layers(table: SiteTable) -> list[str]:
     def pattern(site: Any) -> str:
         return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
 
-    lines = [("layers", "stack", "kind", "heads", "kv", "dim", "causal", "site", "")]
+    lines: list[tuple[str, ...]] = [("layers", "stack", "kind", "heads", "kv", "dim", "causal", "site", "")]
     for (name, (*known, problem)), group in itertools.groupby(table, key=lambda s: (pattern(s), facts(s))):
         alike = list(group)
         layers = str(alike[0].layer) if len(alike) == 1 else f"{alike[0].layer}-{alike[-1].layer}"

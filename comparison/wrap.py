@@ -14,7 +14,7 @@ from ..recipes import apply
 from ..recipes.apply import Choice
 
 if TYPE_CHECKING:
-    from ..recipes.named import Uses
+    from ..recipes.named import Uses  # pyright: ignore[reportMissingModuleSource]
     from .report import Report
 else:
     Uses = object
@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from torch import nn
     from transformers import GenerationMixin, PreTrainedModel
-    from transformers.pipelines import ImageTextToTextPipeline, Pipeline, TextGenerationPipeline
+    from transformers.pipelines.base import Pipeline
+    from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
+    from transformers.pipelines.text_generation import TextGenerationPipeline
 
     W = TypeVar("W", bound=Wrapped)
     P = ParamSpec("P")

@@ -21,8 +21,21 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 Recipes = Annotated[
     list[str], typer.Option("--recipe", "-r", help="recipe name or file.yaml; repeat to combine", show_default=False)
 ]
+Variants = Annotated[
+    list[str],
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="recipe name, name:key=value or file.yaml; A+B composes; repeat for one report with a column per variant",
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str], typer.Option("--set", help="parameter as key=value, with several recipes name.key=value", show_default=False)
+]
+Sweep = Annotated[
+    list[str],
+    typer.Option("--sweep", help="one variant per value, as alpha=0.55,0.3,0.09, beside one --recipe", show_default=False),
 ]
 Text = Annotated[str, typer.Option("--text", "--prompt", "-t", help="the input text, or @file", show_default=False)]
 Image = Annotated[str, typer.Option("--image", "-i", help="an input picture", show_default=False)]

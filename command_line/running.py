@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..interventions.errors import ReattendError
 from .console import print_json
-from .options import Debug, Device, Dtype, Force, Image, Json, Model, Raw, Recipes, Sample, Seed, Settings, Steps, Text, Tokens
+from .options import (
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Image,
+    Json,
+    Model,
+    Raw,
+    Recipes,
+    Sample,
+    Seed,
+    Settings,
+    Steps,
+    Sweep,
+    Text,
+    Tokens,
+    Variants,
+)
 
 
 def run(
@@ -71,8 +89,9 @@ def run(
 
 def compare(
     model: Model,
-    recipe: Recipes = [],  # noqa: B006
+    recipe: Variants = [],  # noqa: B006
     set_: Settings = [],  # noqa: B006
+    sweep: Sweep = [],  # noqa: B006
     text: Text = "",
     image: Image = "",
     max_new_tokens: Tokens = 64,
@@ -83,31 +102,51 @@ def compare(
     device: Device = "",
     dtype: Dtype = "",
     html: Annotated[str, typer.Option("--html", help="also write the report as one HTML file", show_default=False)] = "",
+    png: Annotated[
+        str, typer.Option("--png", help="also write the pictures of all variants as one grid", show_default=False)
+    ] = "",
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a model without and with recipes on the same input, and show what changed."""
+    """Run a model without and with recipes on the same input, and show what changed.
+
+    One --recipe is compared with the untouched model. Several, or --sweep, give one report with a column per variant. Recipes that shall
+    act together are one variant, written A+B.
+    """
     from ..comparison import compare as compare_
-    from ..comparison.arguments import prepare, recipes_of
+    from ..comparison.arguments import prepare, variants_of
     from ..recipes.checks import whole_number
     from ..recipes.files import check_output
 
     seed = whole_number(seed, "--seed")
-    chosen = recipes_of(recipe, set_)
+    variants = variants_of(recipe, set_, sweep)
     if html:
         check_output(html, "--html", overwrite=force, remedy="--force")
+    if png and check_output(png, "--png", overwrite=force, remedy="--force").suffix.lower() != ".png":
+        raise ReattendError(f"--png: {png!r} must end in .png")
     pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
     options = given.pop("options")
     given.pop("tokenizer")
-    report = compare_(pipe, *chosen, seed=seed, **given, **options)
+    if png and not isinstance(getattr(pipe, "components", None), dict):
+        raise ReattendError(f"--png draws pictures, and {model} makes none: --html shows texts")
+    report: Any
+    if len(variants) == 1 and not sweep and not png:
+        report = compare_(pipe, *variants[0], seed=seed, **given, **options)
+    else:
+        if len(recipe) > 1:
+            typer.echo(f"{len(variants)} variants, each beside the untouched model; A+B lets recipes act together", err=True)
+        report = compare_(pipe, variants, seed=seed, **given, **options)
     file = report.html(html) if html else None
+    drawn = report.png(png) if png else None
     if as_json:
         typer.echo(report.json())
     else:
         report.print()
         if file:
             typer.echo(f"report: {file}")
+        if drawn:
+            typer.echo(f"pictures: {drawn}")
 
 
 def demo(

@@ -8,10 +8,12 @@ from os import PathLike
 from typing import Any
 
 from ..interventions import ReattendError
-from ..recipes import load_recipe, recipe
+from ..recipes import load_recipe, recipe, recipe_class
 from ..recipes.checks import shown
 from ..recipes.files import read_picture, read_text, read_yaml
+from ..recipes.registry import is_file_name
 from . import loading
+from .variants import NONE, read_spec, slug, split_composed, split_list
 
 
 def picture_of(image: Any) -> Any:
@@ -38,25 +40,69 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
 
 
 def recipes_of(names: list[str], pairs: list[str]) -> list[Any]:
-    """Recipe objects with their --set parameters. Raises ReattendError before any model is loaded."""
+    """Recipe objects that compose, with their --set parameters. Raises ReattendError before any model is loaded."""
+    return [item for variant in variants_of(names, pairs) for item in variant]
+
+
+def variants_of(names: list[str], pairs: list[str], sweep: list[str] | None = None) -> list[list[Any]]:
+    """Recipe objects of every --recipe, which are several where it says "vhr+var"; with --sweep one such list per value.
+
+    pairs: key=value of --set. Without a name before the key it goes to all recipes, which then must have it. What a --recipe says itself
+    holds. Raises ReattendError before any model is loaded.
+    """
     if not names:
         raise ReattendError("name at least one recipe with --recipe; `reattend list` shows them")
-    settings = settings_of(pairs)
-    chosen = []
-    for name in names:
-        is_file = name.endswith((".yaml", ".yml"))
-        mine = {}
-        for key in list(settings):
-            owner, dot, field = key.partition(".")
-            if (dot and owner == name) or (not dot and len(names) == 1):
-                mine[field if dot else key] = settings.pop(key)
-        if is_file and mine:
-            raise ReattendError(f"--set goes with a recipe's name; change the parameters of {name} in the file")
-        chosen.append(load_recipe(name) if is_file else recipe(name, **mine))
-    if settings:
-        key = next(iter(settings))
-        raise ReattendError(f"--set {key}: with several recipes write name.key=value, the name one of: {', '.join(names)}")
-    return chosen
+    asked = [[read_spec(spec) for spec in split_composed(name)] for name in names]
+    specs = [spec for variant in asked for spec in variant]
+    if any(name == NONE for name, _ in specs):
+        raise ReattendError(f"--recipe {NONE}: the untouched model always runs too; leave it out")
+    for key, value in settings_of(pairs).items():
+        for place in _owners(key, specs):
+            specs[place][1].setdefault(key.rpartition(".")[2], value)
+    if not sweep:
+        return [[_made(*spec) for spec in variant] for variant in asked]
+    key, values = _swept(sweep, names)
+    (place,) = _owners(key, specs, "--sweep") if len(specs) == 1 or "." in key else (None,)
+    field = key.rpartition(".")[2]
+    if place is None:
+        raise ReattendError(f"--sweep {key}: {names[0]} composes recipes, so write name.{key}=...")
+    if field in specs[place][1]:
+        raise ReattendError(f"--sweep {key}: {field} is already set to {shown(specs[place][1][field])}")
+    return [
+        [_made(name, {**given, field: value} if at == place else given) for at, (name, given) in enumerate(specs)]
+        for value in values
+    ]
+
+
+def _owners(key: str, specs: list[tuple[str, dict[str, Any]]], option: str = "--set") -> list[int]:
+    """Numbers of the recipes that a key=value means. A recipe file takes none."""
+    owner, dot, field = key.rpartition(".")
+    found = [place for place, (name, _) in enumerate(specs) if not dot or slug(owner) == slug(name)]
+    files = [specs[place][0] for place in found if is_file_name(specs[place][0])]
+    if files:
+        raise ReattendError(f"{option} goes with a recipe's name; change the parameters of {files[0]} in the file")
+    mean_it = len({slug(specs[place][0]) for place in found}) == 1
+    if not mean_it and not (found and all(field in recipe_class(name).model_fields for name, _ in specs)):
+        known = ", ".join(dict.fromkeys(name for name, _ in specs))
+        raise ReattendError(f"{option} {key}: with several recipes write name.key=value, the name one of: {known}")
+    return found
+
+
+def _swept(sweep: list[str], names: list[str]) -> tuple[str, list[Any]]:
+    """(key, values) of --sweep key=value,value,..."""
+    if len(sweep) > 1 or len(names) > 1:
+        raise ReattendError(
+            "--sweep stands once, beside one --recipe: give further variants as --recipe name:key=value, without --sweep"
+        )
+    key, equals, text = sweep[0].partition("=")
+    values = split_list(text)
+    if not equals or not key.strip() or not values:
+        raise ReattendError(f"--sweep takes key=value,value,..., got {sweep[0]!r}")
+    return key.strip(), [settings_of([f"{key.strip()}={value}"])[key.strip()] for value in values]
+
+
+def _made(name: str, given: dict[str, Any]) -> Any:
+    return load_recipe(name) if is_file_name(name) else recipe(name, **given)
 
 
 def texts_of(texts: list[str], file: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from ..hooks import Session, SiteTable, Spans, capture, sites
 from ..hooks.discovery import original_of
@@ -19,14 +19,20 @@ from .job import Job, Tick
 from .looks import add_side
 from .report import Report
 from .shares import FIRST, named
+from .sweep import Sweep
+from .sweep_run import sweep
 
 # The role of the first token where passages have roles of their own, which go before "bos".
 FIRST_ALONE = "first token alone"
 
 
+@overload
+def compare(model: Any, variants: list[Any], /, **options: Any) -> Sweep: ...
+@overload
+def compare(model: Any, *recipes: Choice, **options: Any) -> Report: ...
 def compare(
     model: Any,
-    *recipes: Choice,
+    *recipes: Any,
     text: Any = None,
     prompt: Any = None,
     image: Any = None,
@@ -37,8 +43,12 @@ def compare(
     title: str | None = None,
     progress: bool | None = None,
     **options: Any,
-) -> Report:
+) -> Report | Sweep:
     """Runs a model or pipeline twice on the same input and seed, without and with the recipes, and reports both.
+
+    A list of variants instead of recipes gives one report (a `Sweep`) of the untouched run and a column per variant:
+    `compare(model, [("emphasise", {"alpha": 0.3}), ("emphasise", {"alpha": 0.1}), "instaboost"], prompt=..., text=...)`. A variant is a
+    recipe as for `apply`, words as "vhr+var:move=0.2", or a list of recipes that compose. What several share is given once, as text here.
 
     model: a transformers pipeline (text-generation, image-text-to-text, fill-mask, text- and image-classification), a diffusers
     pipeline, or a bare model. recipes: as for `apply`. text or prompt: the input text, or a list of chat messages; image: a picture;
@@ -58,6 +68,13 @@ def compare(
         checks.text(title, "title")
     image = picture_of(image)
     model = original_of(model)
+    if any(isinstance(item, list) for item in recipes):
+        if len(recipes) > 1:
+            raise ReattendError(
+                "a list of variants goes alone: compare(model, [a, b]) puts a and b side by side, compare(model, a, b) composes them, and a "
+                "list inside the list composes within a variant"
+            )
+        return sweep(model, recipes[0], text, prompt, image, inputs, seed, tokenizer, attention, title, progress, options)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
     table = sites(model)

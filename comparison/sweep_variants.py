@@ -1,0 +1,138 @@
+"""The list of variants that `compare` is given: read, checked, and named by what tells them apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..interventions import ReattendError
+from ..recipes import Recipe
+from ..recipes.checks import shown
+from ..recipes.registry import made, read_choice
+from .facts import recipe_facts
+from .variants import choices_of
+
+WIDEST_VALUE = 28
+# (recipe, which of this recipe in the variant, parameter)
+Key = tuple[str, int, str]
+
+
+@dataclass
+class Variant:
+    """Recipes that compose, and what tells them from the other variants. differing: {parameter: value} as JSON values."""
+
+    recipes: list[Recipe]
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    label: str = ""
+    differing: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> dict[Key, Any]:
+        found: dict[Key, Any] = {}
+        for place, fact in enumerate(self.facts):
+            nth = sum(other["name"] == fact["name"] for other in self.facts[:place])
+            found.update({(fact["name"], nth, name): value for name, value in fact["parameters"].items()})
+        return found
+
+
+def variants_asked(
+    wanted: Sequence[Any], text: Any, prompt: Any, inputs: Any, options: dict[str, Any]
+) -> tuple[list[Variant], Any, dict[str, Any]]:
+    """(variants, the input text, options of the run).
+
+    Options that are parameters of recipes go to every recipe that has them and does not say them itself; so does text, where prompt or
+    inputs give the input. Raises ReattendError that names the variant: for an empty list, the plain model, or the same one twice.
+    """
+    if not wanted:
+        raise ReattendError(
+            'the list of variants is empty: name at least one, as compare(model, ["emphasise", "instaboost"], prompt=..., text=...)'
+        )
+    read = []
+    for place, item in enumerate(wanted, start=1):
+        with naming(place):
+            choices = [choice for part in (item if isinstance(item, list) else [item]) for choice in choices_of(part, {})]
+            if not choices:
+                raise ReattendError(f"{shown(item)} is the untouched model, which every report shows: leave it out of the list")
+            read.append([choice if isinstance(choice, Recipe) else read_choice(choice) for choice in choices])
+    fields = {name for choices in read for c in choices if not isinstance(c, Recipe) for name in c[0].model_fields}
+    shared = {name: options[name] for name in options if name in fields}
+    options = {name: value for name, value in options.items() if name not in fields}
+    if "text" in fields and text is not None and (prompt is not None or inputs is not None):
+        shared["text"], text = text, None
+    variants = []
+    for place, choices in enumerate(read, start=1):
+        with naming(place):
+            variants.append(Variant([c if isinstance(c, Recipe) else _made(*c, shared) for c in choices]))
+    for variant in variants:
+        variant.facts = [recipe_facts(item) for item in variant.recipes]
+    _name(variants, set(shared))
+    _refuse_doubles(variants)
+    return variants, text, options
+
+
+def _made(cls: type[Recipe], given: dict[str, Any], shared: dict[str, Any]) -> Recipe:
+    mine = {name: value for name, value in shared.items() if name in cls.model_fields}
+    if given.get("ranges") is not None:
+        mine.pop("text", None)
+    unmarked = [name for name in cls.marks.values() if name not in {**mine, **given} and given.get("ranges") is None]
+    try:
+        return made(cls, {**mine, **given})
+    except ReattendError as error:
+        if "text" not in unmarked:
+            raise
+        raise ReattendError(
+            f'{error}; give the passage for all variants as text=, and then the input as prompt=, or for one as ("{cls.slug}", '
+            '{"text": ...})'
+        ) from None
+
+
+@contextmanager
+def naming(place: int, label: str = "") -> Iterator[None]:
+    """Errors inside say which variant they are about."""
+    try:
+        yield
+    except ReattendError as error:
+        raise type(error)(f"variant {place}{f', {label}' if label else ''}: {error}") from error
+
+
+def _name(variants: Sequence[Variant], shared: set[str]) -> None:
+    """Fills in what differs, and labels that say it: parameters of the recipes that several variants have, else those that were set."""
+    held = [variant.parameters() for variant in variants]
+    for variant, mine in zip(variants, held, strict=True):
+        parts = []
+        for place, fact in enumerate(variant.facts):
+            nth = sum(other["name"] == fact["name"] for other in variant.facts[:place])
+            marks = {*type(variant.recipes[place]).marks.values(), "ranges"}
+            said = {}
+            for name in fact["parameters"]:
+                key = (fact["name"], nth, name)
+                values = [_json(other[key]) for other in held if key in other]
+                alone = len(values) == 1 and name in fact["chosen"] and name not in shared | marks
+                if alone or len(set(values)) > 1:
+                    said[name] = mine[key]
+            dotted = len(variant.facts) > 1
+            variant.differing.update({f"{fact['name']}.{name}" if dotted else name: v for name, v in said.items()})
+            inside = ", ".join(f"{name}={short(value)}" for name, value in said.items() if value is not None)
+            parts.append(fact["name"] + (f"({inside})" if inside else ""))
+        variant.label = " + ".join(parts)
+
+
+def _refuse_doubles(variants: Sequence[Variant]) -> None:
+    seen: dict[str, int] = {}
+    for place, variant in enumerate(variants, start=1):
+        key = _json([(f["name"], f["parameters"]) for f in variant.facts])
+        if key in seen:
+            raise ReattendError(f"variants {seen[key]} and {place} are the same: {variant.label}")
+        seen[key] = place
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def short(value: Any) -> str:
+    """A parameter's value on one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 1] + "…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import warnings
@@ -308,7 +309,7 @@ def test_json(swept):
 
 def test_terminal_in_80_columns(swept, drawn):
     for report in (swept, drawn[0]):
-        console = Console(width=80, record=True, file=open("/dev/null", "w"))
+        console = Console(width=80, record=True, file=io.StringIO())
         console.print(report)
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= 80

@@ -6,9 +6,11 @@ import contextlib
 import io
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
+from reattend import ReattendWarning
 from reattend import __main__ as command_line
 from reattend.comparison import loading
 from typer.testing import CliRunner
@@ -43,7 +45,9 @@ def test_python_of_the_page(page, tmp_path, monkeypatch):
     for number, (language, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), start=1):
         if language == "python":
             out = io.StringIO()
-            with contextlib.redirect_stdout(out):
+            # a strength of nothing warns, as its page says
+            with contextlib.redirect_stdout(out), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ReattendWarning)
                 exec(compile(code, f"{page.name}, block {number}", "exec"), names)
             printed = out.getvalue()
         elif language == "text":

@@ -16,6 +16,7 @@ from reattend.comparison.images import ImageJob
 from reattend.comparison.sweep_chart import chart_of, drawing
 from reattend.comparison.text import kl_divergence
 from reattend.hooks import Act, Support
+from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import KeyBias
 from reattend.recipes import Info, Recipe
 from rich.console import Console
@@ -69,7 +70,7 @@ def reading(model, ids, new):
         output = model(ids, use_cache=True)
         rows = [output.logits[0, -1]]
         for token in new[:-1]:
-            output = model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+            output = model(torch.tensor([[token]]), use_cache=True, **{cache_name(model): cache_of(output)})
             rows.append(output.logits[0, -1])
     return torch.stack(rows)
 

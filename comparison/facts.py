@@ -93,12 +93,3 @@ def environment() -> dict[str, Any]:
 def _cpu() -> str:
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def short_name(facts: dict[str, Any]) -> str:
-    """A model's name for a title: without the folders of this machine, and of a pipeline not its part."""
-    name = facts["name"] or facts["class"]
-    if not Path(name).is_absolute():
-        return name
-    parts = [part for part in Path(name).parts if part not in ("unet", "transformer")]
-    return parts[-1] if len(parts) > 1 else facts["class"]

@@ -13,10 +13,7 @@ from ..hooks import Recording, Session, capture, sites
 from .job import Job
 from .report import Report
 from .sweep import Column, Measure
-from .text import Generated, TextJob, kl_divergence
-
-# so many tokens of the untouched text are read by every variant
-READ_TOKENS = 16
+from .text import GLANCE_TOKENS, Generated, TextJob, kl_divergence
 
 
 @dataclass
@@ -50,8 +47,8 @@ class Effects:
 
     def begin(self, result: Any) -> None:
         """After the untouched run, whose result this is."""
-        if isinstance(result, Generated) and result.logits is not None:
-            self.read = result.ids[:READ_TOKENS]
+        if isinstance(result, Generated):
+            self.read = result.ids[:GLANCE_TOKENS]
         self.untouched = self._look(None)
 
     def look(self, session: Session) -> None:
@@ -79,11 +76,10 @@ class Effects:
 
     def _run(self) -> list[Tensor] | None:
         """A short run: of a text's job, one that is made to read the untouched text, as far as its tokens have logits."""
-        if not isinstance(self.job, TextJob) or not self.read:
-            self.job.warm()
-            return None
-        logits = forced(self.job, self.read)
-        return logits if logits is not None and len(logits) == len(self.read) else None
+        if isinstance(self.job, TextJob) and self.read:
+            return self.job.read(self.read, lambda: None)
+        self.job.warm()
+        return None
 
     # -- what comes of it --------------------------------------------------------------------------------------------
 
@@ -151,29 +147,6 @@ class Effects:
                 self.untouched.text, "percent",
             ),
         ]  # fmt: skip
-
-
-def forced(job: TextJob, ids: Sequence[int]) -> list[Tensor] | None:
-    """Logits [V] before any processor at each of these tokens, read one by one after the job's prompt as if they were its answer."""
-    ends = ("max_length", "min_new_tokens", "min_length", "streamer", "stop_strings", "max_time", "stopping_criteria")
-    options = {name: value for name, value in job.options.items() if name not in ends}
-    options["max_new_tokens"] = len(ids)
-    options["logits_processor"] = [*options.get("logits_processor", ()), _Forced(ids)]
-    same = TextJob(job.model, job.module, job.tokenizer, job.inputs, options, job.seed)
-    return same.run(lambda: None).logits
-
-
-class _Forced:
-    """A logits processor that leaves one token to choose at each step."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.ids, self.step = list(ids), 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        only = torch.full_like(scores, float("-inf"))
-        only[:, self.ids[min(self.step, len(self.ids) - 1)]] = 0
-        self.step += 1
-        return only
 
 
 def _placed(seen: Recording, logits: list[Tensor] | None, spans: Sequence[str]) -> Look:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .facts import short_name
 from .report import Side, png
 from .sweep import Column, Sweep, summary
 from .sweep_chart import chart_of, drawing
@@ -54,7 +53,6 @@ def view(sweep: Sweep) -> dict[str, Any]:
             *(_card(column.label, column.side, column, column.first_difference) for column in sweep.columns),
         ],
         "table": _table(sweep),
-        "model": short_name(sweep.model),
     }
 
 

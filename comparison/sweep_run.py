@@ -6,7 +6,7 @@ from typing import Any
 
 from ..hooks import sites
 from ..recipes import apply
-from .facts import environment, model_facts, progress_bar, short_name
+from .facts import environment, model_facts, progress_bar
 from .inputs import job_for
 from .report import Report
 from .sweep import Column, Sweep
@@ -77,7 +77,7 @@ def sweep(
 
 
 def _title(report: Sweep) -> str:
-    name = short_name(report.model)
+    name = report.model["name"] or report.model["class"]
     chart = chart_of(report)
     if chart is not None and len(chart.lines) == 1 and not chart.others:
         return f"{chart.recipe} at {len(report.columns)} values of {chart.parameter} on {name}"

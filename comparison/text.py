@@ -73,7 +73,15 @@ class TextJob(Job):
 
     def glance(self, tick: Tick, untouched: Generated) -> None:
         """Writes the untouched model's answer once more, so that every row that is read has the same text before it in both variants."""
-        self._generate(None, tick, untouched.ids[:GLANCE_TOKENS])
+        self.read(untouched.ids[:GLANCE_TOKENS], tick)
+
+    def read(self, ids: list[int], tick: Tick) -> list[Tensor] | None:
+        """Logits [V] before any processor at each of these tokens, which are written after the prompt whatever the model would write.
+
+        None where the run ended before the last of them.
+        """
+        logits = getattr(self._generate(None, tick, ids), "logits", None) or ()
+        return [step[0].reshape(-1, step.shape[-1])[-1] for step in logits] if len(logits) == len(ids) else None
 
     def run(self, tick: Tick) -> Generated:
         output = self._generate(None, tick)
@@ -112,7 +120,7 @@ class TextJob(Job):
         self.reseed()
         with torch.no_grad():
             return self._module.generate(  # type: ignore[operator]
-                **self.inputs, **options, return_dict_in_generate=True, output_logits=new_tokens is None
+                **self.inputs, **options, return_dict_in_generate=True, output_logits=new_tokens is None or forced is not None
             )
 
     def pieces(self) -> list[str]:

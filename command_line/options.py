@@ -19,7 +19,10 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error", callback=_debug, is_eager=True)]
 Recipes = Annotated[
-    list[str], typer.Option("--recipe", "-r", help="recipe name or file.yaml; repeat to combine", show_default=False)
+    list[str],
+    typer.Option(
+        "--recipe", "-r", help="recipe name, name:key=value or file.yaml; repeat, or A+B, to combine", show_default=False
+    ),
 ]
 Variants = Annotated[
     list[str],

@@ -2,6 +2,7 @@
 
 from .compare import compare
 from .report import Check, Report, write_page
+from .sweep import Column, Sweep
 from .wrap import Wrapped, wrap
 
-__all__ = ["Check", "Report", "Wrapped", "compare", "wrap", "write_page"]
+__all__ = ["Check", "Column", "Report", "Sweep", "Wrapped", "compare", "wrap", "write_page"]

@@ -27,9 +27,37 @@ FIRST_ALONE = "first token alone"
 
 
 @overload
-def compare(model: Any, variants: list[Any], /, **options: Any) -> Sweep: ...
+def compare(
+    model: Any,
+    variants: list[Any],
+    /,
+    *,
+    text: Any = None,
+    prompt: Any = None,
+    image: Any = None,
+    inputs: Any = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    attention: bool = True,
+    title: str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Sweep: ...
 @overload
-def compare(model: Any, *recipes: Choice, **options: Any) -> Report: ...
+def compare(
+    model: Any,
+    *recipes: Choice,
+    text: Any = None,
+    prompt: Any = None,
+    image: Any = None,
+    inputs: Any = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    attention: bool = True,
+    title: str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Report: ...
 def compare(
     model: Any,
     *recipes: Any,

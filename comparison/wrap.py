@@ -16,6 +16,7 @@ from ..recipes.apply import Choice
 if TYPE_CHECKING:
     from ..recipes.named import Uses  # pyright: ignore[reportMissingModuleSource]
     from .report import Report
+    from .sweep import Sweep
 else:
     Uses = object
 
@@ -33,8 +34,15 @@ class Wrapped(Uses):
             """Starts a session: `with pipe.use("streaming", window=512) as session: pipe(...)`. Arguments as for `reattend.apply`."""
             return apply(original_of(self), *recipes, isolated=isolated, **parameters)
 
-    def compare(self, *recipes: Choice, **options: Any) -> Report:
-        """Runs without and with the recipes on the same input and seed and reports both. Arguments as for `reattend.compare`."""
+    @overload
+    def compare(self, variants: list[Any], /, **options: Any) -> Sweep: ...
+    @overload
+    def compare(self, *recipes: Choice, **options: Any) -> Report: ...
+    def compare(self, *recipes: Any, **options: Any) -> Report | Sweep:
+        """Runs without and with the recipes on the same input and seed and reports both. Arguments as for `reattend.compare`.
+
+        A list of variants as the one argument: the untouched run, and a column per variant.
+        """
         from .compare import compare
 
         return compare(original_of(self), *recipes, **options)

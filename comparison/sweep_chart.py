@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .sweep import Column, Measure, Sweep
+from .sweep_variants import short
 from .words import number, percent
 
 # of the box that a chart is drawn in
@@ -83,7 +84,9 @@ def _is_number(value: Any) -> bool:
 
 def _rest_label(column: Column, parameter: str) -> str:
     rest = [
-        f"{name}={value}" for name, value in column.differing.items() if name.split(".")[-1] != parameter and value is not None
+        f"{name}={short(value)}"
+        for name, value in column.differing.items()
+        if name.split(".")[-1] != parameter and value is not None
     ]
     return " + ".join(r["name"] for r in column.recipes) + (f"({', '.join(rest)})" if rest else "")
 

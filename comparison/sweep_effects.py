@@ -97,7 +97,7 @@ class Effects:
                 "kl", "KL", "Next-token distributions moved, nats", f"KL divergence of the untouched run from each variant, mean over {first}"
             ),
             Measure(
-                "log_probability", "log-probability", "Log-probability of the untouched text, change per token, nats",
+                "log_probability", "log-probability", "Log-probability of the untouched text, change in nats",
                 f"how much likelier each variant finds the same tokens, mean over {first}; below 0: it turns away from this text",
             ),
             *self._share(columns),

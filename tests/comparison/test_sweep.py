@@ -351,7 +351,7 @@ def test_chart_with_two_lines_and_others(text_pipe):
         2,
         ["streaming(sinks=1, window=3)"],
     )
-    assert [line.label for line in chart.lines] == ["instaboost(first_token=True)", "instaboost(first_token=False)"]
+    assert [line.label for line in chart.lines] == ["instaboost(first_token=true)", "instaboost(first_token=false)"]
     page = report._repr_html_()
     assert "Not drawn" in page and 'class="key s2"' in page
     assert not drawing(chart, report.measures[0])["log"]

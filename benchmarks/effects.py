@@ -184,7 +184,7 @@ def profile(slug: str, task: str, pipe: Any, folder: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         processor = getattr(pipe, "processor", None) or pipe.tokenizer
         options = {**PROFILES.get(slug, {}), **({"task": task} if task else {})}
-        if slug == "gift":
+        if slug in ("gift", "visual-token-exit"):
             options["samples"] = questions_on_scenes(50)
         recipe_class(slug).profile(pipe.model, processor, **options).save(file)
     return file

@@ -153,7 +153,9 @@ def images(suite: str, columns: tuple[str, ...], title: str, baselines: dict[str
         "pai": ["pai:alpha=0.1", "pai", "pai:alpha=0.4", "pai:gamma=1"],
         "cmai": ["cmai:gamma=0.25", "cmai", "cmai:gamma=0.9"],
         "opera": ["opera:penalty_weight=0.5", "opera", "opera:penalty_weight=2"],
-        "visual-token-exit": [f"visual-token-exit:exit_layer={layer}" for layer in (4, 3, 2)],
+        "visual-token-exit": [
+            "visual-token-exit:profile_path={visual-token-exit}", *(f"visual-token-exit:exit_layer={layer}" for layer in (4, 3, 2))
+        ],
     }  # fmt: skip
     paper = {
         "vhr": "LLaVA-1.5-7B, CHAIR_i 14.3 to 9.7, POPE F1 85.0 to 85.5",
@@ -162,7 +164,7 @@ def images(suite: str, columns: tuple[str, ...], title: str, baselines: dict[str
         "pai": "as quoted by others, LLaVA-1.5-7B, CHAIR_i 13.8 to 6.8 and F1 75.9 to 74.7",
         "opera": "as quoted by others, LLaVA-1.5-7B with its beam search, CHAIR_i 14.3 to 13.4",
     }
-    others = ("vhr+pai:gamma=1", "pai:alpha=0.1+opera:penalty_weight=0.5")
+    others = ("var:tau=2:profile_path={var}", "vhr+pai:gamma=1", "pai:alpha=0.1+opera:penalty_weight=0.5")
     return Section(title, LLAVA[0], suite, columns, recipes, 300, 600, others=others, baselines=baselines, paper=paper)
 
 

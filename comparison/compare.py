@@ -96,13 +96,14 @@ def compare(
         checks.text(title, "title")
     image = picture_of(image)
     model = original_of(model)
-    if any(isinstance(item, list) for item in recipes):
+    variants = next((item for item in recipes if isinstance(item, list)), None)
+    if variants is not None:
         if len(recipes) > 1:
             raise ReattendError(
                 "a list of variants goes alone: compare(model, [a, b]) puts a and b side by side, compare(model, a, b) composes them, and a "
                 "list inside the list composes within a variant"
             )
-        return sweep(model, recipes[0], text, prompt, image, inputs, seed, tokenizer, attention, title, progress, options)
+        return sweep(model, variants, text, prompt, image, inputs, seed, tokenizer, attention, title, progress, options)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
     table = sites(model)

@@ -64,7 +64,7 @@ def variants_asked(
     variants = []
     for place, choices in enumerate(read, start=1):
         with naming(place):
-            variants.append(Variant([c if isinstance(c, Recipe) else _made(*c, shared) for c in choices]))
+            variants.append(Variant([c if isinstance(c, Recipe) else _made(c[0], c[1], shared) for c in choices]))
     for variant in variants:
         variant.facts = [recipe_facts(item) for item in variant.recipes]
     _name(variants, set(shared))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -22,7 +22,13 @@ class SiteTable(Sequence):
         self.model_name = model_name
         self.config = config
 
-    def __getitem__(self, index):  # type: ignore[override]
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> SiteTable: ...
+
+    def __getitem__(self, index: int | slice) -> Site | SiteTable:
         return self.sites[index] if isinstance(index, int) else self._with(self.sites[index])
 
     def __len__(self) -> int:

@@ -84,7 +84,7 @@ def search_heads(
         "together": _score_with(recipe(heads=selected, **parameters), model, table, work) if selected else baseline,
         **{name: value for name, value in settings.as_dict().items() if name not in ("name", "version", "heads")},
     }
-    tensors = {"score": score, "count": count, "sinks": share, "selected": torch.tensor(selected).view(-1, 2)}
+    tensors = {"score": score, "count": count, "sinks": share, "selected": torch.tensor(selected, dtype=torch.long).view(-1, 2)}
     return Profile(recipe.slug, table_fingerprint(table), tensors, facts)
 
 

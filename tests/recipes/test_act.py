@@ -509,3 +509,13 @@ def test_built_in_questions_have_one_right_option_of_four():
     for (prompt, right, options), (asked, reference) in zip(choices, open_):
         assert prompt == asked and right == reference and right in options and len(set(options)) == 4
     assert built_in("classification")[0][0].startswith("Remark")
+
+
+def test_a_search_that_finds_no_head_says_so_when_its_profile_is_used(tmp_path):
+    model = tiny()
+    # so weak a calibration makes no head better than the untouched model by more than a standard error
+    profile = recipe_class("act").profile(model, Letters(), data=DATA, batch_size=3, beta=0.9999)
+    assert profile.tensors["selected"].shape == (0, 2) and not profile.tensors["selected"].is_floating_point()
+    profile.save(tmp_path / "none.safetensors")
+    with pytest.raises(UnsupportedError, match="no head is left to calibrate .the profile is empty"):
+        reattend.apply(model, "act", profile_path=str(tmp_path / "none.safetensors"))

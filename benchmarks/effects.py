@@ -62,8 +62,16 @@ class Measurement:
         if section.choose:
             asked = self.suite.items(section.choose, CHOSEN_ON)
             rows = self.rows(self.suite, tried, section.choose, CHOSEN_ON)
-            found["choosing"] = table(rows, self.suite.metrics, [metric], CHOSEN_ON)
+            # the counts behind the choice are left out: what is claimed stands on those of the confirmation
+            found["choosing"] = {
+                name: value
+                for name, value in table(rows, self.suite.metrics, [metric], CHOSEN_ON).items()
+                if name not in ("names", "counts")
+            }
             found["chosen"] = self.chosen(found["choosing"])
+        elif section.chosen_on:
+            found["chosen_on"] = section.chosen_on
+            found["chosen"] = {slug: self.label(specs[-1]) for slug, specs in self.specs.items() if len(specs) > 1}
         wanted = [s for s in tried if self.is_default(s) or self.label(s) in found["chosen"].values() or not section.choose]
         specs = [self.renamed(spec) for spec in [*wanted, *section.others]]
         fresh = self.fresh(f"{self.renamed(section.suite)}:{section.confirming}", asked)

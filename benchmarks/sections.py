@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SMOLLM2, GEMMA = ("smollm2", "SmolLM2-135M-Instruct"), ("gemma3-270m", "Gemma 3 270M (base model)")
 LLAVA, SD = ("zoo:shapes-llava", "shapes-llava"), ("zoo:shapes-sd", "shapes-sd")
@@ -23,8 +23,9 @@ class Section:
     suite: as in `reattend eval`; confirming: further parameters when settings are confirmed. columns: metrics of the table; by the first
     one settings are chosen. recipes: {slug: variants from weak to strong, among them the one without parameters of its own, which is the
     default}. others: variants that are confirmed without having been chosen: controls and combinations. {slug} in a variant: the profile
-    of that recipe; {slug TASK}: its profile for a task. choose, confirm: scenes, texts or pairs. instead: {text: text} put into suite and
-    variants when settings are confirmed on another task. paper: {slug: what it reports, on its models}.
+    of that recipe; {slug TASK}: its profile for a task. choose, confirm: scenes, texts or pairs; with choose 0 all variants are confirmed.
+    chosen_on: another model, on which `recipes` were chosen. instead: {text: text} put into suite and variants when settings are confirmed
+    on another task. paper: {slug: what it reports, on its models}.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Section:
     choose: int
     confirm: int
     confirming: str = ""
+    chosen_on: str = ""
     others: tuple[str, ...] = ()
     baselines: dict[str, Baseline] = field(default_factory=dict)
     instead: dict[str, str] = field(default_factory=dict)
@@ -75,6 +77,16 @@ def highlighters(model: str, title: str) -> Section:
     )  # fmt: skip
 
 
+def elsewhere(section: Section, model: str, title: str, kept: dict[str, list[str]], confirm: int) -> Section:
+    """The same questions to another model, with the settings that were chosen on the first: `kept`, and the defaults."""
+    title = f"{section.title.rpartition(', ')[0]}, {title}"
+    # heads are not the same ones elsewhere
+    others = tuple(spec for spec in section.others if "heads=[" not in spec)
+    return replace(
+        section, model=model, title=title, recipes=kept, choose=0, confirm=confirm, chosen_on=SMOLLM2[1], others=others
+    )
+
+
 def order_of_segments(model: str, title: str) -> Section:
     # asking in every order costs as many passes as there are segments
     averaged = Baseline(
@@ -93,12 +105,13 @@ def calibration(model: str, title: str, suite: str, columns: tuple[str, ...], co
     return Section(
         f"{kinds[suite]}, {title}", model, suite, columns,
         {"act": ["act:heads=all:beta=0.7", "act:heads=all", "act:heads=all:beta=0.1", "act:profile_path={act}"]}, 80, confirm,
+        others=("act:heads=all",),
         baselines={"decided by the likelihood less that without a question": Baseline(counts={"right": "calibrated"})},
         paper={"act": "chosen heads: up to 7.3 points of mean accuracy over data sets on Llama-30B (abstract)"},
     )  # fmt: skip
 
 
-def copying(model: str, title: str, choose: int, confirm: int) -> Section:
+def copying(model: str, title: str) -> Section:
     own = "retrieval-heads:profile_path={retrieval-heads}"
     return Section(
         f"A needle in a haystack, {title}", model, "needles", ("recall", "found"),
@@ -106,7 +119,7 @@ def copying(model: str, title: str, choose: int, confirm: int) -> Section:
             "retrieval-heads": [f"{own}:strength=0.1", own, f"{own}:strength=0.4", f"{own}:mode=gain:strength=0.2"],
             "streaming": ["streaming:window=60", "streaming:window=124", "streaming:window=188", "streaming"],
         },
-        choose, confirm,
+        16, 50,
         others=(f"{own}:random_heads=true", f"{own}:mode=mask:top=5", f"{own}:mode=mask:top=5:random_heads=true"),
         baselines={
             "asked before the text too": Baseline("asked_first=true"),
@@ -129,11 +142,11 @@ def windows(model: str, title: str) -> Section:
     )  # fmt: skip
 
 
-def tasks(task: str) -> Section:
+def tasks(task: str, confirm: int) -> Section:
     own = "soft-injection:profile_path={soft-injection opposite}"
     return Section(
         f"A task without its demonstrations ({task}), {SMOLLM2[1]}", SMOLLM2[0], "word-tasks:task=opposite",
-        ("accuracy", "answers_input"), {"soft-injection": [f"{own}:scale=0.5", own, f"{own}:alpha=0.5"]}, 30, 30,
+        ("accuracy", "answers_input"), {"soft-injection": [f"{own}:scale=0.5", own, f"{own}:alpha=0.5"]}, 30, confirm,
         baselines={"ten demonstrations in the prompt": Baseline("shots=10")},
         instead={"opposite": task},
         paper={"soft-injection": "12 models of 4B to 70B, 57 tasks, 10.2 to 14.3 points over ten demonstrations (abstract)"},
@@ -175,25 +188,39 @@ PICTURES = Section(
         # every other layer of this UNet; 3 is the mid block, the published choice for larger pictures
         *(f"softpag:layers=[{n}]{more}" for n in (0, 2, 3, 4, 5, 6, 8, 9) for more in (":scale=2.5", "")),
     ]},
-    24, 300,
+    24, 200,
     baselines={"guidance scale 3 instead of 2": Baseline("guidance=3"), "guidance scale 4 instead of 2": Baseline("guidance=4")},
     paper={"softpag": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"},
 )  # fmt: skip
 
+HIGHLIGHTED, COPIED = highlighters(*SMOLLM2), copying(*SMOLLM2)
+# what was chosen on SmolLM2, beside the defaults
+KEPT = {
+    "emphasise": ["emphasise", "emphasise:alpha=0.01"],
+    "instaboost": ["instaboost", "instaboost:multiplier=20"],
+    "spotlight": ["spotlight", "spotlight:target=0.6"],
+    "seka": ["seka:profile_path={seka}", "seka:profile_path={seka}:gain=1.6"],
+    "spa": ["spa", "spa:strength=2.5"],
+}
+FEWER = {
+    "retrieval-heads": ["retrieval-heads:profile_path={retrieval-heads}"],
+    "streaming": ["streaming:window=188", "streaming"],
+}
+
 SECTIONS = {
-    "highlight": highlighters(*SMOLLM2),
-    "gemma-highlight": highlighters(*GEMMA),
+    "highlight": HIGHLIGHTED,
+    "gemma-highlight": elsewhere(HIGHLIGHTED, *GEMMA, KEPT, 40),
     "order": order_of_segments(*SMOLLM2),
     "gemma-order": order_of_segments(*GEMMA),
     "sentiment": calibration(*SMOLLM2, "sentiment", ("accuracy", "auc", "said_positive"), 160),
     "gemma-sentiment": calibration(*GEMMA, "sentiment", ("accuracy", "auc", "said_positive"), 160),
     "choices": calibration(*SMOLLM2, "choices", ("accuracy",), 120),
     "gemma-choices": calibration(*GEMMA, "choices", ("accuracy",), 120),
-    "needles": copying(*SMOLLM2, 16, 50),
-    "gemma-needles": copying(*GEMMA, 8, 30),
+    "needles": COPIED,
+    "gemma-needles": elsewhere(COPIED, *GEMMA, FEWER, 24),
     "windows": windows(*SMOLLM2),
-    "capitals": tasks("capital"),
-    "past": tasks("past"),
+    "capitals": tasks("capital", 28),
+    "past": tasks("past", 20),
     "pope": images(
         "pope", ("accuracy", "accuracy/random", "accuracy/popular", "accuracy/adversarial"), "Is it in the picture (POPE), shapes-llava",
         {"answered from its own description": Baseline("by=description")},

@@ -1,6 +1,6 @@
-"""Every recipe in one line or two: what it did, beside what a user would try without it, and what it cost. Rewrites a table of docs/results.md.
+"""Every recipe in one line or two: what it did, beside what a user would try without it, and what it cost. Rewrites tables of docs/results.md.
 
-python benchmarks/summary.py     # from docs/effects.json and docs/costs.json, which two other commands make
+python benchmarks/summary.py     # from docs/effects.json, costs.json, attention.json and sinks.json, which other commands make
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import effect_attention
+import effect_sinks
 from claims import believed
 from effects_page import name_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BEGIN, END = "<!-- summary: written by benchmarks/summary.py -->\n", "<!-- end of summary -->"
+BEGIN, END = "<!-- {name}: written by benchmarks/summary.py -->\n", "<!-- end of {name} -->"
 HEAD = "| recipe | on | measure | no recipe | with it | change, 95 % interval | best plain attempt | prefill, decode |"
 # metrics beside a section's first column
 ALSO = {
@@ -104,14 +106,31 @@ def cost(slug: str, costs: dict[str, Any]) -> str:
     )
 
 
-def written() -> str:
-    return table(effects(), json.loads((DOCS / "costs.json").read_text(encoding="utf-8")))
+def blocks() -> dict[str, str]:
+    """{name: a table of docs/results.md}"""
+
+    def recorded(name: str) -> dict[str, Any]:
+        return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+
+    return {
+        "summary": table(effects(), recorded("costs")),
+        "attention": effect_attention.written(recorded("attention")),
+        "sinks": effect_sinks.written(recorded("sinks")),
+    }
+
+
+def rewritten(page: str) -> str:
+    """docs/results.md with its tables as they follow from the recorded figures."""
+    for name, text in blocks().items():
+        begin, end = BEGIN.format(name=name), END.format(name=name)
+        before, rest = page.split(begin)
+        page = before + begin + text + end + rest.split(end)[1]
+    return page
 
 
 def main() -> None:
     page = DOCS / "results.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(before + BEGIN + written() + END + rest.split(END)[1], encoding="utf-8")
+    page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

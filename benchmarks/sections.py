@@ -136,8 +136,8 @@ def windows(model: str, title: str) -> Section:
     # whole contexts, and the part of them that a window of half their length sees, as one would cut a text
     return Section(
         f"Prose after 512 tokens of it, {title}", model, "perplexity:lengths=[256,512]", ("perplexity_512",),
-        {"streaming": ["streaming:window=124", "streaming:window=252", "streaming"]}, 0, 40,
-        others=("streaming:window=128:sinks=0", "streaming:window=256:sinks=0"),
+        {"streaming": ["streaming:window=252"]}, 0, 24,
+        others=("streaming:window=256:sinks=0",),
         baselines={"only the text's last 256 tokens": Baseline(counts={"loss 512": "loss 256"})},
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ FEWER = {
 
 SECTIONS = {
     "highlight": HIGHLIGHTED,
-    "gemma-highlight": elsewhere(HIGHLIGHTED, *GEMMA, KEPT, 40),
+    "gemma-highlight": elsewhere(HIGHLIGHTED, *GEMMA, KEPT, 30),
     "order": order_of_segments(*SMOLLM2),
     "gemma-order": order_of_segments(*GEMMA),
     "sentiment": calibration(*SMOLLM2, "sentiment", ("accuracy", "auc", "said_positive"), 160),
@@ -217,7 +217,7 @@ SECTIONS = {
     "choices": calibration(*SMOLLM2, "choices", ("accuracy",), 120),
     "gemma-choices": calibration(*GEMMA, "choices", ("accuracy",), 120),
     "needles": COPIED,
-    "gemma-needles": elsewhere(COPIED, *GEMMA, FEWER, 24),
+    "gemma-needles": elsewhere(COPIED, *GEMMA, FEWER, 20),
     "windows": windows(*SMOLLM2),
     "capitals": tasks("capital", 28),
     "past": tasks("past", 20),

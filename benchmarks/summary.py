@@ -59,9 +59,16 @@ def claims(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
     for slug in slugs:
         for name, found in results.items():
             for row in found["confirming"]["rows"]:
-                if row["recipe"] == slug and (row["role"] == "default" or row["label"] in found["chosen"].values()):
+                if row["recipe"] == slug and setting(found, row):
                     for metric in [found["columns"][0], *ALSO.get(name, [])]:
                         yield found, row, metric
+
+
+def setting(found: dict[str, Any], row: dict[str, Any]) -> str:
+    """Why a row of a recipe is claimed: "default", "chosen", "given" where its section has nothing to choose from; "" for others."""
+    if row["label"] in found["chosen"].values():
+        return "chosen"
+    return "default" if row["role"] == "default" else "given" if row["role"] == "tried" and not found["chosen"] else ""
 
 
 def table(results: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:
@@ -73,9 +80,8 @@ def table(results: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:
         # what a recipe costs is the same for every measure: once
         price = "" if row["recipe"] in told else cost(row["recipe"], costs)
         told.add(row["recipe"])
-        setting = "default" if row["role"] == "default" else "chosen"
         lines.append(
-            f"| {name_of(row)}, {setting} | {found['model'].removeprefix('zoo:')} | {found['suite']} {metric} "
+            f"| {name_of(row)}, {setting(found, row)} | {found['model'].removeprefix('zoo:')} | {found['suite']} {metric} "
             f"| {plain['metrics'][metric]['value']:.3f} | {row['metrics'][metric]['value']:.3f} | {moved} "
             f"| {best_attempt(found, metric)} | {price} |"
         )

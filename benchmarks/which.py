@@ -39,8 +39,7 @@ def did(section: dict[str, Any], slug: str) -> str:
     metric, (plain, *rows) = section["columns"][0], section["confirming"]["rows"]
     parts = []
     for row in rows:
-        chosen = row["label"] == section["chosen"].get(slug)
-        if row["recipe"] == slug and (row["role"] == "default" or chosen):
+        if row["recipe"] == slug and summary.setting(section, row):
             settings = row["label"].removeprefix(slug).strip("()")
             doubt = "" if believed(row["changes"][metric]) else " (no certain change)"
             parts.append(f"{row['metrics'][metric]['value']:.2f}{settings and ' with ' + settings}{doubt}")

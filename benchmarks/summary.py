@@ -65,10 +65,14 @@ def claims(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
 
 
 def setting(found: dict[str, Any], row: dict[str, Any]) -> str:
-    """Why a row of a recipe is claimed: "default", "chosen", "given" where its section has nothing to choose from; "" for others."""
-    if row["label"] in found["chosen"].values():
-        return "chosen"
-    return "default" if row["role"] == "default" else "given" if row["role"] == "tried" and not found["chosen"] else ""
+    """Why a row is claimed of its recipe: as "default" or "chosen", or as "given" where the section has neither; "" for further rows."""
+    known = found["confirming"]["rows"]
+    names = ["default"] if row["role"] == "default" else []
+    names += ["chosen"] if row["label"] in found["chosen"].values() else []
+    alone = not any(
+        r["recipe"] == row["recipe"] and (r["role"] == "default" or r["label"] in found["chosen"].values()) for r in known
+    )
+    return ", ".join(names) or ("given" if alone else "")
 
 
 def table(results: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from reattend.evaluation.metrics.sums import ratio
 
 STORE = Path(__file__).resolve().parents[1] / "docs" / "sinks.json"
 MODELS = {"smollm2": "SmolLM2", "gemma3-270m": "Gemma"}
-LENGTH, COUNT = 64, 24
+LENGTH, COUNT = 64, 16
 COLUMNS = {"first": "heads with a sink on the first token", "other": "heads with one on another token, at the worst position"}
 
 

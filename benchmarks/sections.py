@@ -136,7 +136,7 @@ def windows(model: str, title: str) -> Section:
     # whole contexts, and the part of them that a window of half their length sees, as one would cut a text
     return Section(
         f"Prose after 512 tokens of it, {title}", model, "perplexity:lengths=[256,512]", ("perplexity_512",),
-        {"streaming": ["streaming:window=252"]}, 0, 24,
+        {"streaming": ["streaming:window=252"]}, 0, 16,
         others=("streaming:window=256:sinks=0",),
         baselines={"only the text's last 256 tokens": Baseline(counts={"loss 512": "loss 256"})},
     )  # fmt: skip
@@ -193,7 +193,7 @@ PICTURES = Section(
     paper={"softpag": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"},
 )  # fmt: skip
 
-HIGHLIGHTED, COPIED = highlighters(*SMOLLM2), copying(*SMOLLM2)
+HIGHLIGHTED = highlighters(*SMOLLM2)
 # what was chosen on SmolLM2, beside the defaults
 KEPT = {
     "emphasise": ["emphasise", "emphasise:alpha=0.01"],
@@ -202,7 +202,6 @@ KEPT = {
     "seka": ["seka:profile_path={seka}", "seka:profile_path={seka}:gain=1.6"],
     "spa": ["spa", "spa:strength=2.5"],
 }
-FEWER = {
     "retrieval-heads": ["retrieval-heads:profile_path={retrieval-heads}"],
     "streaming": ["streaming:window=188", "streaming"],
 }
@@ -216,8 +215,7 @@ SECTIONS = {
     "gemma-sentiment": calibration(*GEMMA, "sentiment", ("accuracy", "auc", "said_positive"), 160),
     "choices": calibration(*SMOLLM2, "choices", ("accuracy",), 120),
     "gemma-choices": calibration(*GEMMA, "choices", ("accuracy",), 120),
-    "needles": COPIED,
-    "gemma-needles": elsewhere(COPIED, *GEMMA, FEWER, 20),
+    "needles": copying(*SMOLLM2),
     "windows": windows(*SMOLLM2),
     "capitals": tasks("capital", 28),
     "past": tasks("past", 20),

@@ -202,9 +202,6 @@ KEPT = {
     "seka": ["seka:profile_path={seka}", "seka:profile_path={seka}:gain=1.6"],
     "spa": ["spa", "spa:strength=2.5"],
 }
-    "retrieval-heads": ["retrieval-heads:profile_path={retrieval-heads}"],
-    "streaming": ["streaming:window=188", "streaming"],
-}
 
 SECTIONS = {
     "highlight": HIGHLIGHTED,

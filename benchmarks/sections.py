@@ -120,7 +120,9 @@ def copying(model: str, title: str) -> Section:
             "streaming": ["streaming:window=60", "streaming:window=124", "streaming:window=188", "streaming"],
         },
         16, 50,
-        others=(f"{own}:random_heads=true", f"{own}:mode=mask:top=5", f"{own}:mode=mask:top=5:random_heads=true"),
+        others=(
+            "streaming:window=124", f"{own}:random_heads=true", f"{own}:mode=mask:top=5", f"{own}:mode=mask:top=5:random_heads=true"
+        ),
         baselines={
             "asked before the text too": Baseline("asked_first=true"),
             "only the text's last 128 tokens": Baseline("last=128"),

@@ -69,9 +69,6 @@ class Measurement:
                 if name not in ("names", "counts")
             }
             found["chosen"] = self.chosen(found["choosing"])
-        elif section.chosen_on:
-            found["chosen_on"] = section.chosen_on
-            found["chosen"] = {slug: self.label(specs[-1]) for slug, specs in self.specs.items() if len(specs) > 1}
         wanted = [s for s in tried if self.is_default(s) or self.label(s) in found["chosen"].values() or not section.choose]
         specs = [self.renamed(spec) for spec in [*wanted, *section.others]]
         fresh = self.fresh(f"{self.renamed(section.suite)}:{section.confirming}", asked)

@@ -25,8 +25,6 @@ def section(found: dict[str, Any]) -> str:
     said = f"Suite `{found['suite']}`, {confirmed['groups']} scenes, texts or pairs of seed {confirmed['seed']}"
     if "choosing" in found:
         said += f"; settings chosen on {found['choosing']['groups']} of seed {found['choosing']['seed']}"
-    elif "chosen_on" in found:
-        said += f"; settings chosen on {found['chosen_on']}"
     parts = [f"## {found['title']}", f"{said}.", table(found)]
     if found["refused"]:
         parts.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 SMOLLM2, GEMMA = ("smollm2", "SmolLM2-135M-Instruct"), ("gemma3-270m", "Gemma 3 270M (base model)")
 LLAVA, SD = ("zoo:shapes-llava", "shapes-llava"), ("zoo:shapes-sd", "shapes-sd")
@@ -24,7 +24,7 @@ class Section:
     one settings are chosen. recipes: {slug: variants from weak to strong, among them the one without parameters of its own, which is the
     default}. others: variants that are confirmed without having been chosen: controls and combinations. {slug} in a variant: the profile
     of that recipe; {slug TASK}: its profile for a task. choose, confirm: scenes, texts or pairs; with choose 0 all variants are confirmed.
-    chosen_on: another model, on which `recipes` were chosen. instead: {text: text} put into suite and variants when settings are confirmed
+    instead: {text: text} put into suite and variants when settings are confirmed
     on another task. paper: {slug: what it reports, on its models}.
     """
 
@@ -36,7 +36,6 @@ class Section:
     choose: int
     confirm: int
     confirming: str = ""
-    chosen_on: str = ""
     others: tuple[str, ...] = ()
     baselines: dict[str, Baseline] = field(default_factory=dict)
     instead: dict[str, str] = field(default_factory=dict)
@@ -75,16 +74,6 @@ def highlighters(model: str, title: str) -> Section:
         others=("emphasise+instaboost", "emphasise:alpha=0.01:heads=[[3,1],[9,4],[12,3],[15,2],[17,0],[11,2]]"),
         baselines=baselines, paper=paper,
     )  # fmt: skip
-
-
-def elsewhere(section: Section, model: str, title: str, kept: dict[str, list[str]], confirm: int) -> Section:
-    """The same questions to another model, with the settings that were chosen on the first: `kept`, and the defaults."""
-    title = f"{section.title.rpartition(', ')[0]}, {title}"
-    # heads are not the same ones elsewhere
-    others = tuple(spec for spec in section.others if "heads=[" not in spec)
-    return replace(
-        section, model=model, title=title, recipes=kept, choose=0, confirm=confirm, chosen_on=SMOLLM2[1], others=others
-    )
 
 
 def order_of_segments(model: str, title: str) -> Section:
@@ -195,19 +184,8 @@ PICTURES = Section(
     paper={"softpag": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"},
 )  # fmt: skip
 
-HIGHLIGHTED = highlighters(*SMOLLM2)
-# what was chosen on SmolLM2, beside the defaults
-KEPT = {
-    "emphasise": ["emphasise", "emphasise:alpha=0.01"],
-    "instaboost": ["instaboost", "instaboost:multiplier=20"],
-    "spotlight": ["spotlight", "spotlight:target=0.6"],
-    "seka": ["seka:profile_path={seka}", "seka:profile_path={seka}:gain=1.6"],
-    "spa": ["spa", "spa:strength=2.5"],
-}
-
 SECTIONS = {
-    "highlight": HIGHLIGHTED,
-    "gemma-highlight": elsewhere(HIGHLIGHTED, *GEMMA, KEPT, 30),
+    "highlight": highlighters(*SMOLLM2),
     "order": order_of_segments(*SMOLLM2),
     "gemma-order": order_of_segments(*GEMMA),
     "sentiment": calibration(*SMOLLM2, "sentiment", ("accuracy", "auc", "said_positive"), 160),

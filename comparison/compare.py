@@ -13,7 +13,7 @@ from ..recipes.apply import Choice, resolve
 from ..recipes.registry import is_file_name
 from .arguments import picture_of
 from .cost import Meter
-from .facts import environment, model_facts, progress_bar, recipe_facts
+from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes
 from .inputs import job_for
 from .job import Job, Tick
 from .looks import add_side
@@ -107,6 +107,7 @@ def compare(
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
     table = sites(model)
+    around = session_notes(model)  # before a session of our own starts
     session = apply(model, *chosen, tokenizer=job.tokenizer)  # a recipe that does not fit says so before anything runs
     session.remove()
 
@@ -122,6 +123,7 @@ def compare(
         with session:
             after = _run(job, report, session, attention, tick, before)
             report.stats = session.stats
+    report.notes += around
     job.fill(report, before, after)
     for label, counts in report.stats.items():
         if not counts:

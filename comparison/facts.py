@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..hooks import running
 from ..hooks.discovery import components, pretrained_root
 from ..recipes import Recipe
 from .job import Job, Tick
@@ -29,6 +30,14 @@ def progress_bar(wanted: bool | None, total: int, words: str) -> Iterator[Tick]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
+
+
+def session_notes(model: Any) -> list[str]:
+    """What a reader must know where recipes act on the model already: both runs have them, and a report names only its own."""
+    names = list(dict.fromkeys(repr(plan.recipe) for session in running(model) for plan in session.plans))
+    if not names:
+        return []
+    return [f"This ran inside a session of {' and '.join(names)}: 'untouched' and 'before' mean the model under it."]
 
 
 def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..hooks import sites
 from ..recipes import apply
-from .facts import environment, model_facts, progress_bar
+from .facts import environment, model_facts, progress_bar, session_notes
 from .inputs import job_for
 from .report import Report
 from .sweep import Column, Sweep
@@ -37,7 +37,7 @@ def sweep(
     variants, text, options = variants_asked(wanted, text, prompt, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
     table = sites(model)
-    sessions = []
+    around, sessions = session_notes(model), []  # the former before sessions of our own start
     for place, variant in enumerate(variants, start=1):
         with naming(place, variant.label):
             session = apply(model, *variant.recipes, tokenizer=job.tokenizer)
@@ -70,7 +70,7 @@ def sweep(
             pairs.append(pair)
             report.columns.append(column)
     report.untouched, report.inputs = pairs[0].before, pairs[0].inputs
-    report.notes = list(dict.fromkeys(note for pair in pairs for note in pair.notes))
+    report.notes = [*around, *dict.fromkeys(note for pair in pairs for note in pair.notes)]
     report.measures = effects.finish(pairs, report.columns)
     report.title = report.title or _title(report)
     return report

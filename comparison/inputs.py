@@ -27,9 +27,15 @@ def job_for(
         raise ReattendError("the prompt is empty: give the text that both runs shall start from")
     if isinstance(asked, str):
         checks.text(asked, "the prompt")
+    name, first = ("text", text) if text is not None else ("prompt", prompt) if prompt is not None else ("inputs", inputs)
+    if isinstance(first, (list, tuple)) and first and all(isinstance(item, str) for item in first) and not _draws(model):
+        raise ReattendError(
+            f"{name}: a comparison takes one prompt at a time, as a string or a list of chat messages, got {len(first)} in a "
+            f"{type(first).__name__}: call it once per prompt"
+        )
     if isinstance(model, nn.Module):
         return _bare(model, asked, image, inputs, tokenizer, options, seed)
-    if isinstance(getattr(model, "components", None), dict):
+    if _draws(model):
         from .images import ImageJob
 
         given = {"prompt": asked, "image": image}
@@ -39,6 +45,11 @@ def job_for(
             f"expected a transformers model or pipeline, a diffusers pipeline, or an nn.Module, got {type(model).__name__}"
         )
     return _pipeline(model, asked if asked is not None else inputs, image, options, seed)
+
+
+def _draws(model: Any) -> bool:
+    """Whether this is a diffusers pipeline, which takes several prompts and gives a picture for each."""
+    return not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), dict)
 
 
 def _pipeline(pipe: Any, asked: Any, image: Any, options: dict[str, Any], seed: int) -> Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from os.path import commonprefix
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..hooks import SiteTable
 from ..interventions import ReattendError
+from ..recipes import checks
 from .job import Job, Tick
 from .report import Report, Side
 
@@ -47,10 +49,14 @@ class TextJob(Job):
             raise ReattendError(f"compare takes one prompt at a time, got a batch of {ids.shape[0]}: call it once per prompt")
         self.options = dict(options)
         config = self.options.get("generation_config") or getattr(module, "generation_config", None)
-        limits = [self.options.get(k, getattr(config, k, None)) for k in ("max_new_tokens", "max_time", "stop_strings")]
-        if "max_length" not in self.options and not any(limits):
-            self.options["max_new_tokens"] = DEFAULT_NEW_TOKENS
-        self.limit = self.options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
+        most, *limits = (self.options.get(k, getattr(config, k, None)) for k in ("max_new_tokens", "max_time", "stop_strings"))
+        if most is not None and (not isinstance(most, Integral) or isinstance(most, bool) or most < 1):
+            raise ReattendError(f"max_new_tokens must be a whole number, 1 or more, got {checks.shown(most)}")
+        if self.options.get("num_return_sequences", getattr(config, "num_return_sequences", None)) not in (None, 1):
+            raise ReattendError("num_return_sequences: a comparison shows one text per run; leave it out or set it to 1")
+        if "max_length" not in self.options and all(limit in (None, "", []) for limit in (most, *limits)):
+            self.options["max_new_tokens"] = most = DEFAULT_NEW_TOKENS
+        self.limit = most or getattr(config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
         self.pictures: list[Any] = []
 
     @property

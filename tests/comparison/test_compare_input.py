@@ -1,0 +1,44 @@
+"""What a comparison is asked for: one prompt and one text of at least a token, and a passage beside the prompt for every recipe."""
+
+from __future__ import annotations
+
+import pytest
+import reattend
+
+PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
+MARKED = "small cat"
+WINDOW = ("streaming", {"sinks": 1, "window": 3})
+OPTIONS = dict(max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("given", [WINDOW, [WINDOW]], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_return_sequences": 2, "do_sample": True}, "^num_return_sequences: a comparison shows one text per run; leave"),
+        ({"num_return_sequences": 3, "num_beams": 3}, "num_return_sequences: .* set it to 1"),
+        ({"max_new_tokens": 0}, "^max_new_tokens must be a whole number, 1 or more, got 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens must be a whole number, 1 or more, got -3"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, 1 or more, got 2.5"),
+        ({"prompt": [PROMPT, "a dog"]}, "^prompt: a comparison takes one prompt at a time, .*, got 2 in a list"),
+        ({"text": [PROMPT]}, "^text: a comparison takes one prompt at a time"),
+        ({"inputs": [PROMPT, PROMPT]}, "^inputs: a comparison takes one prompt at a time"),
+    ],
+)
+def test_more_or_less_than_one_text_is_refused_before_anything_runs(text_pipe, monkeypatch, given, options, message):
+    monkeypatch.setattr(text_pipe.model, "generate", lambda *_, **__: pytest.fail("ran"))
+    asked = options if options.keys() & {"prompt", "text", "inputs"} else {"text": PROMPT, **options}
+    with pytest.raises(reattend.ReattendError, match=message):
+        reattend.compare(text_pipe, given, **asked)
+
+
+def test_one_sequence_and_one_token_are_fine(text_pipe):
+    report = reattend.compare(text_pipe, WINDOW, text=PROMPT, max_new_tokens=1, num_return_sequences=1, do_sample=False)
+    assert len(report.before.tokens) == 1
+
+
+def test_a_list_of_prompts_for_a_bare_model_and_for_predictions(llama, tokenizer, fill_pipe):
+    with pytest.raises(reattend.ReattendError, match="^prompt: a comparison takes one prompt at a time"):
+        reattend.compare(llama, WINDOW, prompt=[PROMPT, PROMPT], tokenizer=tokenizer)
+    with pytest.raises(reattend.ReattendError, match="^text: a comparison takes one prompt at a time"):
+        reattend.compare(fill_pipe, WINDOW, text=["the <mask>", "a <mask>"])

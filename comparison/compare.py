@@ -8,19 +8,20 @@ from typing import Any, overload
 from ..hooks import Session, SiteTable, Spans, capture, sites
 from ..hooks.discovery import original_of
 from ..interventions import ReattendError
-from ..recipes import Recipe, apply, checks, recipe_class
+from ..recipes import Recipe, apply, checks
 from ..recipes.apply import Choice, resolve
-from ..recipes.registry import is_file_name
+from ..recipes.registry import is_file_name, read_choice
 from .arguments import picture_of
 from .cost import Meter
 from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes
 from .inputs import job_for
-from .job import Job, Tick
+from .job import Job, Tick, generators_kept
 from .looks import add_side
 from .report import Report
 from .shares import FIRST, named
 from .sweep import Sweep
 from .sweep_run import sweep
+from .sweep_variants import filled, passage_of
 
 # The role of the first token where passages have roles of their own, which go before "bos".
 FIRST_ALONE = "first token alone"
@@ -83,8 +84,9 @@ def compare(
     inputs: prepared tensors for a bare model. tokenizer: the tokenizer or processor of a bare model. attention: also look at the
     attention, in a short run of its own. progress: None shows a bar where somebody is watching.
 
-    options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. A recipe
-    whose parameters have the name of an argument here is given as a pair: ("emphasise", {"text": "in French"}).
+    options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. Beside prompt or
+    inputs, text is the passage for every recipe that marks one and was not given its own; otherwise that is given as a pair:
+    ("emphasise", {"text": "in French"}).
 
     Each variant runs once, and once more for the look at its attention: there both read the same text, the prompt and the beginning of
     the untouched model's answer. Raises ReattendError for bad input before anything runs.
@@ -118,7 +120,7 @@ def compare(
     report.request = job.request()
     report.environment = environment()
     ticks = job.ticks + 1 + (job.glance_ticks if attention else 0)
-    with progress_bar(progress, 2 * ticks, "comparing") as tick:
+    with generators_kept(), progress_bar(progress, 2 * ticks, "comparing") as tick:
         before = _run(job, report, session, attention, tick)
         with session:
             after = _run(job, report, session, attention, tick, before)
@@ -183,17 +185,13 @@ def _recipes(
     recipes: Sequence[Choice], text: Any, prompt: Any, inputs: Any, options: dict[str, Any]
 ) -> tuple[list[Recipe], Any, dict[str, Any]]:
     """(recipes with their parameters, the input text, options of the run)."""
-    parameters: dict[str, Any] = {}
-    if len(recipes) == 1 and isinstance(recipes[0], str) and not is_file_name(recipes[0]):
-        cls = recipe_class(recipes[0])
-        fields = cls.model_fields
-        parameters = {name: options[name] for name in options if name in fields}
+    if not recipes:
+        resolve(recipes, {})  # says what to give
+    read = [choice if isinstance(choice, Recipe) else read_choice(choice) for choice in recipes]
+    first = read[0]
+    if len(recipes) == 1 and isinstance(recipes[0], str) and not is_file_name(recipes[0]) and not isinstance(first, Recipe):
+        fields = first[0].model_fields
+        first[1].update({name: options[name] for name in options if name in fields})
         options = {name: value for name, value in options.items() if name not in fields}
-        if "text" in fields and text is not None and (prompt is not None or inputs is not None):
-            parameters["text"], text = text, None
-        if "text" in fields and fields["text"].is_required() and "text" not in parameters:
-            raise ReattendError(
-                f'recipe {cls.slug!r} has a text of its own: give it as compare(..., ("{cls.slug}", {{"text": ...}}), text=...) '
-                "or give the input as prompt= and the recipe's as text="
-            )
-    return resolve(recipes, parameters), text, options
+    shared, text = passage_of(read, text, prompt, inputs)
+    return [item if isinstance(item, Recipe) else filled(item[0], item[1], shared) for item in read], text, options

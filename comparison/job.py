@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from ..hooks import SiteTable
 from .report import Report
 
 Tick = Callable[[], None]
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Torch's own random generators, on the CPU and on every GPU in use, go on afterwards as if nothing had run inside."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        yield
 
 
 class Job(ABC):

@@ -8,6 +8,7 @@ from ..hooks import sites
 from ..recipes import apply
 from .facts import environment, model_facts, progress_bar, session_notes
 from .inputs import job_for
+from .job import generators_kept
 from .report import Report
 from .sweep import Column, Sweep
 from .sweep_chart import chart_of
@@ -47,7 +48,7 @@ def sweep(
     report = Sweep(job.kind, title or "", model=model_facts(model, job, len(table)), seed=seed)
     report.request, report.environment = job.request(), environment()
     effects, pairs = Effects(job, attention), []
-    with progress_bar(progress, (len(variants) + 1) * (job.ticks + 1), "comparing") as tick:
+    with generators_kept(), progress_bar(progress, (len(variants) + 1) * (job.ticks + 1), "comparing") as tick:
         plain = job.run(tick)
         effects.begin(plain)
         tick()

@@ -18,6 +18,8 @@ from .variants import choices_of
 WIDEST_VALUE = 28
 # (recipe, which of this recipe in the variant, parameter)
 Key = tuple[str, int, str]
+# a recipe's class and the parameters it was given, as `read_choice` has them
+Read = tuple[type[Recipe], dict[str, Any]]
 
 
 @dataclass
@@ -59,12 +61,12 @@ def variants_asked(
     fields = {name for choices in read for c in choices if not isinstance(c, Recipe) for name in c[0].model_fields}
     shared = {name: options[name] for name in options if name in fields}
     options = {name: value for name, value in options.items() if name not in fields}
-    if "text" in fields and text is not None and (prompt is not None or inputs is not None):
-        shared["text"], text = text, None
+    passage, text = passage_of([choice for choices in read for choice in choices], text, prompt, inputs)
+    shared.update(passage)
     variants = []
     for place, choices in enumerate(read, start=1):
         with naming(place):
-            variants.append(Variant([c if isinstance(c, Recipe) else _made(c[0], c[1], shared) for c in choices]))
+            variants.append(Variant([c if isinstance(c, Recipe) else filled(c[0], c[1], shared) for c in choices]))
     for variant in variants:
         variant.facts = [recipe_facts(item) for item in variant.recipes]
     _name(variants, set(shared))
@@ -72,7 +74,25 @@ def variants_asked(
     return variants, text, options
 
 
-def _made(cls: type[Recipe], given: dict[str, Any], shared: dict[str, Any]) -> Recipe:
+def passage_of(read: Sequence[Recipe | Read], text: Any, prompt: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
+    """(parameters for every recipe that lacks them, the input text): beside prompt or inputs, text is the passage that recipes mark.
+
+    Where none of the recipes lacks a passage, text stays an input, which `job_for` then refuses beside the other one.
+    """
+    lacking = any(
+        not isinstance(choice, Recipe) and "text" in choice[0].model_fields and not _has_passage(choice[1]) for choice in read
+    )
+    if text is None or not lacking or (prompt is None and inputs is None):
+        return {}, text
+    return {"text": text}, None
+
+
+def _has_passage(given: dict[str, Any]) -> bool:
+    return given.get("text") is not None or given.get("ranges") is not None
+
+
+def filled(cls: type[Recipe], given: dict[str, Any], shared: dict[str, Any]) -> Recipe:
+    """A recipe with its own parameters, and those of the shared ones that it has and does not say itself."""
     mine = {name: value for name, value in shared.items() if name in cls.model_fields}
     if given.get("ranges") is not None:
         mine.pop("text", None)
@@ -83,7 +103,7 @@ def _made(cls: type[Recipe], given: dict[str, Any], shared: dict[str, Any]) -> R
         if "text" not in unmarked:
             raise
         raise ReattendError(
-            f'{error}; give the passage for all variants as text=, and then the input as prompt=, or for one as ("{cls.slug}", '
+            f'{error}; give the passage for all recipes as text=, and then the input as prompt=, or for one as ("{cls.slug}", '
             '{"text": ...})'
         ) from None
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import reattend
+import torch
 from rich.console import Console
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
@@ -26,3 +27,13 @@ def test_a_report_says_that_a_session_acts_already(text_pipe, given):
     assert note in console.export_text()
     assert note.replace("'", "&#39;") in report._repr_html_()
     assert reattend.compare(text_pipe, given, **OPTIONS).notes == []
+
+
+@pytest.mark.parametrize("given", [WINDOW, [WINDOW, OTHER]], ids=["one", "several"])
+def test_the_callers_random_numbers_go_on_as_without_a_comparison(text_pipe, given):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    first = torch.rand(1)
+    reattend.compare(text_pipe, given, **{**OPTIONS, "do_sample": True}, seed=3)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)

@@ -42,3 +42,34 @@ def test_a_list_of_prompts_for_a_bare_model_and_for_predictions(llama, tokenizer
         reattend.compare(llama, WINDOW, prompt=[PROMPT, PROMPT], tokenizer=tokenizer)
     with pytest.raises(reattend.ReattendError, match="^text: a comparison takes one prompt at a time"):
         reattend.compare(fill_pipe, WINDOW, text=["the <mask>", "a <mask>"])
+
+
+EMPHASIS, BOOST = ("emphasise", {"alpha": 0.2}), ("instaboost", {"text": "red dog"})
+
+
+@pytest.mark.parametrize(
+    "given, passages",
+    [
+        ([EMPHASIS], [MARKED]),
+        (["emphasise", "instaboost"], [MARKED, MARKED]),
+        ([EMPHASIS, WINDOW, BOOST], [MARKED, None, "red dog"]),
+        ([{"name": "emphasise", "alpha": 0.2}], [MARKED]),
+        (["instaboost"], [MARKED]),
+    ],
+)
+def test_text_beside_a_prompt_goes_to_every_recipe_that_lacks_a_passage(text_pipe, given, passages):
+    report = reattend.compare(text_pipe, *given, prompt=PROMPT, text=MARKED, attention=False, **OPTIONS)
+    assert [recipe["parameters"].get("text") for recipe in report.recipes] == passages
+    assert report.request["prompt"].endswith(PROMPT) and report.applied > 0
+
+
+@pytest.mark.parametrize("given", [[BOOST], [[BOOST, WINDOW]], [WINDOW]], ids=["one", "several", "takes none"])
+def test_a_text_that_no_recipe_would_take_is_refused(text_pipe, given):
+    with pytest.raises(reattend.ReattendError, match="text and prompt both name the input"):
+        reattend.compare(text_pipe, *given, prompt=PROMPT, text=MARKED, **OPTIONS)
+
+
+def test_a_missing_passage_says_how_to_give_it(text_pipe):
+    for given in (["emphasise"], [EMPHASIS], ["emphasise", "instaboost"]):
+        with pytest.raises(reattend.ReattendError, match="text is required.* as text=, and then the input as prompt="):
+            reattend.compare(text_pipe, *given, text=PROMPT, **OPTIONS)

@@ -50,7 +50,8 @@ class Check:
 
 @dataclass
 class Report:
-    """Before and after of one comparison. Shows itself in a terminal (`print()`), a notebook, as `html(path)` and as `json()`.
+    """Before and after of one comparison. Shows itself in a terminal (`print()`), a notebook, as `html(path)` and as `json()`;
+    pictures also as `grid()` and `png(path)`.
 
     metrics: numbers by name. kl: nats per token, up to and including the first difference. stats: how often each recipe's edits were
     applied in the timed run, by site. notes: what a reader must know.
@@ -197,6 +198,19 @@ class Report:
         """Writes one self-contained HTML file, over one that is there unless overwrite=False, and returns its path."""
         return write_page([self], path, self.title, overwrite=overwrite)
 
+    def grid(self) -> Any:
+        """A PIL picture: the untouched picture and the changed one side by side, named, with how far they lie apart.
+
+        Raises ReattendError where the outputs are no pictures.
+        """
+        from .sweep_pictures import pair
+
+        return pair(self)
+
+    def png(self, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
+        """Writes `grid()` as a PNG file, over one that is there unless overwrite=False, and returns its path."""
+        return write_picture(self.grid(), path, overwrite=overwrite)
+
     def print(self) -> None:
         """Shows the report in the terminal."""
         from rich.console import Console
@@ -210,6 +224,16 @@ class Report:
         from .terminal import renderable
 
         return renderable(self)
+
+
+def write_picture(drawn: Any, path: str | os.PathLike, *, overwrite: bool) -> Path:
+    """Writes a PIL picture as a PNG file."""
+    path = check_output(path, "path", overwrite=overwrite)
+    if path.suffix.lower() != ".png":
+        raise ReattendError(f"path: {str(path)!r} must end in .png")
+    with writing(path, "path"):
+        drawn.save(path)
+    return path
 
 
 def write_page(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..interventions import ReattendError
 from ..recipes.files import check_output, writing
-from .report import Side, finite
+from .report import Side, finite, write_picture
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Measure:
 class Column:
     """One variant. differing: {parameter: value} of what tells it from the others. side: its output, as in a `Report`.
 
-    same: whether the output equals the untouched one, for pictures bit for bit. first_difference: of texts, the first token that differs.
+    same: whether the output equals the untouched one, for pictures bit for bit. first_difference: of texts, the first token that differs,
+    counted from 0 (`first_difference_token` in the JSON), where pages and terminal say "differs from token 1 on".
     effect: {measure: value}, None where it could not be measured. stats: as a session's. notes: what a reader must know of it.
     """
 
@@ -107,19 +108,11 @@ class Sweep:
         """
         from .sweep_pictures import grid
 
-        if self.kind != "image":
-            raise ReattendError(f"only pictures make a grid, and these variants gave {self.kind}s: html(path) shows them")
         return grid(self)
 
     def png(self, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
         """Writes `grid()` as a PNG file, over one that is there unless overwrite=False, and returns its path."""
-        drawn = self.grid()
-        path = check_output(path, "path", overwrite=overwrite)
-        if path.suffix.lower() != ".png":
-            raise ReattendError(f"path: {str(path)!r} must end in .png")
-        with writing(path, "path"):
-            drawn.save(path)
-        return path
+        return write_picture(self.grid(), path, overwrite=overwrite)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON values."""

@@ -91,7 +91,8 @@ class Effects:
     def _text(self, pairs: Sequence[Report], columns: Sequence[Column]) -> list[Measure]:
         for column, look in zip(columns, self.looks, strict=True):
             column.effect["kl"], column.effect["log_probability"] = look.kl, look.likelier
-        first = f"the first {len(self.read)} tokens of the untouched text, which every variant was made to read"
+        many = "token" if len(self.read) == 1 else f"{len(self.read)} tokens"
+        first = f"the first {many} of the untouched text, which every variant was made to read"
         return [
             Measure(
                 "kl", "KL", "Next-token distributions moved, nats", f"KL divergence of the untouched run from each variant, mean over {first}"

@@ -1,37 +1,74 @@
-"""The pictures of several variants as one: a grid with their names, for a PNG file."""
+"""The pictures of a comparison, or of several variants, as one: a grid with their names, for a PNG file."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from ..interventions import ReattendError
 from .pictures import INK, PAPER, SOFT, _font
-from .sweep import Sweep
+from .sweep_variants import short
 from .words import percent
+
+if TYPE_CHECKING:
+    from .report import Report
+    from .sweep import Sweep
 
 SMALLEST, LARGEST = 160, 384
 MOST_ACROSS = 6
 GAP, MARGIN, LINE, BELOW = 12, 14, 17, 24
 
+# (names, the first of which is set off; pictures; words below)
+Tile = tuple[list[str], list[Any], str]
+
+
+def pair(report: Report) -> Image.Image:
+    """The untouched picture and the changed one of a comparison side by side; where a run gave several, they stand below each other."""
+    check_pictures(report.kind)
+    chosen = [(recipe["name"], recipe["parameters"], recipe["chosen"]) for recipe in report.recipes]
+    said = [f"{key} = {short(values[key])}" for _, values, keys in chosen for key in keys]
+    change = report.metrics.get("mean_absolute_difference")
+    tiles = [
+        (["untouched"], report.before.pictures, ""),
+        (
+            [" + ".join(name for name, _, _ in chosen), *said],
+            report.after.pictures,
+            _under(report.metrics["identical"], change),
+        ),
+    ]
+    return _drawn(tiles, report.title)
+
+
+def check_pictures(kind: str) -> None:
+    if kind != "image":
+        raise ReattendError(f"only pictures make a grid, and these variants gave {kind}s: html(path) shows them")
+
 
 def grid(sweep: Sweep) -> Image.Image:
     """The untouched picture first, then every variant's, at most six side by side; where a run gave several, they stand below each other."""
-    sides = [(["untouched"], sweep.untouched.pictures, "")]
+    check_pictures(sweep.kind)
+    sides: list[Tile] = [(["untouched"], sweep.untouched.pictures, "")]
     for column in sweep.columns:
         name = " + ".join(recipe["name"] for recipe in column.recipes)
         said = [f"{key} = {'default' if value is None else value}" for key, value in column.differing.items()]
-        change = column.effect.get("pixels")
-        under = "the same picture" if column.same else "" if change is None else f"pixels change by {percent(change)}"
-        sides.append(([name, *said], column.side.pictures, under))
-    width, height = _size(sweep.untouched.pictures[0].size)
+        sides.append(([name, *said], column.side.pictures, _under(column.same, column.effect.get("pixels"))))
+    return _drawn(sides, sweep.title)
+
+
+def _under(same: bool, change: float | None) -> str:
+    return "the same picture" if same else "" if change is None else f"pixels change by {percent(change)}"
+
+
+def _drawn(sides: list[Tile], headline: str) -> Image.Image:
+    width, height = _size(sides[0][1][0].size)
     font, small = _font(14), _font(12)
     wrapped = [[piece for line in names for piece in _wrap(line, width, font)] for names, _, _ in sides]
     runs = max(len(pictures) for _, pictures, _ in sides)
     across = -(-len(sides) // -(-len(sides) // MOST_ACROSS))  # rows of about the same length
     blocks = [range(start, min(start + across, len(sides))) for start in range(0, len(sides), across)]
     heads = [max(len(wrapped[place]) for place in block) * LINE + 4 for block in blocks]
-    title = _wrap(sweep.title, across * (width + GAP) - GAP, font)
+    title = _wrap(headline, across * (width + GAP) - GAP, font)
     top = MARGIN + len(title) * LINE + GAP
     total = top + sum(head + runs * (height + GAP) + BELOW for head in heads) + MARGIN - GAP
     canvas = Image.new("RGB", (2 * MARGIN + across * (width + GAP) - GAP, total), PAPER)

@@ -177,7 +177,7 @@ def test_beams(text_pipe):
         ([WINDOW, "softpag"], "variant 2, softpag: recipe 'softpag' does not fit this model"),
         (
             [WINDOW, "instaboost"],
-            "variant 2: recipe 'instaboost': text is required.*give the passage for all variants as text=",
+            "variant 2: recipe 'instaboost': text is required.*give the passage for all recipes as text=",
         ),
     ],
 )
@@ -262,6 +262,22 @@ def test_the_grid_as_png(drawn, tmp_path):
         report.png(file, overwrite=False)
     with pytest.raises(reattend.ReattendError, match="must end in .png"):
         report.png(tmp_path / "grid.jpg")
+
+
+def test_one_comparison_as_png(drawn, text_pipe, tmp_path):
+    _, alone = drawn
+    file = alone.png(tmp_path / "pair.png")
+    shown = Image.open(file).convert("RGB")
+    assert shown.size == alone.grid().size and 2 * 160 < shown.width < 3 * 192
+    for side in (alone.before, alone.after):
+        assert side.pictures[0].getpixel((0, 0)) in {colour for _, colour in shown.getcolors(1 << 20)}
+    with pytest.raises(reattend.ReattendError, match="must end in .png"):
+        alone.png(tmp_path / "pair.jpg")
+    with pytest.raises(reattend.ReattendError, match="exists already|is there already"):
+        alone.png(file, overwrite=False)
+    texts = reattend.compare(text_pipe, WINDOW, text=PROMPT, attention=False, **OPTIONS)
+    with pytest.raises(reattend.ReattendError, match="only pictures make a grid, and these variants gave texts"):
+        texts.png(tmp_path / "x.png")
 
 
 def test_joint_attention_shows_its_share_on_the_text():
@@ -362,3 +378,13 @@ def test_no_chart_where_two_things_differ(text_pipe):
     report = reattend.compare(text_pipe, given, text=PROMPT, **OPTIONS)
     assert chart_of(report) is None and "<svg" not in report._repr_html_()
     assert "KL divergence" in report._repr_html_()
+
+
+def test_a_mean_over_one_token_is_said_in_the_singular(text_pipe):
+    report = reattend.compare(text_pipe, [WINDOW], text=PROMPT, attention=False, max_new_tokens=1, do_sample=False)
+    assert "mean over the first token of the untouched text" in report.measures[0].explains
+
+
+def test_the_table_fits_a_narrow_page(swept):
+    (narrow,) = re.findall(r"@media \(max-width:560px\)\{.*", swept._repr_html_())
+    assert ".scroll td{padding:4px 8px 4px 0;white-space:normal" in narrow, "cells wrap instead of being cut off"

@@ -6,10 +6,8 @@ Acts on: the scores of the chosen (layer, head) pairs, on the prompt's key colum
 tokens are never scaled, so the marked passages keep their weight against them.
 The heads matter: the paper profiles tens to hundreds per model and uses alpha 0.01. Without `heads` or `profile` this recipe steers
 all heads with the weak alpha 0.3, since alpha 0.01 in every head cuts a model off from its first token and from the rest of the prompt.
-Measured on SmolLM2-135M-Instruct (benchmarks/effect_emphasise.py, 20 pairs of conflicting facts, each of them marked once): the marked
-fact is the top answer in 15 of 40 prompts without emphasis, 18 at alpha 0.55, 31 at 0.3, 38 at 0.09 and again 31 at 0.01.
-With the heads that `profile` finds (22 of the 27 in layers 17, 18 and 23) the marked fact is followed in 30 of 30 prompts of the suite
-highlight at alpha 0.01, against 15 without and 26 on all heads at alpha 0.3.
+Measured on SmolLM2-135M-Instruct (docs/results.md: 100 prompts with two contradicting facts, either of them marked): the marked fact wins in
+0.50 of them without emphasis, in 0.89 at the default and in 0.98 at alpha 0.01 on all heads, where the text that follows breaks.
 """
 
 from __future__ import annotations

@@ -269,7 +269,9 @@ class SoftPAGParameters(TypedDict, total=False):
     """how far the image is pushed away from the weakened branch; 0 = not"""
     layers: Sequence[int] | None
     """layers whose heads are all weakened, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
-    double, then single blocks); default: a UNet's mid block, layer 9 of SD3-medium, the middle layer of other models"""
+    double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
+    places, the last layer of the first block after it that sees as many), layer 9 of SD3-medium, the middle layer of
+    other models"""
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
     scope: Literal["image", "all", "masked"]

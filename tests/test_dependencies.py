@@ -39,7 +39,10 @@ def declared(*extras: str) -> set[str]:
 def imported(file: Path) -> list[tuple[str, bool]]:
     """(top-level module, whether it is imported when the file is) of each absolute import of a file."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    inner = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    # what functions import comes late, and what only type checkers read never
+    late = [f for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    late += [f for f in ast.walk(tree) if isinstance(f, ast.If) and ast.unparse(f.test) == "TYPE_CHECKING"]
+    inner = {id(n) for f in late for n in ast.walk(f)}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

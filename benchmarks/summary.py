@@ -66,13 +66,13 @@ def claims(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
 
 def setting(found: dict[str, Any], row: dict[str, Any]) -> str:
     """Why a row is claimed of its recipe: as "default" or "chosen", or as "given" where the section has neither; "" for further rows."""
-    known = found["confirming"]["rows"]
+    known = [r for r in found["confirming"]["rows"] if r["recipe"] == row["recipe"]]
     names = ["default"] if row["role"] == "default" else []
     names += ["chosen"] if row["label"] in found["chosen"].values() else []
-    alone = not any(
-        r["recipe"] == row["recipe"] and (r["role"] == "default" or r["label"] in found["chosen"].values()) for r in known
-    )
-    return ", ".join(names) or ("given" if alone else "")
+    claimed = any(r["role"] == "default" or r["label"] in found["chosen"].values() for r in known)
+    # of what was set by hand, controls come after what was tried
+    first = row["role"] == "tried" or not any(r["role"] == "tried" for r in known)
+    return ", ".join(names) or ("" if claimed or not first else "given")
 
 
 def table(results: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:

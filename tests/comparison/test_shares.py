@@ -69,9 +69,7 @@ def test_both_looks_read_the_untouched_answer(text_pipe):
     assert warm == [] and look == other == before and after != before
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"num_return_sequences": 2, "do_sample": True}]
-)
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"do_sample": True}])
 def test_beams_drafts_and_samples_are_looked_at_as_one_text(text_pipe, options):
     options = {"do_sample": False, "max_new_tokens": 6, **options}
     report = reattend.compare(text_pipe, ("streaming", {"sinks": 1, "window": 3}), text=PROMPT, **options)

@@ -22,6 +22,7 @@ def test_before_and_after(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--model", "tiny", "--steps", "3", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
-    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1: weakened in 3 denoiser calls" in done.stdout
+    # pictures so small that the mid block holds no structure: the layer after it
+    assert "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn1: weakened in 3 denoiser calls" in done.stdout
     before, after = Image.open(tmp_path / "before.png"), Image.open(tmp_path / "after.png")
     assert before.size == after.size and ImageChops.difference(before, after).getbbox() is not None

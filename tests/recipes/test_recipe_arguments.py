@@ -147,4 +147,6 @@ def test_heads_are_whole_numbers(slug, heads):
 @pytest.mark.parametrize("heads", [[], {}, ()])
 def test_no_heads_are_no_request(heads):
     with pytest.raises(ReattendError, match="heads is empty"):
-        recipe("retrieval-heads", heads=heads)
+        recipe("emphasise", text="x", heads=heads)
+    # whose card calls an empty list the identity
+    assert recipe("retrieval-heads", heads=heads).heads == ()

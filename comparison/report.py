@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ class Side:
     @property
     def output(self) -> Any:
         return self.text if self.text is not None else self.pictures or self.predictions
+
+    def output_as_dict(self) -> dict[str, Any]:
+        """The output as JSON values; of pictures their number."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "predictions": [{"label": label, "probability": p} for label, p in self.predictions],
+            "pictures": len(self.pictures),
+        }
 
 
 @dataclass
@@ -160,10 +169,7 @@ class Report:
 
         def side(s: Side) -> dict[str, Any]:
             return {
-                "text": s.text,
-                "tokens": s.tokens,
-                "predictions": [{"label": label, "probability": p} for label, p in s.predictions],
-                "pictures": len(s.pictures),
+                **s.output_as_dict(),
                 "cost": s.cost.as_dict(),
                 "attention_by_role": s.mass,
                 "attention_by_layer": s.mass_by_layer,
@@ -240,8 +246,13 @@ def write_page(
     reports: Sequence[Report], path: str | os.PathLike, title: str, intro: str = "", *, overwrite: bool = True
 ) -> Path:
     """Writes several reports into one self-contained HTML file, over one that is there unless overwrite=False."""
+    return write_html(lambda: render(reports, title, intro=intro), path, overwrite=overwrite)
+
+
+def write_html(make: Callable[[], str], path: str | os.PathLike, *, overwrite: bool) -> Path:
+    """Writes the page that `make` gives, which is not made before the path is known to be right."""
     path = check_output(path, "path", overwrite=overwrite)
-    text = render(reports, title, intro=intro)
+    text = make()
     with writing(path, "path"):
         # a lone surrogate, as half a letter of a broken tokenizer, has no UTF-8
         path.write_text(text, encoding="utf-8", errors="replace")
@@ -250,9 +261,14 @@ def write_page(
 
 def render(reports: Sequence[Report], title: str, *, page: bool = True, intro: str = "") -> str:
     """HTML of reports: a whole page, or a fragment for a notebook cell. Every text in it is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from .page import FILTERS, views
+
+    return from_template(TEMPLATE, FILTERS, views=views(reports), title=title, intro=intro, page=page)
+
+
+def from_template(name: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> str:
+    """A template of this folder, filled in; every text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -261,8 +277,8 @@ def render(reports: Sequence[Report], title: str, *, page: bool = True, intro: s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
-    return environment.get_template(TEMPLATE).render(views=views(reports), title=title, intro=intro, page=page)
+    environment.filters.update(filters or {})
+    return environment.get_template(name).render(**values)
 
 
 def png(picture: Any) -> str:

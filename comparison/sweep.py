@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
-from ..recipes.files import check_output, writing
-from .report import Side, finite, write_picture
+from .report import Side, finite, write_html, write_picture
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Column:
             "label": self.label,
             "recipes": [{"name": r["name"], "parameters": r["parameters"], "chosen": r["chosen"]} for r in self.recipes],
             "differing": self.differing,
-            **_output(self.side),
+            **self.side.output_as_dict(),
             "same_as_untouched": self.same,
             "first_difference_token": self.first_difference,
             "effect": self.effect,
@@ -123,7 +122,7 @@ class Sweep:
                 "model": self.model,
                 "request": self.request,
                 "seed": self.seed,
-                "untouched": _output(self.untouched),
+                "untouched": self.untouched.output_as_dict(),
                 "variants": [column.as_dict() for column in self.columns],
                 "measures": [vars(measure) for measure in self.measures],
                 "notes": self.notes,
@@ -139,12 +138,7 @@ class Sweep:
         """Writes one self-contained HTML file, over one that is there unless overwrite=False, and returns its path."""
         from .sweep_page import render
 
-        path = check_output(path, "path", overwrite=overwrite)
-        text = render(self)
-        with writing(path, "path"):
-            # a lone surrogate, as half a letter of a broken tokenizer, has no UTF-8
-            path.write_text(text, encoding="utf-8", errors="replace")
-        return path
+        return write_html(lambda: render(self), path, overwrite=overwrite)
 
     def print(self) -> None:
         """Shows the report in the terminal."""
@@ -161,15 +155,6 @@ class Sweep:
         from .sweep_terminal import renderable
 
         return renderable(self)
-
-
-def _output(side: Side) -> dict[str, Any]:
-    return {
-        "text": side.text,
-        "tokens": side.tokens,
-        "predictions": [{"label": label, "probability": p} for label, p in side.predictions],
-        "pictures": len(side.pictures),
-    }
 
 
 def summary(sweep: Sweep) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from .report import Side, png
+from .report import Side, from_template, png
 from .sweep import Column, Sweep, summary
 from .sweep_chart import chart_of, drawing
 from .sweep_variants import short
@@ -19,16 +18,7 @@ MOST_TOKENS = 400
 
 def render(sweep: Sweep, *, page: bool = True) -> str:
     """A whole page, or a fragment for a notebook cell. Every text in it is escaped; there are no scripts."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(v=view(sweep), page=page)
+    return from_template(TEMPLATE, v=view(sweep), page=page)
 
 
 def view(sweep: Sweep) -> dict[str, Any]:

@@ -37,3 +37,27 @@ def smollm2():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     return model.eval(), tokenizer
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call("list", "--json"): the result of a command, with its exit code and what it printed."""
+    from reattend import __main__ as command_line
+    from reattend.command_line import console
+    from typer.testing import CliRunner
+
+    monkeypatch.setitem(console.state, "debug", False)
+
+    def run(*arguments: str):
+        return CliRunner().invoke(command_line.app, list(arguments))
+
+    return run
+
+
+@pytest.fixture
+def saved(text_pipe, tmp_path):
+    """A folder with the tiny language model of text_pipelines and its tokenizer."""
+    folder = tmp_path / "model"
+    text_pipe.model.save_pretrained(folder)
+    text_pipe.tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -11,32 +11,12 @@ import pytest
 import reattend
 import torch
 from PIL import Image
-from reattend import __main__ as command_line
-from reattend.command_line import console, listing
+from reattend.command_line import listing
 from reattend.comparison import packaged
 from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
-from typer.testing import CliRunner
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"
-
-
-@pytest.fixture
-def call(monkeypatch):
-    monkeypatch.setitem(console.state, "debug", False)
-
-    def run(*arguments: str):
-        return CliRunner().invoke(command_line.app, list(arguments))
-
-    return run
-
-
-@pytest.fixture
-def saved(text_pipe, tmp_path):  # noqa: F811
-    folder = tmp_path / "model"
-    text_pipe.model.save_pretrained(folder)
-    text_pipe.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def one_line_error(result, code: int = 2) -> str:

@@ -7,33 +7,12 @@ import json
 import pytest
 import tiny_pipelines
 from PIL import Image
-from reattend import __main__ as command_line
 from reattend import recipe
-from reattend.command_line import console
 from reattend.comparison.arguments import recipes_of, variants_of
 from text_pipelines import llama, text_pipe, tokenizer  # noqa: F401
-from typer.testing import CliRunner
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 TEXT = ["--text", PROMPT, "--max-new-tokens", "4"]
-
-
-@pytest.fixture
-def call(monkeypatch):
-    monkeypatch.setitem(console.state, "debug", False)
-
-    def run(*arguments: str):
-        return CliRunner().invoke(command_line.app, list(arguments))
-
-    return run
-
-
-@pytest.fixture
-def saved(text_pipe, tmp_path):  # noqa: F811
-    folder = tmp_path / "model"
-    text_pipe.model.save_pretrained(folder)
-    text_pipe.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_words():

@@ -12,31 +12,10 @@ from PIL import Image
 from reattend.comparison import Report
 from reattend.comparison.facts import model_name
 from reattend.comparison.text import first_difference, kl_divergence, shared_kl
-from reattend.hooks import Act, Support
-from reattend.interventions import KeyBias
-from reattend.recipes import Info, Recipe
+from tilt import Tilt
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 WINDOW = ("streaming", {"sinks": 1, "window": 3})
-
-
-class Tilt(Recipe):
-    """A recipe for sites of every kind: a bias on column 0."""
-
-    slug = ""
-    info = Info("Tilts.", "None", 2026, "0000.00000", ("calibration",), ("llm",), "free")
-    strength: float = 3.0
-
-    def supports(self, sites):
-        return Support(True)
-
-    def plan(self, sites):
-        def bias(call):
-            row = torch.zeros(call.num_keys)
-            row[0] = self.strength
-            return KeyBias(bias=row)
-
-        return [Act(sites.where(lambda s: s.supported and s.stack not in ("vae", "text_encoder")), bias, "tilt")]
 
 
 def run(pipe, ids, **kwargs):

@@ -15,36 +15,15 @@ from PIL import Image
 from reattend.comparison.images import ImageJob
 from reattend.comparison.sweep_chart import chart_of, drawing
 from reattend.comparison.text import kl_divergence
-from reattend.hooks import Act, Support
 from reattend.hooks.caches import cache_name, cache_of
-from reattend.interventions import KeyBias
-from reattend.recipes import Info, Recipe
 from rich.console import Console
+from tilt import Tilt
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
 MARKED = "small cat"
 OPTIONS = dict(max_new_tokens=6, do_sample=False)
 EMPHASIS = [("emphasise", {"alpha": a}) for a in (1.0, 0.3, 0.02)]
 WINDOW = ("streaming", {"sinks": 1, "window": 3})
-
-
-class Tilt(Recipe):
-    """A recipe for sites of every kind: a bias on column 0."""
-
-    slug = "tilt"
-    info = Info("Tilts.", "None", 2026, "0000.00000", ("calibration",), ("llm",), "free")
-    strength: float = 3.0
-
-    def supports(self, sites):
-        return Support(True)
-
-    def plan(self, sites):
-        def bias(call):
-            row = torch.zeros(call.num_keys)
-            row[0] = self.strength
-            return KeyBias(bias=row)
-
-        return [Act(sites.where(lambda s: s.supported and s.stack not in ("vae", "text_encoder")), bias, "tilt")]
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ class Measurement:
         for part in spec.split("+"):
             slug, *settings = re.split(r":(?=\w+=)", part)
             optional = any(slug in specs for specs in self.section.recipes.values())
-            shown = [s.replace("=", " ", 1).replace(" ", "=", 1) for s in settings if not s.startswith("profile_path=")]
+            shown = [s for s in settings if not s.startswith("profile_path=")]
             shown += ["profile"] * (optional and len(shown) < len(settings))
             names.append(f"{slug}({', '.join(shown)})" if shown else slug)
         return " + ".join(names)
@@ -184,7 +184,7 @@ def as_many(draw: Any, most: int, least: int) -> list[Item]:
 
 def profile(slug: str, task: str, pipe: Any, folder: Path) -> Path:
     """The profile of a recipe for this model, and for a task where there are several, made once."""
-    file = folder.parent / "profiles" / f"{folder.name if task else ''}{slug}-{name_of(pipe)}{task and '-' + task}.safetensors"
+    file = folder.parent / "profiles" / f"{slug}-{name_of(pipe)}{task and '-' + task}.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         processor = getattr(pipe, "processor", None) or pipe.tokenizer

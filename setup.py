@@ -12,23 +12,11 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).resolve().parent
 LINKS = ROOT / ".editable"
 
-PACKAGES = [
-    "interventions",
-    "interventions.edits",
-    "hooks",
-    "recipes",
-    "recipes.profiling",
-    "comparison",
-    "analysis",
-    "zoo",
-    "zoo.worlds",
-    "zoo.train",
-    "evaluation",
-    "evaluation.material",
-    "evaluation.metrics",
-    "evaluation.suites",
-    "command_line",
-]
+ROOMS = ["interventions", "hooks", "recipes", "zoo", "comparison", "analysis", "evaluation", "command_line"]
+# a folder with an `__init__.py` is a package; there is no list of them to keep
+PACKAGES = sorted(
+    ".".join(file.parent.relative_to(ROOT).parts) for room in ROOMS for file in (ROOT / room).rglob("__init__.py")
+)
 
 
 class BuildPy(build_py):
@@ -58,7 +46,7 @@ def linked() -> bool:
     package.mkdir(parents=True)
     files = [file.name for file in ROOT.glob("*.py") if file.name != "setup.py"]
     try:
-        for name in ["py.typed", *files, *(room for room in PACKAGES if "." not in room)]:
+        for name in ["py.typed", *files, *ROOMS]:
             (package / name).symlink_to(Path("..", "..", name), target_is_directory=(ROOT / name).is_dir())
     except OSError:
         shutil.rmtree(LINKS)

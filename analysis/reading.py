@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..hooks import Capture, Observation, Observe, SiteTable
 from ..interventions import Call, Edit, ReattendError
-from ..interventions.census import census
-from ..interventions.sinks import sink_scores
+from ..interventions.engine.census import census
+from ..interventions.families.sinks import sink_scores
 from .measures import Massive, largest_and_median, massive_activations, similarity_with_first
 
 # Entries of one layer that are kept: a model has a handful, a broken one could have millions.

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, TokenMap, row_weights
-from ..interventions.census import at_positions, keeps_positions
-from ..interventions.kernels import rows_per_chunk
+from ..interventions.engine.census import at_positions, keeps_positions
+from ..interventions.engine.kernels import rows_per_chunk
 from .discovery import sites
 from .plan import Capture, Plan, Spans
 from .session import Session

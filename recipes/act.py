@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field
 from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer, require_whole
-from ..interventions.calibration import learn_sinks
+from ..interventions.families.calibration import learn_sinks
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Numbers
 from .head_choice import Head, as_heads, by_layer, missing_heads

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from ..hooks import Act, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
-from ..interventions.reweighting import prompt_bias, shared_by_layers
+from ..interventions.families.reweighting import prompt_bias, shared_by_layers
 from .base import Info, decoder_sites
 from .contents import Contents, Fact, Numbers
 from .head_choice import head_scores, ranked

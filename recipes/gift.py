@@ -31,8 +31,16 @@ from ..hooks import Act, Capture, Probe, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.question import Question
 from ..interventions import Call, Edit, ReattendWarning, require_whole
-from ..interventions.gaze import Focus, Shift, focused_rows, image_columns, positive_shift, refocus_columns, saliency_map
-from ..interventions.sinks import SoundMap
+from ..interventions.families.gaze import (
+    Focus,
+    Shift,
+    focused_rows,
+    image_columns,
+    positive_shift,
+    refocus_columns,
+    saliency_map,
+)
+from ..interventions.families.sinks import SoundMap
 from .base import Info, Recipe
 from .contents import Contents, Numbers
 from .image_models import image_before, image_misfit, image_now, images_told, pieces_told

@@ -21,7 +21,7 @@ from pydantic import Field
 from ..hooks import Act, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
-from ..interventions.reweighting import marked_columns, shared_by_layers
+from ..interventions.families.reweighting import marked_columns, shared_by_layers
 from .base import Info, decoder_sites
 from .highlighter import Highlighter
 from .passages import marked_role, passage_spans

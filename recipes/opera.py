@@ -23,8 +23,8 @@ from pydantic import Field
 from ..hooks import Capture, Lookahead, SiteTable, Support, Trials
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, require_whole
-from ..interventions.logits import at_least_float
-from ..interventions.over_trust import OverTrust, over_trust_penalty, strongest_row
+from ..interventions.families.logits import at_least_float
+from ..interventions.families.over_trust import OverTrust, over_trust_penalty, strongest_row
 from .base import Info, Recipe
 from .image_models import image_misfit, images_told
 from .passages import marked_role, passage_spans

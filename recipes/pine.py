@@ -27,7 +27,7 @@ from ..hooks.plan import Step
 from ..hooks.rotary import rotary_misfit
 from ..hooks.segments import Segments, role_of
 from ..interventions import Call, Rearrange
-from ..interventions.segments import Layout, rearranged
+from ..interventions.families.order import Layout, rearranged
 from .base import Info, Recipe, decoder_sites
 from .passages import marked_role, per_prompt
 

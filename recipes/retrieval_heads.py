@@ -24,8 +24,8 @@ from torch import Tensor
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
-from ..interventions.heads import prompt_end
-from ..interventions.reweighting import shared_by_layers
+from ..interventions.families.heads import prompt_end
+from ..interventions.families.reweighting import shared_by_layers
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Numbers
 from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json

@@ -33,7 +33,7 @@ from ..hooks import Project, Projection, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.taps import projection_misfit
 from ..interventions import ProjectKey, ReattendError, require_whole
-from ..interventions.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
+from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Numbers
 from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans

@@ -26,9 +26,9 @@ from ..hooks import Act, SiteTable, Support
 from ..hooks.patches import PatchReader, encoder_sites
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain, require_whole
-from ..interventions.gaze import focused_rows
-from ..interventions.reweighting import of_call, shared_by_layers
-from ..interventions.visual_tokens import attention_received, head_shares, informed_tokens
+from ..interventions.families.gaze import focused_rows
+from ..interventions.families.reweighting import of_call, shared_by_layers
+from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
 from .base import Info, Recipe
 from .image_models import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 

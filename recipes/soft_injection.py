@@ -25,7 +25,7 @@ from torch import Tensor
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
-from ..interventions.heads import prompt_end
+from ..interventions.families.heads import prompt_end
 from .base import Info, Recipe, decoder_sites
 from .contents import Contents, Fact, Numbers
 from .head_choice import Heads, missing_heads

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from ..hooks import Act, Guide, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Mix, MixValue, ScaleQuery
-from ..interventions.perturbations import MixOwnAnd, Soften
+from ..interventions.families.guidance import MixOwnAnd, Soften
 from .base import Info, Recipe
 from .denoiser import default_layers, image_layers, needs_denoiser
 

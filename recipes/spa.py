@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from ..hooks import Branch, Fusion, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.replaced import without_span
-from ..interventions.logits import SAME_STRENGTH, anchored, at_least_float
+from ..interventions.families.logits import SAME_STRENGTH, anchored, at_least_float
 from .base import Info, Recipe, decoder_sites
 from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
 

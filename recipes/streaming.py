@@ -15,8 +15,8 @@ from pydantic import Field
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
-from ..interventions.heads import prompt_end
-from ..interventions.reweighting import shared_by_layers
+from ..interventions.families.heads import prompt_end
+from ..interventions.families.reweighting import shared_by_layers
 from .base import Info, Recipe, decoder_sites
 
 

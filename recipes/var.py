@@ -27,7 +27,7 @@ from ..hooks.discovery import unwrapped_model
 from ..hooks.plan import Observation, Step
 from ..hooks.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, require_whole
-from ..interventions.sinks import SoundMap, VisualSinks, rows_after, sink_scores
+from ..interventions.families.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .base import Info, Recipe
 from .contents import Contents, Numbers
 from .image_models import decoder_layers, image_misfit, images_told, layers_misfit, pieces_told, rows_between_images

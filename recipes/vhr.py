@@ -26,7 +26,7 @@ from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support, sites
 from ..hooks.plan import Step
 from ..hooks.text_only import NEVER_WITHOUT, placeholders, without_images
 from ..interventions import Call, Edit, HeadGain, ReattendError, require_whole
-from ..interventions.heads import last_prompt_outputs, vision_aware_heads
+from ..interventions.families.heads import last_prompt_outputs, vision_aware_heads
 from .base import Info, Recipe
 from .head_choice import Heads, by_layer, missing_heads
 

@@ -26,7 +26,7 @@ from ..hooks import Act, Exit, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.token_exit import token_exit_misfit
 from ..interventions import Call, KeyBias
-from ..interventions.sparsity import hide_columns
+from ..interventions.engine.bands import hide_columns
 from .base import Info, Recipe
 from .contents import Contents, Numbers
 from .image_models import image_misfit, images_told

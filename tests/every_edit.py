@@ -29,9 +29,9 @@ from reattend.interventions import (
     Transfer,
     WeightMap,
 )
-from reattend.interventions.perturbations import MixOwnAnd, Soften
+from reattend.interventions.families.guidance import MixOwnAnd, Soften
+from reattend.interventions.families.sinks import SoundMap
 from reattend.interventions.rotary import Rotary
-from reattend.interventions.sinks import SoundMap
 from torch import Tensor
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ...hooks import Capture, Plan, SiteTable, attach
 from ...interventions import Call, ReattendError
-from ...interventions.calibration import learn_sinks
+from ...interventions.families.calibration import learn_sinks
 from ..base import Recipe, profiled_sites
 from ..head_choice import Head, as_heads, by_layer, missing_heads
 from ..profile import Profile, table_fingerprint

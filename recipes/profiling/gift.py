@@ -13,7 +13,7 @@ from ...hooks import Capture, Plan, attach, running, sites
 from ...hooks.discovery import unwrapped_model
 from ...hooks.question import Question
 from ...interventions import Call, ReattendError
-from ...interventions.gaze import focused_rows, image_columns, positive_shift, row_shares
+from ...interventions.families.gaze import focused_rows, image_columns, positive_shift, row_shares
 from ..base import Recipe
 from ..image_models import image_misfit
 from ..profile import Profile, table_fingerprint

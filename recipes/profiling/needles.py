@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...interventions import ReattendError
-from ...interventions.heads import find_phrase
+from ...interventions.families.heads import find_phrase
 
 
 @dataclass(frozen=True)

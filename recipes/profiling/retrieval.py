@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...hooks import Capture, Plan, attach
 from ...interventions import Call, ReattendError
-from ...interventions.heads import Glance, copy_score, glance
+from ...interventions.families.heads import Glance, copy_score, glance
 from ..base import profiled_sites
 from ..profile import Profile, fingerprint
 from .answers import written

@@ -18,8 +18,8 @@ from ...hooks.spans import inside_range, tokenizer_of
 from ...hooks.taps import projection_misfit
 from ...hooks.transcript import Offsets, read
 from ...interventions import Call, ReattendError
-from ...interventions.gaze import row_shares
-from ...interventions.subspaces import KeyDistance, PairedKeys
+from ...interventions.families.gaze import row_shares
+from ...interventions.families.subspaces import KeyDistance, PairedKeys
 from ..base import profiled_sites
 from ..checks import shown
 from ..profile import Profile, fingerprint

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...hooks import Act, Capture, Plan, SiteTable, attach
 from ...hooks.spans import tokenizer_of
 from ...interventions import Call, HeadMix, ReattendError
-from ...interventions.heads import last_prompt_outputs, last_prompt_rows
+from ...interventions.families.heads import last_prompt_outputs, last_prompt_rows
 from ..base import profiled_sites
 from ..profile import Profile, table_fingerprint
 from ..soft_injection import mixture

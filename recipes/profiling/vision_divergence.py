@@ -17,7 +17,7 @@ from ...hooks import Capture, Plan, Probe, SiteTable, attach, running
 from ...hooks.discovery import unwrapped_model
 from ...hooks.text_only import PER_TOKEN, without_images
 from ...interventions import Call, ReattendError, row_outputs
-from ...interventions.heads import divergence
+from ...interventions.families.heads import divergence
 
 
 @dataclass

@@ -23,7 +23,7 @@ from reattend.interventions import (
     TokenMap,
     reference_with_weights,
 )
-from reattend.interventions.census import census
+from reattend.interventions.engine.census import census
 
 golden = functools.partial(golden_file, "")
 
@@ -121,7 +121,8 @@ def dense(weights: torch.Tensor, window: int = 10, low: int = 10, high: int = 50
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("chunk", [1 << 10, 1 << 22])
 def test_census_equals_the_dense_formulas(monkeypatch, edited, chunk):
-    from reattend.interventions import calibration, kernels
+    from reattend.interventions.engine import kernels
+    from reattend.interventions.families import calibration
 
     monkeypatch.setattr(calibration, "CHUNK_WEIGHTS", chunk)
     monkeypatch.setattr(kernels, "CHUNK_VALUES", chunk)

@@ -11,7 +11,7 @@ import torch
 from reattend.hooks import Act, Branch, Capture, Lookahead, Plan, Probe, attach, sites
 from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, ReattendError
-from reattend.interventions.over_trust import strongest_row
+from reattend.interventions.families.over_trust import strongest_row
 from tiny_language import language_model
 
 FIRST = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -16,8 +16,8 @@ from reattend.interventions import (
     row_outputs,
     row_weights,
 )
-from reattend.interventions.gaze import Focus, refocus_columns
-from reattend.interventions.sinks import SoundMap
+from reattend.interventions.families.gaze import Focus, refocus_columns
+from reattend.interventions.families.sinks import SoundMap
 
 NAMES = list(examples(a_call(3)))
 PARTIAL = [name for name in NAMES if name not in WHOLE]

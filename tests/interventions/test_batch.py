@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from reattend.interventions import Call, Gain, HeadGain, Keep, KeyBias, Mix, MixValue, ScaleQuery, Transfer, fused, reference
-from reattend.interventions.batch import acting_rows
-from reattend.interventions.perturbations import MixOwnAnd, Soften
+from reattend.interventions.engine.batch import acting_rows
+from reattend.interventions.families.guidance import MixOwnAnd, Soften
 
 B, H, T, D = 4, 4, 9, 8
 

@@ -29,10 +29,10 @@ from reattend.interventions import (
     reference_with_weights,
     row_weights,
 )
-from reattend.interventions.columns import single_factor
-from reattend.interventions.correction import column_weights, correct_factor
 from reattend.interventions.edits import Operands, Rows
-from reattend.interventions.kernels import attend
+from reattend.interventions.engine.columns import single_factor
+from reattend.interventions.engine.correction import column_weights, correct_factor
+from reattend.interventions.engine.kernels import attend
 
 BAD = {
     "factor must be finite": lambda: Gain(columns=[0], factor=-1.0),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from every_edit import a_call, examples
 from reattend.interventions import Edit, Transfer, fused, reference
-from reattend.interventions.gaze import Focus, refocus_columns
-from reattend.interventions.sinks import SoundMap, give_back
+from reattend.interventions.families.gaze import Focus, refocus_columns
+from reattend.interventions.families.sinks import SoundMap, give_back
 from torch import Tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from reattend.interventions.logits import anchored, contrasted
+from reattend.interventions.families.logits import anchored, contrasted
 
 
 def logits(seed=0, shape=(3, 1, 40)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reattend.interventions import Band, Call, Gain, HeadGain, Keep, KeyBias, Mix, Transfer, WeightMap, fused, reference
-from reattend.interventions.kernels import CHUNK_VALUES
+from reattend.interventions.engine.kernels import CHUNK_VALUES
 from torch.profiler import ProfilerActivity, profile
 
 HEADS, KEY_HEADS, DIM = 4, 2, 16

@@ -11,7 +11,7 @@ import torch
 from golden_files import golden_file
 from reattend.hooks.caches import cache_name
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference_with_weights
-from reattend.interventions.calibration import column_statistics, hidden_sinks, learn_sinks
+from reattend.interventions.families.calibration import column_statistics, hidden_sinks, learn_sinks
 from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.profile import cached_path, fingerprint
 from reattend.recipes.profiling.labelled_examples import built_in
@@ -104,7 +104,7 @@ def test_a_mean_equal_to_the_threshold_is_no_sink():
 @pytest.mark.parametrize("pads", [(0, 0), (5, 0)])
 @pytest.mark.parametrize("chunk", [16, 4096])
 def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chunk):
-    monkeypatch.setattr("reattend.interventions.calibration.CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr("reattend.interventions.families.calibration.CHUNK_WEIGHTS", chunk)
     call = random_call(batch=2, pads=pads)
     weights = reference_with_weights(call, [])[1][:, heads]
     real = call.query_rows("prompt").float()
@@ -120,7 +120,7 @@ def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chu
 
 
 def test_the_executor_reuses_what_the_statistics_computed(monkeypatch):
-    import reattend.interventions.head_group as engine
+    import reattend.interventions.engine.head_group as engine
 
     asked = []
     original = engine.attend

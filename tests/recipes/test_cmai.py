@@ -9,7 +9,7 @@ import torch
 from asked_images import ONE, PROMPTS
 from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import Call, ReattendError, ReattendWarning, TokenMap, UnsupportedError
-from reattend.interventions.inhibition import TextAndImage, focus_scores
+from reattend.interventions.families.inhibition import TextAndImage, focus_scores
 
 FAMILIES = [
     "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma",

@@ -87,7 +87,7 @@ def test_padding_does_not_tell_columns_apart():
 def test_learned_sinks_are_something_to_be_told_apart_from():
     """In gpt-oss every row also attends to a learned logit, so more for all tokens is less for that."""
     from reattend.interventions import Call, TokenMap
-    from reattend.interventions.reweighting import OverPrompt
+    from reattend.interventions.families.reweighting import OverPrompt
 
     q = torch.randn(1, 2, 5, 8)
     tokens = TokenMap(1, 5, 5, {"padding": torch.zeros(1, 5, dtype=torch.bool)})

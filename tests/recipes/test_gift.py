@@ -12,7 +12,7 @@ from asked_images import tiny_models, tokenizer
 from golden_files import golden_file
 from reattend.hooks import SiteTable, sites
 from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused, reference
-from reattend.interventions.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
+from reattend.interventions.families.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
 from reattend.recipes import Profile, load_recipe, recipe
 from reattend.recipes.profile import cached_path, table_fingerprint
 from reattend.recipes.question_words import chooser, content_words

@@ -6,7 +6,7 @@ import pytest
 import reattend
 import torch
 from reattend.hooks import Capture, Plan, attach
-from reattend.interventions.calibration import column_statistics
+from reattend.interventions.families.calibration import column_statistics
 from reattend.recipes import recipe_class
 from reattend.recipes.head_choice import head_scores, ranked
 from reattend.recipes.profiling.labelled_examples import labelled_examples

@@ -11,7 +11,7 @@ import torch
 from golden_files import golden_file
 from reattend.hooks import Capture, Plan, attach, sites
 from reattend.interventions import ReattendError, UnsupportedError
-from reattend.interventions.over_trust import OverTrust, column_scores, over_trust_penalty
+from reattend.interventions.families.over_trust import OverTrust, column_scores, over_trust_penalty
 from reattend.recipes import load_recipe, recipe, save_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -12,7 +12,7 @@ from golden_files import golden_file
 from reattend.hooks import capture
 from reattend.hooks.plan import Fusion
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
-from reattend.interventions.logits import contrasted
+from reattend.interventions.families.logits import contrasted
 from reattend.recipes import load_recipe, recipe, save_recipe
 
 # what is said of prompts in pieces is tested in test_chunked_prompts.py

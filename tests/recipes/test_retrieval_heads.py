@@ -21,7 +21,7 @@ from reattend.interventions import (
     fused,
     reference_with_weights,
 )
-from reattend.interventions.heads import copy_score, find_phrase, glance
+from reattend.interventions.families.heads import copy_score, find_phrase, glance
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from reattend.recipes.head_choice import random_control, ranked
 from reattend.recipes.profile import fingerprint

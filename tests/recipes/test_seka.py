@@ -11,7 +11,7 @@ import transformers
 from reattend.hooks import Plan, Projection, ReadProjection, attach, sites
 from reattend.hooks.caches import cache_in, cache_name, cache_of
 from reattend.interventions import ReattendError, UnsupportedError
-from reattend.interventions.subspaces import Subspaces, expert_weights, group_query, mixed_projection
+from reattend.interventions.families.subspaces import Subspaces, expert_weights, group_query, mixed_projection
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 from reattend.recipes.profile import cached_path
 from reattend.recipes.profiling.question_pairs import FORMS, KINDS, conflicts, triplets

@@ -12,7 +12,7 @@ import transformers
 from golden_files import golden_file
 from reattend.hooks.spans import inside_range
 from reattend.interventions import ProjectKey
-from reattend.interventions.subspaces import KeyDistance, PairedKeys, Subspaces, expert_weights, mixed_projection
+from reattend.interventions.families.subspaces import KeyDistance, PairedKeys, Subspaces, expert_weights, mixed_projection
 from reattend.recipes import Profile, recipe_class
 from reattend.recipes.profile import fingerprint
 from reattend.recipes.profiling.seka import answer_tokens

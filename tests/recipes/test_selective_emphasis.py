@@ -29,7 +29,7 @@ from reattend.interventions import (
     fused,
     reference,
 )
-from reattend.interventions.visual_tokens import informed_tokens, outliers
+from reattend.interventions.families.visual_tokens import informed_tokens, outliers
 from reattend.recipes import recipe
 
 # what is said of prompts in pieces is tested in test_chunked_prompts.py

@@ -23,7 +23,7 @@ from reattend.interventions import (
     fused,
     reference_with_weights,
 )
-from reattend.interventions.heads import last_prompt_outputs
+from reattend.interventions.families.heads import last_prompt_outputs
 from reattend.recipes import Profile, recipe, recipe_class
 from reattend.recipes.profile import fingerprint
 from reattend.recipes.profiling.soft_injection import answer_text, task_prompt

@@ -8,7 +8,7 @@ import torch
 from golden_files import golden_file
 from reattend.hooks.plan import Fusion
 from reattend.interventions import Clock, ReattendError, TokenMap, UnsupportedError
-from reattend.interventions.logits import anchored
+from reattend.interventions.families.logits import anchored
 from reattend.recipes import load_recipe, recipe, save_recipe
 from tiny_language import language_model, tokenizer
 from torch.nn.functional import pad

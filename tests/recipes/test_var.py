@@ -14,7 +14,7 @@ from reattend.hooks import SiteTable, sites
 from reattend.hooks.attachment import attachment_of
 from reattend.hooks.caches import cache_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
-from reattend.interventions.sinks import VisualSinks, give_back, sink_tokens
+from reattend.interventions.families.sinks import VisualSinks, give_back, sink_tokens
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 
 NAMES = sorted(path.stem for path in (GOLDEN / "var").glob("*.safetensors"))

@@ -13,7 +13,7 @@ import torch
 from reattend.hooks import Act, Plan, attach, sites
 from reattend.hooks.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
-from reattend.interventions.heads import divergence, vision_aware_heads
+from reattend.interventions.families.heads import divergence, vision_aware_heads
 from reattend.recipes import recipe, recipe_class
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]

@@ -12,7 +12,7 @@ from asked_images import HOW, NONE, ONE, PROMPTS, WHAT, tiny_models, turn
 from reattend.hooks import sites
 from reattend.hooks.caches import cache_in, cache_name, cache_of
 from reattend.interventions import Call, Clock, Keep, ReattendError, TokenMap, UnsupportedError, fused, reference
-from reattend.interventions.sparsity import hide_columns
+from reattend.interventions.engine.bands import hide_columns
 from reattend.recipes import recipe, recipe_class
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call
-from .fused_executor import row_weights
-from .kernels import rows_per_chunk
+from ..call import Call
+from ..engine.fused_executor import row_weights
+from ..engine.kernels import rows_per_chunk
 
 
 def attention_received(call: Call, query: int | None = None) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .edits import Band, KeyBias, Operands
-from .edits.scores import LARGEST_BIAS
+from ..edits import Band, KeyBias, Operands
+from ..edits.scores import LARGEST_BIAS
 from .kernels import attend, visible_rows
 
 BLOCK = 256

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .call import Call
-from .edits import Band, Edit, WeightMap
+from ..call import Call
+from ..edits import Band, Edit, WeightMap
 
 
 def acting_rows(call: Call, edits: Sequence[Edit]) -> Tensor | None:

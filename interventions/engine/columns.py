@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import Call
+from ..call import Call
+from ..edits import Edit, Gain, Lift, Mix, Operands, Rows, Transfer
+from ..edits.base import column_mask, repeat_heads
 from .correction import ColumnEdit, ColumnSet, Component, column_weights
-from .edits import Edit, Gain, Lift, Mix, Operands, Rows, Transfer
-from .edits.base import column_mask, repeat_heads
 from .kernels import attend, statistics_dtype, visible_rows
 
 # Above this share of the keys a correction costs more than materialising the rows.

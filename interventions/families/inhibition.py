@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import Call, TokenMap
-from .edits import Edit, Rows
-from .fused_executor import row_weights
+from ..call import Call, TokenMap
+from ..edits import Edit, Rows
+from ..engine.fused_executor import row_weights
+from ..engine.kernels import rows_per_chunk
 from .gaze import image_columns
-from .kernels import rows_per_chunk
 
 
 @dataclass(eq=False)

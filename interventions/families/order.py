@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import Call
-from .edits.rearrange import Rearrange
-from .errors import ReattendError
-from .kernels import attend, grouped_matmul, statistics_dtype
-from .rotary import Rotary
+from ..call import Call
+from ..edits.rearrange import Rearrange
+from ..engine.kernels import attend, grouped_matmul, statistics_dtype
+from ..errors import ReattendError
+from ..rotary import Rotary
 
 Order = Literal["importance", "reverse", "prompt"]
 

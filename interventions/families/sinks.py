@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import Call, TokenMap
-from .edits import Rows, WeightMap
-from .errors import ReattendError
+from ..call import Call, TokenMap
+from ..edits import Rows, WeightMap
+from ..errors import ReattendError
 
 # Room for this many further tokens is kept when column groups are widened for a growing cache.
 SPARE_COLUMNS = 256

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .call import Call, TokenMap
-from .errors import ReattendError
+from ..call import Call, TokenMap
+from ..errors import ReattendError
 
 T = TypeVar("T")
 

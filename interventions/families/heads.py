@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import Call
-from .edits import Edit
-from .errors import ReattendError
-from .fused_executor import row_outputs
-from .kernels import score_rows
+from ..call import Call
+from ..edits import Edit
+from ..engine.fused_executor import row_outputs
+from ..engine.kernels import score_rows
+from ..errors import ReattendError
 
 
 @dataclass

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .edits import Rows
-from .edits.base import check_number
-from .edits.weights import TINY, WeightEdit
+from ..edits import Rows
+from ..edits.base import check_number
+from ..edits.weights import TINY, WeightEdit
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

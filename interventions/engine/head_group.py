@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
-from .columns import bias_on_columns, plan_columns, single_factor, visible_on_columns
-from .correction import column_scores, column_weights, correct, correct_factor, join_columns
-from .edits import (
+from ..call import Call
+from ..edits import (
     Band,
     Edit,
     Gain,
@@ -29,10 +27,12 @@ from .edits import (
     Transfer,
     WeightEdit,
 )
+from .bands import attend_band
+from .columns import bias_on_columns, plan_columns, single_factor, visible_on_columns
+from .correction import column_scores, column_weights, correct, correct_factor, join_columns
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype, with_bias_dimensions
 from .rearranged import rearranged_attention
 from .reference_executor import at_chosen
-from .sparsity import attend_band
 
 # Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
 FEW_ROWS = 4

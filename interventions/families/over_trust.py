@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import Call
-from .edits import Edit
-from .fused_executor import row_weights
+from ..call import Call
+from ..edits import Edit
+from ..engine.fused_executor import row_weights
 
 # Constant of the official code on products of scaled weights, whose buffer there is half precision.
 COLUMN_UNIT = 1e-7

@@ -20,10 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..call import Call
+from ..edits import Edit, KeyBias, Mix, OperandEdit, Operands, OutputEdit, Rows
 from .all_heads import group_heads, heads_index, rows_of_all_heads
 from .batch import acting_rows, call_at, edit_at, named_pairs
-from .call import Call
-from .edits import Edit, KeyBias, Mix, OperandEdit, Operands, OutputEdit, Rows
 from .head_group import FEW_ROWS, HeadGroup, all_rows, edited_weights, named_rows, plain
 from .kernels import attend, grouped_values, rows_per_chunk, statistics_dtype
 from .reference_executor import at_chosen, check_edits

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import Call
-from .errors import ReattendError
-from .fused_executor import untouched_heads
-from .kernels import score_rows, statistics_dtype
+from ..call import Call
+from ..engine.fused_executor import untouched_heads
+from ..engine.kernels import score_rows, statistics_dtype
+from ..errors import ReattendError
 
 # Weights of one chunk: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.
 CHUNK_WEIGHTS = 1 << 18

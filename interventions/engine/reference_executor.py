@@ -10,10 +10,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .call import Call
-from .edits import Edit, Keep, OperandEdit, Operands, OutputEdit, Rearrange, Rows, ScoreEdit, WeightEdit
-from .edits.base import repeat_heads
-from .errors import ReattendError
+from ..call import Call
+from ..edits import Edit, Keep, OperandEdit, Operands, OutputEdit, Rearrange, Rows, ScoreEdit, WeightEdit
+from ..edits.base import repeat_heads
+from ..errors import ReattendError
 from .kernels import score_rows, softmax_rows
 
 LEVELS = ("operands", "scores", "weights", "output")

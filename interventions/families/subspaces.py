@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import ReattendError
+from ..errors import ReattendError
 
 Rule = Literal["weighted_top_k", "all_weighted", "top_k_uniform"]
 

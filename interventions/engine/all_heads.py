@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .call import Call
-from .edits import (
+from ..call import Call
+from ..edits import (
     Edit,
     Gain,
     Keep,
@@ -29,7 +29,7 @@ from .edits import (
     Transfer,
     WeightEdit,
 )
-from .edits.base import repeat_heads
+from ..edits.base import repeat_heads
 from .head_group import HeadGroup, key_heads, take_heads
 from .kernels import grouped_values, score_rows, softmax_rows
 from .reference_executor import at_chosen, beside

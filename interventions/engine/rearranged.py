@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .edits.base import repeat_heads
-from .edits.operands import Operands
-from .edits.rearrange import Rearrange
+from ..edits.base import repeat_heads
+from ..edits.operands import Operands
+from ..edits.rearrange import Rearrange
+from ..rotary import Rotary
 from .kernels import attend, grouped_matmul, grouped_values, softmax_rows, statistics_dtype
-from .rotary import Rotary
 
 # Up to this many rows behind the segments, their scores are written out.
 FEW_ROWS = 4

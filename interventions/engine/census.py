@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .calibration import Chunk, weight_chunks
-from .call import Call
-from .edits import Edit, PoolKV, Reorder
-from .errors import ReattendError
+from ..call import Call
+from ..edits import Edit, PoolKV, Reorder
+from ..errors import ReattendError
+from ..families.calibration import Chunk, weight_chunks
 from .fused_executor import row_weights
 from .kernels import rows_per_chunk, statistics_dtype, visible_rows
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .batch import call_at
-from .call import Call, TokenMap
-from .edits import Rows
-from .errors import ReattendError
-from .fused_executor import row_weights
-from .kernels import rows_per_chunk
+from ..call import Call, TokenMap
+from ..edits import Rows
+from ..engine.batch import call_at
+from ..engine.fused_executor import row_weights
+from ..engine.kernels import rows_per_chunk
+from ..errors import ReattendError
 
 # Room for this many further tokens is kept when column groups are widened for a growing cache.
 SPARE_COLUMNS = 256

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .edits import Edit, Gain, Lift, Mix, Rows, Transfer
-from .edits.weights import TINY, at_rows
+from ..edits import Edit, Gain, Lift, Mix, Rows, Transfer
+from ..edits.weights import TINY, at_rows
 from .kernels import grouped_matmul, grouped_values
 
 # A denominator below this, or a factor above LARGEST_FACTOR on the kernel's output, would amplify the kernel's rounding: such rows are unsafe.

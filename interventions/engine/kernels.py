@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from .edits.base import repeat_heads
+from ..edits.base import repeat_heads
 
 # Values of one temporary [B, H, R, Tk] when rows are materialised in chunks: 4 Mi float32 = 16 MiB.
 CHUNK_VALUES = 1 << 22

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is import
     from .hooks import capture, rows, sites
     from .interventions import ReattendError, ReattendWarning, UnsupportedError
     from .recipes import list_recipes, load_recipe
-    from .recipes.named import apply, recipe  # pyright: ignore[reportMissingModuleSource]  # with a signature for each recipe
+    from .recipes.kit.named import apply, recipe  # pyright: ignore[reportMissingModuleSource]  # with a signature for each recipe
 
 __version__ = "0.1.0"
 

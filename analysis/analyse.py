@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..comparison.demo_texts import STORY
 from ..hooks import Plan, SiteTable, running, sites
-from ..hooks.discovery import original_of, pretrained_root, unwrapped_model
 from ..hooks.session import Session
-from ..hooks.spans import tokenizer_of
+from ..hooks.sites.discovery import original_of, pretrained_root, unwrapped_model
+from ..hooks.tokens.spans import tokenizer_of
 from ..interventions import ReattendError
-from ..recipes import checks
+from ..recipes.kit import checks
 from .reading import Reader, Sample, Settings
 from .result import Analysis
 

@@ -1,4 +1,4 @@
-"""Writes recipes/named.pyi: `apply`, `use` and `recipe` with a signature for each recipe, for editors and type checkers.
+"""Writes recipes/kit/named.pyi: `apply`, `use` and `recipe` with a signature for each recipe, for editors and type checkers.
 
     python benchmarks/stubs.py      # after a recipe came or its parameters changed; tests/recipes/test_named.py says when
 
@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-FILE = Path(__file__).resolve().parents[1] / "recipes" / "named.pyi"
+FILE = Path(__file__).resolve().parents[1] / "recipes" / "kit" / "named.pyi"
 HEAD = """# Written by `python benchmarks/stubs.py`: what the recipes' fields say, for editors and type checkers. Nothing here runs.
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-from ..hooks import Session
+from ...hooks import Session
 """
 # the last signature of each takes what a text that is known at runtime only, several recipes, files and objects need
 FUNCTIONS = {
@@ -60,12 +60,13 @@ def _quoted(value: Any) -> str:
 
 
 def stub() -> str:
-    from reattend.recipes.registry import registry
+    from reattend.recipes.kit.registry import registry
 
     known = registry()
     lines = [HEAD.rstrip("\n")]
     homes = {cls.__module__.rsplit(".", 1)[1]: cls.__name__ for cls in known.values()}
-    lines += [f"from .{home} import {name}" for home, name in sorted({**homes, "apply": "Choice", "base": "Recipe"}.items())]
+    lines += [f"from ..{home} import {name}" for home, name in sorted(homes.items())]
+    lines += ["from .apply import Choice", "from .base import Recipe"]
     for cls in known.values():
         lines += ["", f"class {cls.__name__}Parameters(TypedDict, total=False):", f'    """{cls.info.does}"""', ""]
         for name, field in cls.model_fields.items():

@@ -9,7 +9,7 @@ from typing import Any
 import reattend
 import torch
 from reattend.comparison.loading import packaged_smollm2
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.recipes import Profile, recipe_class
 from timing import Answer, PromptUpTo, Variant
 
@@ -100,7 +100,7 @@ def seka_profile(model: Any, tokenizer: Any, folder: Path) -> Path:
 
 def injection_profile(model: Any, folder: Path) -> Path:
     """Shares of a half everywhere: what is mixed in does not matter for the time it takes."""
-    from reattend.recipes.profile import fingerprint
+    from reattend.recipes.kit.profile import fingerprint
 
     text = model.config
     shape = (text.num_hidden_layers, text.num_attention_heads)

@@ -1,4 +1,4 @@
-"""Which recipe? Writes what answers that from the recorded figures: the README's table, docs/recipes.md and recipes/measured.json.
+"""Which recipe? Writes what answers that from the recorded figures: the README's table, docs/recipes.md and recipes/kit/measured.json.
 
     python benchmarks/which.py      # after docs/effects.json or docs/costs.json changed, or a recipe came
 
@@ -14,10 +14,10 @@ from typing import Any, get_args
 import reattend
 import summary
 from claims import believed
-from reattend.recipes.base import Problem
+from reattend.recipes.kit.base import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PAGE, SHIPPED = ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "recipes" / "measured.json"
+README, PAGE, SHIPPED = ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "recipes" / "kit" / "measured.json"
 BEGIN, END = "<!-- recipes: written by benchmarks/which.py -->\n", "<!-- end of recipes -->"
 
 

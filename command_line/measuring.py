@@ -30,8 +30,8 @@ def profile(
     from ..comparison.loading import load
     from ..hooks import sites as sites_of
     from ..recipes import Recipe, cached_profile, recipe_class
-    from ..recipes.files import check_output
-    from ..recipes.profile import cached_path
+    from ..recipes.kit.files import check_output
+    from ..recipes.kit.profile import cached_path
 
     cls = recipe_class(recipe)
     if cls.profile.__func__ is Recipe.profile.__func__:  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def analyse(
     from ..analysis import analyse as analyse_
     from ..comparison.arguments import recipes_of, texts_of
     from ..comparison.loading import load
-    from ..recipes import apply
+    from ..recipes.kit import apply
 
     texts = texts_of(text, file)
     chosen = recipes_of(recipe, set_) if recipe or set_ else []

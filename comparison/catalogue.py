@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..recipes import Info, Recipe
-from ..recipes.base import Problem
-from ..recipes.measured import NOTHING, measured
+from ..recipes.kit.base import Problem
+from ..recipes.kit.measured import NOTHING, measured
 
 
 def print_list(found: Mapping[str, Info]) -> None:

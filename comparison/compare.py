@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 from ..hooks import Session, SiteTable, Spans, capture, sites
-from ..hooks.discovery import original_of
+from ..hooks.sites.discovery import original_of
 from ..interventions import ReattendError
-from ..recipes import Recipe, apply, checks
-from ..recipes.apply import Choice, resolve
-from ..recipes.registry import is_file_name, read_choice
+from ..recipes import Recipe
+from ..recipes.kit import apply, checks
+from ..recipes.kit.apply import Choice, resolve
+from ..recipes.kit.registry import is_file_name, read_choice
 from .arguments import picture_of
 from .cost import Meter
 from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipes.files import check_output
+from ..recipes.kit.files import check_output
 from .compare import compare
 from .demo_texts import EARLY_QUESTION, NEEDLE, QUESTION, STORY
 from .report import Check, Report, write_page

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..hooks import running
-from ..hooks.discovery import components, pretrained_root
+from ..hooks.sites.discovery import components, pretrained_root
 from ..recipes import Recipe
 from .job import Job, Tick
 

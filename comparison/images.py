@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hooks import SiteTable
-from ..hooks.discovery import components
+from ..hooks.sites.discovery import components
 from ..interventions import ReattendError
 from .job import Job, Tick
 from .report import Report

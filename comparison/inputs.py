@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, UnsupportedError
-from ..recipes import checks
+from ..recipes.kit import checks
 from .job import Job
 from .predictions import PredictionJob
 from .text import TextJob

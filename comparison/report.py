@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
-from ..recipes.files import check_output, writing
+from ..recipes.kit.files import check_output, writing
 from .cost import Cost
 from .looks import Looks
 from .shares import on_prompt

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 FIRST, MARKED = "bos", "marked passage"
 # Roles of columns that are no tokens of the prompt.
 OUTSIDE = ("generated", "padding", "other", "appended", "learned sink")
-# A role of a recipe's own: its name, the number of the recipe object, and the part where it has several (see recipes/passages.py).
+# A role of a recipe's own: its name, the number of the recipe object, and the part where it has several (see recipes/kit/passages.py).
 OWN = re.compile(r"(?P<slug>.*)-(?P<serial>\d+)(\.(?P<part>\d+)|(?P<words>-words))?")
 # What the passages of these are; those of all other recipes are marked by the user. A question is gift's, and its words are told apart.
 NAMED = {"pine": "segment", "opera": "image", "question": "rest of the question"}

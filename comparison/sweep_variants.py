@@ -10,8 +10,8 @@ from typing import Any
 
 from ..interventions import ReattendError
 from ..recipes import Recipe
-from ..recipes.checks import shown
-from ..recipes.registry import made, read_choice
+from ..recipes.kit.checks import shown
+from ..recipes.kit.registry import made, read_choice
 from .facts import recipe_facts
 from .variants import choices_of
 

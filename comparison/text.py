@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..hooks import SiteTable
 from ..interventions import ReattendError
-from ..recipes import checks
+from ..recipes.kit import checks
 from .job import Job, Tick
 from .report import Report, Side
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..interventions import ReattendError
 from ..recipes import Recipe
-from ..recipes.apply import Choice
-from ..recipes.checks import shown
-from ..recipes.files import read_yaml
-from ..recipes.registry import is_file_name
+from ..recipes.kit.apply import Choice
+from ..recipes.kit.checks import shown
+from ..recipes.kit.files import read_yaml
+from ..recipes.kit.registry import is_file_name
 
 NONE = "none"
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from ..hooks import Session, SiteTable, sites
-from ..hooks.discovery import components, original_of
+from ..hooks.sites.discovery import components, original_of
 from ..interventions import ReattendError
-from ..recipes import apply
-from ..recipes.apply import Choice
+from ..recipes.kit import apply
+from ..recipes.kit.apply import Choice
 
 if TYPE_CHECKING:
-    from ..recipes.named import Uses  # pyright: ignore[reportMissingModuleSource]
+    from ..recipes.kit.named import Uses  # pyright: ignore[reportMissingModuleSource]
     from .report import Report
     from .sweep import Sweep
 else:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..recipes.files import writing
+from ..recipes.kit.files import writing
 from .subject import Subject
 from .suites import Item
 

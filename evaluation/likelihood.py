@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks.caches import cache_name, cache_of
-from ..hooks.discovery import pretrained_root
+from ..hooks.sites.discovery import pretrained_root
+from ..hooks.trackers.caches import cache_name, cache_of
 from ..interventions import ReattendError
 from .subject import Subject
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..recipes.files import check_folder, check_output, writing
+from ..recipes.kit.files import check_folder, check_output, writing
 from .answers import FOLDER as ANSWERS
 from .answers import digest
 from .metrics.intervals import Interval

@@ -15,10 +15,10 @@ import torch
 
 from ..comparison.compare import environment
 from ..hooks import sites
-from ..hooks.discovery import components
+from ..hooks.sites.discovery import components
 from ..interventions import ReattendError
-from ..recipes.checks import text, whole_number
-from ..recipes.checks import tokenizer as usable_tokenizer
+from ..recipes.kit.checks import text, whole_number
+from ..recipes.kit.checks import tokenizer as usable_tokenizer
 from .answers import Book, batch_key, model_key
 from .metrics.intervals import Resamples
 from .processes import Team

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..hooks import Session, sites
 from ..interventions import UnsupportedError
-from ..recipes.apply import Choice, apply, resolve
-from ..recipes.base import Recipe
-from ..recipes.registry import read_choice
+from ..recipes.kit.apply import Choice, apply, resolve
+from ..recipes.kit.base import Recipe
+from ..recipes.kit.registry import read_choice
 
 if TYPE_CHECKING:
     from .subject import Subject

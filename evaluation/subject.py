@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.discovery import components, original_of, unwrapped_model
+from ..hooks.sites.discovery import components, original_of, unwrapped_model
 from ..interventions import ReattendError
 
 if TYPE_CHECKING:

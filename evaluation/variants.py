@@ -11,9 +11,9 @@ from typing import Any
 
 from ..comparison.variants import NONE, choices_of, is_one, read_spec, slug, split_composed, split_list
 from ..interventions import ReattendError
-from ..recipes.apply import Choice
-from ..recipes.checks import shown
-from ..recipes.registry import made, read_choice
+from ..recipes.kit.apply import Choice
+from ..recipes.kit.checks import shown
+from ..recipes.kit.registry import made, read_choice
 from .suites import Suite, suite
 
 __all__ = ["NONE", "Variant", "read_spec", "slug", "split_composed", "split_list", "suites_of", "variants_of"]

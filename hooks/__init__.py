@@ -1,9 +1,6 @@
 """WHERE: finds every attention site of a model, attaches, knows tokens and steps, restores exactly."""
 
 from .attachment import running
-from .capture import Reading, Recording, capture
-from .discovery import sites
-from .guidance_rows import rows
 from .plan import (
     Act,
     Branch,
@@ -23,8 +20,11 @@ from .plan import (
     Spans,
     Trials,
 )
+from .recording import Reading, Recording, capture
 from .session import Session, attach
-from .site_table import SiteTable, Support
+from .sites.discovery import sites
+from .sites.table import SiteTable, Support
+from .trackers.guidance_rows import rows
 
 __all__ = [
     "Act",

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..interventions import ReattendError, UnsupportedError
-from .branch import branch_misfit
-from .compiled import inside, run_compiled, run_uncompiled
-from .discovery import components, pretrained_root, sites, unwrapped_model
-from .in_flight import InFlight, lifecycle
+from .doors.branch import branch_misfit
+from .doors.exit import exit_conflict, install_exit
 from .plan import Exit, Observe, Project, ReadProjection
-from .sequence import SequenceTracker
-from .site_table import SiteTable
-from .token_exit import exit_conflict, install_exit
+from .routes.compiled import inside, run_compiled, run_uncompiled
+from .sites.discovery import components, pretrained_root, sites, unwrapped_model
+from .sites.table import SiteTable
+from .trackers.in_flight import InFlight, lifecycle
+from .trackers.sequence import SequenceTracker
 from .unserved import unserved
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class Attachment:
     """The hooks of one model, shared by its sessions."""
 
     def __init__(self, model: Any) -> None:
-        from .denoise import DenoiserDoor
-        from .interface_route import InterfaceRoute
-        from .sdpa_route import SdpaRoute
+        from .routes.interface import InterfaceRoute
+        from .routes.sdpa import SdpaRoute
+        from .trackers.denoise import DenoiserDoor
 
         self.model = model
         self.key = key_module(model)
@@ -154,8 +154,8 @@ class Attachment:
         return [s for s in self.sessions if not s.isolated or s.mark in mine]
 
     def _install_taps(self, session: Session) -> None:
-        from .positions import install_positions
-        from .taps import install_observation, install_projection
+        from .doors.taps import install_observation, install_projection
+        from .trackers.positions import install_positions
 
         if session.branches or session.lookaheads:
             install_positions(self, session)

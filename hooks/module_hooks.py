@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .discovery import uncompiled
+from .sites.discovery import uncompiled
 
 
 class Hook:

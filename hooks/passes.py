@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..interventions import Clock, Memory, Site, TokenMap
-from .caches import has_buffers
+from .trackers.caches import has_buffers
 
 if TYPE_CHECKING:
-    from .probe import Running
+    from .doors.probe import Running
     from .session import Session
 
 OUTSIDE = Clock("encode")

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..interventions import Call, Clock, Edit, ProjectKey, ReattendError, Site, TokenMap
-from .site_table import SiteTable
+from .sites.table import SiteTable
 
 Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
 

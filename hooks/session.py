@@ -17,13 +17,13 @@ from torch import nn
 
 from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
 from .attachment import enter, forget, leave
-from .branch import steps_of
-from .lookahead import reader_of
+from .doors.branch import steps_of
+from .doors.lookahead import reader_of
+from .doors.probe import readers_of
 from .module_hooks import Hooks
 from .passes import Forward
 from .plan import Act, Branch, Capture, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
-from .probe import readers_of
-from .site_table import require_supported
+from .sites.table import require_supported
 
 if TYPE_CHECKING:
     from .attachment import Attachment

@@ -1,9 +1,9 @@
 """WHICH: one published method per file, found by name."""
 
-from .apply import apply
-from .base import Info, Recipe, decoder_sites
-from .profile import Profile, cached_profile
-from .registry import list_recipes, load_recipe, recipe, recipe_class, save_recipe
+from .kit.apply import apply
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.profile import Profile, cached_profile
+from .kit.registry import list_recipes, load_recipe, recipe, recipe_class, save_recipe
 
 __all__ = [
     "Info",

@@ -25,10 +25,10 @@ from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer, require_whole
 from ..interventions.families.calibration import learn_sinks
-from .base import Info, Recipe, decoder_sites
-from .contents import Contents, Numbers
-from .head_choice import Head, as_heads, by_layer, missing_heads
-from .profile import CACHED, Profile, cached_path, find_profile
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.contents import Contents, Numbers
+from .kit.heads import Head, as_heads, by_layer, missing_heads
+from .kit.profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (
     "name heads=[[layer, head], ...], a published list (see ACT.published()), heads='all', or a profile_path, or let "
@@ -167,6 +167,6 @@ class ACT(Recipe):
     @functools.cache
     def published() -> dict[str, tuple[Head, ...]]:
         """Head lists of the official repository, by model and task."""
-        text = resources.files(__package__ or __name__).joinpath("act_heads.json").read_text(encoding="utf-8")
+        text = resources.files(__package__ or __name__).joinpath("profiling", "act_heads.json").read_text(encoding="utf-8")
         data = cast("dict[str, dict[str, list[int]]]", json.loads(text))
         return {name: as_heads(layers) for name, layers in data.items()}

@@ -21,13 +21,13 @@ import torch
 from pydantic import Field
 
 from ..hooks import Act, SiteTable, Support
-from ..hooks.images import UNPADDED
 from ..hooks.plan import Step
+from ..hooks.tokens.images import UNPADDED
 from ..interventions import Call, Edit, require_whole
 from ..interventions.families.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.families.sinks import SoundMap
-from .base import Info, Recipe
-from .image_models import decoder_layers, image_before, image_misfit, image_now, images_told, layers_misfit, pieces_told
+from .kit.base import Info, Recipe
+from .kit.images import decoder_layers, image_before, image_misfit, image_now, images_told, layers_misfit, pieces_told
 
 
 class CMAI(Recipe):

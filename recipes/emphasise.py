@@ -23,12 +23,12 @@ from ..hooks import Act, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.families.reweighting import prompt_bias, shared_by_layers
-from .base import Info, decoder_sites
-from .contents import Contents, Fact, Numbers
-from .head_choice import head_scores, ranked
-from .highlighter import Highlighter
-from .passages import marked_role, passage_spans
-from .profile import Profile, find_profile
+from .kit.base import Info, decoder_sites
+from .kit.contents import Contents, Fact, Numbers
+from .kit.heads import head_scores, ranked
+from .kit.highlighter import Highlighter
+from .kit.passages import marked_role, passage_spans
+from .kit.profile import Profile, find_profile
 
 PROFILED_ALPHA, UNPROFILED_ALPHA = 0.01, 0.3
 

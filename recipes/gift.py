@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from ..hooks import Act, Capture, Probe, SiteTable, Support
 from ..hooks.plan import Step
-from ..hooks.question import Question
+from ..hooks.tokens.question import Question
 from ..interventions import Call, Edit, ReattendWarning, require_whole
 from ..interventions.families.gaze import (
     Focus,
@@ -41,12 +41,12 @@ from ..interventions.families.gaze import (
     saliency_map,
 )
 from ..interventions.families.sinks import SoundMap
-from .base import Info, Recipe
-from .contents import Contents, Numbers
-from .image_models import image_before, image_misfit, image_now, images_told, pieces_told
-from .known_models import KnownModel
-from .profile import CACHED, Profile, cached_path, find_profile
-from .question_words import chooser
+from .kit.base import Info, Recipe
+from .kit.contents import Contents, Numbers
+from .kit.images import image_before, image_misfit, image_now, images_told, pieces_told
+from .kit.known_models import KnownModel
+from .kit.profile import CACHED, Profile, cached_path, find_profile
+from .kit.words import chooser
 
 
 class Layers(NamedTuple):

@@ -25,9 +25,9 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit, require_whole
 from ..interventions.families.logits import at_least_float
 from ..interventions.families.over_trust import OverTrust, over_trust_penalty, strongest_row
-from .base import Info, Recipe
-from .image_models import image_misfit, images_told
-from .passages import marked_role, passage_spans
+from .kit.base import Info, Recipe
+from .kit.images import image_misfit, images_told
+from .kit.passages import marked_role, passage_spans
 
 # What the official code gives to tokens that were not tried.
 NOT_TRIED = -999.0

@@ -23,13 +23,13 @@ from pydantic import Field
 
 from ..hooks import Act, Branch, Fusion, Prompt, SiteTable, Support
 from ..hooks.plan import Step
-from ..hooks.text_only import placeholders, without_images
+from ..hooks.prompts.text_only import placeholders, without_images
 from ..interventions import Call, ReattendError, ScoreGain
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.logits import at_least_float, contrasted
 from ..interventions.families.reweighting import marked_columns, shared_by_layers
-from .base import Info, Recipe
-from .image_models import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
+from .kit.base import Info, Recipe
+from .kit.images import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 
 
 class PAI(Recipe):

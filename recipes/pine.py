@@ -10,7 +10,7 @@ keys at the positions of the paper. The order is exact in real numbers and is ke
 ranked differently in two orders of the prompt. Keys without positions are kept beside the cache, in float32.
 Ours: `order` ("reverse" and "prompt" are the paper's ablations), batches with other segments in every row, padding, soft-capping and
 attention sinks. RoPE factors (YaRN) stay in the ranking. What parts the segments counts as part of each one. Sliding windows have to
-cover the whole sequence. Segments should be tokenised by themselves (`reattend.hooks.segments.joined`) where their borders would melt.
+cover the whole sequence. Segments should be tokenised by themselves (`reattend.hooks.tokens.segments.joined`) where their borders would melt.
 Beside other recipes: those that hide keys by their place (streaming) are refused; act finds its sinks in the order of the prompt, and
 with it the order matters again.
 """
@@ -24,12 +24,12 @@ from pydantic import Field, model_validator
 
 from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
-from ..hooks.rotary import rotary_misfit
-from ..hooks.segments import Segments, role_of
+from ..hooks.sites.rotary import rotary_misfit
+from ..hooks.tokens.segments import Segments, role_of
 from ..interventions import Call, Rearrange
 from ..interventions.families.order import Layout, rearranged
-from .base import Info, Recipe, decoder_sites
-from .passages import marked_role, per_prompt
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.passages import marked_role, per_prompt
 
 # parameters of layers that carry a state from token to token beside attention
 RECURRENT = ("mamba_", "ssm_", "conv_", "linear_attn_", "linear_num_", "lru_")

@@ -26,10 +26,10 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.families.heads import prompt_end
 from ..interventions.families.reweighting import shared_by_layers
-from .base import Info, Recipe, decoder_sites
-from .contents import Contents, Numbers
-from .head_choice import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
-from .profile import CACHED, Profile, cached_path, find_profile
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.contents import Contents, Numbers
+from .kit.heads import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
+from .kit.profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (
     "name heads=[[layer, head], ...], or a profile_path, or let `reattend profile retrieval-heads MODEL` "
@@ -189,8 +189,8 @@ class RetrievalHeads(Recipe):
 
     @classmethod
     def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
-        """Scores every head by the share of planted sentences that it copies; see `profiling.retrieval.detect` for the options."""
-        from .profiling.retrieval import detect
+        """Scores every head by the share of planted sentences that it copies; see `profiling.retrieval_heads.detect` for the options."""
+        from .profiling.retrieval_heads import detect
 
         return detect(cls.slug, model, tokenizer, **options)
 

@@ -30,14 +30,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ..hooks import Project, Projection, SiteTable, Support
+from ..hooks.doors.taps import projection_misfit
 from ..hooks.plan import Step
-from ..hooks.taps import projection_misfit
 from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
-from .base import Info, Recipe, decoder_sites
-from .contents import Contents, Numbers
-from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
-from .profile import CACHED, Profile, find_profile
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.contents import Contents, Numbers
+from .kit.passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
+from .kit.profile import CACHED, Profile, find_profile
 
 
 class SEKA(Recipe):

@@ -23,14 +23,14 @@ import torch
 from pydantic import Field
 
 from ..hooks import Act, SiteTable, Support
-from ..hooks.patches import PatchReader, encoder_sites
 from ..hooks.plan import Step
+from ..hooks.tokens.patches import PatchReader, encoder_sites
 from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain, require_whole
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.reweighting import of_call, shared_by_layers
 from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
-from .base import Info, Recipe
-from .image_models import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
+from .kit.base import Info, Recipe
+from .kit.images import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
 
 
 class SelectiveEmphasis(Recipe):

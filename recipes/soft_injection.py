@@ -26,10 +26,10 @@ from ..hooks import Act, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
 from ..interventions.families.heads import prompt_end
-from .base import Info, Recipe, decoder_sites
-from .contents import Contents, Fact, Numbers
-from .head_choice import Heads, missing_heads
-from .profile import CACHED, Profile, find_profile
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.contents import Contents, Fact, Numbers
+from .kit.heads import Heads, missing_heads
+from .kit.profile import CACHED, Profile, find_profile
 
 
 class SoftInjection(Recipe):

@@ -19,8 +19,8 @@ from ..hooks import Act, Guide, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Mix, MixValue, ScaleQuery
 from ..interventions.families.guidance import MixOwnAnd, Soften
-from .base import Info, Recipe
-from .denoiser import default_layers, image_layers, needs_denoiser
+from .kit.base import Info, Recipe
+from .kit.denoisers import default_layers, image_layers, needs_denoiser
 
 
 class SoftPAG(Recipe):

@@ -23,10 +23,10 @@ from pydantic import Field, model_validator
 
 from ..hooks import Branch, Fusion, Prompt, SiteTable, Support
 from ..hooks.plan import Step
-from ..hooks.replaced import without_span
+from ..hooks.prompts.replaced import without_span
 from ..interventions.families.logits import SAME_STRENGTH, anchored, at_least_float
-from .base import Info, Recipe, decoder_sites
-from .passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
+from .kit.base import Info, Recipe, decoder_sites
+from .kit.passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
 
 
 class SPA(Recipe):

@@ -17,7 +17,7 @@ from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
 from ..interventions.families.heads import prompt_end
 from ..interventions.families.reweighting import shared_by_layers
-from .base import Info, Recipe, decoder_sites
+from .kit.base import Info, Recipe, decoder_sites
 
 
 class Streaming(Recipe):

@@ -23,16 +23,16 @@ import torch
 from pydantic import Field
 
 from ..hooks import Act, Observe, Plan, SiteTable, Support, attach, sites
-from ..hooks.discovery import unwrapped_model
 from ..hooks.plan import Observation, Step
-from ..hooks.spans import tokenizer_of
+from ..hooks.sites.discovery import unwrapped_model
+from ..hooks.tokens.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, require_whole
 from ..interventions.families.sinks import SoundMap, VisualSinks, rows_after, sink_scores
-from .base import Info, Recipe
-from .contents import Contents, Numbers
-from .image_models import decoder_layers, image_misfit, images_told, layers_misfit, pieces_told, rows_between_images
-from .known_models import KnownModel
-from .profile import CACHED, Profile, cached_path, find_profile, fingerprint
+from .kit.base import Info, Recipe
+from .kit.contents import Contents, Numbers
+from .kit.images import decoder_layers, image_misfit, images_told, layers_misfit, pieces_told, rows_between_images
+from .kit.known_models import KnownModel
+from .kit.profile import CACHED, Profile, cached_path, find_profile, fingerprint
 
 # Sink dimensions of published language models. LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public
 # notes quote them.

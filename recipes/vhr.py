@@ -24,14 +24,14 @@ from pydantic import Field, model_validator
 
 from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support, sites
 from ..hooks.plan import Step
-from ..hooks.text_only import NEVER_WITHOUT, placeholders, without_images
+from ..hooks.prompts.text_only import NEVER_WITHOUT, placeholders, without_images
 from ..interventions import Call, Edit, HeadGain, ReattendError, require_whole
 from ..interventions.families.heads import last_prompt_outputs, vision_aware_heads
-from .base import Info, Recipe
-from .head_choice import Heads, by_layer, missing_heads
+from .kit.base import Info, Recipe
+from .kit.heads import Heads, by_layer, missing_heads
 
 if TYPE_CHECKING:
-    from .profiling.vision_divergence import VisionDivergence
+    from .profiling.vhr import VisionDivergence
 
 FIRST, LAST = 1, 14
 
@@ -205,7 +205,7 @@ class VHR(Recipe):
 
         inputs: what the processor made of the prompts, padded on the left. k: heads per layer that count for T-VHD. Cost: two passes.
         """
-        from .profiling.vision_divergence import vision_divergence
+        from .profiling.vhr import vision_divergence
 
         table = sites(model)
         support = cls.model_construct().supports(table)

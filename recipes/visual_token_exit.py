@@ -23,14 +23,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..hooks import Act, Exit, SiteTable, Support
+from ..hooks.doors.exit import token_exit_misfit
 from ..hooks.plan import Step
-from ..hooks.token_exit import token_exit_misfit
 from ..interventions import Call, KeyBias
 from ..interventions.engine.bands import hide_columns
-from .base import Info, Recipe
-from .contents import Contents, Numbers
-from .image_models import image_misfit, images_told
-from .profile import CACHED, find_profile
+from .kit.base import Info, Recipe
+from .kit.contents import Contents, Numbers
+from .kit.images import image_misfit, images_told
+from .kit.profile import CACHED, find_profile
 
 VISUAL = ("image", "video")
 REMEDY = (
@@ -118,8 +118,8 @@ class VisualTokenExit(Recipe):
 
     @classmethod
     def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Any:
-        """Finds the exit layer from image-question pairs; see `profiling.exit_layer.find_exit_layer` for the options."""
-        from .profiling.exit_layer import find_exit_layer
+        """Finds the exit layer from image-question pairs; see `profiling.visual_token_exit.find_exit_layer` for the options."""
+        from .profiling.visual_token_exit import find_exit_layer
 
         return find_exit_layer(cls, model, tokenizer, **options)
 

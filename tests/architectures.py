@@ -15,8 +15,8 @@ import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import reattend.hooks.interface_route as interface_route
-import reattend.hooks.sdpa_route as sdpa_route
+import reattend.hooks.routes.interface as interface_route
+import reattend.hooks.routes.sdpa as sdpa_route
 import support_page
 import torch
 from reattend.hooks import Act, Plan, attach, sites

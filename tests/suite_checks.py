@@ -36,7 +36,7 @@ def ask(suite: Suite, items: list[Item], recipes: list[Any] | None = None, chat:
     assert len(records) == len(items)
     if recipes:
         assert steering.applied > 0 and set(steering.stats) == {
-            reattend.recipes.registry.read_choice(r)[0].slug for r in recipes
+            reattend.recipes.kit.registry.read_choice(r)[0].slug for r in recipes
         }
     metrics = suite.score(json.loads(json.dumps(records)))
     assert all(value == value for value in metrics.values())

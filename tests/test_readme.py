@@ -8,7 +8,7 @@ from typing import get_args
 import reattend
 import which
 from reattend.comparison import demo
-from reattend.recipes.base import Problem
+from reattend.recipes.kit.base import Problem
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

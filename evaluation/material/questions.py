@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...recipes.profiling.word_pairs import CAPITALS, OPPOSITES
+from ...recipes.profiling.material.word_pairs import CAPITALS, OPPOSITES
 
 KINDS = ("capital", "opposite", "category", "order", "number", "everyday")
 

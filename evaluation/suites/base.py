@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...interventions import ReattendError
-from ...recipes.base import one_line
+from ...recipes.kit.base import one_line
 from ..metrics.sums import Sums
 from ..subject import Subject
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ...recipes.profiling.needles import Needle, make_sample, question_about, recall
+from ...recipes.profiling.material.needles import Needle, make_sample, question_about, recall
 from ..material import prose
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from ...interventions import ReattendError
+from ...recipes.profiling.material.word_pairs import TABLES, parted
 from ...recipes.profiling.soft_injection import task_prompt
-from ...recipes.profiling.word_pairs import TABLES, parted
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite

@@ -12,14 +12,14 @@ import torch
 from ...hooks import Capture, Plan, SiteTable, attach
 from ...interventions import Call, ReattendError
 from ...interventions.families.calibration import learn_sinks
-from ..base import Recipe, profiled_sites
-from ..head_choice import Head, as_heads, by_layer, missing_heads
-from ..profile import Profile, table_fingerprint
-from .files import content_of, list_of
-from .labelled_examples import built_in
-from .labelled_tasks import Judge, Kind, LabelledTask, labelled_task
-from .options import checked
-from .progress import track
+from ..kit.base import Recipe, profiled_sites
+from ..kit.heads import Head, as_heads, by_layer, missing_heads
+from ..kit.options import checked
+from ..kit.profile import Profile, table_fingerprint
+from ..kit.progress import track
+from .material.files import content_of, list_of
+from .material.labelled_examples import built_in
+from .material.labelled_tasks import Judge, Kind, LabelledTask, labelled_task
 
 
 @checked

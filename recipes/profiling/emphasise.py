@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from ...hooks import Plan, SiteTable, attach
-from ...hooks.spans import tokenizer_of
+from ...hooks.tokens.spans import tokenizer_of
 from ...interventions import ReattendError
-from ..base import Recipe, profiled_sites
-from ..checks import shown
-from ..head_choice import Head, by_layer, ranked
-from ..profile import Profile, table_fingerprint
-from .choices import Batch, Choice, batches_of, lead_of, read_choices
-from .files import content_of, list_of
-from .options import checked
-from .progress import track
-from .question_pairs import conflicts
+from ..kit.base import Recipe, profiled_sites
+from ..kit.checks import shown
+from ..kit.heads import Head, by_layer, ranked
+from ..kit.options import checked
+from ..kit.profile import Profile, table_fingerprint
+from ..kit.progress import track
+from .material.choices import Batch, Choice, batches_of, lead_of, read_choices
+from .material.files import content_of, list_of
+from .material.question_pairs import conflicts
 
 # (prompt, passages in it to mark, the right answer, all possible answers)
 Marked = tuple[str, Sequence[str], str, Sequence[str]]

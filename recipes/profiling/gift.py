@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ...hooks import Capture, Plan, attach, running, sites
-from ...hooks.discovery import unwrapped_model
-from ...hooks.question import Question
+from ...hooks.sites.discovery import unwrapped_model
+from ...hooks.tokens.question import Question
 from ...interventions import Call, ReattendError
 from ...interventions.families.gaze import focused_rows, image_columns, positive_shift, row_shares
-from ..base import Recipe
-from ..image_models import image_misfit
-from ..profile import Profile, table_fingerprint
-from ..question_words import chooser
-from .image_questions import inputs_of, read_samples
-from .options import checked
-from .progress import track
+from ..kit.base import Recipe
+from ..kit.images import image_misfit
+from ..kit.options import checked
+from ..kit.profile import Profile, table_fingerprint
+from ..kit.progress import track
+from ..kit.words import chooser
+from .material.image_questions import inputs_of, read_samples
 
 ROLE = "profiled-question"
 

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from ...hooks import Capture, Plan, Projection, ReadProjection, attach
-from ...hooks.spans import inside_range, tokenizer_of
-from ...hooks.taps import projection_misfit
-from ...hooks.transcript import Offsets, read
+from ...hooks.doors.taps import projection_misfit
+from ...hooks.tokens.spans import inside_range, tokenizer_of
+from ...hooks.tokens.transcript import Offsets, read
 from ...interventions import Call, ReattendError
 from ...interventions.families.gaze import row_shares
 from ...interventions.families.subspaces import KeyDistance, PairedKeys
-from ..base import profiled_sites
-from ..checks import shown
-from ..profile import Profile, fingerprint
-from .files import content_of, list_of
-from .options import checked
-from .progress import track
-from .question_pairs import Triplet, triplets
+from ..kit.base import profiled_sites
+from ..kit.checks import shown
+from ..kit.options import checked
+from ..kit.profile import Profile, fingerprint
+from ..kit.progress import track
+from .material.files import content_of, list_of
+from .material.question_pairs import Triplet, triplets
 
 CONTEXT = "Context: "
 # the three texts of a triplet: without a question, with the one it answers, with another

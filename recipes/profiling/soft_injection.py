@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ...hooks import Act, Capture, Plan, SiteTable, attach
-from ...hooks.spans import tokenizer_of
+from ...hooks.tokens.spans import tokenizer_of
 from ...interventions import Call, HeadMix, ReattendError
 from ...interventions.families.heads import last_prompt_outputs, last_prompt_rows
-from ..base import profiled_sites
-from ..profile import Profile, table_fingerprint
+from ..kit.base import profiled_sites
+from ..kit.options import checked
+from ..kit.profile import Profile, table_fingerprint
+from ..kit.progress import track
 from ..soft_injection import mixture
-from .choices import Choice, batches_of, first_token, last_logits
-from .files import content_of
-from .options import checked
-from .progress import track
-from .word_pairs import Pair, parted
+from .material.choices import Choice, batches_of, first_token, last_logits
+from .material.files import content_of
+from .material.word_pairs import Pair, parted
 
 TEMPLATE = "Q: {x}\nA:"
 BETWEEN = "\n\n"

@@ -15,7 +15,7 @@ from PIL import Image
 from reattend.comparison.images import ImageJob
 from reattend.comparison.sweep_chart import chart_of, drawing
 from reattend.comparison.text import kl_divergence
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from rich.console import Console
 from tilt import Tilt
 

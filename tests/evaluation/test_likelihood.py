@@ -11,7 +11,7 @@ from reattend import ReattendError
 from reattend.evaluation import Subject
 from reattend.evaluation.likelihood import option_scores, token_losses
 from reattend.evaluation.steering import Steering
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 
 PROMPTS = ["The capital of France is", "Anna has a red house and Paul has a blue garden; the house of Anna is", "Answer:"]
 OPTIONS = [[" Paris", " Rome", " the capital of Italy"], [" red", " blue"], [" a", " the", " garden", " one word"]]

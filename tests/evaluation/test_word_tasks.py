@@ -7,7 +7,7 @@ import tiny_language
 from reattend import ReattendError
 from reattend.evaluation import suite
 from reattend.recipes import recipe_class
-from reattend.recipes.profiling.word_pairs import parted
+from reattend.recipes.profiling.material.word_pairs import parted
 from suite_checks import ask, check_items, subject
 
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from reattend.hooks import Act, Branch, Plan, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, ReattendError, UnsupportedError
 from tiny_language import language_model
 from torch.nn.functional import pad

@@ -6,7 +6,7 @@ import pytest
 import reattend
 import torch
 from reattend.hooks import Plan, Session
-from reattend.hooks.capture import _membership
+from reattend.hooks.recording import _membership
 from reattend.interventions import Call, Clock, PoolKV, ReattendError, Reorder, TokenMap
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
@@ -166,7 +166,7 @@ def test_spread_is_the_weight_of_every_position(model, ids):
 
 
 def test_spread_follows_reordered_columns_and_drops_merged_ones():
-    from reattend.hooks.capture import _reading
+    from reattend.hooks.recording import _reading
     from reattend.interventions import Site
 
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reattend.hooks import Act, Capture, Plan, attach, sites
-from reattend.hooks.caches import cache_name, cache_of, filled_columns
+from reattend.hooks.trackers.caches import cache_name, cache_of, filled_columns
 from reattend.interventions import Mix, TokenMap
 from tiny_language import language_model
 from transformers import DynamicCache, FalconConfig, FalconForCausalLM, StaticCache

@@ -9,8 +9,8 @@ import reattend
 import tiny_pipelines
 import torch
 from reattend.hooks import Act, Branch, Exit, Lookahead, Observe, Plan, Probe, Spans, attach
-from reattend.hooks.question import Question
-from reattend.hooks.segments import Segments
+from reattend.hooks.tokens.roles.question import Question
+from reattend.hooks.tokens.roles.segments import Segments
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
 from tiny_denoisers import DENOISERS, TEXT, build, unet
 from torch import Tensor, nn
@@ -235,7 +235,7 @@ def test_token_roles(name: str) -> None:
 
 
 def test_unknown_token_order_is_an_error_only_where_a_role_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reattend.hooks import diffusers_facts
+    from reattend.hooks.sites import denoisers as diffusers_facts
 
     model, inputs = build("SD3Transformer2DModel")
     monkeypatch.setitem(diffusers_facts.FAMILIES, "SD3Transformer2DModel", diffusers_facts.Family())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reattend.hooks import Act, Plan, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import Call, Transfer
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 

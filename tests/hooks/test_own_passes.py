@@ -9,7 +9,7 @@ import reattend
 import tiny_models
 import torch
 from reattend.hooks import Act, Branch, Capture, Lookahead, Plan, Probe, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, ReattendError
 from reattend.interventions.families.over_trust import strongest_row
 from tiny_language import language_model

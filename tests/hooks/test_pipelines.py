@@ -11,9 +11,9 @@ import reattend
 import tiny_pipelines
 import torch
 from reattend.hooks import Act, Guide, Plan, attach
-from reattend.hooks.guidance_rows import layout_of_pipeline
+from reattend.hooks.trackers.guidance_rows import layout_of_pipeline
 from reattend.interventions import Call, MixValue, ReattendError, ReattendWarning, UnsupportedError
-from reattend.recipes.denoiser import default_layers, image_layers
+from reattend.recipes.kit.denoisers import default_layers, image_layers
 from tiny_denoisers import build, pixart
 from torch import Tensor, nn
 
@@ -321,7 +321,7 @@ def test_layouts_that_are_not_known() -> None:
 
 def test_unknown_layout_is_an_error_for_a_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, call, _, _ = stable_diffusion()
-    monkeypatch.setattr("reattend.hooks.denoise.layout_of_pipeline", lambda *_: None)
+    monkeypatch.setattr("reattend.hooks.trackers.denoise.layout_of_pipeline", lambda *_: None)
     with reattend.apply(pipe, "softpag"), pytest.raises(UnsupportedError, match="which rows .* are conditional is not known"):
         draw(pipe, call)
 

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from reattend.hooks import Act, Capture, Observe, Plan, Probe, attach, sites
-from reattend.hooks.caches import cache_in
+from reattend.hooks.trackers.caches import cache_in
 from reattend.interventions import HeadGain, ReattendError
 from tiny_language import language_model
 

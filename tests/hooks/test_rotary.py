@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reattend.hooks import Act, Plan, attach, sites
-from reattend.hooks.rotary import rotary_misfit
+from reattend.hooks.sites.rotary import rotary_misfit
 from reattend.interventions import ReattendError
 from reattend.interventions.rotary import Rotary
 from tiny_language import language_model

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
 from reattend.hooks import Act, Plan, attach
-from reattend.hooks.denoising_run import place
+from reattend.hooks.trackers.denoising_run import place
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError
 from torch import Tensor
 

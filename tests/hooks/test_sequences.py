@@ -8,7 +8,7 @@ import pytest
 import reattend
 import torch
 from reattend.hooks import Act, Capture, Plan, Spans, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import ReattendError
 from tiny_language import CHATML, language_model, tokenizer
 from transformers import DynamicCache, StaticCache

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 from reattend.hooks import Capture, Plan, Probe, Prompt, attach, sites
-from reattend.hooks.text_only import image_parts, without_images
+from reattend.hooks.prompts.text_only import image_parts, without_images
 from reattend.interventions import ReattendError, TokenMap
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]

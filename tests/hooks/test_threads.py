@@ -12,7 +12,7 @@ import pytest
 import torch
 from reattend.hooks import Act, Observe, Plan, attach, sites
 from reattend.hooks.attachment import _attachments
-from reattend.hooks.in_flight import lifecycle
+from reattend.hooks.trackers.in_flight import lifecycle
 from reattend.interventions import ReattendError
 from tiny_llama import IDS, drop_first, halve, logits, session_of, tiny_llama, traces
 from torch import nn
@@ -271,12 +271,12 @@ def test_an_ended_session_keeps_no_model_alive(isolated):
 FILES = (
     "attachment.py",
     "session.py",
-    "interface_route.py",
-    "sdpa_route.py",
+    "routes/interface.py",
+    "routes/sdpa.py",
     "module_hooks.py",
-    "in_flight.py",
-    "denoise.py",
-    "taps.py",
+    "trackers/in_flight.py",
+    "trackers/denoise.py",
+    "doors/taps.py",
 )
 
 

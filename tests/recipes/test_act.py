@@ -9,13 +9,13 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
-from reattend.hooks.caches import cache_name
+from reattend.hooks.trackers.caches import cache_name
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference_with_weights
 from reattend.interventions.families.calibration import column_statistics, hidden_sinks, learn_sinks
 from reattend.recipes import Profile, recipe, recipe_class
-from reattend.recipes.profile import cached_path, fingerprint
-from reattend.recipes.profiling.labelled_examples import built_in
-from reattend.recipes.profiling.labelled_tasks import labelled_task
+from reattend.recipes.kit.profile import cached_path, fingerprint
+from reattend.recipes.profiling.material.labelled_examples import built_in
+from reattend.recipes.profiling.material.labelled_tasks import labelled_task
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 SITE = Site("layer", 2, "decoder", "self", None, None, None, True)
@@ -324,7 +324,7 @@ def test_profiles_load_and_other_models_are_refused(tmp_path):
 
 
 def test_the_profile_kept_for_the_model_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: tmp_path)
     model, ids = tiny(), torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(6))
     with pytest.raises(ReattendError, match="no profile of 'act' is kept"):
         reattend.apply(model, "act", profile_path="cached")
@@ -423,7 +423,7 @@ def test_what_the_search_refuses(options, message):
 def test_the_built_in_examples_come_in_two_halves_with_the_same_labels():
     from collections import Counter
 
-    from reattend.recipes.profiling.labelled_examples import labelled_examples
+    from reattend.recipes.profiling.material.labelled_examples import labelled_examples
 
     examples = labelled_examples()
     assert len(examples) == 62 and len({e[0] for e in examples}) == 62

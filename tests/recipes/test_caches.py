@@ -15,7 +15,7 @@ import test_language_batches as language
 import test_vision_matrix as vision
 import tiny_models
 import torch
-from reattend.hooks.caches import cache_name
+from reattend.hooks.trackers.caches import cache_name
 from reattend.interventions import ReattendError
 from reattend.recipes import recipe_class
 from test_language_batches import steered  # noqa: F401

@@ -10,7 +10,7 @@ import reattend
 import tiny_models
 import torch
 from asked_images import tokenizer
-from reattend.hooks.caches import cache_name
+from reattend.hooks.trackers.caches import cache_name
 from reattend.interventions import ReattendError, ReattendWarning
 from transformers import DynamicCache
 

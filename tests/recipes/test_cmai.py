@@ -7,7 +7,7 @@ import reattend
 import tiny_models
 import torch
 from asked_images import ONE, PROMPTS
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import Call, ReattendError, ReattendWarning, TokenMap, UnsupportedError
 from reattend.interventions.families.inhibition import TextAndImage, focus_scores
 

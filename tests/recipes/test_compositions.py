@@ -9,7 +9,7 @@ import reattend
 import torch
 from reattend.interventions import ReattendError, fused, reference
 from reattend.recipes import Profile, recipe, recipe_class
-from reattend.recipes.profile import fingerprint
+from reattend.recipes.kit.profile import fingerprint
 from tiny_language import language_model, tokenizer
 from weighed import random_call, weights_under
 
@@ -147,7 +147,7 @@ def test_fused_and_materialised_models_agree(pair, profiles, monkeypatch):
     assert set(stats) == set(pair) and all(stats[slug] for slug in pair)
     for one in chosen:
         assert (generated(model, [one])[0] - found).abs().amax(dim=(0, 2)).min() > 1e-4
-    monkeypatch.setattr("reattend.hooks.interface_route.fused", reference)
+    monkeypatch.setattr("reattend.hooks.routes.interface.fused", reference)
     torch.testing.assert_close(generated(model, chosen)[0], found, atol=2e-4, rtol=1e-3)
 
 

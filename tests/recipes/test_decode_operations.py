@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reattend
 import torch
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.recipes import recipe_class
 from tiny_language import language_model, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode

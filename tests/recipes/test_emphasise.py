@@ -10,10 +10,10 @@ import reattend
 import torch
 import weighed
 from golden_files import golden_file
-from reattend.hooks.caches import cache_in, cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_in, cache_name, cache_of
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError, fused, reference
 from reattend.recipes import Profile, load_recipe, recipe, save_recipe
-from reattend.recipes.profile import fingerprint
+from reattend.recipes.kit.profile import fingerprint
 from tiny_language import language_model, tokenizer
 from transformers import pipeline
 

@@ -7,7 +7,7 @@ import reattend
 import torch
 from reattend.interventions import ReattendError
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
-from reattend.recipes.profiling.question_pairs import conflicts
+from reattend.recipes.profiling.material.question_pairs import conflicts
 from tiny_language import language_model, tokenizer
 
 # the tiny tokenizer begins every unknown word with a space of its own, so the prompts end with it
@@ -72,7 +72,7 @@ def test_scores_are_leads_under_the_recipe_and_the_best_layers_are_searched(tmp_
 
 
 def test_the_kept_profile_is_named_by_a_word(tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: tmp_path)
     model = language_model()
     with pytest.raises(ReattendError, match="reattend profile emphasise"):
         reattend.apply(model, "emphasise", text="a", profile_path="cached")

@@ -14,8 +14,8 @@ from reattend.hooks import SiteTable, sites
 from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.families.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
 from reattend.recipes import Profile, load_recipe, recipe
-from reattend.recipes.profile import cached_path, table_fingerprint
-from reattend.recipes.question_words import chooser, content_words
+from reattend.recipes.kit.profile import cached_path, table_fingerprint
+from reattend.recipes.kit.words import chooser, content_words
 
 SALIENCY = ["saliency_one_layer", "saliency_two_layers", "saliency_odd_heads"]
 ENHANCE = ["enhance_prefill", "enhance_decode_gqa"]
@@ -281,7 +281,7 @@ def test_words():
 
 
 def test_spacy_is_optional(monkeypatch):
-    from reattend.recipes import question_words
+    from reattend.recipes.kit import words as question_words
 
     if not question_words.has_spacy():
         assert chooser("auto") is content_words
@@ -329,7 +329,7 @@ def test_published_layers(given, expected):
 
 
 def test_a_kept_profile_serves_a_model_whose_layers_are_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: tmp_path)
     table = sites(tiny_models.llava().model)
     assert recipe("gift").layers(table) is None
     layers = {"saliency_layers": torch.tensor([1]), "enhance_layers": torch.tensor([2, 3])}

@@ -10,7 +10,7 @@ import reattend
 import torch
 from asked_images import HOW, NEWLINE, ONE, PROMPTS, WHAT, asked, tiny_models, tokenizer, turn
 from reattend.hooks import sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import ReattendError, ReattendWarning
 from reattend.recipes import Profile, recipe_class
 from transformers import AttentionInterface, AttentionMaskInterface

@@ -8,9 +8,9 @@ import torch
 from reattend.hooks import Capture, Plan, attach
 from reattend.interventions.families.calibration import column_statistics
 from reattend.recipes import recipe_class
-from reattend.recipes.head_choice import head_scores, ranked
-from reattend.recipes.profiling.labelled_examples import labelled_examples
-from reattend.recipes.profiling.retrieval import answers, needle_samples
+from reattend.recipes.kit.heads import head_scores, ranked
+from reattend.recipes.profiling.material.labelled_examples import labelled_examples
+from reattend.recipes.profiling.retrieval_heads import answers, needle_samples
 
 pytestmark = pytest.mark.slow
 

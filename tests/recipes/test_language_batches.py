@@ -8,7 +8,7 @@ import pytest
 import reattend
 import torch
 from reattend.recipes import Profile, recipe_class
-from reattend.recipes.profile import fingerprint
+from reattend.recipes.kit.profile import fingerprint
 from tiny_language import language_model, tokenizer
 
 PROMPTS = [

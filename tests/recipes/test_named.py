@@ -1,4 +1,4 @@
-"""recipes/named.pyi, from which editors know the recipes' names and parameters, is what the recipes say."""
+"""recipes/kit/named.pyi, from which editors know the recipes' names and parameters, is what the recipes say."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import reattend
 import torch
 from reattend.interventions import ReattendError
 from reattend.recipes import Profile, cached_profile, recipe_class
-from reattend.recipes.profile import fingerprint
+from reattend.recipes.kit.profile import fingerprint
 from safetensors.torch import save_file
 from tiny_language import language_model, tokenizer
 
@@ -31,7 +31,7 @@ RECIPES = {
 def test_a_kept_profile_is_found_again_and_can_be_passed_on(slug, tmp_path, monkeypatch):
     learning, using = RECIPES[slug]
     folder = tmp_path / "one user"
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: folder)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: folder)
     made = cached_profile(slug, language_model(), tokenizer(), **learning)
     (kept,) = (folder / "profiles" / slug).iterdir()
     copy = shutil.copy(kept, tmp_path / "shared.safetensors")
@@ -136,7 +136,7 @@ def test_what_a_recipe_says_its_profile_holds_is_checked(slug, tensors, facts, w
 
 
 def test_every_recipe_with_a_profiling_step_says_what_its_profile_holds():
-    from reattend.recipes.registry import registry
+    from reattend.recipes.kit.registry import registry
 
     for slug, cls in registry().items():
         assert bool(cls.contents.tensors) == bool(cls.info.profiling), slug

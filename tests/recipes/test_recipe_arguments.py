@@ -10,7 +10,7 @@ import reattend
 import torch
 from reattend.interventions import ReattendError
 from reattend.recipes import load_recipe, recipe, save_recipe
-from reattend.recipes.registry import registry
+from reattend.recipes.kit.registry import registry
 from tiny_language import language_model, tokenizer
 
 BOMB = "".join(

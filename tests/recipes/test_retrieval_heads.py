@@ -10,7 +10,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import (
     Call,
     Clock,
@@ -23,9 +23,9 @@ from reattend.interventions import (
 )
 from reattend.interventions.families.heads import copy_score, find_phrase, glance
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
-from reattend.recipes.head_choice import random_control, ranked
-from reattend.recipes.profile import fingerprint
-from reattend.recipes.profiling.needles import NEEDLES, make_samples, recall
+from reattend.recipes.kit.heads import random_control, ranked
+from reattend.recipes.kit.profile import fingerprint
+from reattend.recipes.profiling.material.needles import NEEDLES, make_samples, recall
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SITE = Site("layer", 0, "decoder", "self", 4, 2, 8, True)
@@ -311,7 +311,7 @@ def test_only_heads_with_the_least_score_count(tmp_path):
 
 
 def test_the_profile_kept_for_the_model_is_used_and_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: tmp_path)
     model, ids = tiny(), torch.randint(3, 64, (1, 12))
     for options, message in (({}, "must be told"), ({"profile_path": "cached"}, "no profile of 'retrieval-heads' is kept")):
         with pytest.raises(ReattendError, match=message):
@@ -322,7 +322,7 @@ def test_the_profile_kept_for_the_model_is_used_and_no_other(tmp_path, monkeypat
         made.append(options)
         return Profile(slug, fingerprint(model), {"score": torch.eye(3, 4) * 0.5}, {})
 
-    monkeypatch.setattr("reattend.recipes.profiling.retrieval.detect", detect)
+    monkeypatch.setattr("reattend.recipes.profiling.retrieval_heads.detect", detect)
     for _ in range(2):
         cached_profile("retrieval-heads", model, None, needles=2)
     assert made == [{"needles": 2}]

@@ -9,12 +9,12 @@ import reattend
 import torch
 import transformers
 from reattend.hooks import Plan, Projection, ReadProjection, attach, sites
-from reattend.hooks.caches import cache_in, cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_in, cache_name, cache_of
 from reattend.interventions import ReattendError, UnsupportedError
 from reattend.interventions.families.subspaces import Subspaces, expert_weights, group_query, mixed_projection
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
-from reattend.recipes.profile import cached_path
-from reattend.recipes.profiling.question_pairs import FORMS, KINDS, conflicts, triplets
+from reattend.recipes.kit.profile import cached_path
+from reattend.recipes.profiling.material.question_pairs import FORMS, KINDS, conflicts, triplets
 from reattend.recipes.profiling.seka import read_triplet
 from tiny_language import language_model, tokenizer
 
@@ -337,7 +337,7 @@ def test_an_expert_that_no_text_taught_is_left_out(learned, tmp_path):
 
 
 def test_the_kept_profile_is_found_again(learned, tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: tmp_path)
     model, _ = learned()
     options = dict(pairs=2, experts=False)
     with pytest.raises(ReattendError, match="reattend profile seka"):

@@ -10,11 +10,11 @@ import reattend
 import torch
 import transformers
 from golden_files import golden_file
-from reattend.hooks.spans import inside_range
+from reattend.hooks.tokens.roles.spans import inside_range
 from reattend.interventions import ProjectKey
 from reattend.interventions.families.subspaces import KeyDistance, PairedKeys, Subspaces, expert_weights, mixed_projection
 from reattend.recipes import Profile, recipe_class
-from reattend.recipes.profile import fingerprint
+from reattend.recipes.kit.profile import fingerprint
 from reattend.recipes.profiling.seka import answer_tokens
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -13,9 +13,9 @@ import torch
 from asked_images import ONE, PROMPTS
 from golden_files import golden_file
 from reattend.hooks.attachment import attachment_of
-from reattend.hooks.caches import cache_name, cache_of
-from reattend.hooks.images import add_images
-from reattend.hooks.patches import lay_out
+from reattend.hooks.tokens.roles.images import add_images
+from reattend.hooks.tokens.roles.patches import lay_out
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import (
     Call,
     Clock,

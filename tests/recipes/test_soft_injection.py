@@ -11,7 +11,7 @@ import torch
 import transformers
 from golden_files import golden_file
 from reattend.hooks import Capture, Plan, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import (
     Call,
     Clock,
@@ -25,9 +25,9 @@ from reattend.interventions import (
 )
 from reattend.interventions.families.heads import last_prompt_outputs
 from reattend.recipes import Profile, recipe, recipe_class
-from reattend.recipes.profile import fingerprint
+from reattend.recipes.kit.profile import fingerprint
+from reattend.recipes.profiling.material.word_pairs import TABLES, parted, word_pairs
 from reattend.recipes.profiling.soft_injection import answer_text, task_prompt
-from reattend.recipes.profiling.word_pairs import TABLES, parted, word_pairs
 from tiny_language import language_model, tokenizer
 
 PAIRS = [(c, c.upper()) for c in "abcdefghijklmnopqrst"]

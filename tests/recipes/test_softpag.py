@@ -10,9 +10,9 @@ import reattend
 import torch
 from golden_files import golden_file
 from reattend.hooks import Act, Guide, Plan, attach
-from reattend.hooks.denoise import Run
-from reattend.hooks.denoiser_tokens import read_forward
-from reattend.hooks.guidance import Guided, grow, settle
+from reattend.hooks.doors.guide import Guided, grow, settle
+from reattend.hooks.tokens.roles.denoisers import read_forward
+from reattend.hooks.trackers.denoise import Run
 from reattend.interventions import (
     Call,
     Clock,
@@ -205,7 +205,7 @@ def by_hand(model: Any, inputs: dict[str, Any], layers: dict[int, Any], heads: l
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_equal_to_two_calls_on_every_denoiser(name: str) -> None:
-    from reattend.recipes.denoiser import default_layers, image_layers
+    from reattend.recipes.kit.denoisers import default_layers, image_layers
 
     model, inputs = build(name)
     before = predict(model, inputs)
@@ -235,7 +235,7 @@ def test_half_precision_stays(dtype: torch.dtype) -> None:
 
 def test_single_heads() -> None:
     model, inputs = build("FluxTransformer2DModel")
-    from reattend.recipes.denoiser import image_layers
+    from reattend.recipes.kit.denoisers import image_layers
 
     before = predict(model, inputs)
     layers = image_layers(reattend.sites(model))
@@ -323,7 +323,7 @@ def test_the_default_layer_of_a_unet_sees_enough_of_the_picture(size: int | None
 
     from reattend.hooks import SiteTable
     from reattend.interventions import Site
-    from reattend.recipes.denoiser import default_layers
+    from reattend.recipes.kit.denoisers import default_layers
 
     down = [("denoiser.down", f"down_blocks.{n}") for n in range(blocks)]
     up = [("denoiser.up", f"up_blocks.{n}") for n in range(blocks)]
@@ -338,6 +338,6 @@ def test_the_default_layer_of_a_unet_sees_enough_of_the_picture(size: int | None
 def test_the_default_acts_on_the_zoo_s_pictures() -> None:
     pytest.importorskip("diffusers")
     pipe = reattend.zoo.load("shapes-sd")
-    from reattend.recipes.denoiser import default_layers
+    from reattend.recipes.kit.denoisers import default_layers
 
     assert default_layers(reattend.sites(pipe)) == default_layers(reattend.sites(pipe.unet)) == [7]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from reattend.recipes.registry import recipe_class, registry
+from reattend.recipes.kit.registry import recipe_class, registry
 
 
 def marked(cls: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from golden_files import GOLDEN, golden_file
 from planted_sinks import DIM, OPEN, PROMPTS, planted, tiny_models
 from reattend.hooks import SiteTable, sites
 from reattend.hooks.attachment import attachment_of
-from reattend.hooks.caches import cache_of
+from reattend.hooks.trackers.caches import cache_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
 from reattend.interventions.families.sinks import VisualSinks, give_back, sink_tokens
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
@@ -273,7 +273,7 @@ def test_profile_finds_the_planted_dimension(tmp_path):
 
 
 def test_a_kept_profile_serves_a_model_whose_dimensions_are_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.recipes.profile.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("reattend.recipes.kit.profile.cache_folder", lambda: tmp_path)
     model, sinks = planted("llava")
     open_but_unknown = {**OPEN, "sink_dims": None}
     with pytest.raises(ReattendError, match="not known"):

@@ -11,7 +11,7 @@ import reattend
 import tiny_models
 import torch
 from reattend.hooks import Act, Plan, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
 from reattend.interventions.families.heads import divergence, vision_aware_heads
 from reattend.recipes import recipe, recipe_class

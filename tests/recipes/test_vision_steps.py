@@ -11,7 +11,7 @@ import pytest
 import reattend
 import torch
 from asked_images import ONE, PROMPTS, tiny_models, tokenizer
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # they look at the same memory in another shape and run nothing

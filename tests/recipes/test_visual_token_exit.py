@@ -10,7 +10,7 @@ import reattend
 import torch
 from asked_images import HOW, NONE, ONE, PROMPTS, WHAT, tiny_models, turn
 from reattend.hooks import sites
-from reattend.hooks.caches import cache_in, cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_in, cache_name, cache_of
 from reattend.interventions import Call, Clock, Keep, ReattendError, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.engine.bands import hide_columns
 from reattend.recipes import recipe, recipe_class

@@ -12,7 +12,7 @@ import transformers
 from asked_images import HOW, NONE, ONE, PROMPTS, TWO, WHAT, tiny_models, turn
 from golden_files import golden_file
 from reattend.hooks import Act, Capture, Exit, Plan, attach, sites
-from reattend.hooks.caches import cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import KeyBias, ReattendError, UnsupportedError
 from reattend.recipes import recipe
 from test_visual_token_exit import SLUG, logits_of, prompts_of, steer, text_logits

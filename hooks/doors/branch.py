@@ -1,0 +1,284 @@
+"""The branch door: the same tokens continue other prompts beside the real one, and the logits of all sides become one.
+
+A branch's prompt is made before the real pass; its own pass runs nested in the forward hook after it, so that the fused logits leave the
+model in the place of its own, and `generate` with all of its processors, beams and drafts needs no change. While a branch runs,
+`Attachment.active` answers with the branch's own edits alone, as for a probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...interventions import ReattendError
+from ..plan import Branch, Fusion, Plan, Prompt
+from ..prompts.text_only import PER_TOKEN
+from ..trackers.caches import cache_in, cache_name, cache_of
+from ..trackers.positions import positions_misfit, with_positions
+from ..trackers.sides import Side, follow, recording_cache, records_past, width_of
+from .probe import Running, plain_arguments
+
+if TYPE_CHECKING:
+    from ..passes import Forward
+    from ..session import Session
+    from ..trackers.sequence import SequenceTracker
+
+IN_PIECES = (
+    "a branch starts from the whole prompt, but this prompt comes in pieces or goes on with a cache that this session has not seen "
+    "grow: pass the whole text at once (prefill_chunk_size=None), without the cache of an earlier turn"
+)
+
+
+def branch_misfit(root: nn.Module | None) -> str:
+    """Why a model's logits cannot be fused with those of branches, or ""."""
+    if root is None:
+        return "it reads no tokens"
+    name = type(root).__name__
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        return f"{name} reads its prompt with an encoder; a branch is another prompt of a decoder"
+    head = getattr(root, "get_output_embeddings", None)
+    if not callable(head) or head() is None:
+        return f"{name} returns no logits: attach to the model with its language head"
+    return ""
+
+
+def steps_of(session: Session, plan: Plan, step: Branch) -> Session:
+    """The edits and readers of a branch as a session of its own, never attached by itself. They count with the recipe's, and remember
+    apart from it: what the real pass has learned about its tokens need not hold here."""
+    from ..session import Session
+
+    inner = Session(session.model, [Plan(plan.recipe, list(step.steps))], isolated=session.isolated)
+    for label, counter in inner.counts.items():
+        session.counts.setdefault(label, counter)
+    inner.counts = session.counts
+    return inner
+
+
+def prepare_branches(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], sessions: list[Session]) -> None:
+    """Before a pass: makes the prompts of all branches, or sees to it that this pass goes on with what they know.
+
+    Raises ReattendError for prompts that branches cannot follow.
+    """
+    for session in sessions:
+        for plan, step, own in session.branches:
+            tokens, sequence = forward.tokens, forward.sequence
+            if tokens is None or sequence is None:
+                raise ReattendError(f"{plan.recipe}: a branch needs tokens to share: call the whole model with input_ids")
+            if given.get("labels") is not None:
+                raise ReattendError(
+                    f"{plan.recipe}: a loss from labels would be that of the plain model: take it from the logits"
+                )
+            if given.get("return_dict") is False:
+                raise ReattendError(f"{plan.recipe}: logits are fused in the model's output: leave return_dict as it is (True)")
+            store = forward.memory(own)
+            if forward.fresh:
+                store.update(sides=_sides(tracker, forward, given, plan, step), length=0)
+                continue
+            if "sides" in store and store["sides"] is None:
+                if forward.clock.phase == "prefill" and _wanted(tracker, forward, given, step):
+                    raise ReattendError(f"{plan.recipe}: {IN_PIECES}")
+                continue
+            past = tokens.length - width_of(given)
+            if "sides" not in store or forward.clock.phase == "prefill" or store["length"] < past:
+                raise ReattendError(f"{plan.recipe}: {IN_PIECES}")
+            if given.get("input_ids") is None:
+                raise ReattendError(f"{plan.recipe}: a branch goes on with the same tokens: pass input_ids, not inputs_embeds")
+
+
+def _wanted(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], step: Branch) -> bool:
+    """Whether a prompt that had no need of branches so far has one now: with another chunk, or with the next turn."""
+    tokens, sequence, ids = forward.tokens, forward.sequence, given.get("input_ids")
+    assert tokens is not None and sequence is not None
+    arguments = plain_arguments(given, tokens)
+    if isinstance(ids, Tensor):
+        known = sequence.ids(tokens.prompt_length, ids.device)
+        arguments["input_ids"] = known  # the whole of it, not this part alone
+        arguments["attention_mask"] = (~tokens.positions("padding", 0, known.shape[1], known.device)).long()
+    prompt = Prompt(arguments, tokens, getattr(tracker.root, "config", None), {})
+    return all(inputs(prompt) is not None for inputs in step.inputs)
+
+
+def _sides(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan: Plan, step: Branch) -> list[Side] | None:
+    """The branches of a prompt; None where the recipe wants none."""
+    tokens = forward.tokens
+    assert tokens is not None
+    arguments = plain_arguments(given, tokens)
+    width = tokens.prompt_length
+    for name in ("input_ids", "attention_mask", "position_ids", *PER_TOKEN):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.shape[-1] > width:
+            arguments[name] = value[..., :width]  # drafts behind the prompt
+    sides = []
+    for inputs in step.inputs:
+        prompt = Prompt(dict(arguments), tokens, getattr(tracker.root, "config", None), forward.memory(plan.memory_key))
+        changed = inputs(prompt)
+        if changed is None:
+            return None
+        mirrored = changed.get("position_ids") is arguments.get("position_ids")
+        shared = changed.get("input_ids") is arguments.get("input_ids") and "inputs_embeds" not in changed
+        if mirrored and width_of(changed) != width:
+            raise ReattendError("a branch whose prompt has another length needs position_ids of its own")
+        misfit = positions_misfit(prompt.config) if mirrored else ""
+        if misfit and changed.get("attention_mask") is not arguments.get("attention_mask"):
+            raise ReattendError(
+                f"{plan.recipe}: {type(tracker.root).__name__} cannot leave other tokens in their places: {misfit}"
+            )
+        seen = tokens
+        if not shared:
+            embeds, mask = changed.get("inputs_embeds"), changed.get("attention_mask")
+            seen = tracker._new_map(changed.get("input_ids"), embeds, mask, changed, [])
+        sides.append(Side(changed, mirrored, seen, shared))
+    return sides
+
+
+def fuse_branches(
+    tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, sessions: list[Session]
+) -> None:
+    """After a pass: runs the branches on its tokens and puts the fused logits into its output.
+
+    Raises ReattendError where the output has no logits to be replaced.
+    """
+    for session in sessions:
+        for plan, step, own in session.branches:
+            store = forward.memory(own)
+            if store.get("sides") is None:
+                continue
+            logits = getattr(output, "logits", None)
+            given = with_positions(given, forward.positions)
+            if not isinstance(logits, Tensor):
+                raise ReattendError(f"{plan.recipe}: {type(output).__name__} holds no logits to fuse; pass return_dict=True")
+            tokens = forward.tokens
+            assert tokens is not None and forward.sequence is not None
+            width = width_of(given)
+            count = 1 + tokens.length - tokens.prompt_length if forward.fresh else width
+            if not forward.fresh and cache_of(output) is None:
+                count = 1  # without a cache every pass holds the whole text again
+            columns = _columns(forward, width, count)
+            others = [_advance(tracker, forward, given, output, store, side, own, columns) for side in store["sides"]]
+            store["length"] = tokens.length
+            place = _place(logits, given, width, columns)
+            real = logits if place is None else logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
+            fused = step.fuse(Fusion(real, others, forward.clock, tokens, forward.memory(plan.memory_key))).to(logits.dtype)
+            if place is not None:
+                fused = logits.scatter(1, place[..., None].expand(-1, -1, logits.shape[2]), fused)
+            output.logits = fused
+            session.counts[step.label]["logits"] += 1
+
+
+def _advance(
+    tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, store: dict, side: Side, own: Session, columns: Tensor
+) -> Tensor:  # fmt: skip
+    """The branch's logits [B, count, V] for the same new tokens."""
+    tokens, cache = forward.tokens, cache_of(output)
+    assert tokens is not None and forward.sequence is not None
+    ids, width = given.get("input_ids"), width_of(given)
+    count = columns.shape[1]
+    after = max(0, tokens.length - tokens.prompt_length)
+    new = torch.empty(tokens.batch, 0, dtype=torch.long) if ids is None else ids[:, width - min(after, width) :]
+    if forward.fresh or cache is None:
+        arguments = side.grown(new, given)
+        if cache is not None and records_past(cache):
+            side.cache = arguments[cache_name(tracker.root)] = recording_cache(tracker.root)
+        if cache is None and side.later is not None:
+            raise ReattendError("a mask that changes after the prompt needs a cache: generate with use_cache=True")
+    else:
+        back = store["length"] - (tokens.length - width)
+        side.crop(back)
+        arguments = side.step(ids if ids is not None else new, plain_arguments(given, tokens), cache_name(tracker.root))
+    arguments["use_cache"] = cache is not None
+    at = columns - width + width_of(arguments) if side.mirrored else None
+    if side.mirrored and bool((columns != columns[:1]).any() | (columns[:, -1] != width - 1).any()):
+        keep: int | None = None  # rows that are padded on the right end in different columns
+    else:
+        keep, at = count, None
+    found = _run(tracker, forward, side, own, arguments, keep)
+    if cache is not None:
+        side.cache = cache_of(found)
+        if side.cache is None:
+            raise ReattendError(f"{type(tracker.root).__name__} keeps no cache that a branch could go on with")
+        side.read(new.shape[1] if forward.fresh else width)
+        side.arguments = {}  # pictures and all: its cache holds what matters of them
+        follow(cache, store["sides"])
+    logits = found.logits
+    return (
+        logits[:, -count:] if at is None else logits.gather(1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[2]))
+    )
+
+
+def _run(
+    tracker: SequenceTracker, forward: Forward, side: Side, own: Session, arguments: dict[str, Any], keep: int | None
+) -> Any:
+    """A nested pass of the model, edited by the branch's own steps alone."""
+    from ..passes import Forward
+
+    root = tracker.root
+    assert root is not None and forward.tokens is not None
+    parameters = tracker.signature.parameters
+    if keep is not None and "logits_to_keep" in parameters:
+        arguments["logits_to_keep"] = keep
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    arguments = {k: v for k, v in arguments.items() if v is not None and (k in parameters or open_ended)}
+    if not side.shared:
+        side.tokens.length = side.prompt + forward.tokens.length - forward.tokens.prompt_length
+    outer = tracker.local.stack
+    running, cache = Running(own, None), cache_in(arguments)
+    tracker.local.stack = [
+        Forward(forward.clock, side.tokens, forward.sequence, fresh=forward.fresh, probe=running, cache=cache)
+    ]
+    try:
+        with _own_offsets(tracker, side):  # with gradients where the real pass has them
+            return root(**arguments)
+    finally:
+        tracker.local.stack = outer
+
+
+@contextlib.contextmanager
+def _own_offsets(tracker: SequenceTracker, side: Side) -> Iterator[None]:
+    """Multimodal RoPE keeps its offset on a module: inside, that of the branch stands there."""
+    modules = tracker.offset_modules
+    kept = [m.rope_deltas for m in modules]
+    for module, value in zip(modules, side.offsets or ()):
+        module.rope_deltas = value
+    try:
+        yield
+        side.offsets = [m.rope_deltas for m in modules]
+    finally:
+        for module, value in zip(modules, kept):
+            module.rope_deltas = value
+
+
+# -- which positions are fused -------------------------------------------------------------------------------------------
+
+
+def _columns(forward: Forward, width: int, count: int) -> Tensor:
+    """[B, count] long: columns of the pass whose logits are fused, the last real ones of each row."""
+    tokens = forward.tokens
+    assert tokens is not None
+    last = torch.full((tokens.batch,), width - count)
+    if forward.fresh and count == 1:
+        real = ~tokens.positions("padding", 0, width)
+        last = torch.where(real, torch.arange(width), 0).amax(dim=1)
+    return last[:, None] + torch.arange(count)
+
+
+def _place(logits: Tensor, given: dict[str, Any], width: int, columns: Tensor) -> Tensor | None:
+    """[B, count] long: where the columns lie in the returned logits; None where these are just all of them."""
+    shown = logits.shape[1]
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, Tensor):
+        kept = keep.to(columns.device) % width
+    else:
+        kept = torch.arange(width - shown, width)
+    if shown == columns.shape[1] and bool((columns == kept).all()):
+        return None
+    place = (columns[..., None] == kept).long().argmax(dim=-1)
+    if not torch.equal(kept[place], columns):
+        raise ReattendError(
+            f"logits_to_keep leaves out the last token of a prompt, whose logits are fused with those of a branch: keep column "
+            f"{int(columns.max())} too"
+        )
+    return place.to(logits.device)

@@ -1,0 +1,156 @@
+"""The lookahead door: after each pass the likeliest next tokens are tried on the cache, read, and taken back again.
+
+Trials are passes of their own, nested in the forward hook like those of branches, edited by nobody. What a recipe keeps in its memory
+and has a `move` method goes where the cache's rows go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...interventions import ReattendError
+from ..plan import Capture, Lookahead, Plan, Trials
+from ..trackers.caches import cache_in, cache_name, cache_of
+from ..trackers.positions import next_position, with_positions
+from ..trackers.sides import follow, holds_on, width_of
+from .probe import Running
+
+if TYPE_CHECKING:
+    from ..passes import Forward
+    from ..session import Session
+    from ..trackers.sequence import SequenceTracker
+
+
+def reader_of(session: Session, plan: Plan, step: Lookahead) -> Session:
+    """The reader of trials as a session of its own, never attached by itself."""
+    from ..session import Session
+
+    inner = Plan(plan.recipe)
+
+    def read(call: Any, edits: Any) -> None:
+        call.memory["trial"] = step.read(call)
+
+    inner.steps = [Capture(step.sites, read)]
+    return Session(session.model, [inner], isolated=session.isolated)
+
+
+def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None:
+    """Before a pass. Raises ReattendError where trials could not be taken back."""
+    if forward.tokens is None or forward.sequence is None:
+        raise ReattendError(
+            f"{plan.recipe}: trying next tokens needs tokens: call the whole model with input_ids or inputs_embeds"
+        )
+    if given.get("use_cache") is False:
+        raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
+    if forward.tokens.length - forward.tokens.prompt_length > 0 and width_of(given) > 1:
+        raise ReattendError(f"{plan.recipe}: next tokens are tried one step at a time, not in drafts (assisted decoding)")
+    if forward.fresh and bool(forward.tokens.positions("padding", 0, forward.tokens.length)[:, -1].any()):
+        raise ReattendError(f"{plan.recipe}: next tokens are tried behind the last column: prompts must be padded on the left")
+    layers = getattr(cache_in(given), "layers", ())
+    fixed = next((layer for layer in layers if not holds_on(layer) and not _is_static(layer)), None)
+    if fixed is not None:
+        raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
+
+
+def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, sessions: list[Session]) -> None:
+    """After a pass: tries the likeliest next tokens of every row and puts what the recipe makes of them into the output's logits."""
+    for session in sessions:
+        for plan, step, own in session.lookaheads:
+            tokens, cache = forward.tokens, cache_of(output)
+            assert tokens is not None
+            if cache is None:
+                raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
+            memory = forward.memory(plan.memory_key)
+            logits = output.logits[:, -1]
+            room = _with_room(cache, tokens.length)
+            graph = _with_graph(cache) if torch.is_grad_enabled() else []
+            with torch.no_grad():
+                ids = logits.topk(min(step.count, logits.shape[-1]), dim=-1).indices
+                readings = [_try(tracker, forward, given, room, ids[:, k : k + 1], own) for k in range(ids.shape[1])]
+            for layer, keys, values in graph:  # a layer may have cut itself to its window
+                count = layer.keys.shape[2]
+                layer.keys, layer.values = keys[:, :, keys.shape[2] - count :], values[:, :, values.shape[2] - count :]
+            if torch.is_grad_enabled() and logits.requires_grad:
+                readings = [_Unknown.apply(reading, logits, plan.recipe) for reading in readings]
+            found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
+            output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
+            follow(cache, [value for value in memory.values() if hasattr(value, "move")])
+            session.counts[step.label]["logits"] += 1
+
+
+def _is_static(layer: Any) -> bool:
+    """Whether a layer of a cache holds all tokens in their order, in a buffer of a fixed size."""
+    return type(layer).__name__ == "StaticLayer"
+
+
+def _with_room(cache: Any, length: int) -> Any:
+    """The cache, or another one with what it holds, where it has no room for one more token or could not give it back."""
+    layers = getattr(cache, "layers", ())
+    if not layers or not all(map(_is_static, layers)) or (all(map(holds_on, layers)) and length < layers[0].max_cache_len):
+        return cache
+    from transformers import DynamicCache
+
+    room = DynamicCache()
+    for number, layer in enumerate(layers):
+        room.update(layer.keys[:, :, :length], layer.values[:, :, :length], number)
+    return room
+
+
+def _with_graph(cache: Any) -> list[tuple[Any, Tensor, Tensor]]:
+    """(layer, keys, values) of the layers that a backward pass may go through: trials, which have no gradient, would cut that off."""
+    layers = getattr(cache, "layers", ())
+    found = [(layer, getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    return [
+        (x, k, v)
+        for x, k, v in found
+        if isinstance(k, Tensor) and isinstance(v, Tensor) and (k.requires_grad or v.requires_grad)
+    ]
+
+
+class _Unknown(torch.autograd.Function):
+    """A reading of a trial, for a graph: it depends on what the logits depend on, but how is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, reading: Tensor, logits: Tensor, recipe: str) -> Tensor:
+        ctx.recipe = recipe
+        return reading.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ReattendError(
+            f"{ctx.recipe}: the passes that try next tokens have no gradient, so that of these logits would be wrong: take gradients "
+            f"outside of the session"
+        )
+
+
+def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cache: Any, ids: Tensor, own: Session) -> Tensor:
+    """What the reader makes of a pass with one further token per row; the cache is then as before."""
+    from ..passes import Forward
+
+    tokens, root = forward.tokens, tracker.root
+    assert tokens is not None and root is not None
+    arguments: dict[str, Any] = {"input_ids": ids, cache_name(root): cache, "use_cache": True}
+    known = tokens.positions("padding", 0, tokens.length, ids.device)
+    arguments["attention_mask"] = pad((~known).long(), (0, 1), value=1)
+    positions = with_positions(given, forward.positions).get("position_ids")
+    if isinstance(positions, Tensor):
+        arguments["position_ids"] = next_position(positions)
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    outer, length = tracker.local.stack, tokens.length
+    tracker.local.stack = [Forward(forward.clock, tokens, forward.sequence, probe=Running(own, None), cache=cache)]
+    tokens.length += 1
+    kept = [m.rope_deltas for m in tracker.offset_modules]
+    try:
+        root(**arguments)
+    finally:
+        tracker.local.stack, tokens.length = outer, length
+        for module, value in zip(tracker.offset_modules, kept):
+            module.rope_deltas = value
+        if cache.get_seq_length() > length:
+            cache.crop(length - cache.get_seq_length())
+    return forward.memory(own.plans[0].memory_key)["trial"]

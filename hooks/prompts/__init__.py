@@ -1,0 +1,1 @@
+"""The same prompt in another form, with parts left out or replaced; computed here, installed by `doors`."""

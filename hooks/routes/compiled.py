@@ -1,0 +1,56 @@
+"""Compiled models under sessions: a compiled graph has no place for hooks that come and go, and would silently run without them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...interventions import ReattendWarning
+from ..trackers.in_flight import lifecycle
+
+# who wants compiled models to run uncompiled, and torch's switch, which is one for the whole process
+_users: set[int] = set()
+_stance: list[Any] = []
+
+
+def inside(roots: Iterable[nn.Module]) -> bool:
+    """Whether one of these modules, or one inside, was compiled in one of the ways that can be seen from outside."""
+    return any(_is_compiled(module) for root in roots for module in root.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """torch.compile(module), module.compile(), module.forward = torch.compile(module.forward), and generate with a static cache."""
+    own = vars(module)
+    return (
+        "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+        or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+        or own.get("_compiled_call") is not None
+    )
+
+
+def run_uncompiled(user: Any, what: str) -> None:
+    """Lets compiled models run uncompiled until `run_compiled(user)`, and says so; what: "the denoiser", "the model"."""
+    with lifecycle:
+        if id(user) in _users:
+            return
+        kind = what.split()[-1]
+        warnings.warn(
+            f"the {kind} is compiled: compiled models run uncompiled until the session ends", ReattendWarning, stacklevel=2
+        )
+        _users.add(id(user))
+        if not _stance:
+            _stance.append(torch.compiler.set_stance("force_eager"))
+
+
+def run_compiled(user: Any) -> None:
+    """Ends what `run_uncompiled` began; safe to call twice."""
+    with lifecycle:
+        _users.discard(id(user))
+        while _stance and not _users:
+            _stance[-1].__exit__(None, None, None)
+            _stance.pop()

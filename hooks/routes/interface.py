@@ -1,0 +1,370 @@
+"""The transformers route: an attention function and its mask function, registered while sessions last.
+
+The models' configs name our function for the time of a session; it hands every call without edits to the function the model had
+before, with the mask that function expects.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, fused, row_weights
+from ..module_hooks import Hook
+from ..session import acting_at, edits_of
+from ..sites.discovery import uncompiled
+from ..sites.rotary import rotary_at
+from ..trackers.caches import filled_columns
+from ..trackers.in_flight import Pass, lifecycle
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+    from ..passes import Forward
+    from ..session import Session
+
+PREFIX = "reattend_"
+SUPPORTED = ("sdpa", "eager")
+NO_PAGES = "paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
+
+CONTINUOUS_BATCHING = "transformers.generation.continuous_batching"
+
+
+class Name(str):
+    """The name of our attention function for implementation `original`, as it stands in a config; a copy or a pickle names the original."""
+
+    original: str
+
+    def __new__(cls, original: str) -> Name:
+        self = super().__new__(cls, PREFIX + original)
+        self.original = original
+        return self
+
+    def __deepcopy__(self, memo: Any) -> str:
+        return self.original
+
+    def __reduce__(self) -> Any:
+        return str, (self.original,)
+
+    def __eq__(self, other: object) -> bool:
+        # continuous batching asks for these before it would refuse our name in words of its own
+        paged = isinstance(other, str) and other.startswith("paged|")
+        if paged and sys._getframe(1).f_globals.get("__name__", "").startswith(CONTINUOUS_BATCHING):
+            raise ReattendError(NO_PAGES)
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+class Switched:
+    """A config that names our function. users: the attachments whose sessions need it; several models may share one config."""
+
+    def __init__(self, config: Any, original: str) -> None:
+        self.config, self.name = config, Name(original)
+        # an implementation that the user has switched to and that cannot be edited: recipes are off as long as it stands there
+        self.left_for: str | None = None
+        self.users: list[InterfaceRoute] = []
+
+
+# configs by id, the attachments of all models that a module belongs to, by its id, and who needs a name in the registries
+_configs: dict[int, Switched] = {}
+_owners: dict[int, list[Attachment]] = {}
+_names: dict[str, list[InterfaceRoute]] = {}
+
+
+class InterfaceRoute:
+    """Switches the configs of one attached model to our attention function, and back."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        # (site, the module's own attributes, its config) of all modules that sessions act at
+        self.modules: dict[int, tuple[Site, dict[str, Any], Any]] = {}
+        self.switched: list[Switched] = []
+
+    def install(self, session: Session) -> None:
+        """Switches the configs of the sites that this session edits. Raises UnsupportedError for kernels that cannot be edited."""
+        modules: list[tuple[Site, Any]] = [
+            (site, step.sites.module(site))
+            for _, step in session.act_steps()
+            for site in step.sites
+            if site.route == "attention_interface"
+        ]
+        for site, module in modules:
+            _original_name(site, module.config)
+        with lifecycle:
+            for site, module in modules:
+                self._switch(site, module.config)
+                owners = _owners.get(id(module), [])
+                if self.attachment not in owners:
+                    _owners[id(module)] = [*owners, self.attachment]
+                self.modules[id(module)] = (site, vars(module), module.config)
+
+    def _switch(self, site: Site, config: Any) -> None:
+        entry = _configs.get(id(config)) or Switched(config, _original_name(site, config))
+        # this route knows it before anybody else does, so that after an interrupt `uninstall` finds all of it
+        if entry not in self.switched:
+            self.switched.append(entry)
+        if self not in entry.users:
+            entry.users.append(self)
+        _configs[id(config)] = entry
+        self._name(entry)
+
+    def _name(self, entry: Switched) -> None:
+        _register(entry.name.original, self)
+        entry.config._attn_implementation_internal = entry.name
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def follow(self, sessions: list[Session]) -> None:
+        """Before a pass: where the user has switched to another implementation, it is the one that is edited from now on.
+
+        Warns where it cannot be edited: recipes are then off until the user switches back.
+        """
+        for entry in self.switched:
+            now = entry.config._attn_implementation_internal
+            if now is entry.name:
+                entry.left_for = None
+            elif now != entry.left_for:
+                self._adopt(entry, sessions)
+        for key, (site, own, config) in self.modules.items():
+            if own.get("config") is not config:
+                with lifecycle:
+                    self._switch(site, own["config"])
+                    self.modules[key] = (site, own, own["config"])
+
+    def _adopt(self, entry: Switched, sessions: list[Session]) -> None:
+        site = self._site_under(entry, sessions)
+        if site is None:
+            return
+        with lifecycle:
+            now = (entry.config._attn_implementation_internal or "eager").removeprefix(PREFIX)
+            entry.left_for = None if now in SUPPORTED else now
+            if entry.left_for is not None:
+                warnings.warn(
+                    f"{site.name} was switched to attention implementation {now!r} inside a session, which cannot be edited: recipes "
+                    f'do nothing there until model.set_attn_implementation("sdpa")',
+                    ReattendWarning,
+                    stacklevel=2,
+                )
+                return
+            entry.name = Name(now)
+            for user in entry.users:
+                user._name(entry)
+
+    def _site_under(self, entry: Switched, sessions: list[Session]) -> Site | None:
+        """A site with this config that these sessions act at; None where there is none."""
+        acted = set().union(*(session.modules for session in sessions))
+        return next((site for key, (site, _, config) in self.modules.items() if config is entry.config and key in acted), None)
+
+    def check(self, landed: Pass) -> None:
+        """After a pass. Raises ReattendError where attention was computed by something that this route cannot see."""
+        for entry in self.switched:
+            now = entry.config._attn_implementation_internal
+            if now is not entry.name and now != entry.left_for and self._site_under(entry, landed.sessions) is not None:
+                raise ReattendError(
+                    f"the attention implementation was switched to {now!r} while a forward pass was under way, which has missed recipes "
+                    f"in some layers: switch between passes"
+                )
+        wanted = [session.decoder_modules for session in landed.sessions if session.decoder_modules]
+        if any(entry.left_for is not None for entry in self.switched):
+            return  # said when it was switched
+        if wanted and all(landed.seen.isdisjoint(modules) for modules in wanted):
+            site = self.modules[next(iter(wanted[0]))][0]
+            raise ReattendError(
+                f"a recipe acts at {site.name}, but no attention of that stack came through the session in this pass: the module's "
+                f"forward or its attention function was replaced after the session began"
+            )
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def uninstall(self) -> None:
+        """Restores the configs; safe to call twice. Our names stay known until `release`."""
+        with lifecycle:
+            for key, owners in list(_owners.items()):
+                if self.attachment in owners:
+                    rest = [owner for owner in owners if owner is not self.attachment]
+                    if rest:
+                        _owners[key] = rest
+                    else:
+                        del _owners[key]
+            while self.switched:
+                entry = self.switched[-1]
+                entry.users = [user for user in entry.users if user is not self]
+                if not entry.users:
+                    now = entry.config._attn_implementation_internal
+                    if now == entry.name:
+                        entry.config._attn_implementation_internal = entry.name.original
+                    _configs.pop(id(entry.config), None)
+                self.switched.pop()
+            self.modules = {}
+
+    def release(self) -> None:
+        """Takes our names out of transformers' registries, if no other model needs them; safe to call twice."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        with lifecycle:
+            for name, users in list(_names.items()):
+                _names[name] = [user for user in users if user is not self]
+                if not _names[name]:
+                    AttentionInterface._global_mapping.pop(PREFIX + name, None)
+                    AttentionMaskInterface._global_mapping.pop(PREFIX + name, None)
+                    del _names[name]
+
+
+def _original_name(site: Site, config: Any) -> str:
+    """The implementation that a config names, by the name that it has outside of sessions."""
+    entry = _configs.get(id(config))
+    name: str = config._attn_implementation or "eager"
+    if entry is not None and name == entry.name:
+        return entry.name.original
+    return _supported(site, name.removeprefix(PREFIX) if name.startswith(PREFIX) else name)
+
+
+def _supported(site: Site, name: str) -> str:
+    if name not in SUPPORTED:
+        raise UnsupportedError(
+            f"{site.name} runs attention implementation {name!r}, which returns no statistics to edit: call "
+            f'model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
+        )
+    return name
+
+
+def _register(name: str, user: InterfaceRoute) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    users = _names.setdefault(name, [])
+    if user not in users:
+        users.append(user)
+    if PREFIX + name not in AttentionInterface._global_mapping:
+        AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface._global_mapping[name])
+        AttentionInterface.register(PREFIX + name, functools.partial(_attention, name))
+
+
+def _attention(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Stands in for implementation `name`: edits the call if a session asks for it, and delegates otherwise."""
+    owners = _owners.get(id(module))
+    if owners is not None:
+        result = _steered(owners, name, module, query, key, value, attention_mask, kwargs)
+        if result is not None:
+            return result
+    return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(name: str, cls: type) -> Any:
+    """The function that `cls` would have called: from the interface object its own file uses, or its own eager function."""
+    home = sys.modules[_forward_of(cls).__module__]
+    interface = getattr(home, "ALL_ATTENTION_FUNCTIONS", None)
+    if interface is not None and name in interface:
+        return interface[name]
+    if name == "eager":
+        names = _forward_of(cls).__code__.co_names
+        for candidate in [n for n in names if n.endswith("eager_attention_forward")]:
+            return getattr(home, candidate)
+    raise UnsupportedError(f"{cls.__name__} has no attention function for implementation {name!r}")
+
+
+def _forward_of(cls: type) -> Any:
+    import inspect
+
+    return inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+
+
+def _original(name: str, module: nn.Module) -> Any:
+    return _lookup(name, type(module))  # type: ignore[arg-type]
+
+
+def _edited(
+    owners: list[Attachment],
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None] | None:
+    acting = acting_at(owners, module)
+    if not acting:
+        return None
+    if _paged(kwargs):
+        raise ReattendError(f"{acting[0][0].site_at(module).name}: {NO_PAGES}")
+    if module.training and kwargs.get("dropout", 0.0):
+        raise ReattendError(
+            f"{acting[0][0].site_at(module).name}: attention dropout is on; call model.eval() before using a recipe"
+        )
+    original = _original(name, module)
+
+    def run() -> Tensor:
+        return original(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
+
+    def place(call: Call, site: Site, owner: Attachment) -> Forward:
+        forward = owner.tracker.current()
+        tokens = forward.tokens_at(site)
+        if site.stack not in ("decoder", "encoder") or site.kind != "self":
+            tokens = None
+        call.clock, call.tokens = forward.clock, tokens
+        call.rotation = functools.partial(rotary_at, owner, site, module, kwargs)
+        if site.stack == "decoder" and site.kind == "self":
+            call.keep_columns(filled_columns(query, key, mask, tokens, forward.buffered))
+        return forward
+
+    call = _call(name, module, query, key, value, mask, kwargs)
+    call.original = run
+    edits = edits_of(acting, module, call, place)
+    if not edits:
+        return None
+    output = fused(call, edits).transpose(1, 2).contiguous()
+    if name != "eager" or not _weights_are_read(module, kwargs):
+        return output, None
+    weights = row_weights(call, edits, torch.arange(call.num_queries, device=query.device))
+    return output, torch.nn.functional.pad(weights, (0, key.shape[2] - call.num_keys)).to(query.dtype)
+
+
+def _weights_are_read(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody may look at the weights that eager attention returns: the caller who asks for them, or hooks of others."""
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    hooks = (*module._forward_hooks.values(), *nn.modules.module._global_forward_hooks.values())
+    return "forward" in vars(module) or any(not isinstance(hook, Hook) for hook in hooks)
+
+
+def _paged(kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one of continuous batching, whose cache is no `Cache`."""
+    cache = kwargs.get("cache")
+    return cache is not None and "Paged" in type(cache).__name__
+
+
+_steered = uncompiled(_edited)
+
+
+def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:
+    """The call as tensors, with the causality that implementation `name` would have applied."""
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = bool(is_causal) and name == "sdpa" and mask is None and query.shape[2] > 1
+    if is_causal and key.shape[2] > query.shape[2]:
+        # prefill into an empty static cache: only its first columns are filled
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if mask is not None and mask.shape[-1] > key.shape[2]:
+        mask = mask[..., : key.shape[2]]
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        if mask is None:
+            if is_causal:
+                hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril().logical_not()
+                mask, is_causal = bias[..., : key.shape[2]].masked_fill(hidden, float("-inf")), False
+            else:
+                mask = bias
+        else:
+            mask = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    return Call(
+        query, key, value, mask, is_causal, kwargs.get("scaling"),
+        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), original_is_sdpa=name == "sdpa",
+    )  # fmt: skip

@@ -1,0 +1,188 @@
+"""The route for modules that call torch's SDPA themselves: diffusers' processors, timm, remote code.
+
+Forward hooks mark the module; while its forward runs, a `TorchFunctionMode` sees `F.scaled_dot_product_attention` with q, k, v
+after projection, norm and RoPE. The function itself is never replaced, and the mode is on only inside marked modules.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...interventions import Call, ReattendError, Site, fused
+from ..module_hooks import Hooks
+from ..session import Acting, acting_at, edits_of
+from ..sites.discovery import dispatch
+from ..tokens.denoisers import locate
+from ..trackers.caches import filled_columns
+from ..trackers.in_flight import module_call, on_stack
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+    from ..passes import Forward
+    from ..session import Session
+    from ..tokens.denoisers import DenoiserForward
+
+_local = threading.local()
+
+
+class Marked:
+    """A module that sessions edit, with its hooks and the attachments of all models that it belongs to."""
+
+    def __init__(self) -> None:
+        self.hooks = Hooks()
+        self.owners: list[Attachment] = []
+
+    def put_on(self, module: nn.Module) -> None:
+        self.hooks.after(module, self._unmark)
+        self.hooks.before(module, self._mark)
+
+    def _mark(self, module: nn.Module, args: tuple) -> None:
+        acting = acting_at(self.owners, module)
+        if acting:
+            mode = _Interception(module, acting)
+            _marks().append(mode)
+            mode.__enter__()
+
+    def _unmark(self, module: nn.Module, args: tuple, output: Any) -> None:
+        marks = _marks()
+        if not marks or marks[-1].module is not module:
+            return
+        mode = marks.pop()
+        mode.__exit__(None, None, None)
+        if output is not None and not mode.calls:
+            check_bypassed(mode)
+
+
+_marked: dict[int, Marked] = {}
+
+
+class SdpaRoute:
+    """Marks the modules that sessions edit."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def install(self, session: Session) -> None:
+        for _, step in session.act_steps():
+            for site in step.sites:
+                if site.route != "sdpa":
+                    continue
+                module = step.sites.module(site)
+                marked = _marked.setdefault(id(module), Marked())
+                if self.attachment not in marked.owners:
+                    marked.owners = [*marked.owners, self.attachment]
+                if not marked.hooks:
+                    marked.put_on(module)
+
+    def uninstall(self) -> None:
+        """Takes the marks away, where no other model's sessions need them; safe to call twice."""
+        clear_marks()
+        for key, marked in list(_marked.items()):
+            if self.attachment not in marked.owners:
+                continue
+            rest = [owner for owner in marked.owners if owner is not self.attachment]
+            if not rest:
+                marked.hooks.remove()
+                del _marked[key]
+            marked.owners = rest
+
+
+def check_bypassed(mode: _Interception) -> None:
+    """Raises ReattendError for a module that ran without calling SDPA, though a step acts there."""
+    session, _ = mode.acting[0]
+    name = session.site_at(mode.module).name
+    how = dispatch(mode.module)
+    problem = "it no longer computes attention that can be intercepted" if how is None else how[1]
+    if problem is None:
+        if "forward" in vars(mode.module):
+            return  # replaced on the instance: it may hand out what it computed before, as diffusers' caches do
+        problem = "it did not call torch's SDPA"
+    raise ReattendError(
+        f"{name} ran, but its attention did not come through the session, which acts there: {problem} (was its processor or its "
+        f"implementation switched inside the session?)"
+    )
+
+
+def _marks() -> list[_Interception]:
+    if not hasattr(_local, "marks"):
+        _local.marks = []
+    return _local.marks
+
+
+def clear_marks() -> None:
+    """Leaves every mode that an interrupt (which runs no forward hooks) left behind in this thread."""
+    marks = _marks()
+    while marks and marks[-1].left_behind():
+        marks.pop().__exit__(None, None, None)
+
+
+class _Interception(TorchFunctionMode):
+    def __init__(self, module: nn.Module, acting: Acting) -> None:
+        super().__init__()
+        self.module, self.acting = module, acting
+        self.calls = 0
+        self.frame = module_call()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or self.left_behind():
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+    def left_behind(self) -> bool:
+        """True when the module's forward was interrupted (KeyboardInterrupt runs no hooks): what runs now is somebody else's."""
+        if self.frame is None or torch.compiler.is_compiling():
+            return False
+        return not on_stack(self.frame, sys._getframe(1))
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        def run() -> Tensor:
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+
+        acting, number = self.acting, self.calls
+        self.calls += 1
+        site = acting[0][0].site_at(self.module)
+        if dropout_p and self.module.training:
+            raise ReattendError(f"{site.name}: attention dropout is on; call eval() on the model before using a recipe")
+        if query.dim() != 4:
+            raise ReattendError(f"{site.name}: expected attention over [batch, heads, tokens, dim], got {tuple(query.shape)}")
+        mask = attn_mask
+        if mask is not None and mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        if is_causal and query.shape[2] != key.shape[2]:
+            # torch aligns its flag with the first key, a Call with the last one
+            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            mask, is_causal_here = causal[None, None], False
+        else:
+            is_causal_here = is_causal
+
+        def place(call: Call, site: Site, owner: Attachment) -> Forward | DenoiserForward:
+            forward = owner.denoiser.current() or owner.tracker.current()
+            call.clock, call.tokens = forward.clock, None
+            locate(call, forward, number)
+            if site.stack == "decoder" and site.kind == "self":
+                call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
+            return forward
+
+        call = Call(query, key, value, mask, is_causal_here, scale, site=site, original=run)
+        edits = edits_of(acting, self.module, call, place)
+        return fused(call, edits) if edits else run()

@@ -1,0 +1,256 @@
+"""Finds every attention computation of a model and says how it can be intercepted, without running it.
+
+A module is a site when its forward (or, in diffusers, its processor) is where softmax(Q K^T) V is dispatched: transformers'
+attention interface, `F.scaled_dot_product_attention` or diffusers' `dispatch_attention_fn`. That is read from the functions'
+own code objects, so new model classes need no table.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ...interventions import ReattendError, Site, UnsupportedError
+from .denoisers import STACKS, denoiser_in, stack_of
+from .denoisers import describe as describe_denoiser_site
+from .table import SiteTable
+
+SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+NATIVE_BACKENDS = {None, "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"}
+
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def uncompiled(hook: Hook) -> Hook:
+    """The hook, kept out of torch.compile's graphs."""
+    return torch.compiler.disable(hook)  # type: ignore
+
+
+def sites(model: Any) -> SiteTable:
+    """Lists the attention sites of a transformers model or pipeline, a diffusers pipeline or denoiser, or any nn.Module.
+
+    Sites that cannot be intercepted are listed with their reason in `problem`. Raises ReattendError if there is no module in `model`.
+    """
+    found: list[Site] = []
+    modules: dict[str, nn.Module] = {}
+    for component, root in components(model).items():
+        prefix = f"{component}." if component else ""
+        part = _module_sites(root, prefix, component)
+        for site, module in part:
+            found.append(site)
+            modules[site.name] = module
+    inner = unwrapped_model(model)
+    root = pretrained_root(inner) if isinstance(inner, nn.Module) else inner
+    # of a diffusers pipeline the denoiser's configuration says how large its pictures are; the pipeline's own names its parts
+    drawing = next((part for part in components(model).values() if denoiser_in(part) is not None), None)
+    config = getattr(root if drawing is None or isinstance(root, nn.Module) else drawing, "config", None)
+    return SiteTable(found, modules, type(root).__name__, config)
+
+
+def original_of(model: Any) -> Any:
+    """What `reattend.wrap` was given, so that a wrapped object and its original count as one; anything else as it is."""
+    return getattr(type(model), "_reattend_original", model)
+
+
+def unwrapped_model(model: Any) -> Any:
+    """The model inside a transformers pipeline; anything else as it is."""
+    model = original_of(model)
+    inner = getattr(model, "model", None)
+    return inner if not isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
+
+
+def pretrained_root(model: nn.Module) -> nn.Module:
+    """The outermost transformers model in a module (inside torch.compile's or PEFT's wrapper), or the module itself."""
+    return next((m for m in model.modules() if hasattr(type(m), "set_attn_implementation")), model)
+
+
+def components(model: Any) -> dict[str, nn.Module]:
+    """{name: module} of the parts of a model or pipeline that may hold attention; a bare model has the one name ""."""
+    model = original_of(model)
+    if isinstance(model, nn.Module):
+        return {"": model}
+    inner = unwrapped_model(model)
+    if isinstance(inner, nn.Module):
+        return {"": inner}
+    parts = getattr(model, "components", None)
+    if isinstance(parts, dict):
+        modules = {k: v for k, v in parts.items() if isinstance(v, nn.Module)}
+        if modules:
+            return modules
+    raise ReattendError(
+        f"expected a transformers model or pipeline, a diffusers pipeline or denoiser, or an nn.Module, got {type(model).__name__}"
+    )
+
+
+def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Site, nn.Module]]:
+    counters: dict[str, dict[str, int]] = {}
+    result: list[tuple[Site, nn.Module]] = []
+    inside_site: list[str] = []
+    denoiser = denoiser_in(root)
+    for path, module in root.named_modules():
+        if any(path.startswith(p + ".") for p in inside_site):
+            continue
+        how = dispatch(module)
+        if how is None:
+            continue
+        inside_site.append(path)
+        route, problem = how
+        stack = _stack(root, path, component, module) if denoiser is None else stack_of(denoiser, path)
+        if stack == "decoder" and route != "none" and _from_transformers(module) and not _knows_masks(type(module).forward):
+            stack, problem = "depth", f"{type(module).__name__} attends over the states of earlier layers, not over tokens"
+        layer = _layer(module, path, counters.setdefault(stack, {}))
+        heads, kv, dim = _heads(module)
+        kind = _kind(path, module)
+        causal = bool(getattr(module, "is_causal", False)) and stack == "decoder" and kind == "self"
+        site = Site(prefix + path, layer, stack, kind, heads, kv, dim, causal, route, problem)
+        result.append((describe_denoiser_site(root, module, site) if hasattr(module, "processor") else site, module))
+    if denoiser is not None:
+        result.sort(key=lambda item: STACKS.index(item[0].stack))
+    return result
+
+
+def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
+    """(route, problem) if attention happens in this very module, else None."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "sdpa", "nn.MultiheadAttention: its fast path calls a kernel that cannot be intercepted"
+    processor = getattr(module, "processor", None)
+    if processor is not None and not isinstance(processor, nn.Module) and callable(processor):
+        names = _names(type(processor).__call__)
+        if names & SDPA_NAMES:
+            backend = getattr(processor, "_attention_backend", None)
+            backend = getattr(backend, "value", backend)
+            if backend not in NATIVE_BACKENDS:
+                return "sdpa", f"attention backend {backend!r} never reaches torch's SDPA: call set_attention_backend('native')"
+            return "sdpa", None
+        if hasattr(module, "to_q") or hasattr(module, "to_qkv"):
+            name = type(processor).__name__
+            reason = "linear attention has no softmax" if "Linear" in name else "it never calls torch's SDPA"
+            return "sdpa", f"processor {name}: {reason}"
+        return None
+    names = _names(type(module).forward)
+    if "ALL_ATTENTION_FUNCTIONS" in names:
+        return "attention_interface", None
+    if names & SDPA_NAMES:
+        return "sdpa", None
+    named = type(module).__name__
+    own = frozenset().union(*(_names(f) for f in vars(type(module)).values() if callable(f) and hasattr(f, "__code__")))
+    if "Attention" in named and "softmax" in own and not any(dispatch(child) for child in module.children()):
+        return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
+    return None
+
+
+def _from_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
+
+
+@functools.lru_cache(maxsize=4096)
+def _knows_masks(function: Callable) -> bool:
+    """Attention over tokens takes a mask; attention over what earlier layers gave (Inkling 2's residuals) has nothing to hide."""
+    parameters = inspect.signature(function).parameters.values()
+    return any("mask" in p.name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(function: Callable) -> frozenset[str]:
+    """Global and attribute names that a function's code uses, nested functions included."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    names: set[str] = set()
+    todo = [code] if isinstance(code, CodeType) else []
+    while todo:
+        current = todo.pop()
+        names.update(current.co_names)
+        todo.extend(c for c in current.co_consts if isinstance(c, CodeType))
+    return frozenset(names)
+
+
+def _stack(root: nn.Module, path: str, component: str, module: nn.Module) -> str:
+    lowered = f"{component}.{path}".lower()
+    if component == "vae":
+        return "vae"
+    if component == "controlnet":
+        return "controlnet"
+    if any(word in lowered for word in ("vision", "visual", "image_encoder", "vit.", "image_tower")):
+        return "vision"
+    config = getattr(root, "config", None)
+    if "audio" in lowered:
+        return "audio"
+    if any(word in lowered for word in ("resampler", "perceiver", "qformer", "abstractor", "projector")):
+        return "connector"
+    if component.startswith("text_encoder"):
+        return "text_encoder"
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    if encoder_decoder and ".encoder." in f".{lowered}":
+        return "encoder"
+    own = getattr(module, "config", config)
+    if not encoder_decoder and (hasattr(own, "patch_size") or hasattr(own, "image_size")) and not hasattr(own, "vocab_size"):
+        return "vision"
+    if not encoder_decoder and not getattr(module, "is_causal", False) and getattr(own, "is_decoder", False) is False:
+        if hasattr(own, "vocab_size") and _writes_text(root):
+            return "decoder"  # PaliGemma: the image and the question see each other, the answer is still causal
+        return "encoder" if "cross" not in lowered else "decoder"
+    return "decoder"
+
+
+def _writes_text(root: nn.Module) -> bool:
+    can = getattr(root, "can_generate", None)
+    return bool(can()) if callable(can) else False
+
+
+def _layer(module: nn.Module, path: str, seen: dict[str, int]) -> int:
+    index = getattr(module, "layer_idx", None)
+    if isinstance(index, int):
+        return index
+    numbers = [p for p in path.split(".") if p.isdigit()]
+    block = path.rsplit(".", 1)[0] if numbers else path
+    return seen.setdefault(block, len(seen))
+
+
+def _kind(path: str, module: nn.Module) -> str:
+    last = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
+    if any(word in last for word in ("cross", "encoder_attn", "encdec")):
+        return "cross"
+    return "self"
+
+
+def _heads(module: nn.Module) -> tuple[int | None, int | None, int | None]:
+    config = getattr(module, "config", None)
+
+    def first(owner: Any, *names: str) -> int | None:
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        return None
+
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+    heads = first(module, *names) or first(config, *names, "encoder_attention_heads")
+    dim = first(module, "head_dim", "attention_head_size", "dim_head") or first(config, "head_dim")
+    if dim is None and heads:
+        width = first(module, "embed_dim", "hidden_size", "inner_dim") or first(config, "hidden_size")
+        dim = width // heads if width else None
+    groups = first(module, "num_key_value_groups")
+    kv = first(module, "num_key_value_heads") or (heads // groups if heads and groups else heads)
+    return heads, kv, dim
+
+
+def layer_module(model: Any, site_name: str) -> nn.Module:
+    """The layer (item of a ModuleList) that holds a site of a model or pipeline. Raises UnsupportedError where there is none."""
+    parts = components(model)
+    component, _, path = ("", "", site_name) if "" in parts else site_name.partition(".")
+    best: nn.Module | None = None
+    module = parts[component]
+    for part in path.split("."):
+        parent, module = module, getattr(module, part)
+        if isinstance(parent, nn.ModuleList):
+            best = module
+    if best is None:
+        raise UnsupportedError(f"{site_name} does not lie in a list of layers, so the input of its layer cannot be observed")
+    return best

@@ -1,0 +1,134 @@
+"""The table of a model's attention sites, and what recipes say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from torch import nn
+
+from ...interventions import ReattendError, Site, UnsupportedError
+
+
+class SiteTable(Sequence):
+    """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down."""
+
+    def __init__(
+        self, sites: Sequence[Site], modules: dict[str, nn.Module], model_name: str = "model", config: Any = None
+    ) -> None:
+        self.sites = list(sites)
+        self.modules = modules
+        self.model_name = model_name
+        self.config = config
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> SiteTable: ...
+
+    def __getitem__(self, index: int | slice) -> Site | SiteTable:
+        return self.sites[index] if isinstance(index, int) else self._with(self.sites[index])
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __add__(self, other: SiteTable) -> SiteTable:
+        return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name, self.config)
+
+    def _with(self, sites: Sequence[Site]) -> SiteTable:
+        return SiteTable(sites, self.modules, self.model_name, self.config)
+
+    def where(self, condition: Callable[[Site], bool]) -> SiteTable:
+        return self._with([s for s in self.sites if condition(s)])
+
+    def stack(self, *names: str) -> SiteTable:
+        """Sites of these stacks; "denoiser" also takes "denoiser.double" and the like."""
+        return self.where(lambda s: any(s.stack == n or s.stack.startswith(n + ".") for n in names))
+
+    def kind(self, *kinds: str) -> SiteTable:
+        return self.where(lambda s: s.kind in kinds)
+
+    def layers(self, first: int = 0, last: int | None = None) -> SiteTable:
+        """Layers first..last inclusive; negative numbers count from the end of each stack, None = the last one.
+
+        For a list of layers there is `only`.
+        """
+        for name, value in (("first", first), ("last", last)):
+            if isinstance(value, bool) or not isinstance(value, int | None) or (name == "first" and value is None):
+                raise ReattendError(
+                    f"layers(first, last) takes the first and the last layer of a range as whole numbers, got {name}={value!r:.60}; "
+                    "for a list of layers use only([...])"
+                )
+        size = {s.stack: 1 + max(o.layer for o in self.sites if o.stack == s.stack) for s in self.sites}
+
+        def inside(site: Site) -> bool:
+            n = size[site.stack]
+            low = first + n if first < 0 else first
+            high = n - 1 if last is None else last + n if last < 0 else last
+            return low <= site.layer <= high
+
+        return self.where(inside)
+
+    def only(self, layers: Iterable[int]) -> SiteTable:
+        """The sites of these layers, by number from 0; for a range there is `layers`."""
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ReattendError(f"only([...]) takes a list of layers, got {layers!r:.60}; for a range use layers(first, last)")
+        wanted = set(layers)
+        return self.where(lambda s: s.layer in wanted)
+
+    @property
+    def num_layers(self) -> int:
+        return len({(s.stack, s.layer) for s in self.sites})
+
+    @property
+    def problems(self) -> list[Site]:
+        return [s for s in self.sites if s.problem]
+
+    @property
+    def refusal(self) -> str:
+        """Why sites of the table cannot be intercepted, with the name of the first one; "" where all can."""
+        bad = self.problems
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        return f"{bad[0].name}{more} cannot be intercepted: {bad[0].problem}" if bad else ""
+
+    def module(self, site: Site) -> nn.Module:
+        return self.modules[site.name]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per site, for JSON."""
+        keys = ("name", "layer", "stack", "kind", "num_heads", "num_kv_heads", "head_dim", "causal", "route", "problem")
+        return [{k: getattr(s, k) for k in keys} for s in self.sites]
+
+    def __str__(self) -> str:
+        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "")
+        lines: list[tuple[str, ...]] = [head]
+        for s in self.sites:
+            known = [("?" if v is None else str(v)) for v in (s.num_heads, s.num_kv_heads, s.head_dim)]
+            lines.append((s.name, s.stack, str(s.layer), s.kind, *known, "yes" if s.causal else "no", s.problem or ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
+        return "\n".join([f"{self.model_name}: {len(self)} attention sites", *text])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a recipe fits a model; `reason` says why not, or what to know."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def require_supported(table: SiteTable) -> None:
+    """Raises UnsupportedError that names the first site which cannot be intercepted, and why."""
+    if table.refusal:
+        raise UnsupportedError(table.refusal)

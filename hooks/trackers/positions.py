@@ -1,0 +1,82 @@
+"""The positions of a pass, for passes of our own that have to go on with the same ones.
+
+A model that is called without `position_ids` finds positions of its own: from the cache's length, or from the attention mask (OPT,
+multimodal RoPE). A branch with another mask would be given other positions, and a trial has no mask to find them from. So what the
+real pass came to is read on the way to its first layer, and handed to the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sites.discovery import layer_module
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+    from ..session import Session
+
+NAME = "position_ids"
+
+
+def positions_misfit(config: Any) -> str:
+    """Why the positions of a model cannot be given to it, or ""."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "alibi", False):
+        return "it counts distances from its attention mask (alibi), so hiding a token would move all others"
+    return ""
+
+
+def takers(attachment: Attachment) -> list[nn.Module]:
+    """The modules that are given positions on the way to the first decoder layer, from outside in."""
+    root = attachment.tracker.root
+    site = next((s for s in attachment.table if s.stack == "decoder"), None)
+    if root is None or site is None:
+        return []
+    layer = layer_module(attachment.model, site.name)
+    way: list[nn.Module] = []
+    for module in root.modules():
+        if module is not root and any(inner is layer for inner in module.modules()):
+            way += [module, *(child for child in module.children() if not isinstance(child, nn.ModuleList))]
+    found: list[nn.Module] = []
+    for module in way:
+        if NAME in inspect.signature(type(module).forward).parameters and all(module is not other for other in found):
+            found.append(module)
+    return found
+
+
+def install_positions(attachment: Attachment, session: Session) -> None:
+    """Hooks that keep the positions of a pass with it (`Forward.positions`)."""
+    for module in takers(attachment):
+        session.handles.before(module, _reader(attachment, module), kwargs=True)
+
+
+def _reader(attachment: Attachment, module: nn.Module) -> Any:
+    place = list(inspect.signature(type(module).forward).parameters).index(NAME) - 1  # without self
+
+    def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        forward = attachment.tracker.current()
+        if forward.sequence is None or forward.positions is not None:
+            return
+        positions = kwargs.get(NAME, args[place] if place < len(args) else None)
+        if isinstance(positions, Tensor):
+            forward.positions = positions.detach()
+
+    return read
+
+
+def with_positions(given: dict[str, Any], found: Tensor | None) -> dict[str, Any]:
+    """The arguments of a pass with the positions that it had."""
+    return given if found is None or given.get(NAME) is not None else {**given, NAME: found}
+
+
+def next_position(positions: Tensor) -> Tensor:
+    """Positions [..., 1] of the token after these; in multimodal RoPE it stands beyond the highest of an image's planes."""
+    last = positions[..., -1:]
+    if last.dim() < 3 or last.shape[0] < 3:
+        return last + 1
+    text, planes = last[: last.shape[0] - 3], last[-3:]
+    return torch.cat([text, planes.amax(dim=0, keepdim=True).expand_as(planes)], dim=0) + 1

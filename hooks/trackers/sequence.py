@@ -1,0 +1,368 @@
+"""Knows, for every forward pass of a token model, where it stands: prefill or decode, which step, which tokens.
+
+One forward pre-hook on the whole model reads its arguments; what it learns is kept per sequence (per cache object, so threads that
+generate at the same time on one model do not mix), for as long as the cache lives.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...interventions import Clock, ReattendError, TokenMap
+from ..doors.branch import fuse_branches, prepare_branches
+from ..doors.lookahead import check_lookahead, look_ahead
+from ..doors.probe import Running, run_probes
+from ..module_hooks import Hooks
+from ..passes import OUTSIDE, Forward, Sequence
+from ..sites.denoisers import denoiser_in
+from ..sites.discovery import pretrained_root, unwrapped_model
+from ..tokens.images import join_images
+from ..tokens.roles import add_text_roles, build_roles
+from .caches import NAMES, cache_in, cache_length, cache_of, rows_repeat, same_content, strange_cache, takes_cache, versions
+from .caller import Caller, caller, virtual_tokens
+from .sides import unfollow
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+    from ..session import Session
+
+
+class SequenceTracker:
+    """Installed on the outermost pretrained model (or on any other module that is wrapped)."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.handles = Hooks()
+        self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
+        self.local = threading.local()
+        model = unwrapped_model(attachment.model)
+        # a denoiser has no sequence: the denoiser door follows it
+        followed = isinstance(model, nn.Module) and denoiser_in(model) is None
+        self.root = pretrained_root(model) if followed else None
+        self.in_flight = attachment.in_flight
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        if self.root is None or self.handles:
+            return
+        self.signature = inspect.signature(type(self.root).forward)
+        # the hook that ends passes first: none may begin that cannot end
+        self.handles.after(self.root, self._leave)
+        self.handles.before(self.root, self._enter, kwargs=True)
+
+    def uninstall(self) -> None:
+        self.handles.remove()
+        self.local.stack = []
+        unfollow(list(self.by_cache))
+
+    def current(self) -> Forward:
+        """The forward pass of this thread; outside of one (a vision tower run by `generate` beforehand) an "encode" clock."""
+        stack = getattr(self.local, "stack", None)
+        return stack[-1] if stack and self.in_flight.here() is not None else Forward(OUTSIDE)
+
+    def probing(self) -> Running | None:
+        """The probe whose pass is under way in this thread."""
+        stack = getattr(self.local, "stack", None)
+        return stack[-1].probe if stack else None
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.probing() is not None:
+            return
+        # but for probes, no forward pass of a model starts inside another one of itself: anything left here was interrupted
+        self.local.stack = []
+        sessions = self.attachment.begin()
+        if not sessions:
+            return
+        given = self.signature.bind_partial(module, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        forward = self._forward(given, sessions)
+        self.local.stack.append(forward)
+        del given[next(iter(self.signature.parameters))]
+        if any(session.branches or session.lookaheads for session in sessions):
+            prepare_branches(self, forward, given, sessions)
+            for session in sessions:
+                for plan, *_ in session.lookaheads:
+                    check_lookahead(forward, given, plan)
+            forward.branched = given, sessions
+        for session in sessions:
+            session.forwards += 1
+        run_probes(self, forward, given, sessions)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.probing() is not None:
+            return
+        stack = getattr(self.local, "stack", None)
+        forward = stack.pop() if stack else None
+        cache = cache_of(output)
+        if forward is not None and forward.sequence is not None:
+            if _is_followed(cache):
+                self.by_cache[cache] = forward.sequence
+            self.local.returned = strange_cache(output) if cache is None and isinstance(output, Mapping) else ""
+        try:
+            if forward is not None and forward.branched is not None and output is not None:
+                fuse_branches(self, forward, forward.branched[0], output, forward.branched[1])
+                look_ahead(self, forward, forward.branched[0], output, forward.branched[1])
+        except BaseException:
+            self.attachment.land(None)
+            raise
+        self.attachment.land(output)
+
+    @functools.cached_property
+    def offset_modules(self) -> list[Any]:
+        """Modules that keep the offset of multimodal RoPE from one pass to the next."""
+        return [] if self.root is None else [m for m in self.root.modules() if hasattr(m, "rope_deltas")]
+
+    # -- reading one forward pass --------------------------------------------------------------------------------------
+
+    def _forward(self, given: dict[str, Any], sessions: list) -> Forward:
+        config = getattr(self.root, "config", None)
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        ids = given.get("decoder_input_ids" if encoder_decoder else "input_ids")
+        embeds = given.get("decoder_inputs_embeds" if encoder_decoder else "inputs_embeds")
+        mask = given.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+        encoder_tokens = None
+        if encoder_decoder and given.get("input_ids") is not None:
+            encoder_tokens = self._new_map(given["input_ids"], None, given.get("attention_mask"), given, sessions)
+        source = ids if ids is not None else embeds
+        if not isinstance(source, Tensor) or source.dim() < 2:
+            return Forward(OUTSIDE, encoder_tokens=encoder_tokens, two_sided=encoder_decoder)
+        batch, width = source.shape[:2]
+        if not batch or not width:
+            raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
+        cache = cache_in(given)
+        past = cache_length(cache)
+        known = self._known(cache, past, batch)
+        if known is not None and width == 1 and past >= known.planned:
+            who, drafts = NOBODY, 0
+        else:
+            who = caller(given, width)
+            drafts = width - 1 if who.assistant and known is not None else who.drafts
+            self._check_counter(given, cache, past, width, mask, who)
+            if cache is None:
+                known = self._without_cache(ids, batch, width, who)
+                past = known.tokens.length if known is not None and width == 1 else 0
+        if known is None:
+            forward = self._begin(ids, embeds, mask, past, width, drafts, who, cache, given, sessions)
+        else:
+            forward = self._go_on(known, ids, mask, past, width, drafts, who, cache, given, sessions)
+        forward.encoder_tokens, forward.two_sided, forward.cache = encoder_tokens, encoder_decoder, cache
+        return forward
+
+    def _begin(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller, cache: Any,
+        given: dict[str, Any], sessions: list[Session],
+    ) -> Forward:  # fmt: skip
+        """The first pass of a sequence that is seen; `past` tokens of it may stand in its cache already."""
+        source = ids if ids is not None else embeds
+        assert source is not None
+        batch, prompt = source.shape[0], past + width - drafts
+        virtual = who.virtual or self._virtual_tokens
+        # they stand in the cache that the first pass is given, or at the front of its embeddings
+        virtual = virtual if past == virtual or (not past and ids is None) else 0
+        known = torch.full((batch, past + width), -1, device=source.device)
+        if ids is not None:
+            known[:, past:] = ids
+        later = None if ids is None else who.to_come(ids, past, past)
+        told = None if ids is None and not past else known
+        tokens = self._new_map(
+            told, embeds, mask, given, sessions, prompt, later, virtual, unread=past - virtual if past else 0
+        )
+        sequence = Sequence(tokens, [known], list(sessions), call=who.call, began=past, shuffled=who.beams)
+        sequence.planned = 0 if later is None else prompt + later.shape[1]
+        if _is_followed(cache):
+            self.by_cache[cache] = sequence
+        if cache is None:
+            # of the prompts in one call of generate each may go on (guidance by a second prompt)
+            others = [s for s in getattr(self.local, "uncached", []) if s.call is not None and s.call is who.call]
+            self.local.uncached = [*others[-3:], sequence]
+        tokens.length = past + width
+        clock = Clock("prefill" if self._generates() or past else "encode")
+        return Forward(clock, tokens, sequence, fresh=not past, past=past - virtual if past else 0)
+
+    def _go_on(
+        self, known: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller, cache: Any,
+        given: dict[str, Any], sessions: list[Session],
+    ) -> Forward:  # fmt: skip
+        """A further pass of a known sequence: a step of decoding, or more of its prompt."""
+        pieces = False
+        if width - drafts > 1 and cache is not None or past < known.planned:
+            pieces = known.step < 0
+            self._extend(known, ids, mask, past, width, drafts, who, given, sessions)
+            clock = Clock("prefill")
+        else:
+            if known.current != sessions:
+                self._join(known, sessions)
+            known.step += 1
+            if cache is None and width > 1 and ids is not None:
+                known.pieces = [ids]  # every pass holds the whole text
+            else:
+                known.read(ids, width)
+            clock = Clock("decode", known.step)
+        known.tokens.length = past + width
+        return Forward(clock, known.tokens, known, past=past, pieces=pieces)
+
+    def _extend(
+        self, known: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller,
+        given: dict[str, Any], sessions: list[Session],
+    ) -> None:  # fmt: skip
+        """More prompt after a cache: the next chunk of a chunked prefill, or the next turn of a conversation."""
+        if known.call is not who.call or who.call is None:
+            known.call, known.began = who.call, past
+        later = None if ids is None else who.to_come(ids, past, known.began)
+        shuffled, known.shuffled = known.shuffled, False
+        known.read(ids, width)
+        known.shuffled = shuffled or who.beams
+        tokens, prompt = known.tokens, past + width - drafts
+        # sessions of other threads may have read it too
+        readers = [*(s for s in known.sessions if s.active and s not in sessions), *sessions]
+        whole = known.ids(past + width, "cpu" if ids is None else ids.device)
+        unread = tokens.unread + (width if ids is None else 0)
+        before = tokens.roles["padding"]
+        try:
+            new = self._new_map(whole, None, mask, given, readers, prompt, later, tokens.virtual, unread, before)
+        except ReattendError:
+            known.reached(past)
+            raise
+        tokens.roles, tokens.blind, tokens.unknown, tokens.unread = new.roles, new.blind, new.unknown, unread
+        tokens.images = [] if unread else join_images(tokens.images, new.images, past, new.roles.get("image"))
+        tokens.prompt_length, known.sessions, known.step = prompt, readers, -1
+        known.planned = 0 if later is None else prompt + later.shape[1]
+
+    def _join(self, known: Sequence, sessions: list[Session]) -> None:
+        """Looks for the passages of sessions that began after the prompt was read."""
+        new = [session for session in sessions if session not in known.sessions]
+        if new:
+            add_text_roles(known.tokens, known.ids(known.tokens.prompt_length, "cpu"), new)
+            known.sessions = [*known.sessions, *new]
+        known.current = sessions
+
+    @functools.cached_property
+    def _virtual_tokens(self) -> int:
+        """Virtual tokens that PEFT puts before every prompt, where the session was given the PEFT model itself."""
+        return virtual_tokens(getattr(unwrapped_model(self.attachment.model), "active_peft_config", None))
+
+    def _generates(self) -> bool:
+        can = getattr(self.root, "can_generate", None)
+        return bool(can()) if callable(can) else True
+
+    # -- which sequence a pass belongs to ------------------------------------------------------------------------------
+
+    def _known(self, cache: Any, past: int, batch: int) -> Sequence | None:
+        """The sequence that a cache holds, as long as the cache is and no longer; None for one that nobody has read.
+
+        Raises ReattendError where rows were taken from the cache, so that nobody can tell which are left.
+        """
+        if not past or not _is_followed(cache):
+            return None
+        known = self.by_cache.get(cache)
+        if known is None:
+            known = self._copied(cache, past, batch)
+            if known is None:
+                return None
+            self.by_cache[cache] = known
+        if known.tokens.length != past:
+            known.moved_to(past)
+        if known.tokens.batch != batch:
+            times, rest = divmod(batch, known.tokens.batch)
+            if rest or not rows_repeat(cache, times):
+                raise ReattendError(
+                    f"this cache had {known.tokens.batch} rows when it was last read and has {batch} now, so that it cannot be told "
+                    f"which tokens its rows hold: pass whole prompts without it, or call session.reset(), after which its tokens "
+                    f"count as not read"
+                )
+            known = self.by_cache[cache] = known.repeated(times)
+        return known
+
+    def _copied(self, cache: Any, past: int, batch: int) -> Sequence | None:
+        """What is known of the cache of which this one is a copy, for the copy to go on with."""
+        for reference in self.by_cache.keyrefs():
+            other = reference()
+            sequence = None if other is None else self.by_cache.get(other)
+            if sequence is None:
+                continue
+            tokens = sequence.tokens
+            long_enough = tokens.length >= past and tokens.batch in (batch, 1) and cache_length(other) >= past
+            if long_enough and same_content(cache, other, past):
+                return sequence.fork(past)
+        return None
+
+    def _without_cache(self, ids: Tensor | None, batch: int, width: int, who: Caller) -> Sequence | None:
+        """The sequence that a pass without a cache goes on with, inside one call of generate; elsewhere each pass is a prompt."""
+        if who.call is None:
+            return None
+        for last in getattr(self.local, "uncached", []):
+            if last.call is not who.call or last.tokens.batch != batch:
+                continue
+            if width == 1 and last.tokens.length > 1 and not takes_cache(self.root):
+                return last  # the model keeps what it has read by itself
+            if width != last.tokens.length + 1:
+                continue
+            # beams may have changed places since the last step: only their prompts are sure to be the same
+            prompt = last.tokens.prompt_length
+            if ids is None or torch.equal(ids[:, :prompt], last.ids(prompt, ids.device)):
+                return last
+        return None
+
+    def _check_counter(self, given: dict[str, Any], cache: Any, past: int, width: int, mask: Any, who: Caller) -> None:
+        """Raises ReattendError where this pass goes on with tokens whose cache nobody here has seen: its steps would be miscounted."""
+        if not self._generates():
+            return
+        named = takes_cache(self.root)
+        last, self.local.last = getattr(self.local, "last", None), (who.call, width, cache is not None)
+        returned = getattr(self.local, "returned", "")
+        strange = "" if named or cache is not None else strange_cache(given)
+        problem = ""
+        if strange:
+            problem = f"it was given a cache by the name {strange!r}"
+        elif not past and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width:
+            problem = f"its attention mask has {mask.shape[1]} columns for {width} tokens, and no cache holds the others"
+        elif past and who.virtual and not isinstance(given.get("input_ids"), Tensor):
+            problem = f"PEFT puts its {who.virtual} virtual tokens before every token, because it sees no cache"
+        elif width == 1 and cache is None and last is not None and last[1] > 1:
+            if returned:
+                problem = f"the pass before has returned a cache by the name {returned!r}"
+            elif named and who.call is not None and last[0] is who.call and not last[2] and given.get("use_cache") is not False:
+                problem = "generate passes one token after a longer prompt, and no cache is seen"
+        if problem:
+            raise ReattendError(
+                f"{type(self.root).__name__} goes on with tokens that cannot be counted: {problem}. Caches are read by the names "
+                f"{' and '.join(NAMES)} ({versions()} found)"
+            )
+
+    def forget(self, session: Session) -> None:
+        """Drops all sequences that a session has read."""
+        alive = [cache for cache in (reference() for reference in self.by_cache.keyrefs()) if cache is not None]
+        mine = [cache for cache in alive if (known := self.by_cache.get(cache)) is not None and session in known.sessions]
+        unfollow(mine)
+        for cache in mine:
+            self.by_cache.pop(cache, None)
+        self.local = threading.local()
+
+    def _new_map(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any], sessions: list,
+        prompt: int | None = None, later: Tensor | None = None, virtual: int = 0, unread: int = 0, padding: Tensor | None = None,
+    ) -> TokenMap:  # fmt: skip
+        """The map of a prompt; what does not stand here is explained at `build_roles`."""
+        source = ids if ids is not None else embeds
+        assert source is not None
+        batch, width = source.shape[:2]
+        prompt = width if prompt is None else prompt
+        tokens = TokenMap(batch, prompt, width, virtual=virtual, unread=unread)
+        build_roles(tokens, self.root, ids if ids is None else ids[:, :prompt], mask, given, sessions, later, padding)
+        return tokens
+
+
+NOBODY = Caller()
+
+
+def _is_followed(cache: Any) -> bool:
+    return cache is not None and not isinstance(cache, (tuple, list))

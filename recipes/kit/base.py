@@ -1,0 +1,194 @@
+"""What a recipe is: a published method with its own parameters, turned into interventions on sites. One file per method."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from ...hooks import SiteTable, Support, running, sites
+from ...hooks.plan import Step
+from ...interventions import ReattendError
+from .checks import shown
+from .contents import Contents
+from .profile import Profile
+
+_serials = itertools.count(1)
+Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
+# no count of tokens, layers or heads is larger, and sums of two of them still fit into the integers of a tensor
+LARGEST = 2**31 - 1
+DEEPEST, MOST_NAMED = 10, 6
+# what a user comes with, in the order in which the README and `reattend list` answer
+Problem = Literal[
+    "my instruction is overlooked",
+    "a fact in a long prompt is not found",
+    "the answer depends on the order of the documents",
+    "answers to classification questions are poor",
+    "demonstrations make every prompt long",
+    "the prompt is too long",
+    "the model describes what is not there",
+    "the image makes the model overlook the instruction",
+    "an image's tokens cost too much",
+    "the picture ignores a word",
+]
+Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "decoding"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Machine-readable facts about a method, shown by `reattend list` and `reattend show`.
+
+    does: one line for somebody who has not read the paper. paper, year, arxiv: the source; the year is that of the conference where
+    there was one. code, licence: the official code where known. families: the first is the primary one. profiling: what has to be learned
+    about a model before use, or "".
+    cost: "free", "decode" (every step), "prefill", "forward" (a further forward pass). status: "ready" or "experiment".
+    problems: what it is a remedy for. try_first: the strength that a user should begin with, {} = the defaults are that; sweep: the
+    values of a strength that are worth comparing, from weak to strong.
+    """
+
+    does: str
+    paper: str
+    year: int
+    arxiv: str
+    families: Sequence[Family]
+    kinds: Sequence[Kind]
+    cost: str
+    problems: Sequence[Problem] = ()
+    try_first: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    code: str = ""
+    licence: str = ""
+    profiling: str = ""
+    status: str = "ready"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Recipe(BaseModel):
+    """Base of all recipes. A subclass sets `slug` and `info`, adds its parameters as fields, and fills in `supports` and `plan`.
+
+    Parameters out of range raise ReattendError with the field's name and the allowed values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    slug: ClassVar[str] = ""
+    info: ClassVar[Info]
+    version: ClassVar[int] = 1
+    # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
+    marks: ClassVar[Mapping[str, str]] = {}
+    # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.conflict`
+    weighs: ClassVar[frozenset[str]] = frozenset()
+    hides: ClassVar[frozenset[str]] = frozenset()
+    # what a profile of it holds, which is checked before the profile is used
+    contents: ClassVar[Contents] = Contents()
+
+    def __init__(self, /, **parameters: Any) -> None:
+        if "self" in parameters:  # pydantic's own constructor cannot be told of it
+            known = ", ".join(self.field_help()) or "none"
+            raise ReattendError(f"recipe {self.slug!r}: self is not a parameter of {self.slug!r}; its parameters are: {known}")
+        try:
+            super().__init__(**parameters)
+        except ValidationError as error:
+            raise ReattendError(one_line(self.slug, self.field_help(), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """No integer that overflows later on, and no truth value where a number is meant."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and not _takes(field.annotation, bool):
+            raise ValueError("must be no truth value")
+        reason = _too_much(value)
+        if reason:
+            raise ValueError(reason)
+        return value
+
+    @functools.cached_property
+    def serial(self) -> int:
+        """A number that no other recipe object has; token roles of its own carry it."""
+        return next(_serials)
+
+    @classmethod
+    def field_help(cls) -> dict[str, str]:
+        return {name: f.description or "" for name, f in cls.model_fields.items()}
+
+    def supports(self, sites: SiteTable) -> Support:
+        """Whether the recipe fits a model with these sites, and if not, why."""
+        raise NotImplementedError
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        """The steps that a session takes on this model: `Act`, `Observe`, `Project`, `Guide`, `Spans`."""
+        raise NotImplementedError
+
+    @classmethod
+    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+        """Learns what the method must know about a model. Raises ReattendError where the method has no profiling step."""
+        raise ReattendError(f"recipe {cls.slug!r} has no profiling step")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as data: what a YAML file of it holds."""
+        return {"name": self.slug, "version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
+
+
+def decoder_sites(sites: SiteTable, slug: str) -> tuple[SiteTable, Support]:
+    """Self-attention sites of a causal decoder, or the reason why there are none."""
+    chosen = sites.stack("decoder").kind("self").where(lambda s: s.causal)
+    if not len(chosen):
+        stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
+        return chosen, Support(
+            False, f"{slug} needs a language model with a causal decoder; {sites.model_name} has attention in: {stacks}"
+        )
+    return chosen, Support(not chosen.refusal, chosen.refusal)
+
+
+def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:
+    """(all sites, decoder sites) of a model that is to be profiled. Raises ReattendError where it does not fit or a recipe is at work."""
+    table = sites(model)
+    chosen, support = decoder_sites(table, slug)
+    if not support:
+        raise ReattendError(f"cannot profile this model: {support.reason}")
+    if running(model):
+        raise ReattendError("a profile must show the plain model: end the session that is active on it first")
+    return table, chosen
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether a type hint allows values of this type."""
+    return annotation is Any or annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
+
+
+def _too_much(value: Any, depth: int = 0) -> str:
+    """Why a value is too large or too deep for any parameter; "" where it, and what is in it, is not."""
+    if isinstance(value, int):
+        return "" if -LARGEST <= value <= LARGEST else f"a whole number must lie between {-LARGEST} and {LARGEST}"
+    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        return ""
+    if depth == DEEPEST:
+        return f"must not be nested {DEEPEST} deep"
+    items = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    return next(filter(None, (_too_much(item, depth + 1) for item in items)), "")
+
+
+def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:
+    """What is wrong with parameters, in one line that names them and what would be right."""
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(p) for p in item["loc"]) or slug
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(fields) or "none"
+            parts.append(f"{name} is not a parameter of {slug!r}; its parameters are: {known}")
+        elif item["type"] == "missing":
+            parts.append(f"{name} is required: {fields.get(name, '')}")
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            message = message.removeprefix("value error, ")
+            # an error about several parameters names them itself
+            parts.append(f"{name}: {message}, got {shown(item['input'])}" if item["loc"] else message)
+    more = [f"and {len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
+    return f"{what} {slug!r}: " + "; ".join([*parts[:MOST_NAMED], *more])

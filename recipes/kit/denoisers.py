@@ -1,0 +1,55 @@
+"""What recipes for denoisers share: the layers in which image tokens see each other, numbered once over all stacks."""
+
+from __future__ import annotations
+
+from math import ceil, log2
+
+from ...hooks import SiteTable, Support
+
+# SD 1.5's mid block sees 8 x 8 places of its pictures, SDXL's 32 x 32
+LEAST_SIDE = 8
+
+
+def image_layers(sites: SiteTable) -> dict[int, SiteTable]:
+    """{number: sites} of the self and joint attention over image tokens.
+
+    Numbers run through the stacks in order: down, mid, up in UNets; double, then single blocks in Flux and its kin; the second
+    attention of SD3.5's dual layers comes last. Refiners and motion modules have none. Two denoisers of one pipeline share numbers.
+    """
+    chosen = sites.stack("denoiser").kind("self", "joint")
+    chosen = chosen.where(lambda s: not s.stack.endswith(("_refiner", ".pool")))
+    places = list(dict.fromkeys((s.stack, s.layer) for s in chosen))
+    return {n: chosen.where(lambda s, place=place: (s.stack, s.layer) == place) for n, place in enumerate(places)}
+
+
+def needs_denoiser(sites: SiteTable, slug: str) -> Support:
+    """Whether there is a denoiser whose image tokens attend to each other."""
+    if image_layers(sites):
+        return Support(True)
+    stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
+    return Support(False, f"{slug} needs a diffusion model with self-attention; {sites.model_name} has attention in: {stacks}")
+
+
+def default_layers(sites: SiteTable) -> list[int]:
+    """A whole-layer default: a UNet's mid block, as published; layer 9 of SD3-medium's 24 (its paper found 7 to 10 good); else the middle.
+
+    Ours: the mid block of a UNet for small pictures sees too few places to hold their structure (4 x 4 on the zoo's shapes-sd, where
+    weakening it does nothing). There it is the last layer of the first block after it that sees LEAST_SIDE places a side.
+    """
+    layers = image_layers(sites)
+    mid = [n for n, table in layers.items() if table[0].stack == "denoiser.mid"]
+    if mid:
+        side = middle_side(sites)
+        if side is None or side >= LEAST_SIDE:
+            return mid
+        block = (
+            ceil(log2(LEAST_SIDE / side)) - 1
+        )  # the first block after the mid block works at its size, each further one at twice that
+        return [n for n, table in layers.items() if f"up_blocks.{block + 1}." in table[0].name][-1:] or mid
+    return [9] if sites.model_name.startswith(("SD3", "StableDiffusion3")) and len(layers) == 24 else [len(layers) // 2]
+
+
+def middle_side(sites: SiteTable) -> int | None:
+    """How many places a UNet's mid block sees along one side of a picture of the model's own size; None where no configuration tells."""
+    size, blocks = (getattr(sites.config, name, None) for name in ("sample_size", "block_out_channels"))
+    return size // 2 ** (len(blocks) - 1) if isinstance(size, int) and blocks else None

@@ -1,0 +1,107 @@
+"""Which models recipes for images can act on: those whose decoder reads image tokens in its own sequence. And in which layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+from ...hooks import Capture, Probe, Prompt, SiteTable
+from ...hooks.tokens.images import CROSS_ATTENTION, RESAMPLED
+from ...interventions import ReattendWarning
+
+# What becomes of a prompt in pieces under methods that change its last row.
+EACH_LAST_ROW = "the last row of each piece was changed like that of the whole"
+
+
+def image_misfit(table: SiteTable, slug: str) -> str:
+    """Why a recipe that reads or changes the weights between text and image tokens does not fit a model; "" where it does."""
+    config, name = table.config, table.model_name
+    family = getattr(config, "model_type", "")
+    if family in CROSS_ATTENTION:
+        return (
+            f"{name} reads images through cross-attention layers: the rows of its text hold no image weights, and a row there holds "
+            "image weights alone, so that what strengthens all of them is nothing"
+        )
+    if getattr(config, "image_token_id", None) is None:
+        return f"{slug} acts on attention to image tokens, and {name} takes none (its config has no image_token_id)"
+    if family in RESAMPLED or getattr(config, "is_encoder_decoder", False):
+        return f"the image tokens of {name} are no places of the image in the decoder's own sequence"
+    if not len(table.stack("decoder").kind("self")):
+        return f"{name} has no decoder self-attention"
+    return ""
+
+
+def decoder_layers(table: SiteTable, first: int, last: int | None) -> SiteTable:
+    """Decoder self-attention in layers first..last (None = to the end, negative numbers count from it)."""
+    return table.stack("decoder").kind("self").layers(first, last)
+
+
+def layers_misfit(table: SiteTable, first: int, last: int | None) -> str:
+    """Why nothing can be changed in these decoder layers; "" where it can."""
+    decoder, name = table.stack("decoder").kind("self"), table.model_name
+    low, top = min(s.layer for s in decoder), max(s.layer for s in decoder)
+    if last is not None and not -top - 1 <= last <= top:
+        return f"last_layer: there is no layer {last}; {name} has {low} to {top}"
+    chosen = decoder_layers(table, first, last)
+    if not len(chosen):
+        where = "last" if last is None else last
+        return f"{name} has no decoder self-attention in layers {first} to {where}; it has layers {low} to {top}"
+    return chosen.refusal
+
+
+def images_told(table: SiteTable, in_pieces: Callable[[Prompt], None] | None = None) -> Probe:
+    """A step for plans that read the role "image": a prompt whose images cannot be told is refused before any layer runs.
+
+    It looks at the prompt alone and never asks for a pass. in_pieces: see `Probe` and `pieces_told`.
+    """
+    decoder = table.stack("decoder").kind("self")
+    return Probe([Capture(decoder.where(lambda s: s is decoder[0]), _unread)], _check_images, in_pieces=in_pieces)
+
+
+def pieces_told(slug: str, changes: str, matters: Callable[[Prompt], bool]) -> Callable[[Prompt], None]:
+    """What says, once a prompt, that a prompt in pieces gives other numbers than at once. changes: in what; matters: whether it does."""
+    return partial(_tell, slug, changes, matters)
+
+
+def _tell(slug: str, changes: str, matters: Callable[[Prompt], bool], prompt: Prompt) -> None:
+    if not prompt.memory.get("told in pieces") and matters(prompt):
+        prompt.memory["told in pieces"] = True
+        warnings.warn(
+            f"{slug}: this prompt comes in pieces (chunked prefill, or a cache of its first tokens), and {changes}: the answer is not "
+            "quite that to the whole prompt; pass it at once (prefill_chunk_size=None) where that matters",
+            ReattendWarning,
+            stacklevel=2,
+        )
+
+
+def image_before(prompt: Prompt) -> bool:
+    """Whether an earlier part of the prompt holds image tokens."""
+    image = prompt.tokens.roles.get("image")
+    return image is not None and bool(image[:, : prompt.past].any())
+
+
+def image_now(prompt: Prompt) -> bool:
+    """Whether this part of the prompt brings image tokens."""
+    image = prompt.tokens.roles.get("image")
+    return image is not None and bool(image[:, prompt.past :].any())
+
+
+def rows_between_images(prompt: Prompt) -> bool:
+    """Whether an earlier part of the prompt holds tokens after an image, and this part brings a further image in the same row."""
+    image = prompt.tokens.roles.get("image")
+    if image is None:
+        return False
+    before = image[:, : prompt.past]
+    after = (before.cumsum(dim=1) > 0) & ~before
+    return bool((after.any(dim=1) & image[:, prompt.past :].any(dim=1)).any())
+
+
+def _check_images(prompt: Prompt) -> None:
+    tokens = prompt.tokens
+    if "image" not in tokens and (tokens.blind or tokens.unknown):
+        tokens.positions("image", 0, tokens.prompt_length)  # says why
+
+
+def _unread(call: object, edits: object) -> None:
+    """No pass is asked for, so there is nothing to read."""

@@ -1,0 +1,891 @@
+# Written by `python benchmarks/stubs.py`: what the recipes' fields say, for editors and type checkers. Nothing here runs.
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+from ...hooks import Session
+from ..act import ACT
+from ..cmai import CMAI
+from ..emphasise import Emphasise
+from ..gift import GIFT
+from ..instaboost import InstABoost
+from ..opera import OPERA
+from ..pai import PAI
+from ..pine import Pine
+from ..retrieval_heads import RetrievalHeads
+from ..seka import SEKA
+from ..selective_emphasis import SelectiveEmphasis
+from ..soft_injection import SoftInjection
+from ..softpag import SoftPAG
+from ..spa import SPA
+from ..spotlight import Spotlight
+from ..streaming import Streaming
+from ..var import VAR
+from ..vhr import VHR
+from ..visual_token_exit import VisualTokenExit
+from .apply import Choice
+from .base import Recipe
+
+class ACTParameters(TypedDict, total=False):
+    """Takes weight from meaningless tokens that attract attention inside the prompt and gives it to the others."""
+
+    beta: float
+    """factor on the weight of hidden sinks; 1 changes nothing, 0 removes it"""
+    threshold: float
+    """a column is a sink if the mean weight of the rows that see it exceeds this"""
+    threshold_alpha: float | None
+    """the paper's rule instead: the threshold is this number over the prompt's length; 5 in the paper"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | str | None | Mapping[int, Sequence[int]]
+    """heads to calibrate: [[layer, head], ...], {layer: [heads]}, a published list's name, or 'all'"""
+    profile_path: str | None
+    """file with the heads that a profiling run selected, instead of heads; 'cached' = the one kept for this model"""
+    official_exempt: bool
+    """spare the first column over the threshold, as the official code does, instead of the first token"""
+    min_rows: int
+    """rows that must see a column before it can be a sink; 4 to 8 spares the prompt's last tokens"""
+
+class CMAIParameters(TypedDict, total=False):
+    """Blocks the image tokens that a text token's context does not look at. A reconstruction from the paper's abstract."""
+
+    gamma: float
+    """share of a row's image tokens that are blocked; 0 changes nothing"""
+    first_layer: int
+    """first decoder layer that is changed"""
+    last_layer: int | None
+    """last decoder layer that is changed; None = the model's last, -2 = the one before"""
+    lag: Literal[0, 1]
+    """1: the focus comes from the layer before; 0: from the layer's own plain weights"""
+
+class EmphasiseParameters(TypedDict, total=False):
+    """Makes a language model read marked passages of its prompt (an instruction, a fact) more than the rest."""
+
+    text: str | Sequence[str] | Sequence[Sequence[str]] | None
+    """passages to emphasise, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
+    """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[int] | None | Mapping[int, Sequence[int]]
+    """{layer: [query heads]}, or a list of (layer, head) pairs, or a list of whole layers; None = all heads"""
+    alpha: float | None
+    """factor on the other prompt tokens' weights; 1 = no change, None = 0.01 with chosen heads, 0.3 on all heads"""
+    position: Literal["exclude", "include", "generation"]
+    """'exclude' multiplies the other prompt tokens by alpha, 'include' divides them by it (so alpha > 1 emphasises),
+    'generation' multiplies the whole prompt, which weakens it against the generated text"""
+    profile_path: str | None
+    """file of a profile with head scores: that of `reattend profile emphasise MODEL`, or of recipe retrieval-heads;
+    'cached' = the first of these, as it is kept for the model. Its best heads are steered"""
+    top: int | None
+    """how many of the profile's best heads; None = as it advises, or one in twenty"""
+    keep_sink: bool
+    """leave each prompt's first token as it is: models park attention there, and need it to stay fluent"""
+    official_multi: bool
+    """with several passages add the bias once per passage, as the official code does, instead of once"""
+    official_span: bool
+    """find passages by the official rule, which also takes the token that ends where a passage begins"""
+
+class GIFTParameters(TypedDict, total=False):
+    """Strengthens the places of an image that drew attention while the question was read, and the question with them."""
+
+    alpha: float | None
+    """strength: image weights grow by up to exp(alpha); 0 changes nothing, None = the model's published value, else 5"""
+    saliency_layers: Sequence[int] | None
+    """layers in which the question's gaze is read, from 0"""
+    enhance_layers: Sequence[int] | None
+    """layers whose weights are changed, from 0"""
+    words: Literal["auto", "spacy", "content", "all"]
+    """words of the question that are read: 'spacy' nouns, names, verbs, adjectives, adverbs and numbers; 'content' all but
+    English function words; 'auto' the first where spaCy and en_core_web_sm are installed, else the second; 'all' every
+    token"""
+    question: str | Sequence[str] | None
+    """the question as it stands in the prompt (or one per prompt); None = the user's last turn"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | None
+    """token range [start, stop) of the question instead, from the first real token: one for all, or one per prompt"""
+    beta: float
+    """weight of the question's growth; 0 changes the image only"""
+    head_share: float
+    """share of heads that are read, and that are changed"""
+    clip: float
+    """standard deviations from the mean at which the saliency map is clipped"""
+    profile_path: str | None
+    """file with the layers that a profiling run chose; 'cached': the profile kept for this model"""
+
+class InstABoostParameters(TypedDict, total=False):
+    """Multiplies a language model's attention on marked passages (an instruction) by one constant, in all heads."""
+
+    text: str | Sequence[str] | Sequence[Sequence[str]] | None
+    """passages to emphasise, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
+    """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[int] | None | Mapping[int, Sequence[int]]
+    """{layer: [query heads]}, or a list of (layer, head) pairs, or a list of whole layers; None = all heads"""
+    multiplier: float
+    """factor on the passages' weights; 1 changes nothing, the paper searches 1 to 19; long passages need less"""
+    first_token: bool
+    """boost each prompt's first token too, as the official code does, whose boosted range starts there"""
+
+class OPERAParameters(TypedDict, total=False):
+    """Penalises next tokens that go on looking at one earlier token of the answer instead of the image."""
+
+    candidates: int
+    """how many of the likeliest next tokens are tried; all others are ruled out"""
+    penalty_weight: float
+    """weight of the penalty; 0 = only rule out"""
+    scale: float
+    """factor on the weights that are multiplied"""
+    image_range: tuple[int, int] | Sequence[Any] | None
+    """token range [start, stop) of the image, where it cannot be found by its token (prompts of embeddings)"""
+
+class PAIParameters(TypedDict, total=False):
+    """Strengthens all image tokens while an answer is written, and favours words that the image makes likelier."""
+
+    alpha: float
+    """growth of the image's scores; 0 = none, sensible up to 0.6"""
+    gamma: float
+    """weight of what the image adds to the logits; 1 = no second branch, at half the cost per token"""
+    first_layer: int
+    """first decoder layer whose scores grow"""
+    last_layer: int | None
+    """last decoder layer whose scores grow; None = the model's last, -2 = the one before"""
+    cutoff: float
+    """tokens below this share of the likeliest one's probability are left out (gamma other than 1)"""
+
+class PineParameters(TypedDict, total=False):
+    """Makes answers independent of the order in which documents or options stand in the prompt."""
+
+    segments: Sequence[str] | Sequence[Sequence[str]] | None
+    """the segments exactly as in the prompt, in any order: for every prompt, or a list of them per prompt"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
+    """token ranges [start, stop) of the segments instead, from the first real token: for every prompt, or per prompt"""
+    order: Literal["importance", "reverse", "prompt"]
+    """'importance' puts what matters most to a query nearest to it, 'reverse' farthest (worse), 'prompt' leaves segments
+    where they stand (they still see each other; the order then matters)"""
+
+class RetrievalHeadsParameters(TypedDict, total=False):
+    """Masks or strengthens the few heads that copy facts from the context into the answer."""
+
+    mode: Literal["mask", "zero", "sharpen", "sink_down", "gain"]
+    """mask: attend evenly to all keys; zero: no output; sharpen: larger scores; sink_down: less weight on the first token;
+    gain: larger output"""
+    strength: float | None
+    """how much; 0 = nothing; None = 1 to mask or zero (completely), 0.2 otherwise"""
+    top: int
+    """how many of the profile's best heads"""
+    min_score: float
+    """and only those with at least this score: the share of a sentence that a head copied"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None | Mapping[int, Sequence[int]]
+    """heads instead of a profile: [[layer, head], ...] or {layer: [heads]}, all treated with the full strength"""
+    profile_path: str | None
+    """file with the head scores of a profiling run, or .json as the official repository has them; 'cached' = the profile
+    kept for this model, which is also what counts when neither heads nor a file are given"""
+    where: Literal["auto", "decode", "last_row", "all"]
+    """decode: rows of generated tokens; last_row: the prompt's last row too, which chooses the first new token; all: every
+    row; auto: decode to mask or zero, all otherwise"""
+    random_heads: bool
+    """control: as many heads drawn outside the best 100, with the same strengths"""
+    seed: int
+    """which random heads"""
+
+class SEKAParameters(TypedDict, total=False):
+    """Stretches the keys of marked passages of the prompt along directions that questions make relevant."""
+
+    text: str | Sequence[str] | Sequence[Sequence[str]] | None
+    """passages to emphasise, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
+    """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    gain: float | None
+    """g+: how far keys are stretched along the relevant directions; 0 = not, below 0 shrinks, None = 0.8, adaptive 1"""
+    negative_gain: float | None
+    """g-: the same away from what a wrong question makes relevant; both are then halved, as in the official code. None =
+    without, and g+ at its full size; not used when adaptive"""
+    layers: str | Sequence[int]
+    """layers to steer: all, first10, last10 (any number), or their numbers"""
+    top_pct: float
+    """share of the singular values' sum that the leading directions hold; more = more directions"""
+    min_diff: float
+    """key heads whose keys a question moves less than this are left alone; see distance"""
+    distance: Literal["code", "paper"]
+    """how far keys move: the mean norm over tokens (paper), or the official code's norm over all tokens divided by their
+    number, which shrinks with the number of examples"""
+    feature: Literal["tanh", "elu"] | None
+    """stretch a function of the keys instead and invert it; the profile must be made with the same one"""
+    adaptive: bool
+    """AdaSEKA: mix the subspaces of several kinds of questions by the prompt's last token"""
+    top_k: int | None
+    """adaptive: leading directions of each expert; None = all"""
+    rule: Literal["weighted_top_k", "all_weighted", "top_k_uniform"]
+    """adaptive: how the query weighs an expert's directions"""
+    profile_path: str
+    """file of a profile, or 'cached' for the one that `reattend profile seka MODEL` keeps"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
+    official_span: bool
+    """find passages by the official rule, which loses tokens that begin before the passage"""
+    official_index: bool
+    """give the profile's layers to the chosen ones in order, as the official code does, not by number"""
+
+class SelectiveEmphasisParameters(TypedDict, total=False):
+    """Strengthens the image tokens that the vision encoder itself singles out: grounded details and summaries."""
+
+    alpha: float
+    """growth of local tokens' scores; 0 = none, answers break up above 0.8"""
+    beta: float
+    """growth of summary tokens' scores; 0 = none"""
+    local_share: float
+    """how many of an image's tokens are local ones, as a share of all"""
+    spatial_share: float
+    """as many more, by what all patches together look at in the first encoder layer"""
+    first_layer: int
+    """first decoder layer that is changed"""
+    last_layer: int | None
+    """last decoder layer that is changed; None = the model's last, -2 = the one before"""
+    by_head: bool
+    """strengthen each head by its share of image attention, as the abstract describes"""
+
+class SoftInjectionParameters(TypedDict, total=False):
+    """Mixes what demonstrations of a task taught each head into the last token of prompts that come without them."""
+
+    task: str | None
+    """which of the profile's tasks; needed where it holds several"""
+    scale: float
+    """factor on the learned shares; 0 changes nothing"""
+    alpha: float | None
+    """this share for every head instead of the learned ones, which then only say which are best"""
+    top_k: int | None
+    """only the heads with the largest learned shares; None = all heads"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None | Mapping[int, Sequence[int]]
+    """only these heads: [[layer, head], ...] or {layer: [heads]}; None = all heads"""
+    profile_path: str
+    """file of a profile, or 'cached' for the one kept for this model (see reattend.recipes.cached_profile)"""
+
+class SoftPAGParameters(TypedDict, total=False):
+    """Pushes an image away from a copy whose chosen attention heads were weakened: clearer structure and detail."""
+
+    strength: float
+    """how far the chosen heads are weakened in the branch; 1 = PAG"""
+    scale: float
+    """how far the image is pushed away from the weakened branch; 0 = not"""
+    layers: Sequence[int] | None
+    """layers whose heads are all weakened, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
+    double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
+    places, the last layer of the first block after it that sees as many), layer 9 of SD3-medium, the middle layer of
+    other models"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None
+    """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
+    scope: Literal["image", "all", "masked"]
+    """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
+    text ('masked', perturbation 'identity' only)"""
+    perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"]
+    """what the maps are pulled towards: each token itself, all tokens evenly, the mean query's map, each row's strongest
+    token, or a flatter softmax"""
+    temperature: float
+    """softmax temperature of perturbation 'temperature'; 1 = none"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+
+class SPAParameters(TypedDict, total=False):
+    """Makes marked passages count more for every next token, by the difference that hiding them makes."""
+
+    text: str | Sequence[str] | Sequence[Sequence[str]] | None
+    """passages to anchor, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
+    """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    strength: float
+    """weight of what the passages contribute: 1 changes nothing, 0 ignores them, below 0 turns against them; plain up to
+    2, modulated up to 20"""
+    modulated: bool
+    """change likely tokens most, which bears larger strengths; acts on strengths beyond -1 to 1"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
+    placeholder: Sequence[int] | None
+    """token ids that stand for a passage in the second branch; None = its own tokens, hidden"""
+    hide: bool
+    """hide the passages' tokens (or placeholders) from the second branch's attention"""
+    official_mask: bool
+    """hide placeholders while the prompt is read only, as the official code does by leaving out a mask"""
+
+class SpotlightParameters(TypedDict, total=False):
+    """Lifts a language model's attention on marked passages towards a target share, only where it is below."""
+
+    text: str | Sequence[str] | Sequence[Sequence[str]] | None
+    """passages to emphasise, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
+    ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
+    """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[int] | None | Mapping[int, Sequence[int]]
+    """{layer: [query heads]}, or a list of (layer, head) pairs, or a list of whole layers; None = all heads"""
+    target: float
+    """share of a row's attention that the passages are to get; 0 changes nothing, above 0.6 answers lose the rest"""
+    exact: bool
+    """end at the target itself; off, as published: below it, at target / (target + 1 - share before)"""
+    largest_factor: float
+    """bound on the factor on a weight, so that a head that ignores the passages is not forced onto a single token"""
+    min_share: float
+    """rows that give the passages less than this are left alone: their heads serve another purpose; 0.001 is a start"""
+
+class StreamingParameters(TypedDict, total=False):
+    """Keeps only the first few tokens and a recent window visible, so that long prompts cost less."""
+
+    sinks: int
+    """how many of each sequence's first tokens stay visible to all later ones"""
+    window: int
+    """how many recent tokens, the current one included, stay visible"""
+    last_rows: int
+    """how many of the prompt's last rows see everything (tri-shape: 100); 0 = none"""
+    start_layer: int
+    """first layer with the window; the layers below see everything"""
+
+class VARParameters(TypedDict, total=False):
+    """Moves attention from meaningless sink tokens to the rest of the image, in the heads that look at it."""
+
+    move: float
+    """fraction of the sinks' weight that is moved; 0 changes nothing (code: 1 - p)"""
+    tau: float
+    """a token is a sink if a sink dimension exceeds this many times its rms value"""
+    rho: float
+    """largest share of image weight on sinks in a row that is changed"""
+    summ: float
+    """least weight on the whole image in a row that is changed"""
+    sink_dims: Sequence[int] | None
+    """hidden dimensions in which sinks show; None: known ones of the model, or those of the profile"""
+    first_layer: int
+    """first layer that is changed"""
+    last_layer: int | None
+    """last layer that is changed; None = the model's last, -2 = the one before"""
+    skip_last_layer: bool
+    """leave the model's last layer alone, as the paper says (the code does not)"""
+    profile_path: str | None
+    """file with the sink dimensions that a profiling run found; 'cached': the profile kept for this model"""
+
+class VHRParameters(TypedDict, total=False):
+    """Strengthens the heads whose output depends on the image most, chosen anew for every image and question."""
+
+    alpha: float
+    """factor on the chosen heads' outputs; 1 changes nothing, 2 or 3 are good, from 4 on text breaks"""
+    layers: Sequence[int] | None
+    """layers in which heads are chosen, from 0; None = layer 1 and the last 14, as published for 32 layers"""
+    remove_outliers: bool
+    """pass over heads that merely surge when the image is missing, instead of seeing something in it"""
+    ta_squared: bool
+    """judge that surge by the squared length of the text-only output instead of its length"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None | Mapping[int, Sequence[int]]
+    """for research: strengthen these heads of every sample, [[layer, head], ...] or {layer: [heads]}, without measuring"""
+
+class VisualTokenExitParameters(TypedDict, total=False):
+    """Image tokens take no part in the layers behind an exit layer, where the text has already absorbed them."""
+
+    exit_layer: int | None
+    """the last layer that sees the image, from 0; smaller saves more and changes more"""
+    profile_path: str | None
+    """file with the exit layer that a profiling run chose; 'cached': the profile kept for this model"""
+    mode: Literal["hide", "leave"]
+    """'hide': no row sees the image behind the exit, with any model, cache and other recipe, and at full cost; 'leave':
+    image tokens (and padding) leave the sequence there, for the same answers with less work and shorter caches"""
+
+@overload
+def apply(
+    model: Any,
+    name: Literal["act"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[ACTParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["cmai"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[CMAIParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["emphasise"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[EmphasiseParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["gift"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[GIFTParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["instaboost"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[InstABoostParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["opera"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[OPERAParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["pai"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[PAIParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["pine"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[PineParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["retrieval-heads"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[RetrievalHeadsParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["seka"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SEKAParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["selective-emphasis"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SelectiveEmphasisParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["soft-injection"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SoftInjectionParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["softpag"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SoftPAGParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["spa"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SPAParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["spotlight"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SpotlightParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["streaming"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[StreamingParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["var"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[VARParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["vhr"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[VHRParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["visual-token-exit"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[VisualTokenExitParameters],
+) -> Session: ...
+@overload
+def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any = None, **parameters: Any) -> Session: ...
+@overload
+def recipe(
+    name: Literal["act"],
+    /,
+    **parameters: Unpack[ACTParameters],
+) -> ACT: ...
+@overload
+def recipe(
+    name: Literal["cmai"],
+    /,
+    **parameters: Unpack[CMAIParameters],
+) -> CMAI: ...
+@overload
+def recipe(
+    name: Literal["emphasise"],
+    /,
+    **parameters: Unpack[EmphasiseParameters],
+) -> Emphasise: ...
+@overload
+def recipe(
+    name: Literal["gift"],
+    /,
+    **parameters: Unpack[GIFTParameters],
+) -> GIFT: ...
+@overload
+def recipe(
+    name: Literal["instaboost"],
+    /,
+    **parameters: Unpack[InstABoostParameters],
+) -> InstABoost: ...
+@overload
+def recipe(
+    name: Literal["opera"],
+    /,
+    **parameters: Unpack[OPERAParameters],
+) -> OPERA: ...
+@overload
+def recipe(
+    name: Literal["pai"],
+    /,
+    **parameters: Unpack[PAIParameters],
+) -> PAI: ...
+@overload
+def recipe(
+    name: Literal["pine"],
+    /,
+    **parameters: Unpack[PineParameters],
+) -> Pine: ...
+@overload
+def recipe(
+    name: Literal["retrieval-heads"],
+    /,
+    **parameters: Unpack[RetrievalHeadsParameters],
+) -> RetrievalHeads: ...
+@overload
+def recipe(
+    name: Literal["seka"],
+    /,
+    **parameters: Unpack[SEKAParameters],
+) -> SEKA: ...
+@overload
+def recipe(
+    name: Literal["selective-emphasis"],
+    /,
+    **parameters: Unpack[SelectiveEmphasisParameters],
+) -> SelectiveEmphasis: ...
+@overload
+def recipe(
+    name: Literal["soft-injection"],
+    /,
+    **parameters: Unpack[SoftInjectionParameters],
+) -> SoftInjection: ...
+@overload
+def recipe(
+    name: Literal["softpag"],
+    /,
+    **parameters: Unpack[SoftPAGParameters],
+) -> SoftPAG: ...
+@overload
+def recipe(
+    name: Literal["spa"],
+    /,
+    **parameters: Unpack[SPAParameters],
+) -> SPA: ...
+@overload
+def recipe(
+    name: Literal["spotlight"],
+    /,
+    **parameters: Unpack[SpotlightParameters],
+) -> Spotlight: ...
+@overload
+def recipe(
+    name: Literal["streaming"],
+    /,
+    **parameters: Unpack[StreamingParameters],
+) -> Streaming: ...
+@overload
+def recipe(
+    name: Literal["var"],
+    /,
+    **parameters: Unpack[VARParameters],
+) -> VAR: ...
+@overload
+def recipe(
+    name: Literal["vhr"],
+    /,
+    **parameters: Unpack[VHRParameters],
+) -> VHR: ...
+@overload
+def recipe(
+    name: Literal["visual-token-exit"],
+    /,
+    **parameters: Unpack[VisualTokenExitParameters],
+) -> VisualTokenExit: ...
+@overload
+def recipe(name: str, /, **parameters: Any) -> Recipe: ...
+
+class Uses:
+    @overload
+    def use(
+        self,
+        name: Literal["act"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[ACTParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["cmai"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[CMAIParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["emphasise"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[EmphasiseParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["gift"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[GIFTParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["instaboost"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[InstABoostParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["opera"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[OPERAParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["pai"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[PAIParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["pine"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[PineParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["retrieval-heads"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[RetrievalHeadsParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["seka"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SEKAParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["selective-emphasis"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SelectiveEmphasisParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["soft-injection"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SoftInjectionParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["softpag"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SoftPAGParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["spa"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SPAParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["spotlight"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SpotlightParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["streaming"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[StreamingParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["var"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[VARParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["vhr"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[VHRParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["visual-token-exit"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[VisualTokenExitParameters],
+    ) -> Session: ...
+    @overload
+    def use(self, *recipes: Choice, isolated: bool = False, tokenizer: Any = None, **parameters: Any) -> Session: ...

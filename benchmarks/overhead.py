@@ -32,9 +32,9 @@ def edits_for(call: Call) -> dict[str, list]:
     return {
         "pass-through": [],
         "key bias": [KeyBias(bias=bias_of(call.num_keys))],
-        "transfer of 3 columns": [Transfer(src=first_three(call.num_keys), fraction=0.5)],
+        "transfer of 3 columns": [Transfer(source=first_three(call.num_keys), strength=0.5)],
         "gain of 1 column": [Gain(columns=first_three(call.num_keys), factor=0.5)],
-        "head gain": [HeadGain(gain=0.5)],
+        "head gain": [HeadGain(factor=0.5)],
         "identity mix": [Mix(target="identity", strength=0.3)],
         "var-like, last 40 rows": [WeightMap(function=boost_last_columns, rows=rows)],
     }

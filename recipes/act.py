@@ -154,7 +154,7 @@ class ACT(Recipe):
             call.memory[call.site.name] = known
         if known is None or not known.heads or call.key_start >= known.end:
             return None  # no sink, or the window has left them behind
-        return Transfer(heads=known.heads, src=known.columns(call), fraction=1 - self.beta)
+        return Transfer(heads=known.heads, source=known.columns(call), strength=1 - self.beta)
 
     @classmethod
     def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:

@@ -102,10 +102,10 @@ class PAI(Recipe):
             if columns is None:
                 return None
             if call.num_queries == 1:  # rows without an image have a gain of 0: naming rows would cost every layer an operation
-                return ScoreGain(gain=self.alpha * columns) if bool(columns.any()) else None
+                return ScoreGain(factor=self.alpha * columns) if bool(columns.any()) else None
             acting = columns.any(dim=1, keepdim=True)
             rows = focused_rows(call).to(acting.device) & acting
-            return ScoreGain(gain=self.alpha * columns, rows=rows) if bool(rows.any()) else None
+            return ScoreGain(factor=self.alpha * columns, rows=rows) if bool(rows.any()) else None
 
         return shared_by_layers(call, None, make)
 

@@ -175,9 +175,9 @@ class RetrievalHeads(Recipe):
         share = torch.tensor([weights[layer, h] for h in heads], device=device)[None, :, None]
         fixed: dict[str, Callable[..., Edit]] = {
             "mask": functools.partial(Mix, target="uniform", strength=s),
-            "zero": functools.partial(HeadGain, gain=1 - s),
+            "zero": functools.partial(HeadGain, factor=1 - s),
             "sharpen": functools.partial(ScaleQuery, factor=1.0 if s == 0 else 1 + s * share),
-            "gain": functools.partial(HeadGain, gain=1.0 if s == 0 else 1 + s * share[..., 0]),
+            "gain": functools.partial(HeadGain, factor=1.0 if s == 0 else 1 + s * share[..., 0]),
         }
         if self.mode == "sink_down":
             factor = 1.0 if s == 0 else 1 - s * share

@@ -117,7 +117,7 @@ class SelectiveEmphasis(Recipe):
             if gain is None or (rows is not None and not bool(rows.any())):
                 return None
             seen = of_call(call, gain)
-            return ScoreGain(gain=seen, rows=rows) if bool(seen.any()) else None  # a window may have left the image behind
+            return ScoreGain(factor=seen, rows=rows) if bool(seen.any()) else None  # a window may have left the image behind
 
         found = shared_by_layers(call, None, make)
         if found is None or not self.by_head:
@@ -128,7 +128,7 @@ class SelectiveEmphasis(Recipe):
         places = torch.arange(call.num_queries, device=device)
         # the shares are each row's own: one edit per acting row
         return [
-            ScoreGain(gain=found.gain * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i]))
+            ScoreGain(factor=found.gain * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i]))
             for i in range(len(index))
         ]
 

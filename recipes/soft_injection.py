@@ -150,4 +150,4 @@ def mixture(call: Call, rows: Tensor, embedding: Tensor, alpha: Tensor) -> HeadM
     assert call.site is not None
     heads, width, device = call.num_heads, call.value.shape[3], call.query.device
     target = embedding[call.site.layer, :heads, :width].to(device)
-    return HeadMix(target=target, amount=alpha[call.site.layer, :heads].to(device), rows=rows)
+    return HeadMix(target=target, strength=alpha[call.site.layer, :heads].to(device), rows=rows)

@@ -169,7 +169,7 @@ class VHR(Recipe):
         strengthened = heads & rows.to(heads.device)[:, None]
         if not bool(strengthened.any()):
             return None
-        gain = HeadGain(gain=torch.where(strengthened, self.alpha, 1.0))
+        gain = HeadGain(factor=torch.where(strengthened, self.alpha, 1.0))
         call.memory[name] = gain
         return gain
 

@@ -87,7 +87,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def drop_first(call) -> Transfer:
-    return Transfer(src=[0], fraction=0.7)
+    return Transfer(source=[0], strength=0.7)
 
 
 def check(model: torch.nn.Module) -> dict:

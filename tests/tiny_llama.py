@@ -26,11 +26,11 @@ def logits(model, ids=IDS) -> torch.Tensor:
 
 
 def halve(call):
-    return HeadGain(gain=0.5)
+    return HeadGain(factor=0.5)
 
 
 def drop_first(call):
-    return Transfer(src=[0], fraction=0.9)
+    return Transfer(source=[0], strength=0.9)
 
 
 def session_of(model, intervention=halve, label="test", **options):

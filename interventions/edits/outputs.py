@@ -21,49 +21,49 @@ class OutputEdit(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadGain(OutputEdit):
-    """O_h *= gain. gain: number or tensor broadcastable to [B, heads]."""
+    """O_h *= factor: number or tensor broadcastable to [B, heads]."""
 
-    gain: float | Tensor
-    broadcast = {"gain": 0}
+    factor: float | Tensor
+    broadcast = {"factor": 0}
 
     def __post_init__(self) -> None:
-        if isinstance(self.gain, Tensor) and self.gain.dim() == 1:
-            object.__setattr__(self, "gain", self.gain[None])
+        if isinstance(self.factor, Tensor) and self.factor.dim() == 1:
+            object.__setattr__(self, "factor", self.factor[None])
         super().__post_init__()
-        check_number("gain", self.gain)
+        check_number("factor", self.factor)
 
     @property
     def is_identity(self) -> bool:
-        return super().is_identity or (not isinstance(self.gain, Tensor) and self.gain == 1)
+        return super().is_identity or (not isinstance(self.factor, Tensor) and self.factor == 1)
 
     def on_output(self, output: Tensor, rows: Rows) -> Tensor:
-        gain = self.gain[..., None, None].to(output.dtype) if isinstance(self.gain, Tensor) else self.gain
-        return output * gain
+        factor = self.factor[..., None, None].to(output.dtype) if isinstance(self.factor, Tensor) else self.factor
+        return output * factor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadMix(OutputEdit):
-    """O_h = (1 - a) O_h + a t. target [heads, Dv] or [B, heads, Dv]; amount: number or broadcastable to [B, heads]."""
+    """O_h = (1 - s) O_h + s t. target [heads, Dv] or [B, heads, Dv]; strength: number or broadcastable to [B, heads]."""
 
     target: Tensor
-    amount: float | Tensor
-    broadcast = {"target": 1, "amount": 0}
+    strength: float | Tensor
+    broadcast = {"target": 1, "strength": 0}
 
     def __post_init__(self) -> None:
-        if isinstance(self.amount, Tensor) and self.amount.dim() == 1:
-            object.__setattr__(self, "amount", self.amount[None])
+        if isinstance(self.strength, Tensor) and self.strength.dim() == 1:
+            object.__setattr__(self, "strength", self.strength[None])
         if self.target.dim() == 2:
             object.__setattr__(self, "target", self.target[None])
         super().__post_init__()
-        check_number("amount", self.amount, 0, 1)
+        check_number("strength", self.strength, 0, 1)
 
     @property
     def is_identity(self) -> bool:
-        return super().is_identity or (not isinstance(self.amount, Tensor) and self.amount == 0)
+        return super().is_identity or (not isinstance(self.strength, Tensor) and self.strength == 0)
 
     def on_output(self, output: Tensor, rows: Rows) -> Tensor:
-        amount = self.amount[..., None, None].to(output.dtype) if isinstance(self.amount, Tensor) else self.amount
-        return (1 - amount) * output + amount * self.target[:, :, None].to(output.dtype)
+        strength = self.strength[..., None, None].to(output.dtype) if isinstance(self.strength, Tensor) else self.strength
+        return (1 - strength) * output + strength * self.target[:, :, None].to(output.dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

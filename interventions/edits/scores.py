@@ -40,19 +40,19 @@ class KeyBias(ScoreEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoreGain(ScoreEdit):
-    """S[:, j] += gain[j] * |S[:, j]|: positive scores grow, negative ones shrink towards 0. gain [..., Tk], 0 <= gain <= 100."""
+    """S[:, j] += factor[j] * |S[:, j]|: positive scores grow, negative ones shrink towards 0. factor [..., Tk], 0 <= factor <= 100."""
 
-    gain: Tensor
-    broadcast = {"gain": 1}
+    factor: Tensor
+    broadcast = {"factor": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("gain", self.gain, 0, 100)
+        check_number("factor", self.factor, 0, 100)
 
     def on_scores(self, scores: Tensor, rows: Rows) -> Tensor:
-        # hidden pairs are at -inf and have to stay there, whether they get a gain or not
+        # hidden pairs are at -inf and have to stay there, whether they get a factor or not
         size = scores.abs().clamp_max_(torch.finfo(scores.dtype).max / 1e3)
-        return torch.addcmul(scores, rows.padded(self.gain)[:, :, None, :].to(scores.dtype), size)
+        return torch.addcmul(scores, rows.padded(self.factor)[:, :, None, :].to(scores.dtype), size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

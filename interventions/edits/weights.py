@@ -120,46 +120,46 @@ class Lift(WeightEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Transfer(WeightEdit):
-    """Takes `fraction` of the weight on `src` columns and gives it to `dst` (None: all others), "proportional" or "even".
+    """Takes `strength` of the weight on `source` columns and gives it to `target` (None: all others), "proportional" or "even".
 
-    Even shares go to the dst columns that the row can see. Rows with nothing to give to (no weight, or no visible column,
-    on dst) are left alone. src, dst: disjoint column sets; fraction in [0, 1], number or broadcastable to [B, heads, Tq].
+    Even shares go to the target columns that the row can see. Rows with nothing to give to (no weight, or no visible column,
+    on target) are left alone. source, target: disjoint column sets; strength in [0, 1], number or broadcastable to [B, heads, Tq].
     """
 
-    src: Columns
-    dst: Columns | None = None
-    fraction: float | Tensor = 1.0
+    source: Columns
+    target: Columns | None = None
+    strength: float | Tensor = 1.0
     how: str = "proportional"
-    broadcast = {"src": 1, "dst": 1, "fraction": 1}
-    per_row = ("fraction",)
+    broadcast = {"source": 1, "target": 1, "strength": 1}
+    per_row = ("strength",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "src", as_columns("src", self.src))
-        object.__setattr__(self, "dst", None if self.dst is None else as_columns("dst", self.dst))
+        object.__setattr__(self, "source", as_columns("source", self.source))
+        object.__setattr__(self, "target", None if self.target is None else as_columns("target", self.target))
         super().__post_init__()
-        check_number("fraction", self.fraction, 0, 1)
+        check_number("strength", self.strength, 0, 1)
         if self.how not in ("proportional", "even"):
             raise ReattendError(f'how must be "proportional" or "even", got {self.how!r}')
 
     @property
     def is_identity(self) -> bool:
-        return super().is_identity or (not isinstance(self.fraction, Tensor) and self.fraction == 0)
+        return super().is_identity or (not isinstance(self.strength, Tensor) and self.strength == 0)
 
     def _sets(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        src = rows.columns(self.src)
-        return src, ~src if self.dst is None else rows.columns(self.dst) & ~src
+        source = rows.columns(self.source)
+        return source, ~source if self.target is None else rows.columns(self.target) & ~source
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
-        src, dst = self.remember(("sets", rows.key.shape[2], rows.appended, rows.key.device), lambda: self._sets(rows))
-        share = src * at_rows(_factor(self.fraction), rows)
+        source, target = self.remember(("sets", rows.key.shape[2], rows.appended, rows.key.device), lambda: self._sets(rows))
+        share = source * at_rows(_factor(self.strength), rows)
         taken = weights * share
         budget = taken.sum(dim=-1, keepdim=True)
         if self.how == "even":
-            dst = dst if rows.visible is None else dst & rows.visible
-            room = dst.sum(dim=-1, keepdim=True).to(weights.dtype)
-            return torch.where(room > TINY, weights - taken + dst * (budget / room.clamp_min(1)), weights)
-        room = (weights * dst).sum(dim=-1, keepdim=True)
-        grown = torch.where(dst, 1 + budget / room.clamp_min(TINY), 1 - share)
+            target = target if rows.visible is None else target & rows.visible
+            room = target.sum(dim=-1, keepdim=True).to(weights.dtype)
+            return torch.where(room > TINY, weights - taken + target * (budget / room.clamp_min(1)), weights)
+        room = (weights * target).sum(dim=-1, keepdim=True)
+        grown = torch.where(target, 1 + budget / room.clamp_min(TINY), 1 - share)
         return torch.where(room > TINY, weights * grown, weights)
 
 

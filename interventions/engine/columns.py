@@ -106,8 +106,8 @@ def single_factor(edits: Sequence[Edit], x: Operands) -> tuple[Gain | Lift | Tra
     edit = edits[0]
     if isinstance(edit, Lift) or (isinstance(edit, Gain) and edit.renormalise == "row"):
         columns = edit.columns
-    elif isinstance(edit, Transfer) and edit.dst is None and edit.how == "proportional":
-        columns = edit.src
+    elif isinstance(edit, Transfer) and edit.target is None and edit.how == "proportional":
+        columns = edit.source
     else:
         return None
     num_keys, device = x.key.shape[2], x.key.device
@@ -152,13 +152,13 @@ def plan_columns(edits: Sequence[Edit], x: Operands, has_sinks: bool, call: Call
             if isinstance(edit.renormalise, Tensor):
                 masks["renormalise"] = column_mask(edit.renormalise, own, device)
         elif isinstance(edit, Transfer):
-            src = torch.nn.functional.pad(column_mask(edit.src, own, device), (0, x.appended))  # type: ignore[arg-type]
-            if edit.dst is None:
-                dst = ~src
+            source = torch.nn.functional.pad(column_mask(edit.source, own, device), (0, x.appended))  # type: ignore[arg-type]
+            if edit.target is None:
+                target = ~source
             else:
-                dst = torch.nn.functional.pad(column_mask(edit.dst, own, device), (0, x.appended)) & ~src  # type: ignore[arg-type]
-            masks = {"src": src, "dst": dst}
-            padded = {"src", "dst"}
+                target = torch.nn.functional.pad(column_mask(edit.target, own, device), (0, x.appended)) & ~source  # type: ignore[arg-type]
+            masks = {"source": source, "target": target}
+            padded = {"source", "target"}
         for name, mask in masks.items():
             entry = register(mask, name in padded)
             if entry is None:

@@ -99,13 +99,13 @@ def join_columns(output: Tensor, lse: Tensor, scores: Tensor, value_cols: Tensor
     output [B, H, R, Dv] and lse [B, H, R] are those of the row without these columns; scores [B, H, R, m] theirs, -inf where a row
     does not see one or it is not meant; value_cols [B, Hkv, m, Dv]. Nothing is subtracted, so that a column may hold the whole row.
     """
-    fraction = at_rows(edit.fraction[..., None], rows) if isinstance(edit.fraction, Tensor) else edit.fraction
+    strength = at_rows(edit.strength[..., None], rows) if isinstance(edit.strength, Tensor) else edit.strength
     lse = lse[..., None]
     whole = torch.logaddexp(lse, torch.logsumexp(scores, dim=-1, keepdim=True))
     held, others = (scores - whole).exp(), (lse - whole).exp()
-    fraction = fraction * (others > TINY)  # a row with nothing else keeps its weights
+    strength = strength * (others > TINY)  # a row with nothing else keeps its weights
     mass = held.sum(dim=-1, keepdim=True)
-    return output.to(lse.dtype) * (others + fraction * mass) + grouped_values(held * (1 - fraction), value_cols.to(lse.dtype))
+    return output.to(lse.dtype) * (others + strength * mass) + grouped_values(held * (1 - strength), value_cols.to(lse.dtype))
 
 
 def correct_factor(
@@ -128,7 +128,7 @@ def correct_factor(
     if isinstance(edit, Lift):
         factor = 1 + edit.growth(mass, whole, rows)
     else:
-        value = edit.factor if isinstance(edit, Gain) else 1 - edit.fraction
+        value = edit.factor if isinstance(edit, Gain) else 1 - edit.strength
         factor = at_rows(value[..., None], rows) if isinstance(value, Tensor) else value
     if isinstance(edit, (Gain, Lift)):
         denominator = whole + (factor - 1) * mass
@@ -241,38 +241,38 @@ class _State:
         self._scale_rest(scale_rest, alive)
 
     def _transfer(self, item: ColumnEdit, edit: Transfer, rows: Rows) -> None:
-        fraction = edit.fraction[..., None] if isinstance(edit.fraction, Tensor) else edit.fraction
-        fraction = at_rows(fraction, rows)
-        src, dst = item.sets["src"], item.sets["dst"]
+        strength = edit.strength[..., None] if isinstance(edit.strength, Tensor) else edit.strength
+        strength = at_rows(strength, rows)
+        source, target = item.sets["source"], item.sets["target"]
         keep_rest = torch.ones_like(self.unsafe, dtype=self.columns.dtype)
-        if src.rest:
-            keep_rest = keep_rest * (1 - fraction)
-        taken = torch.where(src.inside, self.columns * fraction, 0)
+        if source.rest:
+            keep_rest = keep_rest * (1 - strength)
+        taken = torch.where(source.inside, self.columns * strength, 0)
         budget = taken.sum(dim=-1, keepdim=True)
-        if src.rest:
-            budget = budget + self.rest() * fraction
+        if source.rest:
+            budget = budget + self.rest() * strength
         if edit.how == "even":
             assert item.visible is not None and item.count is not None
-            inside = dst.inside & item.visible
+            inside = target.inside & item.visible
             room = inside.sum(dim=-1, keepdim=True).to(budget.dtype)
-            if dst.rest:
+            if target.rest:
                 room = room + item.count - item.visible.sum(dim=-1, keepdim=True)
             room = room.expand_as(budget)
             alive = room > 0.5
             share = budget / room.clamp_min(1)
             given = torch.where(inside, share, 0)
             self._scale_rest(keep_rest, alive)
-            if dst.rest:
+            if target.rest:
                 assert item.target is not None
                 coefficient = torch.where(alive, share * item.count, 0)
                 self.components.append(Component(coefficient, item.target.output, item.target.weights, item.target.total))
         else:
-            room = self.mass(dst)
+            room = self.mass(target)
             alive = room > TINY
             self._check(room, budget > 0)
             scale = 1 + budget / room.clamp_min(TINY)
-            given = torch.where(dst.inside, self.columns * (scale - 1), 0)
-            self._scale_rest(keep_rest * scale if dst.rest else keep_rest, alive)
+            given = torch.where(target.inside, self.columns * (scale - 1), 0)
+            self._scale_rest(keep_rest * scale if target.rest else keep_rest, alive)
         self.columns = torch.where(alive, self.columns - taken + given, self.columns)
 
     def _mix(self, edit: Mix, target: Component, rows: Rows) -> None:

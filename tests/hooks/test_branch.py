@@ -180,8 +180,8 @@ def test_only_its_own_steps_edit_a_branch(model):
     """The recipes beside it edit the real pass alone, the steps of the branch the branch alone."""
     decoder = sites(model)
     edits = {
-        "real": Act(decoder, lambda call: HeadGain(gain=0.3), "real"),
-        "own": Act(decoder, lambda call: HeadGain(gain=2.0), "own"),
+        "real": Act(decoder, lambda call: HeadGain(factor=0.3), "real"),
+        "own": Act(decoder, lambda call: HeadGain(factor=2.0), "own"),
     }
     inputs = [lambda prompt: prompt.arguments]
 

@@ -9,8 +9,8 @@ import reattend
 import tiny_pipelines
 import torch
 from reattend.hooks import Act, Branch, Exit, Lookahead, Observe, Plan, Probe, Spans, attach
-from reattend.hooks.tokens.roles.question import Question
-from reattend.hooks.tokens.roles.segments import Segments
+from reattend.hooks.tokens.question import Question
+from reattend.hooks.tokens.segments import Segments
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
 from tiny_denoisers import DENOISERS, TEXT, build, unet
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ def test_pass_through_edit_and_restore(name: str) -> None:
         seen = {}
 
         def halve(call: Call, site: Any = site, seen: dict[str, Any] = seen) -> HeadGain:
-            edit = HeadGain(heads=[0], gain=0.5)
+            edit = HeadGain(heads=[0], factor=0.5)
             plain = reference(call, [])
             seen.setdefault(site.name, []).append((plain, reference(call, [edit])))
             torch.testing.assert_close(call.original(), plain, atol=1e-5, rtol=1e-5)  # type: ignore[misc]
@@ -152,7 +152,7 @@ def test_restored_after_an_interrupt(name: str) -> None:
     def interrupt(call: Call) -> HeadGain | None:
         if stop:
             raise KeyboardInterrupt
-        return HeadGain(gain=0.5)
+        return HeadGain(factor=0.5)
 
     query = torch.randn(2, 2, 6, 4)
     expected = nn.functional.scaled_dot_product_attention(query, query, query)
@@ -174,7 +174,7 @@ def test_restored_after_an_interrupt(name: str) -> None:
 def test_compiled_denoisers_run_uncompiled_under_a_session(name: str, how: str) -> None:
     model, inputs = build(name)
     before = run(model, inputs)
-    with attach(model, [Plan("halve", [Act(usable(model), lambda call: HeadGain(gain=0.5))])]):
+    with attach(model, [Plan("halve", [Act(usable(model), lambda call: HeadGain(factor=0.5))])]):
         expected = run(model, inputs)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager") if how == "wrapper" else model
@@ -185,7 +185,7 @@ def test_compiled_denoisers_run_uncompiled_under_a_session(name: str, how: str) 
     torch.testing.assert_close(run(compiled, inputs), before)
     table = usable(compiled)
     with pytest.warns(ReattendWarning, match="denoiser is compiled"):
-        session = attach(compiled, [Plan("halve", [Act(table, lambda call: HeadGain(gain=0.5))])])
+        session = attach(compiled, [Plan("halve", [Act(table, lambda call: HeadGain(factor=0.5))])])
     torch.testing.assert_close(run(compiled, inputs), expected)
     session.remove()
     assert session.applied == len(table)
@@ -239,11 +239,11 @@ def test_unknown_token_order_is_an_error_only_where_a_role_is_asked_for(monkeypa
 
     model, inputs = build("SD3Transformer2DModel")
     monkeypatch.setitem(diffusers_facts.FAMILIES, "SD3Transformer2DModel", diffusers_facts.Family())
-    with attach(model, [Plan("all", [Act(usable(model), lambda call: HeadGain(gain=0.5, rows=call.query_rows("all")))])]):
+    with attach(model, [Plan("all", [Act(usable(model), lambda call: HeadGain(factor=0.5, rows=call.query_rows("all")))])]):
         run(model, inputs)
     with (
         pytest.raises(ReattendError, match="the order of image and text tokens in SD3Transformer2DModel is not known"),
-        attach(model, [Plan("image", [Act(usable(model), lambda call: HeadGain(gain=0.5, rows=call.query_rows("image")))])]),
+        attach(model, [Plan("image", [Act(usable(model), lambda call: HeadGain(factor=0.5, rows=call.query_rows("image")))])]),
     ):
         run(model, inputs)
 

@@ -26,7 +26,7 @@ NEW = 7
 
 def drop_bos(call: Call):
     """A per-row edit of known columns, to see that columns stay right through caches: the first real token loses weight."""
-    return Transfer(src=call.columns("bos"), fraction=0.8)
+    return Transfer(source=call.columns("bos"), strength=0.8)
 
 
 def session_of(model, intervention=drop_bos):
@@ -93,7 +93,7 @@ def test_sliding_window_layers(kind):
 
     def watch(call):
         lengths.append((call.num_keys, call.key_start))
-        return Transfer(src=call.columns("bos"), fraction=0.8)
+        return Transfer(source=call.columns("bos"), strength=0.8)
 
     with session_of(model, watch):
         expected = stepwise(model, IDS)
@@ -152,7 +152,7 @@ def test_chunked_prefill_equals_one_prefill():
     model = llama()
 
     def first_token(call):
-        return Transfer(src=call.columns("bos"), fraction=0.8)
+        return Transfer(source=call.columns("bos"), strength=0.8)
 
     with session_of(model, first_token), torch.no_grad():
         whole = model(IDS).logits[:, -1]

@@ -245,7 +245,7 @@ def test_what_a_probe_reads_has_gradients_too():
         call.memory["gain"] = call.query.mean().sigmoid()
 
     plan = Plan(
-        "probe", [Probe([Capture(site, read)]), Act(site, lambda call: HeadGain(gain=call.memory["gain"] * torch.ones(4)))]
+        "probe", [Probe([Capture(site, read)]), Act(site, lambda call: HeadGain(factor=call.memory["gain"] * torch.ones(4)))]
     )
     ids = torch.tensor([[1, 8, 4, 21, 6, 17, 90]])
     with attach(model, [plan]):

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 
 def gain(head: int):
-    return lambda call: HeadGain(gain=0.3, heads=[head])
+    return lambda call: HeadGain(factor=0.3, heads=[head])
 
 
 @pytest.mark.parametrize("first_ends_first", [True, False])
@@ -60,11 +60,11 @@ def test_owners_act_in_the_order_in_which_their_sessions_began():
 
     def double(call):
         order.append("double")
-        return HeadGain(gain=2.0)
+        return HeadGain(factor=2.0)
 
     def other(call):
         order.append("other")
-        return HeadGain(gain=0.1)
+        return HeadGain(factor=0.1)
 
     for outer_first in (True, False):
         order: list[str] = []

@@ -43,10 +43,10 @@ def test_readers_see_the_plain_model_and_share_the_recipes_memory(model, ids):
 
     def act(call):
         met.append((call.clock.phase, len(call.memory["queries"])))
-        return HeadGain(gain=0.5)
+        return HeadGain(factor=0.5)
 
     plan = Plan("probe", [Probe([Capture(decoder, read)]), Act(decoder, act)])
-    other = Plan("other", [Act(decoder, lambda call: HeadGain(gain=3.0))])
+    other = Plan("other", [Act(decoder, lambda call: HeadGain(factor=3.0))])
     with attach(model, [other]), attach(model, [plan]) as session:
         edited = model(ids).logits
         assert session.forwards == 1 and session.stats == {"probe": {s.name: 1 for s in decoder}}

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from asked_images import ASSISTANT, HOW, NEWLINE, USER, WHAT, tiny_models, tokenizer, turn
-from reattend.hooks.tokens.roles.question import Question, special_ids
+from reattend.hooks.tokens.question import Question, special_ids
 from reattend.hooks.tokens.roles.roles import add_text_roles
 from reattend.interventions import ReattendError, TokenMap
 

@@ -127,7 +127,7 @@ def noting(pipe: Any, seen: Seen) -> Any:
 
     denoiser = pipe if isinstance(pipe, torch.nn.Module) else pipe.unet
     table = reattend.sites(denoiser)[:1]
-    return attach(pipe, [Plan("note", [Act(table, lambda call: note(call) or HeadGain(gain=1.001))])])
+    return attach(pipe, [Plan("note", [Act(table, lambda call: note(call) or HeadGain(factor=1.001))])])
 
 
 HALVES = ("unconditional", "conditional")
@@ -428,7 +428,7 @@ def test_rows_of_a_guides_branch_are_conditional_rows() -> None:
 
     def louder(call: Call) -> HeadGain | None:
         rows = call.clock.rows("conditional", call.batch)
-        return None if rows is None else HeadGain(gain=3.0, rows=rows[:, None])
+        return None if rows is None else HeadGain(factor=3.0, rows=rows[:, None])
 
     plan = Plan("louder", [Act(reattend.sites(pipe).stack("denoiser").kind("cross"), louder)])
     plain = draw(pipe)

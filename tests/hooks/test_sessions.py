@@ -40,11 +40,11 @@ def logits(model, ids) -> torch.Tensor:
 
 
 def drop_first(call):
-    return Transfer(src=[0], fraction=0.9)
+    return Transfer(source=[0], strength=0.9)
 
 
 def halve(call):
-    return HeadGain(gain=0.5)
+    return HeadGain(factor=0.5)
 
 
 def session_of(model, intervention=drop_first, label="test", **options):
@@ -103,10 +103,10 @@ def test_composes_in_the_order_given(model, ids):
     before = logits(model, ids)
 
     def move(call):
-        return Transfer(src=[0], dst=[1], fraction=1.0)
+        return Transfer(source=[0], target=[1], strength=1.0)
 
     def bring_back(call):
-        return Transfer(src=[1], dst=[0], fraction=1.0)
+        return Transfer(source=[1], target=[0], strength=1.0)
 
     table = sites(model)
     forth = [Plan("move", [Act(table, move)]), Plan("back", [Act(table, bring_back)])]
@@ -140,7 +140,7 @@ def test_restores_after_an_error_in_mid_forward(model, ids, error):
     def breaks(call):
         if call.site.layer == 1:
             raise error("in mid-forward")
-        return HeadGain(gain=0.5)
+        return HeadGain(factor=0.5)
 
     with pytest.raises(error), session_of(model, breaks):
         logits(model, ids)
@@ -154,7 +154,7 @@ def test_goes_on_after_an_error_in_mid_forward(model, ids):
     def sometimes(call):
         if fail[0] and call.site.layer == 1:
             raise KeyboardInterrupt
-        return HeadGain(gain=0.5)
+        return HeadGain(factor=0.5)
 
     with session_of(model, halve):
         expected = logits(model, ids)
@@ -299,7 +299,7 @@ def test_flash_and_other_kernels_are_refused_with_the_remedy(model):
 
 def test_a_head_that_does_not_exist_is_named(model, ids):
     message = "head 7 does not exist.*model.layers.0.self_attn.*heads 0 to 3"
-    with pytest.raises(ReattendError, match=message), session_of(model, lambda call: HeadGain(gain=0.5, heads=[7])):
+    with pytest.raises(ReattendError, match=message), session_of(model, lambda call: HeadGain(factor=0.5, heads=[7])):
         logits(model, ids)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from golden_files import golden_file
 from reattend.hooks import Capture, Plan, Spans, attach, sites
-from reattend.hooks.tokens.roles.chat import learn, turns
-from reattend.hooks.tokens.roles.spans import official_range
-from reattend.hooks.tokens.roles.transcript import read, transcripts
+from reattend.hooks.tokens.chat import learn, turns
+from reattend.hooks.tokens.spans import official_range
+from reattend.hooks.tokens.transcript import read, transcripts
 from reattend.hooks.trackers.caches import cache_name
 from reattend.interventions import ReattendError
 from tiny_language import CHATML, language_model, tokenizer

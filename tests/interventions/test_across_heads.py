@@ -79,7 +79,7 @@ def test_beside_an_edit_of_strength_nearly_zero_it_is_what_it_is_alone(kind, que
     edit = crossing(kind, call)
     alone = fused(call, [edit])
     assert (alone - fused(call, [])).abs().max() > 1e-2
-    near_zero = HeadGain(gain=1 + 1e-7, heads=[1, 2])
+    near_zero = HeadGain(factor=1 + 1e-7, heads=[1, 2])
     for edits in ([near_zero, edit], [edit, near_zero]):
         close(fused(call, edits), alone)
         close(reference(call, edits), alone)

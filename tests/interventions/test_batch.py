@@ -28,7 +28,7 @@ def edits(rows: torch.Tensor) -> dict[str, list]:
         "value of one head": [MixValue(strength=per_row, heads=[2], rows=rows)],
         "bias": [KeyBias(bias=torch.randn(B, T), rows=rows)],
         "gain": [Gain(columns=columns, factor=0.3, rows=rows)],
-        "two levels": [Transfer(src=columns, fraction=per_row, heads=[0, 3], rows=rows), HeadGain(gain=torch.rand(B, 1), rows=rows)],
+        "two levels": [Transfer(source=columns, strength=per_row, heads=[0, 3], rows=rows), HeadGain(factor=torch.rand(B, 1), rows=rows)],
         "argmax": [Mix(target="argmax", strength=0.6, heads=[1], rows=rows)],
         "keep": [Keep(pattern=torch.rand(B, 1, T, T) > 0.3, rows=rows)],
         "query": [ScaleQuery(factor=0.5, rows=rows, heads=[1, 2])],

@@ -38,20 +38,20 @@ BAD = {
     "factor must be finite": lambda: Gain(columns=[0], factor=-1.0),
     r"factor must be finite and in \[0, inf\], got nan": lambda: Gain(columns=[0], factor=float("nan")),
     'renormalise must be "row"': lambda: Gain(columns=[0], factor=0.5, renormalise="rows"),
-    r"fraction must be finite and in \[0, 1\], got 1.5": lambda: Transfer(src=[0], fraction=1.5),
-    'how must be "proportional" or "even"': lambda: Transfer(src=[0], how="fair"),
+    r"strength must be finite and in \[0, 1\], got 1.5": lambda: Transfer(source=[0], strength=1.5),
+    'how must be "proportional" or "even"': lambda: Transfer(source=[0], how="fair"),
     "strength must be finite": lambda: Mix(target="identity", strength=2.0),
     "target must be one of identity, uniform": lambda: Mix(target="nothing", strength=0.5),
-    "heads must be distinct": lambda: HeadGain(gain=1.5, heads=[1, 1]),
-    "heads must be distinct and not negative": lambda: HeadGain(gain=1.5, heads=[-1]),
-    "rows must be a bool tensor": lambda: HeadGain(gain=1.5, rows=torch.tensor([1, 2])),
+    "heads must be distinct": lambda: HeadGain(factor=1.5, heads=[1, 1]),
+    "heads must be distinct and not negative": lambda: HeadGain(factor=1.5, heads=[-1]),
+    "rows must be a bool tensor": lambda: HeadGain(factor=1.5, rows=torch.tensor([1, 2])),
     "bias must be finite": lambda: KeyBias(bias=torch.tensor([0.0, float("-inf")])),
     r"bias must have 2 to 4 dimensions": lambda: PairBias(bias=torch.zeros(3)),
     "pattern must be a bool tensor": lambda: Keep(pattern=torch.zeros(3, 3)),
     "window must be 1 or more, got 0": lambda: Band(1, 0),
     "sinks must be 0 or more, got -1": lambda: Band(-1, 1),
-    "amount must be finite": lambda: HeadMix(target=torch.zeros(2, 4), amount=-0.1),
-    "gain must be finite": lambda: HeadGain(gain=float("inf")),
+    "amount must be finite": lambda: HeadMix(target=torch.zeros(2, 4), strength=-0.1),
+    "gain must be finite": lambda: HeadGain(factor=float("inf")),
     "strength must be finite and in": lambda: MixValue(strength=-0.5),
     "factor must be finite and in": lambda: ScaleQuery(factor=float("nan")),
     "ReplaceKV needs key, value or both": lambda: ReplaceKV(columns=torch.tensor([0])),
@@ -76,9 +76,9 @@ def small(n=6, heads=2, **options) -> Call:
 
 def test_errors_at_the_call():
     with pytest.raises(ReattendError, match="head 2 does not exist: attention has heads 0 to 1"):
-        fused(small(), [HeadGain(gain=0.5, heads=[2])])
+        fused(small(), [HeadGain(factor=0.5, heads=[2])])
     with pytest.raises(ReattendError, match="column 9 is outside the 6 keys"):
-        fused(small(), [Transfer(src=[9], fraction=0.5)])
+        fused(small(), [Transfer(source=[9], strength=0.5)])
     with pytest.raises(ReattendError, match="a column set has 4 columns, the call has 6 keys"):
         fused(small(), [Gain(columns=torch.ones(4, dtype=torch.bool), factor=0.5, renormalise=None)])
     with pytest.raises(ReattendError, match="projection door"):
@@ -96,9 +96,9 @@ def test_errors_at_the_call():
         KeyBias(bias=torch.tensor([1e4, 0, 0, 0, 0, -1e4])),
         Gain(columns=[0, 1, 2, 3, 4, 5], factor=0.0),
         Gain(columns=[0], factor=1e9),
-        Transfer(src=[0, 1, 2, 3, 4, 5], fraction=1.0),
-        Transfer(src=[0], dst=[5], fraction=1.0),
-        Transfer(src=[0], dst=[5], fraction=1.0, how="even"),
+        Transfer(source=[0, 1, 2, 3, 4, 5], strength=1.0),
+        Transfer(source=[0], target=[5], strength=1.0),
+        Transfer(source=[0], target=[5], strength=1.0, how="even"),
         Keep(pattern=torch.zeros(6, 6, dtype=torch.bool)),
         WeightMap(function=lambda w, rows: w / 0),
         WeightMap(function=lambda w, rows: -w),
@@ -120,19 +120,19 @@ def test_emptied_rows_keep_their_weights():
     plain = reference_with_weights(call, [])[1]
     for edit in (
         Gain(columns=list(range(6)), factor=0.0),
-        Transfer(src=list(range(6)), fraction=1.0),
+        Transfer(source=list(range(6)), strength=1.0),
         Keep(pattern=torch.zeros(6, 6, dtype=torch.bool)),
         WeightMap(function=lambda w, rows: w / 0),
     ):
         assert torch.equal(reference_with_weights(call, [edit])[1], plain)
     # row 0 sees only column 0: there is nobody to give to
-    moved = reference_with_weights(call, [Transfer(src=[0], fraction=1.0)])[1]
+    moved = reference_with_weights(call, [Transfer(source=[0], strength=1.0)])[1]
     assert torch.equal(moved[:, :, 0], plain[:, :, 0]) and (moved[:, :, 1:, 0] == 0).all()
 
 
 def test_single_token_and_single_key():
     call = small(n=1)
-    for edit in (Transfer(src=[0], fraction=0.5), Mix(target="uniform", strength=0.5), KeyBias(bias=torch.ones(1))):
+    for edit in (Transfer(source=[0], strength=0.5), Mix(target="uniform", strength=0.5), KeyBias(bias=torch.ones(1))):
         torch.testing.assert_close(fused(call, [edit]), call.value, atol=1e-6, rtol=0)
 
 
@@ -188,7 +188,7 @@ def test_the_correction_needs_only_five_tensors():
     weights = column_weights(query, key, lse[:, :, row], call.scaling)
     everything = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     here = Rows(torch.tensor([0]), None, query, key, value, call.scaling, 0)
-    for edit in (Gain(columns=columns, factor=0.3), Transfer(src=columns, fraction=0.6)):
+    for edit in (Gain(columns=columns, factor=0.3), Transfer(source=columns, strength=0.6)):
         corrected, unsafe = correct_factor(output[:, :, row], weights, value, edit, everything, here)
         assert not unsafe.any()
         torch.testing.assert_close(corrected, reference(call, [edit])[:, :, row], atol=1e-5, rtol=1e-5)
@@ -197,8 +197,8 @@ def test_the_correction_needs_only_five_tensors():
 def test_single_factor_is_found_where_it_applies():
     call = small(n=40)
     x = Operands(call.query, call.key, call.value, None, False, offset=0)
-    assert single_factor([Transfer(src=[0], fraction=0.5)], x) is not None
-    assert single_factor([Transfer(src=[0], dst=[1], fraction=0.5)], x) is None
+    assert single_factor([Transfer(source=[0], strength=0.5)], x) is not None
+    assert single_factor([Transfer(source=[0], target=[1], strength=0.5)], x) is None
     assert single_factor([Gain(columns=[0], factor=0.5, renormalise=None)], x) is None
 
 
@@ -206,7 +206,7 @@ def test_row_weights_are_the_reference_rows():
     call = small(n=12, heads=4, is_causal=True)
     edits = [
         KeyBias(bias=torch.randn(12), heads=[1, 2]),
-        Transfer(src=[0], fraction=0.5, heads=[3]),
+        Transfer(source=[0], strength=0.5, heads=[3]),
         ScaleQuery(factor=1.5, heads=[0]),
     ]
     index = torch.tensor([3, 11])
@@ -229,7 +229,7 @@ def test_cuda_equals_the_reference(dtype):
     ):
         exact = Call(call.query.double(), call.key.double(), call.value.double(), call.mask, call.is_causal)
         for edits in (
-            [Transfer(src=[0, 30], fraction=0.5)],
+            [Transfer(source=[0, 30], strength=0.5)],
             [KeyBias(bias=torch.linspace(-1, 1, 300, device="cuda"))],
             [Mix(target="identity", strength=0.3), Gain(columns=[5], factor=0.1)],
             [Keep(pattern=Band(4, 64))],

@@ -92,7 +92,7 @@ def make_edit(rng: random.Random, call: Call):
     kinds = {
         "scale": lambda: ScaleQuery(factor=rng.choice([0.0, 0.5, 1.3, torch.rand(call.batch, h, 1)]), **who),
         "keybias": lambda: KeyBias(bias=torch.randn(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])) * rng.choice([1, 5]), **who),
-        "scoregain": lambda: ScoreGain(gain=torch.rand(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])), **who),
+        "scoregain": lambda: ScoreGain(factor=torch.rand(rng.choice([(n,), (call.batch, n), (call.batch, h, n)])), **who),
         "pairbias": lambda: PairBias(bias=torch.randn(rng.choice([(t, n), (call.batch, h, t, n)])), **who),
         "band": lambda: Keep(
             pattern=Band(
@@ -107,7 +107,7 @@ def make_edit(rng: random.Random, call: Call):
             renormalise=rng.choice(["row", None, some_columns(rng, call, h)]), **who,
         ),
         "transfer": lambda: Transfer(
-            src=some_columns(rng, call, h), dst=rng.choice([None, some_columns(rng, call, h)]), fraction=strength,
+            source=some_columns(rng, call, h), target=rng.choice([None, some_columns(rng, call, h)]), strength=strength,
             how=rng.choice(["proportional", "even"]), **who,
         ),
         "lift": lambda: Lift(
@@ -116,8 +116,8 @@ def make_edit(rng: random.Random, call: Call):
         ),
         "mix": lambda: Mix(target=rng.choice(["identity", "uniform", "mean_query", torch.rand(t, n)]), strength=strength, **who),
         "map": lambda: WeightMap(function=lambda w, rows: w.square(), **who),
-        "headgain": lambda: HeadGain(gain=rng.choice([0.0, 1.4, torch.randn(h), torch.randn(call.batch, h)]), **who),
-        "headmix": lambda: HeadMix(target=torch.randn(h, call.value.shape[3]), amount=rng.choice([0.2, torch.rand(h)]), **who),
+        "headgain": lambda: HeadGain(factor=rng.choice([0.0, 1.4, torch.randn(h), torch.randn(call.batch, h)]), **who),
+        "headmix": lambda: HeadMix(target=torch.randn(h, call.value.shape[3]), strength=rng.choice([0.2, torch.rand(h)]), **who),
         "mixvalue": lambda: MixValue(strength=strength, **who),
         "append": lambda: AppendKV(
             key=torch.randn(call.batch, call.key.shape[1], 2, call.key.shape[3]),
@@ -197,7 +197,7 @@ def test_rows_sum_to_one(seed):
     edits = [
         KeyBias(bias=torch.randn(call.num_keys)),
         Gain(columns=some_columns(rng, call, call.num_heads), factor=0.2),
-        Transfer(src=some_columns(rng, call, call.num_heads), fraction=0.5, how=rng.choice(["even", "proportional"])),
+        Transfer(source=some_columns(rng, call, call.num_heads), strength=0.5, how=rng.choice(["even", "proportional"])),
         Mix(target=rng.choice(["identity", "uniform", "mean_query", "argmax"]), strength=0.4),
     ]
     _, weights = reference_with_weights(call, rng.sample(edits, rng.randint(1, 4)))
@@ -211,11 +211,11 @@ IDENTITIES = [
     lambda c: ScaleQuery(factor=1),
     lambda c: Gain(columns=[0], factor=1),
     lambda c: Lift(columns=[0], share=0),
-    lambda c: Transfer(src=[0], fraction=0),
+    lambda c: Transfer(source=[0], strength=0),
     lambda c: Mix(target="uniform", strength=0),
     lambda c: MixValue(strength=0),
-    lambda c: HeadGain(gain=1),
-    lambda c: HeadMix(target=torch.ones(c.num_heads, c.value.shape[3]), amount=0),
+    lambda c: HeadGain(factor=1),
+    lambda c: HeadMix(target=torch.ones(c.num_heads, c.value.shape[3]), strength=0),
     lambda c: KeyBias(bias=torch.ones(c.num_keys), heads=[]),
     lambda c: PoolKV(groups=torch.arange(c.num_keys)),
     lambda c: ReplaceKV(columns=torch.empty(0, dtype=torch.long), value=torch.empty(1, c.key.shape[1], 0, c.value.shape[3])),
@@ -247,7 +247,7 @@ def test_heads_without_edits_are_bit_identical():
 def test_order_inside_a_level_is_the_order_given_and_levels_have_their_own():
     torch.manual_seed(0)
     call = Call(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), is_causal=True)
-    move, gain = Transfer(src=[0], dst=[1], fraction=1.0), Gain(columns=[1], factor=0.5)
+    move, gain = Transfer(source=[0], target=[1], strength=1.0), Gain(columns=[1], factor=0.5)
     assert not torch.allclose(fused(call, [move, gain]), fused(call, [gain, move]))
     bias = KeyBias(bias=torch.randn(5))
     torch.testing.assert_close(fused(call, [move, bias]), fused(call, [bias, move]), atol=0, rtol=0)
@@ -275,7 +275,7 @@ def test_transfer_away_from_a_column_that_holds_the_row(logit, heads):
     columns = torch.zeros(40, dtype=torch.bool)
     columns[:2] = True
     for fraction in (0.5, 1.0, torch.rand(2, 1, 40)):
-        edits = [Transfer(src=columns, fraction=fraction, heads=heads), KeyBias(bias=torch.randn(40), heads=heads)]
+        edits = [Transfer(source=columns, strength=fraction, heads=heads), KeyBias(bias=torch.randn(40), heads=heads)]
         for chosen in (edits[:1], edits):
             call = Call(query, key, value, is_causal=True)
             torch.testing.assert_close(fused(call, chosen), reference(call, chosen), rtol=2e-5, atol=2e-5)

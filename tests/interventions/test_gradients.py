@@ -110,7 +110,7 @@ def test_a_transfer_away_from_all_that_a_row_has():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float64):
         call = a_call(9, 9, batch=1, dtype=dtype)
-        same(call, [Transfer(src=[0], fraction=1.0)], operands(call), 1e-5)
+        same(call, [Transfer(source=[0], strength=1.0)], operands(call), 1e-5)
 
 
 def test_learning_a_strength_in_half_precision_gives_finite_gradients():

@@ -90,7 +90,7 @@ def test_what_rows_see():
 
 
 @pytest.mark.parametrize("rows", [20, 1])
-@pytest.mark.parametrize("edits", [[HeadGain(gain=0.5)], [KeyBias(bias=torch.linspace(-1, 1, 20), heads=[1, 2])]])
+@pytest.mark.parametrize("edits", [[HeadGain(factor=0.5)], [KeyBias(bias=torch.linspace(-1, 1, 20), heads=[1, 2])]])
 def test_together_with_other_edits(edits, rows):
     call, edit = case(rows)
     same(call, [edit, *edits])

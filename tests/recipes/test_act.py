@@ -149,7 +149,7 @@ def test_invariants_on_random_inputs():
     torch.testing.assert_close(after.sum(-1), torch.ones_like(after.sum(-1)))
     assert (after >= 0).all() and torch.equal(after[:, [0, 3]], before[:, [0, 3]])
     for position, head in enumerate(edit.heads):
-        sinks = edit.src[0, position]
+        sinks = edit.source[0, position]
         assert sinks.any()
         torch.testing.assert_close(after[0, head][:, sinks], 0.4 * before[0, head][:, sinks], atol=1e-7, rtol=1e-5)
         rest, old = after[0, head][:, ~sinks], before[0, head][:, ~sinks]
@@ -176,7 +176,7 @@ def test_rows_that_see_only_sinks_keep_their_weights():
     weights[..., 1:, 1] = 1  # all the weight of every later row lies on column 1
     call = call_with_weights(weights)
     edit = recipe("act", heads=[(2, 0)]).calibrate({2: [0]}, call)
-    assert edit is not None and edit.src[0, 0].tolist() == [False, True, False, False, False, False]
+    assert edit is not None and edit.source[0, 0].tolist() == [False, True, False, False, False, False]
     torch.testing.assert_close(fused(call, [edit]), weights, atol=1e-6, rtol=0)
 
 
@@ -201,7 +201,7 @@ def test_the_alpha_rule_is_a_threshold_of_alpha_over_n():
     by_alpha = recipe("act", heads=[(2, 1)], threshold_alpha=4.0).calibrate({2: [1]}, call)
     call.memory.clear()
     fixed = recipe("act", heads=[(2, 1)], threshold=0.1).calibrate({2: [1]}, call)
-    assert torch.equal(by_alpha.src, fixed.src)
+    assert torch.equal(by_alpha.source, fixed.source)
 
 
 def test_min_rows_spares_the_last_columns():
@@ -209,7 +209,7 @@ def test_min_rows_spares_the_last_columns():
     edit = recipe("act", heads=[(2, h) for h in range(4)], min_rows=6, threshold=0.05).calibrate({2: [0, 1, 2, 3]}, call)
     call.memory.clear()
     every = recipe("act", heads=[(2, h) for h in range(4)], threshold=0.05).calibrate({2: [0, 1, 2, 3]}, call)
-    assert every.src[..., -5:].any() and not edit.src[..., -5:].any()
+    assert every.source[..., -5:].any() and not edit.source[..., -5:].any()
 
 
 def test_sinks_stay_those_of_the_prompt_while_generating():
@@ -221,7 +221,7 @@ def test_sinks_stay_those_of_the_prompt_while_generating():
     def watched(self, heads, call):
         edit = original(self, heads, call)
         if call.site.layer == 2 and edit is not None:
-            seen.append((call.clock.phase, edit.src))
+            seen.append((call.clock.phase, edit.source))
         return edit
 
     type(act).calibrate, restore = watched, original

@@ -10,7 +10,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
-from reattend.hooks.tokens.roles.segments import joined
+from reattend.hooks.tokens.segments import joined
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.rotary import Rotary

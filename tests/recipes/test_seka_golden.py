@@ -10,7 +10,7 @@ import reattend
 import torch
 import transformers
 from golden_files import golden_file
-from reattend.hooks.tokens.roles.spans import inside_range
+from reattend.hooks.tokens.spans import inside_range
 from reattend.interventions import ProjectKey
 from reattend.interventions.families.subspaces import KeyDistance, PairedKeys, Subspaces, expert_weights, mixed_projection
 from reattend.recipes import Profile, recipe_class

@@ -13,8 +13,8 @@ import torch
 from asked_images import ONE, PROMPTS
 from golden_files import golden_file
 from reattend.hooks.attachment import attachment_of
-from reattend.hooks.tokens.roles.images import add_images
-from reattend.hooks.tokens.roles.patches import lay_out
+from reattend.hooks.tokens.images import add_images
+from reattend.hooks.tokens.patches import lay_out
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import (
     Call,
@@ -78,10 +78,10 @@ def test_golden_choice_of_the_official_code(name):
         Call(states, states, states), 2, count, {"first": first[None], "penultimate": penultimate[None]}, alpha=0.5, beta=0.25,
         local_share=float(facts["local_token_ratio"]), spatial_share=0,
     )  # fmt: skip
-    gain = edit.gain.expand(1, 1, count + 3)[0, 0, 2 : 2 + count]
+    gain = edit.factor.expand(1, 1, count + 3)[0, 0, 2 : 2 + count]
     assert (gain == 0.5).nonzero()[:, 0].tolist() == data["local_tokens"].tolist()
     assert (gain == 0.25).nonzero()[:, 0].tolist() == data["summary_tokens"].tolist()
-    assert edit.gain.count_nonzero() == gain.count_nonzero() == len(data["local_tokens"]) + len(data["summary_tokens"])
+    assert edit.factor.count_nonzero() == gain.count_nonzero() == len(data["local_tokens"]) + len(data["summary_tokens"])
     assert edit.rows[0].nonzero()[:, 0].tolist() == [count + 2]
 
 
@@ -128,7 +128,7 @@ def test_hidden_columns_stay_hidden_and_all_selected_scores_grow():
     mask[..., :2] = False
     gain = torch.tensor([0.5, 0.0, 0.5, 0.0, 0.5, 0.0])
     for execute in (fused, reference):
-        out = execute(Call(query, key, value, mask), [ScoreGain(gain=gain)])
+        out = execute(Call(query, key, value, mask), [ScoreGain(factor=gain)])
         scores = (query @ key.transpose(2, 3)) / 2
         wanted = (scores + gain * scores.abs()).masked_fill(~mask, float("-inf")).softmax(-1) @ value
         torch.testing.assert_close(out, wanted)
@@ -373,7 +373,7 @@ def test_heads_in_proportion_to_their_image_share():
             alike = tiny.model(**inputs).logits
     plain = seen["plain"]
     (edit,) = seen["edit"]
-    gain = edit.gain
+    gain = edit.factor
     torch.testing.assert_close(
         (gain / gain.amax(dim=1, keepdim=True)).nanmean(dim=2)[0], mass / mass.max(), atol=1e-5, rtol=1e-4
     )

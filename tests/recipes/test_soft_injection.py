@@ -325,7 +325,7 @@ def test_the_edit_lets_gradients_of_its_share_pass():
     def mix(call):
         rows = torch.zeros(call.num_queries, dtype=torch.bool)
         rows[-1] = True
-        return HeadMix(target=torch.ones(4, 8), amount=share, rows=rows)
+        return HeadMix(target=torch.ones(4, 8), strength=share, rows=rows)
 
     from reattend.hooks import Act
 

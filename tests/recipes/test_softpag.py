@@ -11,7 +11,7 @@ import torch
 from golden_files import golden_file
 from reattend.hooks import Act, Guide, Plan, attach
 from reattend.hooks.doors.guide import Guided, grow, settle
-from reattend.hooks.tokens.roles.denoisers import read_forward
+from reattend.hooks.tokens.denoisers import read_forward
 from reattend.hooks.trackers.denoise import Run
 from reattend.interventions import (
     Call,

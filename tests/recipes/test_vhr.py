@@ -202,7 +202,7 @@ def edits_of(model, inputs, **parameters):
         def look(call):
             edit = act.intervention(call)
             if edit is not None:
-                chosen[call.site.layer] = edit.gain != 1
+                chosen[call.site.layer] = edit.factor != 1
             return edit
 
         return Act(act.sites, look)
@@ -262,7 +262,7 @@ def test_other_recipes_before_it_are_seen():
     tiny = build("llava")
     inputs = inputs_of(tiny, PROMPTS[:2])
     decoder = sites(tiny.model).stack("decoder")
-    off = Plan("off", [Act(decoder.only([2]), lambda call: HeadGain(heads=[1], gain=0.0))])
+    off = Plan("off", [Act(decoder.only([2]), lambda call: HeadGain(heads=[1], factor=0.0))])
     bias = Plan("bias", [Act(decoder, lambda call: KeyBias(bias=torch.linspace(0, 2, call.num_keys)))])
     plain = edits_of(tiny.model, inputs, layers=(2,), remove_outliers=False)
     with attach(tiny.model, [off]), attach(tiny.model, [bias]):

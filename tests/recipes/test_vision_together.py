@@ -121,7 +121,7 @@ def test_vhr_judges_heads_by_what_the_recipes_before_it_leave(before):
         def look(call):
             edit = act.intervention(call)
             if edit is not None and call.site.layer == 1:
-                chosen[names] = edit.gain[:, :, 0] if edit.gain.dim() > 2 else edit.gain
+                chosen[names] = edit.factor[:, :, 0] if edit.factor.dim() > 2 else edit.factor
             return edit
 
         return Act(act.sites, look)

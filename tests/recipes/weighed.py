@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from reattend.hooks import Act, SiteTable, Spans
-from reattend.hooks.tokens.roles.spans import add_spans
+from reattend.hooks.tokens.spans import add_spans
 from reattend.interventions import Call, Clock, Site, TokenMap, fused
 from reattend.recipes import recipe
 from torch import nn

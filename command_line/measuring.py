@@ -133,7 +133,7 @@ def analyse(
     from ..analysis import analyse as analyse_
     from ..comparison.arguments import recipes_of, texts_of
     from ..comparison.loading import load
-    from ..recipes.kit import apply
+    from ..recipes import apply
 
     texts = texts_of(text, file)
     chosen = recipes_of(recipe, set_) if recipe or set_ else []

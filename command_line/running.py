@@ -56,7 +56,7 @@ def run(
     from ..comparison.arguments import prepare, recipes_of
     from ..comparison.facts import progress_bar
     from ..comparison.inputs import job_for
-    from ..recipes.kit import apply
+    from ..recipes import apply
     from ..recipes.kit.checks import whole_number
     from ..recipes.kit.files import check_output, writing
 

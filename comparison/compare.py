@@ -8,8 +8,8 @@ from typing import Any, overload
 from ..hooks import Session, SiteTable, Spans, capture, sites
 from ..hooks.sites.discovery import original_of
 from ..interventions import ReattendError
-from ..recipes import Recipe
-from ..recipes.kit import apply, checks
+from ..recipes import Recipe, apply
+from ..recipes.kit import checks
 from ..recipes.kit.apply import Choice, resolve
 from ..recipes.kit.registry import is_file_name, read_choice
 from .arguments import picture_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..hooks import sites
-from ..recipes.kit import apply
+from ..recipes import apply
 from .facts import environment, model_facts, progress_bar, session_notes
 from .inputs import job_for
 from .job import generators_kept

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 from ..hooks import Session, SiteTable, sites
 from ..hooks.sites.discovery import components, original_of
 from ..interventions import ReattendError
-from ..recipes.kit import apply
+from ..recipes import apply
 from ..recipes.kit.apply import Choice
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ class SelectiveEmphasis(Recipe):
         places = torch.arange(call.num_queries, device=device)
         # the shares are each row's own: one edit per acting row
         return [
-            ScoreGain(factor=found.gain * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i]))
+            ScoreGain(factor=found.factor * shares[:, :, i, None], rows=None if rows is None else rows & (places == index[i]))
             for i in range(len(index))
         ]
 

@@ -13,7 +13,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 from reattend.comparison.loading import packaged_smollm2
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import Call, Gain, HeadGain, KeyBias, Mix, Transfer, WeightMap, fused
 from timing import extra_memory, ratios, table
 
@@ -129,7 +129,7 @@ def end_to_end(prompt: int, new: int, rounds: int) -> None:
 
     def under(edits_at, work):
         def run() -> None:
-            with attach(model, [Plan("bench", [Act(table_of_sites, edits_at)])]):
+            with attach(model, [Plan("bench", [Edits(table_of_sites, edits_at)])]):
                 work()
 
         return run

@@ -2,9 +2,9 @@
 
 from .attachment import running
 from .plan import (
-    Act,
     Branch,
     Capture,
+    Edits,
     Exit,
     Fusion,
     Guide,
@@ -27,7 +27,7 @@ from .sites.table import SiteTable, Support
 from .trackers.guidance_rows import rows
 
 __all__ = [
-    "Act",
+    "Edits",
     "Branch",
     "Capture",
     "Exit",

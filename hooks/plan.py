@@ -1,6 +1,6 @@
 """What a recipe hands to a session: which door, at which sites, with which function.
 
-edits       `Act`: an intervention at selected sites
+edits       `Edits`: an intervention at selected sites
 observe     `Observe`: a read-only tap on a layer's input
 capture     `Capture`: a reader of the edited attention of each call (see `capture`)
 guide       `Guide`: a further denoiser branch with edits of its own (see `denoise`)
@@ -31,7 +31,7 @@ Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
 
 
 @dataclass
-class Act:
+class Edits:
     """At every call of `sites`: intervention(call) -> edits. `label` names it in the session's counters."""
 
     sites: SiteTable
@@ -240,7 +240,7 @@ class Branch:
 
     inputs: Sequence[Callable[[Prompt], dict[str, Any] | None]]
     fuse: Callable[[Fusion], Tensor]
-    steps: Sequence[Act | Observe | Capture] = ()
+    steps: Sequence[Edits | Observe | Capture] = ()
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -302,7 +302,7 @@ class Lookahead:
             raise ReattendError("a lookahead tries at least one token and reads one site")
 
 
-Step = Act | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch | Exit | Lookahead
+Step = Edits | Observe | Capture | Project | ReadProjection | Guide | Spans | Probe | Branch | Exit | Lookahead
 
 
 @dataclass

@@ -22,7 +22,7 @@ from .doors.lookahead import reader_of
 from .doors.probe import readers_of
 from .module_hooks import Hooks
 from .passes import Forward
-from .plan import Act, Branch, Capture, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
+from .plan import Branch, Capture, Edits, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
 from .sites.table import require_supported
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Session:
         # of all modules that it acts at, nested steps too, and those of which one computes attention in every pass over tokens
         self.modules: set[int] = set()
         self.decoder_modules: set[int] = set()
-        self._acts: dict[int, list[tuple[Plan, Act]]] = {}
+        self._acts: dict[int, list[tuple[Plan, Edits]]] = {}
         self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
         self.probes: list[tuple[Plan, Probe, Session]] = []
         self.branches: list[tuple[Plan, Branch, Session]] = []
@@ -77,11 +77,11 @@ class Session:
     def _prepare(self) -> None:
         for plan in self.plans:
             for step in plan.steps:
-                if isinstance(step, (Act, Observe, Capture, Project, ReadProjection, Exit)):
+                if isinstance(step, (Edits, Observe, Capture, Project, ReadProjection, Exit)):
                     require_supported(step.sites)
                     if not len(step.sites):
                         raise ReattendError(f"recipe {plan.recipe!r} selects no attention site of this model")
-                if isinstance(step, Act):
+                if isinstance(step, Edits):
                     step.label = step.label or plan.recipe
                     self.counts.setdefault(step.label, Counter())
                     for site in step.sites:
@@ -210,9 +210,9 @@ class Session:
 
     # -- what happens at a call --------------------------------------------------------------------------------------
 
-    def act_steps(self) -> list[tuple[Plan, Act | Capture]]:
+    def act_steps(self) -> list[tuple[Plan, Edits | Capture]]:
         """The steps for which calls have to be intercepted."""
-        own = [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Act, Capture))]
+        own = [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Edits, Capture))]
         return [*own, *(item for inner in self.nested for item in inner.act_steps())]
 
     @property

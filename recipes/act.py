@@ -21,7 +21,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field
 
-from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support
+from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer, require_whole
 from ..interventions.families.calibration import learn_sinks
@@ -99,7 +99,7 @@ class ACT(Recipe):
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen, _ = decoder_sites(sites, self.slug)
         heads = by_layer(self.chosen_heads(sites) or ())
-        act = Act(chosen.only(list(heads)), functools.partial(self.calibrate, heads))
+        act = Edits(chosen.only(list(heads)), functools.partial(self.calibrate, heads))
         if self.beta == 1:
             return [act]
         first = chosen.where(lambda s: s is chosen[0])

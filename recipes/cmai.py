@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.tokens.images import UNPADDED
 from ..interventions import Call, Edit, require_whole
@@ -76,7 +76,7 @@ class CMAI(Recipe):
             "separators between the rows of its images cannot be told from image tokens then",
             lambda prompt: unsure and (image_before(prompt) or image_now(prompt)),
         )
-        return [images_told(sites, told), Act(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
+        return [images_told(sites, told), Edits(chosen, partial(self.inhibit, max(site.layer for site in chosen)))]
 
     def inhibit(self, last: int, call: Call) -> Edit | None:
         """A[i, j] = 0 for the image tokens j of text row i with the least focus, rows renormalised."""

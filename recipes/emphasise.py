@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, SiteTable
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.families.reweighting import prompt_bias, shared_by_layers
@@ -111,7 +111,7 @@ class Emphasise(Highlighter):
         if self.factor != 1:
             heads = self.heads_at(chosen)
             terms = bias_terms(self.position, math.log(self.factor), sections)
-            steps.append(Act(chosen.only(list(heads)), partial(self.emphasis, heads, terms, marked)))
+            steps.append(Edits(chosen.only(list(heads)), partial(self.emphasis, heads, terms, marked)))
         return steps
 
     def emphasis(

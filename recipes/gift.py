@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, Capture, Probe, SiteTable, Support
+from ..hooks import Capture, Edits, Probe, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.tokens.question import Question
 from ..interventions import Call, Edit, ReattendWarning, require_whole
@@ -193,7 +193,7 @@ class GIFT(Recipe):
         steps: list[Step] = [images_told(sites, told), question]
         if max(layers.saliency) > min(layers.enhance):
             steps.append(Probe([Capture(read, lambda call, edits: learn(call))], weighed=True))
-        return [*steps, Act(read, learn), Act(change, enhance)]
+        return [*steps, Edits(read, learn), Edits(change, enhance)]
 
     def _question(self) -> Question:
         texts: list[list[str]] | None = None

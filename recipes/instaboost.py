@@ -18,7 +18,7 @@ from functools import partial
 
 from pydantic import Field
 
-from ..hooks import Act, SiteTable
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.families.reweighting import marked_columns, shared_by_layers
@@ -61,7 +61,7 @@ class InstABoost(Highlighter):
         # a multiplier of 1 asks for no change: the prompt is still searched for the passages
         if self.multiplier != 1:
             heads = self.heads_at(chosen)
-            steps.append(Act(chosen.only(list(heads)), partial(self.boost, heads, role)))
+            steps.append(Edits(chosen.only(list(heads)), partial(self.boost, heads, role)))
         return steps
 
     def boost(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> KeyBias | None:

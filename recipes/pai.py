@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Act, Branch, Fusion, Prompt, SiteTable, Support
+from ..hooks import Branch, Edits, Fusion, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.prompts.text_only import placeholders, without_images
 from ..interventions import Call, ReattendError, ScoreGain
@@ -86,7 +86,7 @@ class PAI(Recipe):
         steps: list[Step] = []
         if self.alpha != 0:
             steps.append(images_told(sites, pieces_told(self.slug, EACH_LAST_ROW, image_before)))
-            steps.append(Act(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
+            steps.append(Edits(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))
         return steps

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.sites.rotary import rotary_misfit
 from ..hooks.tokens.segments import Segments, role_of
@@ -93,7 +93,7 @@ class Pine(Recipe):
         rows = per_prompt(self.segments, self.ranges) or []
         kind: dict[str, Any] = {"ranges" if self.ranges is not None else "texts": rows}
         name, most = marked_role(self), max(map(len, rows))
-        return [Segments(name, **kind), Act(chosen, partial(self.rearrange, name, most))]
+        return [Segments(name, **kind), Edits(chosen, partial(self.rearrange, name, most))]
 
     def rearrange(self, name: str, most: int, call: Call) -> Rearrange | None:
         """Every query of the call meets the segments in the order of their importance to it; None where there is nothing to order."""

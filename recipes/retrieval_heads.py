@@ -21,7 +21,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.families.heads import prompt_end
@@ -123,7 +123,7 @@ class RetrievalHeads(Recipe):
         layers = by_layer(weights)
         make = functools.cache(functools.partial(self.edit, weights, layers))
         # an empty list of heads acts nowhere and is the identity
-        return [Act(chosen.only(list(layers)), functools.partial(self.intervene, make))] if layers else []
+        return [Edits(chosen.only(list(layers)), functools.partial(self.intervene, make))] if layers else []
 
     def weighted_heads(self, sites: SiteTable) -> list[tuple[Head, float]]:
         """The heads on this model with their relative score (best = 1). Raises ReattendError for a profile of another model."""

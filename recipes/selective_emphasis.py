@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.tokens.patches import PatchReader, encoder_sites
 from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain, require_whole
@@ -101,7 +101,7 @@ class SelectiveEmphasis(Recipe):
         return [
             images_told(sites, pieces_told(self.slug, EACH_LAST_ROW, image_before)),
             *patches.steps,
-            Act(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
+            Edits(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
         ]
 
     def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | list[Edit] | None:

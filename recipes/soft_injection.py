@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
 from ..interventions.families.heads import prompt_end
@@ -97,7 +97,7 @@ class SoftInjection(Recipe):
         layers = [i for i in range(alpha.shape[0]) if bool(alpha[i].any())]
         # nothing to mix is the identity
         on = functools.cache(lambda device: (embedding.to(device), alpha.to(device)))
-        return [Act(chosen.only(layers), functools.partial(self.inject, on))] if layers else []
+        return [Edits(chosen.only(layers), functools.partial(self.inject, on))] if layers else []
 
     def learned(self, sites: SiteTable) -> tuple[Tensor, Tensor]:
         """(embedding [layers, heads, D], alpha [layers, heads] as it is used). Raises ReattendError for a profile that does not fit."""

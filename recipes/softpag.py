@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, Guide, SiteTable, Support
+from ..hooks import Edits, Guide, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Mix, MixValue, ScaleQuery
 from ..interventions.families.guidance import MixOwnAnd, Soften
@@ -100,7 +100,7 @@ class SoftPAG(Recipe):
             elif (known := wanted.setdefault(layer, set())) is not None:
                 known.add(head)
         steps: list[Step] = [
-            Act(layers[layer], partial(self.weaken, None if heads is None else sorted(heads)), self.slug)
+            Edits(layers[layer], partial(self.weaken, None if heads is None else sorted(heads)), self.slug)
             for layer, heads in sorted(wanted.items())
         ]
         # a branch that nothing weakens would only cost

@@ -19,7 +19,7 @@ from functools import partial
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, SiteTable
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, Lift
 from ..interventions.families.reweighting import marked_columns, shared_by_layers
@@ -81,7 +81,7 @@ class Spotlight(Highlighter):
         # a target of 0 asks for no change: the prompt is still searched for the passages
         if self.target and self.largest_factor > 1:
             heads = self.heads_at(chosen)
-            steps.append(Act(chosen.only(list(heads)), partial(self.lift, heads, role)))
+            steps.append(Edits(chosen.only(list(heads)), partial(self.lift, heads, role)))
         return steps
 
     def lift(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> Lift | None:

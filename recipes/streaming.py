@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from ..hooks import Act, SiteTable, Support
+from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
 from ..interventions.families.heads import prompt_end
@@ -49,7 +49,7 @@ class Streaming(Recipe):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen, _ = decoder_sites(sites, self.slug)
-        return [Act(chosen.layers(self.start_layer), self.window_with_sinks)]
+        return [Edits(chosen.layers(self.start_layer), self.window_with_sinks)]
 
     def window_with_sinks(self, call: Call) -> Keep | None:
         """keep(i, j) = j <= i and (j < sinks or i - j < window), counted from each sequence's first real token."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Act, Observe, Plan, SiteTable, Support, attach, sites
+from ..hooks import Edits, Observe, Plan, SiteTable, Support, attach, sites
 from ..hooks.plan import Observation, Step
 from ..hooks.sites.discovery import unwrapped_model
 from ..hooks.tokens.spans import tokenizer_of
@@ -147,7 +147,7 @@ class VAR(Recipe):
             "rows after an image of an earlier piece were changed as if no further image came",
             rows_between_images,
         )
-        return [images_told(sites, told), Observe(chosen, finder), Act(chosen, self.redistribute)]
+        return [images_told(sites, told), Observe(chosen, finder), Edits(chosen, self.redistribute)]
 
     def redistribute(self, call: Call) -> WeightMap | None:
         """The edit of the rows behind the image, at layers where some sample has a sink on its image."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field, model_validator
 
-from ..hooks import Act, Capture, Probe, Prompt, SiteTable, Support, sites
+from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, Support, sites
 from ..hooks.plan import Step
 from ..hooks.prompts.text_only import NEVER_WITHOUT, placeholders, without_images
 from ..interventions import Call, Edit, HeadGain, ReattendError, require_whole
@@ -125,7 +125,7 @@ class VHR(Recipe):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         chosen = self.chosen(sites)
-        return [Probe([Capture(chosen, self.remember)], self.prepare), Act(chosen, self.reinforce)]
+        return [Probe([Capture(chosen, self.remember)], self.prepare), Edits(chosen, self.reinforce)]
 
     def prepare(self, prompt: Prompt) -> dict[str, Any] | None:
         """The text-only pass of a prompt; None where no row has an image or nothing has to be measured."""

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Act, Exit, SiteTable, Support
+from ..hooks import Edits, Exit, SiteTable, Support
 from ..hooks.doors.exit import token_exit_misfit
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
@@ -102,7 +102,7 @@ class VisualTokenExit(Recipe):
         behind = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)
         if not len(behind):
             return []
-        return [images_told(sites), Act(behind, self.hide) if self.mode == "hide" else Exit(behind, VISUAL)]
+        return [images_told(sites), Edits(behind, self.hide) if self.mode == "hide" else Exit(behind, VISUAL)]
 
     def hide(self, call: Call) -> KeyBias | None:
         """No row sees a visual token; one edit per pass for all layers that hold the same keys."""

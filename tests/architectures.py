@@ -19,7 +19,7 @@ import reattend.hooks.routes.interface as interface_route
 import reattend.hooks.routes.sdpa as sdpa_route
 import support_page
 import torch
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import ReattendWarning, Transfer, reference
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -106,16 +106,16 @@ def check(model: torch.nn.Module) -> dict:
     assert torch.equal(logits(model), before), "the model itself is not deterministic"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReattendWarning)
-        with attach(model, [Plan("nothing", [Act(usable, lambda call: None)])]):
+        with attach(model, [Plan("nothing", [Edits(usable, lambda call: None)])]):
             assert torch.equal(logits(model), before), "pass-through is not bit-identical"
-    with attach(model, [Plan("edit", [Act(usable, drop_first)])]) as session:
+    with attach(model, [Plan("edit", [Edits(usable, drop_first)])]) as session:
         edited = logits(model)
     assert set(session.stats["edit"]) == {s.name for s in usable}, "the edit did not act at every site"
     assert not torch.equal(edited, before), "the edit changed nothing"
     fused = interface_route.fused, sdpa_route.fused
     try:
         interface_route.fused = sdpa_route.fused = reference
-        with attach(model, [Plan("edit", [Act(usable, drop_first)])]):
+        with attach(model, [Plan("edit", [Edits(usable, drop_first)])]):
             expected = logits(model)
     finally:
         interface_route.fused, sdpa_route.fused = fused

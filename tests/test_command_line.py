@@ -230,7 +230,7 @@ def test_a_recipe_that_never_acts_is_a_warning(call, saved):
 
 def test_run_writes_pictures(call, image_pipe, tmp_path, monkeypatch):  # noqa: F811
     from reattend.comparison import arguments, loading
-    from reattend.hooks import Act, Support
+    from reattend.hooks import Edits, Support
     from reattend.interventions import MixValue
     from reattend.recipes import Info, Recipe
 
@@ -241,7 +241,7 @@ def test_run_writes_pictures(call, image_pipe, tmp_path, monkeypatch):  # noqa: 
             return Support(True)
 
         def plan(self, sites):
-            return [Act(sites.stack("denoiser").kind("self"), lambda call: MixValue(strength=0.5), "soften")]
+            return [Edits(sites.stack("denoiser").kind("self"), lambda call: MixValue(strength=0.5), "soften")]
 
     monkeypatch.setattr(loading, "load", lambda *_, **__: image_pipe)
     monkeypatch.setattr(arguments, "recipes_of", lambda *_: [Soften()])

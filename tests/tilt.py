@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from reattend.hooks import Act, Support
+from reattend.hooks import Edits, Support
 from reattend.interventions import KeyBias
 from reattend.recipes import Info, Recipe
 
@@ -24,4 +24,4 @@ class Tilt(Recipe):
             row[0] = self.strength
             return KeyBias(bias=row)
 
-        return [Act(sites.where(lambda s: s.supported and s.stack not in ("vae", "text_encoder")), bias, "tilt")]
+        return [Edits(sites.where(lambda s: s.supported and s.stack not in ("vae", "text_encoder")), bias, "tilt")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import HeadGain, Transfer
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -34,7 +34,7 @@ def drop_first(call):
 
 
 def session_of(model, intervention=halve, label="test", **options):
-    return attach(model, [Plan(label, [Act(sites(model), intervention)])], **options)
+    return attach(model, [Plan(label, [Edits(sites(model), intervention)])], **options)
 
 
 def registered() -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...interventions import ReattendError, Site, TokenMap, UnsupportedError
-from ..plan import Act, Capture, Exit, Observe, Plan, Project, ReadProjection
+from ..plan import Capture, Edits, Exit, Observe, Plan, Project, ReadProjection
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
 from ..trackers.caches import NAMES, cache_in
@@ -82,7 +82,7 @@ def exit_conflict(sessions: Sequence[Session]) -> str:
         for session in sessions:
             for other in session.plans:
                 for item in other.steps:
-                    if isinstance(item, (Act, Capture, Observe, Project, ReadProjection)):
+                    if isinstance(item, (Edits, Capture, Observe, Project, ReadProjection)):
                         hit = next((site.name for site in item.sites if site.name in gone), None)
                         if hit is not None:
                             return (

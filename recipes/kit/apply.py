@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...hooks import Act, Capture, Exit, Plan, Session, attach, running, sites
+from ...hooks import Capture, Edits, Exit, Plan, Session, attach, running, sites
 from ...interventions import ReattendError, UnsupportedError
 from .base import Recipe
 from .checks import tokenizer as checked_tokenizer
@@ -70,10 +70,10 @@ def conflict(plans: Sequence[Plan]) -> str:
     """Why these plans make no sense together: one weighs tokens in layers where another one hides them; "" where they do."""
     for plan in plans:
         hidden = _roles(plan, "hides")
-        behind = _layers(plan, Act, Exit) if hidden else {}
+        behind = _layers(plan, Edits, Exit) if hidden else {}
         for other in plans if behind else ():
             shared = sorted(hidden & _roles(other, "weighs"))
-            blind = [layer for name, layer in _layers(other, Act, Capture).items() if name in behind]
+            blind = [layer for name, layer in _layers(other, Edits, Capture).items() if name in behind]
             if shared and blind:
                 return (
                     f"recipe {other.recipe!r} weighs {' and '.join(shared)} tokens in layers {min(blind)} to {max(blind)}, which do not "
@@ -82,7 +82,7 @@ def conflict(plans: Sequence[Plan]) -> str:
     return ""
 
 
-def _layers(plan: Plan, *doors: type[Act] | type[Capture] | type[Exit]) -> dict[str, int]:
+def _layers(plan: Plan, *doors: type[Edits] | type[Capture] | type[Exit]) -> dict[str, int]:
     """{site name: layer} of the plan's steps at these doors."""
     return {site.name: site.layer for step in plan.steps if isinstance(step, doors) for site in step.sites}
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...hooks import Act, Capture, Plan, SiteTable, attach
+from ...hooks import Capture, Edits, Plan, SiteTable, attach
 from ...hooks.tokens.spans import tokenizer_of
 from ...interventions import Call, HeadMix, ReattendError
 from ...interventions.families.heads import last_prompt_outputs, last_prompt_rows
@@ -85,7 +85,7 @@ def learn_task(
     mixer = Mixer(model, text, torch.stack(taught), template)
     train, check = ([mixer.questions(part[i]) for part in tasks.values()] for i in (0, 1))
     logit, losses = torch.zeros(taught[0].shape[:2]), {}
-    with attach(model, [Plan(slug, [Act(chosen, mixer.mix)])]):
+    with attach(model, [Plan(slug, [Edits(chosen, mixer.mix)])]):
         if how == "gradient":
             logit, losses = _learn(mixer, train, check, iterations, lr, batch_size, check_every, official_last, rng)
         alpha = _select(mixer, train, check) if how == "single" else logit.sigmoid() * mixer.known

@@ -9,7 +9,7 @@ import reattend
 import torch
 import transformers
 from reattend.analysis.analyse import TEXTS
-from reattend.hooks import Act, Support
+from reattend.hooks import Edits, Support
 from reattend.interventions import KeyBias
 from reattend.recipes import Info, Recipe
 from tiny_language import language_model, tokenizer
@@ -30,7 +30,7 @@ class SinkDown(Recipe):
         def bias(call):
             return KeyBias(bias=torch.zeros(call.num_keys).index_fill(0, torch.tensor([0]), -self.factor))
 
-        return [Act(sites.stack("decoder"), bias, "sink-down")]
+        return [Edits(sites.stack("decoder"), bias, "sink-down")]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from reattend.comparison.looks import Cell, Looks
 from reattend.comparison.pictures import heat_picture, level, moved_picture, strip
 from reattend.comparison.text import prompt_pieces
 from reattend.comparison.words import points
-from reattend.hooks import Act, Support
+from reattend.hooks import Edits, Support
 from reattend.interventions import ImageGrid, KeyBias, TokenMap
 from reattend.recipes import Info, Recipe
 
@@ -34,7 +34,7 @@ class Tilt(Recipe):
 
     def plan(self, sites):
         bias = lambda call: KeyBias(bias=torch.zeros(call.num_keys).index_fill(0, torch.tensor([0]), 3.0))  # noqa: E731
-        return [Act(sites.where(lambda s: s.supported), bias, "tilt")]
+        return [Edits(sites.where(lambda s: s.supported), bias, "tilt")]
 
 
 def picture(size=(96, 64)) -> Image.Image:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from reattend.hooks import Act, Branch, Plan, attach, sites
+from reattend.hooks import Branch, Edits, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, ReattendError, UnsupportedError
 from tiny_language import language_model
@@ -180,8 +180,8 @@ def test_only_its_own_steps_edit_a_branch(model):
     """The recipes beside it edit the real pass alone, the steps of the branch the branch alone."""
     decoder = sites(model)
     edits = {
-        "real": Act(decoder, lambda call: HeadGain(factor=0.3), "real"),
-        "own": Act(decoder, lambda call: HeadGain(factor=2.0), "own"),
+        "real": Edits(decoder, lambda call: HeadGain(factor=0.3), "real"),
+        "own": Edits(decoder, lambda call: HeadGain(factor=2.0), "own"),
     }
     inputs = [lambda prompt: prompt.arguments]
 

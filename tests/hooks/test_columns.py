@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reattend.hooks import Act, Capture, Plan, attach, sites
+from reattend.hooks import Capture, Edits, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of, filled_columns
 from reattend.interventions import Mix, TokenMap
 from tiny_language import language_model
@@ -137,7 +137,7 @@ def test_each_row_meets_its_own_column(kind):
     def logits(cache, pieces):
         with (
             torch.no_grad(),
-            attach(model, [Plan("own", [Act(sites(model), lambda call: Mix(target="identity", strength=0.5))])]),
+            attach(model, [Plan("own", [Edits(sites(model), lambda call: Mix(target="identity", strength=0.5))])]),
         ):
             parts, options = [], {} if cache is None else {cache_name(model): cache, "use_cache": True}
             for piece in pieces:
@@ -169,7 +169,7 @@ def test_untouched_heads_keep_their_bits_in_a_buffer():
         return torch.cat(outputs, dim=1)
 
     plain = run()
-    with attach(model, [Plan("one", [Act(sites(model), lambda call: Mix(target="identity", strength=0.5, heads=[1]))])]):
+    with attach(model, [Plan("one", [Edits(sites(model), lambda call: Mix(target="identity", strength=0.5, heads=[1]))])]):
         edited = run()
     handle.remove()
     assert torch.equal(plain[:, :, [0, 2, 3]], edited[:, :, [0, 2, 3]]) and not torch.equal(plain[:, :, 1], edited[:, :, 1])

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from reattend.hooks import Act, Observe, Plan, attach, sites
+from reattend.hooks import Edits, Observe, Plan, attach, sites
 from tiny_denoisers import unet
 from tiny_llama import halve, hooks_on, logits, session_of, tiny_llama
 
@@ -34,7 +34,7 @@ def test_copies_are_clean_in_the_session_and_after_it(way):
     calls = []
     model.model.layers[0].register_forward_hook(count(calls))
     before, own = logits(model), hooks_on(model)
-    plan = Plan("both", [Act(sites(model), halve), Observe(sites(model), lambda o: None)])
+    plan = Plan("both", [Edits(sites(model), halve), Observe(sites(model), lambda o: None)])
     with attach(model, [plan]):
         steered = logits(model)
         twin = WAYS[way](model)
@@ -62,7 +62,7 @@ def test_copies_of_a_denoiser(way):
     with torch.no_grad():
         before = model(**inputs).sample
         table = sites(model).where(lambda s: s.supported)
-        with attach(model, [Plan("halve", [Act(table, halve)])]) as session:
+        with attach(model, [Plan("halve", [Edits(table, halve)])]) as session:
             model(**inputs)
             twin = WAYS[way](model)
             applied = session.applied

@@ -8,7 +8,7 @@ import pytest
 import reattend
 import tiny_pipelines
 import torch
-from reattend.hooks import Act, Branch, Exit, Lookahead, Observe, Plan, Probe, Spans, attach
+from reattend.hooks import Branch, Edits, Exit, Lookahead, Observe, Plan, Probe, Spans, attach
 from reattend.hooks.tokens.question import Question
 from reattend.hooks.tokens.segments import Segments
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
@@ -104,7 +104,7 @@ def test_pass_through_edit_and_restore(name: str) -> None:
         seen.setdefault(call.site.name, [])
 
     table = usable(model)
-    with pytest.warns(ReattendWarning, match="never acted"), attach(model, [Plan("watch", [Act(table, nothing)])]):
+    with pytest.warns(ReattendWarning, match="never acted"), attach(model, [Plan("watch", [Edits(table, nothing)])]):
         assert torch.equal(run(model, inputs), before)
     assert set(seen) == {s.name for s in table}, "a site was never reached"
     assert_restored(model, inputs, before)
@@ -119,7 +119,7 @@ def test_pass_through_edit_and_restore(name: str) -> None:
             torch.testing.assert_close(call.original(), plain, atol=1e-5, rtol=1e-5)  # type: ignore[misc]
             return edit
 
-        with attach(model, [Plan("halve", [Act(table.where(lambda s, site=site: s.name == site.name), halve)])]) as session:
+        with attach(model, [Plan("halve", [Edits(table.where(lambda s, site=site: s.name == site.name), halve)])]) as session:
             changed = run(model, inputs)
             calls = 2 if name.startswith("Mochi") and site.stack == "denoiser" else 1
             assert session.stats == {"halve": {site.name: calls}}
@@ -138,7 +138,7 @@ def test_restored_after_an_exception_in_mid_forward(name: str) -> None:
     def fail(call: Call) -> None:
         raise ValueError("from inside")
 
-    with pytest.raises(ValueError, match="from inside"), attach(model, [Plan("fail", [Act(usable(model), fail)])]):
+    with pytest.raises(ValueError, match="from inside"), attach(model, [Plan("fail", [Edits(usable(model), fail)])]):
         run(model, inputs)
     assert_restored(model, inputs, before)
 
@@ -156,7 +156,7 @@ def test_restored_after_an_interrupt(name: str) -> None:
 
     query = torch.randn(2, 2, 6, 4)
     expected = nn.functional.scaled_dot_product_attention(query, query, query)
-    session = attach(model, [Plan("interrupt", [Act(usable(model)[:1], interrupt)])])
+    session = attach(model, [Plan("interrupt", [Edits(usable(model)[:1], interrupt)])])
     with pytest.raises(KeyboardInterrupt):
         run(model, inputs)
     assert len(modes()) == 1, "torch runs no hooks on an interrupt; if that has changed, the clearing can go"
@@ -174,7 +174,7 @@ def test_restored_after_an_interrupt(name: str) -> None:
 def test_compiled_denoisers_run_uncompiled_under_a_session(name: str, how: str) -> None:
     model, inputs = build(name)
     before = run(model, inputs)
-    with attach(model, [Plan("halve", [Act(usable(model), lambda call: HeadGain(factor=0.5))])]):
+    with attach(model, [Plan("halve", [Edits(usable(model), lambda call: HeadGain(factor=0.5))])]):
         expected = run(model, inputs)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager") if how == "wrapper" else model
@@ -185,7 +185,7 @@ def test_compiled_denoisers_run_uncompiled_under_a_session(name: str, how: str) 
     torch.testing.assert_close(run(compiled, inputs), before)
     table = usable(compiled)
     with pytest.warns(ReattendWarning, match="denoiser is compiled"):
-        session = attach(compiled, [Plan("halve", [Act(table, lambda call: HeadGain(factor=0.5))])])
+        session = attach(compiled, [Plan("halve", [Edits(table, lambda call: HeadGain(factor=0.5))])])
     torch.testing.assert_close(run(compiled, inputs), expected)
     session.remove()
     assert session.applied == len(table)
@@ -206,7 +206,7 @@ def test_token_roles(name: str) -> None:
         maps.setdefault(call.site.name, []).append((call, *found))
 
     table = usable(model)
-    with pytest.warns(ReattendWarning), attach(model, [Plan("note", [Act(table, note)])]):
+    with pytest.warns(ReattendWarning), attach(model, [Plan("note", [Edits(table, note)])]):
         run(model, inputs)
     for site in table:
         for index, (call, rows, image, text, padding) in enumerate(maps[site.name]):
@@ -239,11 +239,13 @@ def test_unknown_token_order_is_an_error_only_where_a_role_is_asked_for(monkeypa
 
     model, inputs = build("SD3Transformer2DModel")
     monkeypatch.setitem(diffusers_facts.FAMILIES, "SD3Transformer2DModel", diffusers_facts.Family())
-    with attach(model, [Plan("all", [Act(usable(model), lambda call: HeadGain(factor=0.5, rows=call.query_rows("all")))])]):
+    with attach(model, [Plan("all", [Edits(usable(model), lambda call: HeadGain(factor=0.5, rows=call.query_rows("all")))])]):
         run(model, inputs)
     with (
         pytest.raises(ReattendError, match="the order of image and text tokens in SD3Transformer2DModel is not known"),
-        attach(model, [Plan("image", [Act(usable(model), lambda call: HeadGain(factor=0.5, rows=call.query_rows("image")))])]),
+        attach(
+            model, [Plan("image", [Edits(usable(model), lambda call: HeadGain(factor=0.5, rows=call.query_rows("image")))])]
+        ),
     ):
         run(model, inputs)
 
@@ -254,7 +256,7 @@ def test_linear_attention_is_reported() -> None:
     assert [s.name for s in bad] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
     assert all("linear attention has no softmax" in (s.problem or "") for s in bad)
     with pytest.raises(UnsupportedError, match="transformer_blocks.0.attn1.*linear attention"):
-        attach(model, [Plan("any", [Act(reattend.sites(model), lambda call: None)])])
+        attach(model, [Plan("any", [Edits(reattend.sites(model), lambda call: None)])])
     assert hooks_of(model) == 0
 
 
@@ -267,7 +269,7 @@ def test_other_backends_are_reported() -> None:
     assert [s.name for s in bad] == ["transformer_blocks.1.attn"]
     assert "'flash' never reaches torch's SDPA: call set_attention_backend('native')" in (bad[0].problem or "")
     with pytest.raises(UnsupportedError, match="flash"):
-        attach(model, [Plan("any", [Act(reattend.sites(model), lambda call: None)])])
+        attach(model, [Plan("any", [Edits(reattend.sites(model), lambda call: None)])])
     processor._attention_backend = None
     model.set_attention_backend("native")  # type: ignore[operator]
     assert not reattend.sites(model).problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import Call, Transfer
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -30,7 +30,7 @@ def drop_bos(call: Call):
 
 
 def session_of(model, intervention=drop_bos):
-    return attach(model, [Plan("test", [Act(sites(model), intervention)])])
+    return attach(model, [Plan("test", [Edits(sites(model), intervention)])])
 
 
 def stepwise(model, ids, mask=None, steps=NEW):

@@ -8,7 +8,7 @@ import pytest
 import reattend
 import tiny_models
 import torch
-from reattend.hooks import Act, Branch, Capture, Lookahead, Plan, Probe, attach, sites
+from reattend.hooks import Branch, Capture, Edits, Lookahead, Plan, Probe, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, ReattendError
 from reattend.interventions.families.over_trust import strongest_row
@@ -245,7 +245,7 @@ def test_what_a_probe_reads_has_gradients_too():
         call.memory["gain"] = call.query.mean().sigmoid()
 
     plan = Plan(
-        "probe", [Probe([Capture(site, read)]), Act(site, lambda call: HeadGain(factor=call.memory["gain"] * torch.ones(4)))]
+        "probe", [Probe([Capture(site, read)]), Edits(site, lambda call: HeadGain(factor=call.memory["gain"] * torch.ones(4)))]
     )
     ids = torch.tensor([[1, 8, 4, 21, 6, 17, 90]])
     with attach(model, [plan]):

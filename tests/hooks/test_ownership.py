@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reattend.hooks import Act, Observe, Plan, attach, sites
+from reattend.hooks import Edits, Observe, Plan, attach, sites
 from reattend.interventions import HeadGain, ReattendError, ReattendWarning
 from tiny_denoisers import unet
 from tiny_llama import IDS, drop_first, halve, logits, session_of, tiny_llama, traces
@@ -196,7 +196,7 @@ def test_processors_that_are_switched_inside_a_session(how):
 
     before = run()
     table = sites(model).where(lambda s: s.supported)
-    with attach(model, [Plan("halve", [Act(table, halve)])]):
+    with attach(model, [Plan("halve", [Edits(table, halve)])]):
         expected = run()
         if how == "sliced":
             model.set_attention_slice(1)
@@ -213,10 +213,10 @@ def test_processors_that_are_switched_inside_a_session(how):
 def test_a_pipelines_denoiser_has_its_name_in_each_session():
     model, inputs = unet()
     table = sites(model).where(lambda s: s.supported)
-    with attach(model, [Plan("halve", [Act(table, halve)])]) as bare:
+    with attach(model, [Plan("halve", [Edits(table, halve)])]) as bare:
         wrapped = nn.ModuleDict({"unet": model})
         names = sites(wrapped).where(lambda s: s.supported)
-        with attach(wrapped, [Plan("halve", [Act(names, halve)])]) as whole, torch.no_grad():
+        with attach(wrapped, [Plan("halve", [Edits(names, halve)])]) as whole, torch.no_grad():
             model(**inputs)
     assert {f"unet.{name}" for name in bare.stats["halve"]} == set(whole.stats["halve"])
 

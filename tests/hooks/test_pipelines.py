@@ -10,7 +10,7 @@ import pytest
 import reattend
 import tiny_pipelines
 import torch
-from reattend.hooks import Act, Guide, Plan, attach
+from reattend.hooks import Edits, Guide, Plan, attach
 from reattend.hooks.trackers.guidance_rows import layout_of_pipeline
 from reattend.interventions import Call, MixValue, ReattendError, ReattendWarning, UnsupportedError
 from reattend.recipes.kit.denoisers import default_layers, image_layers
@@ -106,7 +106,7 @@ def by_hand(pipe: Any, call: dict[str, Any], name: str, guidance: float, scale: 
 
     denoiser.forward = forward  # type: ignore[method-assign]
     try:
-        with attach(denoiser, [Plan("weak", [Act(table, weak)])]):
+        with attach(denoiser, [Plan("weak", [Edits(table, weak)])]):
             return draw(pipe, call)
     finally:
         del denoiser.forward
@@ -164,7 +164,7 @@ def clocks(pipe: Any, call: dict[str, Any], runs: int = 1, **more: Any) -> list[
         at.memory["calls"] = at.memory.get("calls", 0) + 1
         seen.append((at.clock.phase, at.clock.step, at.clock.steps, at.clock.timestep, rows, at.memory["calls"]))
 
-    with pytest.warns(ReattendWarning), attach(pipe, [Plan("note", [Act(table, note)])]):
+    with pytest.warns(ReattendWarning), attach(pipe, [Plan("note", [Edits(table, note)])]):
         for _ in range(runs):
             draw(pipe, call, **more)
     return seen
@@ -201,7 +201,7 @@ def test_clock_of_a_bare_denoiser() -> None:
     seen = []
     with (
         pytest.warns(ReattendWarning),
-        attach(model, [Plan("note", [Act(reattend.sites(model)[:1], lambda c: seen.append(c.clock))])]),
+        attach(model, [Plan("note", [Edits(reattend.sites(model)[:1], lambda c: seen.append(c.clock))])]),
     ):
         for t in (900, 900, 500, 100, 900, 500):
             with torch.no_grad():
@@ -221,7 +221,7 @@ def test_several_guides_compose() -> None:
             parts[name] = None if rows is None else rows.tolist()
             return None if rows is None else MixValue(strength=1.0, rows=rows[:, None])
 
-        return [Act(table[layer], weaken), Guide(name, scale)]
+        return [Edits(table[layer], weaken), Guide(name, scale)]
 
     results = []
     for plans in ([("a", 0, 2.0)], [("b", 1, 1.0)], [("a", 0, 2.0), ("b", 1, 1.0)]):

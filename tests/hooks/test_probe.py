@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny_models
 import torch
-from reattend.hooks import Act, Capture, Observe, Plan, Probe, attach, sites
+from reattend.hooks import Capture, Edits, Observe, Plan, Probe, attach, sites
 from reattend.hooks.trackers.caches import cache_in
 from reattend.interventions import HeadGain, ReattendError
 from tiny_language import language_model
@@ -45,8 +45,8 @@ def test_readers_see_the_plain_model_and_share_the_recipes_memory(model, ids):
         met.append((call.clock.phase, len(call.memory["queries"])))
         return HeadGain(factor=0.5)
 
-    plan = Plan("probe", [Probe([Capture(decoder, read)]), Act(decoder, act)])
-    other = Plan("other", [Act(decoder, lambda call: HeadGain(factor=3.0))])
+    plan = Plan("probe", [Probe([Capture(decoder, read)]), Edits(decoder, act)])
+    other = Plan("other", [Edits(decoder, lambda call: HeadGain(factor=3.0))])
     with attach(model, [other]), attach(model, [plan]) as session:
         edited = model(ids).logits
         assert session.forwards == 1 and session.stats == {"probe": {s.name: 1 for s in decoder}}
@@ -141,7 +141,7 @@ def test_threads_probe_side_by_side(model, ids):
         seen.setdefault(threading.get_ident(), set()).add((call.memory["length"], call.tokens.prompt_length))
 
     decoder = sites(model)
-    with attach(model, [Plan("probe", [Probe([Capture(decoder, read)]), Act(decoder, act)])]) as session:
+    with attach(model, [Plan("probe", [Probe([Capture(decoder, read)]), Edits(decoder, act)])]) as session:
         threads = [threading.Thread(target=lambda n=n: [model(ids[:, :n]) for _ in range(5)]) for n in (3, 5)]
         for thread in threads:
             thread.start()

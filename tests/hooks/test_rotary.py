@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.hooks.sites.rotary import rotary_misfit
 from reattend.interventions import ReattendError
 from reattend.interventions.rotary import Rotary
@@ -37,7 +37,7 @@ def keys_at(model, positions):
         keys[call.site.name], rotary[call.site.name] = call.key.clone(), call.rotary
 
     table = sites(model).stack("decoder").kind("self")
-    with torch.no_grad(), attach(model, [Plan("look", [Act(table, look)])]):
+    with torch.no_grad(), attach(model, [Plan("look", [Edits(table, look)])]):
         model(IDS, position_ids=positions, use_cache=False)
     return keys, rotary
 

@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionPAGPipeline,
 )
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
-from reattend.hooks import Act, Plan, attach
+from reattend.hooks import Edits, Plan, attach
 from reattend.hooks.trackers.denoising_run import place
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError
 from torch import Tensor
@@ -127,7 +127,7 @@ def noting(pipe: Any, seen: Seen) -> Any:
 
     denoiser = pipe if isinstance(pipe, torch.nn.Module) else pipe.unet
     table = reattend.sites(denoiser)[:1]
-    return attach(pipe, [Plan("note", [Act(table, lambda call: note(call) or HeadGain(factor=1.001))])])
+    return attach(pipe, [Plan("note", [Edits(table, lambda call: note(call) or HeadGain(factor=1.001))])])
 
 
 HALVES = ("unconditional", "conditional")
@@ -430,7 +430,7 @@ def test_rows_of_a_guides_branch_are_conditional_rows() -> None:
         rows = call.clock.rows("conditional", call.batch)
         return None if rows is None else HeadGain(factor=3.0, rows=rows[:, None])
 
-    plan = Plan("louder", [Act(reattend.sites(pipe).stack("denoiser").kind("cross"), louder)])
+    plan = Plan("louder", [Edits(reattend.sites(pipe).stack("denoiser").kind("cross"), louder)])
     plain = draw(pipe)
     with attach(pipe, [plan]):
         alone = draw(pipe)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import reattend
 import torch
-from reattend.hooks import Act, Capture, Plan, Spans, attach, sites
+from reattend.hooks import Capture, Edits, Plan, Spans, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import ReattendError
 from tiny_language import CHATML, language_model, tokenizer
@@ -389,7 +389,7 @@ def test_single_tokens_and_encoders_raise_no_alarm(model):
     bert = BertModel(
         BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
     )
-    with attach(bert.eval(), [Plan("none", [Act(sites(bert), lambda call: None)])]), torch.no_grad():
+    with attach(bert.eval(), [Plan("none", [Edits(sites(bert), lambda call: None)])]), torch.no_grad():
         for width in (6, 1):
             bert(LONG[:, :width] % 99, attention_mask=torch.ones(1, width))
 

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, Transfer, UnsupportedError
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -48,7 +48,7 @@ def halve(call):
 
 
 def session_of(model, intervention=drop_first, label="test", **options):
-    return attach(model, [Plan(label, [Act(sites(model), intervention)])], **options)
+    return attach(model, [Plan(label, [Edits(sites(model), intervention)])], **options)
 
 
 def snapshot(model) -> dict:
@@ -109,7 +109,7 @@ def test_composes_in_the_order_given(model, ids):
         return Transfer(source=[1], target=[0], strength=1.0)
 
     table = sites(model)
-    forth = [Plan("move", [Act(table, move)]), Plan("back", [Act(table, bring_back)])]
+    forth = [Plan("move", [Edits(table, move)]), Plan("back", [Edits(table, bring_back)])]
     with attach(model, forth) as session:
         one = logits(model, ids)
     with attach(model, forth[::-1]):

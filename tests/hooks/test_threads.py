@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from reattend.hooks import Act, Observe, Plan, attach, sites
+from reattend.hooks import Edits, Observe, Plan, attach, sites
 from reattend.hooks.attachment import _attachments
 from reattend.hooks.trackers.in_flight import lifecycle
 from reattend.interventions import ReattendError
@@ -312,7 +312,7 @@ def interrupted_at(number: int, what):
 
 def plan_of(model):
     table = sites(model).layers(0, 0)
-    return Plan("both", [Act(table, halve), Observe(table, lambda o: None)])
+    return Plan("both", [Edits(table, halve), Observe(table, lambda o: None)])
 
 
 @pytest.mark.slow

@@ -327,10 +327,10 @@ def test_the_edit_lets_gradients_of_its_share_pass():
         rows[-1] = True
         return HeadMix(target=torch.ones(4, 8), strength=share, rows=rows)
 
-    from reattend.hooks import Act
+    from reattend.hooks import Edits
 
     ids = torch.randint(5, 400, (1, 6))
-    with attach(model, [Plan("mix", [Act(sites(model).stack("decoder").layers(1, 1), mix)])]):
+    with attach(model, [Plan("mix", [Edits(sites(model).stack("decoder").layers(1, 1), mix)])]):
         (slope,) = torch.autograd.grad(model(ids).logits[0, -1, 7], [share])
         step = 1e-2
         with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
-from reattend.hooks import Act, Guide, Plan, attach
+from reattend.hooks import Edits, Guide, Plan, attach
 from reattend.hooks.doors.guide import Guided, grow, settle
 from reattend.hooks.tokens.denoisers import read_forward
 from reattend.hooks.trackers.denoise import Run
@@ -192,7 +192,7 @@ def by_hand(model: Any, inputs: dict[str, Any], layers: dict[int, Any], heads: l
     from reattend.interventions import MixValue
 
     tables = list(layers.values())
-    act = [Act(t, lambda c: MixValue(strength=0.5, heads=heads, rows=c.query_rows(rows))) for t in tables]
+    act = [Edits(t, lambda c: MixValue(strength=0.5, heads=heads, rows=c.query_rows(rows))) for t in tables]
     with attach(model, [Plan("weak", list(act))]):
         return predict(model, inputs)
 

@@ -6,7 +6,7 @@ import pytest
 import reattend
 import torch
 from planted_sinks import DIM, OPEN, PROMPTS, Planted, planted, tiny_models
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import WeightMap
 from reattend.recipes import recipe
 
@@ -157,7 +157,7 @@ def test_planted_sinks_give_their_weight_to_the_image():
     table = sites(model)
     decoder = table.stack("decoder").layers(1)
     plans = [
-        Plan("before", [Act(decoder, spy(before))]), Plan("var", chosen.plan(table)), Plan("after", [Act(decoder, spy(after))]),
+        Plan("before", [Edits(decoder, spy(before))]), Plan("var", chosen.plan(table)), Plan("after", [Edits(decoder, spy(after))]),
     ]  # fmt: skip
     with attach(model, plans) as session:
         model.generate(**inputs, max_new_tokens=2)

@@ -10,7 +10,7 @@ import pytest
 import reattend
 import tiny_models
 import torch
-from reattend.hooks import Act, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
 from reattend.interventions.families.heads import divergence, vision_aware_heads
@@ -205,9 +205,9 @@ def edits_of(model, inputs, **parameters):
                 chosen[call.site.layer] = edit.factor != 1
             return edit
 
-        return Act(act.sites, look)
+        return Edits(act.sites, look)
 
-    with attach(model, [Plan("vhr", [spy(s) if isinstance(s, Act) else s for s in plan])]), torch.no_grad():
+    with attach(model, [Plan("vhr", [spy(s) if isinstance(s, Edits) else s for s in plan])]), torch.no_grad():
         model(**inputs)
     return chosen
 
@@ -262,8 +262,8 @@ def test_other_recipes_before_it_are_seen():
     tiny = build("llava")
     inputs = inputs_of(tiny, PROMPTS[:2])
     decoder = sites(tiny.model).stack("decoder")
-    off = Plan("off", [Act(decoder.only([2]), lambda call: HeadGain(heads=[1], factor=0.0))])
-    bias = Plan("bias", [Act(decoder, lambda call: KeyBias(bias=torch.linspace(0, 2, call.num_keys)))])
+    off = Plan("off", [Edits(decoder.only([2]), lambda call: HeadGain(heads=[1], factor=0.0))])
+    bias = Plan("bias", [Edits(decoder, lambda call: KeyBias(bias=torch.linspace(0, 2, call.num_keys)))])
     plain = edits_of(tiny.model, inputs, layers=(2,), remove_outliers=False)
     with attach(tiny.model, [off]), attach(tiny.model, [bias]):
         changed = edits_of(tiny.model, inputs, layers=(2,), remove_outliers=False)

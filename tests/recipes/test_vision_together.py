@@ -8,7 +8,7 @@ import pytest
 import reattend
 import torch
 from asked_images import ONE, PROMPTS, tiny_models, tokenizer
-from reattend.hooks import Act, Plan, attach, capture, sites
+from reattend.hooks import Edits, Plan, attach, capture, sites
 from reattend.interventions import UnsupportedError
 from reattend.interventions.edits import Rows
 from reattend.recipes import recipe
@@ -113,7 +113,7 @@ def test_vhr_judges_heads_by_what_the_recipes_before_it_leave(before):
         for name in names:
             steps = recipe(name, **METHODS[name]).plan(table)
             if name == "vhr":
-                steps = [spied(s, names) if isinstance(s, Act) else s for s in steps]
+                steps = [spied(s, names) if isinstance(s, Edits) else s for s in steps]
             result.append(Plan(name, steps))
         return result
 
@@ -124,7 +124,7 @@ def test_vhr_judges_heads_by_what_the_recipes_before_it_leave(before):
                 chosen[names] = edit.factor[:, :, 0] if edit.factor.dim() > 2 else edit.factor
             return edit
 
-        return Act(act.sites, look)
+        return Edits(act.sites, look)
 
     for names in (("vhr",), ("vhr", before), (before, "vhr")):
         with attach(model(), plans(*names)), torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 import transformers
 from asked_images import HOW, NONE, ONE, PROMPTS, TWO, WHAT, tiny_models, turn
 from golden_files import golden_file
-from reattend.hooks import Act, Capture, Exit, Plan, attach, sites
+from reattend.hooks import Capture, Edits, Exit, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import KeyBias, ReattendError, UnsupportedError
 from reattend.recipes import recipe
@@ -213,7 +213,7 @@ def favour(table, layers, **places):
     def bias(call):
         return KeyBias(bias=2.0 * call.columns("bos").float())
 
-    return Plan("favour", [Act(table.only(layers), bias)])
+    return Plan("favour", [Edits(table.only(layers), bias)])
 
 
 def test_recipes_in_front_of_the_exit_go_on():

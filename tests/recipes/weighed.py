@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from reattend.hooks import Act, SiteTable, Spans
+from reattend.hooks import Edits, SiteTable, Spans
 from reattend.hooks.tokens.spans import add_spans
 from reattend.interventions import Call, Clock, Site, TokenMap, fused
 from reattend.recipes import recipe
@@ -35,7 +35,7 @@ def weights_under(recipes, scores, mask, pads, prompt, execute=fused):
         for step in chosen.plan(table):
             if isinstance(step, Spans):
                 add_spans(tokens, None, step, lambda: None)
-            elif isinstance(step, Act):
+            elif isinstance(step, Edits):
                 edit = step.intervention(call)
                 edits += [] if edit is None else [edit]
     return execute(call, edits)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...hooks import Act, Plan, Session, attach, sites
+from ...hooks import Edits, Plan, Session, attach, sites
 from ...interventions import Call, KeyBias
 from .loop import Loop
 from .pictures import (
@@ -95,7 +95,7 @@ def one_for_many(transformer: Any, many: int) -> Session:
         bias[-1] = math.log(many)
         return KeyBias(bias=bias)
 
-    return attach(transformer, [Plan("one for many", [Act(sites(transformer), count)])])
+    return attach(transformer, [Plan("one for many", [Edits(sites(transformer), count)])])
 
 
 def main() -> None:

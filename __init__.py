@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is import
     from .analysis import analyse
     from .comparison import compare, wrap
     from .evaluation import evaluate
-    from .hooks import capture, rows, sites
+    from .hooks import capture, edit, rows, sites
     from .interventions import ReattendError, ReattendWarning, UnsupportedError
     from .recipes import list_recipes, load_recipe
     from .recipes.kit.named import apply, recipe  # pyright: ignore[reportMissingModuleSource]  # with a signature for each recipe
@@ -28,6 +28,7 @@ _LAZY = {
     "apply": ".recipes",
     "sites": ".hooks",
     "capture": ".hooks",
+    "edit": ".hooks",
     "rows": ".hooks",
     "wrap": ".comparison",
     "compare": ".comparison",
@@ -51,6 +52,7 @@ __all__ = [
     "apply",
     "capture",
     "compare",
+    "edit",
     "evaluate",
     "list_recipes",
     "load_recipe",

@@ -1,6 +1,7 @@
 """WHERE: finds every attention site of a model, attaches, knows tokens and steps, restores exactly."""
 
 from .attachment import running
+from .editing import edit
 from .plan import (
     Branch,
     Capture,
@@ -51,6 +52,7 @@ __all__ = [
     "Trials",
     "attach",
     "capture",
+    "edit",
     "rows",
     "running",
     "sites",

@@ -32,7 +32,7 @@ PER_HEAD = [
 
 
 def test_the_case_that_acted_as_nothing():
-    with pytest.raises(ReattendError, match=r"gain has values for 3 heads, but the edit names 1 \(heads=\[5\]\): give 1"):
+    with pytest.raises(ReattendError, match=r"factor has values for 3 heads, but the edit names 1 \(heads=\[5\]\): give 1"):
         HeadGain(heads=[5], factor=torch.tensor([0.0, 5.0, 9.0]))
 
 
@@ -81,7 +81,7 @@ def test_batch_rows_and_query_rows_too(queries, run):
 def test_head_mix_for_other_heads():
     with pytest.raises(ReattendError, match="target has values for 3 heads, but the edit names 2"):
         HeadMix(target=torch.randn(3, 8), strength=0.5, heads=[0, 1])
-    with pytest.raises(ReattendError, match="amount has values for 3 heads, but the edit names 2"):
+    with pytest.raises(ReattendError, match="strength has values for 3 heads, but the edit names 2"):
         HeadMix(target=torch.randn(2, 8), strength=torch.rand(3), heads=[0, 1])
 
 

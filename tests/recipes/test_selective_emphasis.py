@@ -377,7 +377,7 @@ def test_heads_in_proportion_to_their_image_share():
     torch.testing.assert_close(
         (gain / gain.amax(dim=1, keepdim=True)).nanmean(dim=2)[0], mass / mass.max(), atol=1e-5, rtol=1e-4
     )
-    torch.testing.assert_close(gain.amax(dim=1), plain.gain[:, 0])
+    torch.testing.assert_close(gain.amax(dim=1), plain.factor[:, 0])
     assert not torch.equal(by_head, alike) and not torch.equal(by_head, base)
 
 

@@ -3,6 +3,7 @@
 # make style  formats and checks the code
 # make newest runs a subset of the tests on the newest of everything, beyond the caps of pyproject.toml (TORCH=torch==2.13.0 keeps torch)
 # make floors makes one environment at every floor of pyproject.toml and one per Python, runs the subset, and writes docs/support.md
+# make pages  writes what is written by commands: tables of recipes, docs/edits.md, signatures for editors
 # make bench  prints the cost tables of docs/performance.md
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test newest floors style bench clean
+.PHONY: demo test newest floors style pages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reattend demo
@@ -30,6 +31,9 @@ floors:
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+pages: $(VENV)/.test
+	for page in stubs which summary edits_page; do $(BIN)/python benchmarks/$$page.py || exit 1; done
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/overhead.py

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import claims
 import costs as costs_page
+import edits_page
 import effects_page
 import pytest
 import summary
+from reattend import interventions
 from reattend.evaluation.metrics.intervals import Resamples
 from reattend.evaluation.suites.registry import suite
 from reattend.evaluation.variants import suites_of
+from reattend.interventions import Edit
 from sections import SECTIONS
 
 
@@ -81,3 +84,14 @@ def test_every_recipe_has_a_section():
     asked = {slug for section in SECTIONS.values() for slug in section.recipes}
     assert asked == set(list_recipes())
     assert all(suite(section.suite.partition(":")[0]) for section in SECTIONS.values())
+
+
+def test_edits_page_is_made_of_the_code():
+    assert edits_page.PAGE.read_text(encoding="utf-8") == edits_page.page(), "run python benchmarks/edits_page.py"
+    level_classes = {"Edit", "OperandEdit", "ScoreEdit", "WeightEdit", "OutputEdit"}
+    exported = {
+        name
+        for name in interventions.__all__
+        if isinstance(cls := getattr(interventions, name), type) and issubclass(cls, Edit)
+    }
+    assert {cls.__name__ for cls in edits_page.edits()} == exported - level_classes

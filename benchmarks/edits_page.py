@@ -25,10 +25,11 @@ LEVELS = {
 }
 HEAD = """# Edits
 
-Written by `python benchmarks/edits_page.py` from the code. An intervention is a function from a call to edits; `reattend.edit(model, function)` puts it to
-work. Every edit can name `heads` (query heads of the whole model, default all) and `rows` (bool [queries] or [batch, queries], default all); what it
-does not name keeps its bits. Tensors broadcast over leading axes: a column set may be [keys], [batch, keys] or [batch, heads, keys].
-Edits act level by level in the order of this page, and inside a level in the order given.
+Written by `python benchmarks/edits_page.py` from the code. An intervention is a function from a call to edits, which
+`reattend.edit(model, function)` puts to work. Every edit can name `heads` (query heads of the whole model, default all) and `rows`
+(bool [queries] or [batch, queries], default all); what it does not name keeps its bits. Tensors broadcast over leading axes: a column set
+may be [keys], [batch, keys] or [batch, heads, keys]. Edits act level by level in the order of this page, and inside a level in the order
+given.
 
 """
 
@@ -36,8 +37,8 @@ Edits act level by level in the order of this page, and inside a level in the or
 def edits() -> list[type[Edit]]:
     """All edits that the package exports, those of a level together."""
     found = [getattr(interventions, name) for name in interventions.__all__]
-    classes = [c for c in found if isinstance(c, type) and issubclass(c, Edit) and dataclasses.fields(c)]
-    named = [c for c in classes if c.level and not c.__subclasses__() and len(dataclasses.fields(c)) > 2]
+    # the base classes of the levels are called SomethingEdit
+    named = [c for c in found if isinstance(c, type) and issubclass(c, Edit) and not c.__name__.endswith("Edit")]
     return sorted(named, key=lambda c: (list(LEVELS).index(c.level), c.__name__))
 
 

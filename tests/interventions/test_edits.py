@@ -35,12 +35,12 @@ from reattend.interventions.engine.correction import column_weights, correct_fac
 from reattend.interventions.engine.kernels import attend
 
 BAD = {
-    "factor must be finite": lambda: Gain(columns=[0], factor=-1.0),
+    r"factor must be finite and in \[0, inf\], got -1": lambda: Gain(columns=[0], factor=-1.0),
     r"factor must be finite and in \[0, inf\], got nan": lambda: Gain(columns=[0], factor=float("nan")),
     'renormalise must be "row"': lambda: Gain(columns=[0], factor=0.5, renormalise="rows"),
     r"strength must be finite and in \[0, 1\], got 1.5": lambda: Transfer(source=[0], strength=1.5),
     'how must be "proportional" or "even"': lambda: Transfer(source=[0], how="fair"),
-    "strength must be finite": lambda: Mix(target="identity", strength=2.0),
+    r"strength must be finite and in \[0, 1\], got 2": lambda: Mix(target="identity", strength=2.0),
     "target must be one of identity, uniform": lambda: Mix(target="nothing", strength=0.5),
     "heads must be distinct": lambda: HeadGain(factor=1.5, heads=[1, 1]),
     "heads must be distinct and not negative": lambda: HeadGain(factor=1.5, heads=[-1]),
@@ -50,9 +50,9 @@ BAD = {
     "pattern must be a bool tensor": lambda: Keep(pattern=torch.zeros(3, 3)),
     "window must be 1 or more, got 0": lambda: Band(1, 0),
     "sinks must be 0 or more, got -1": lambda: Band(-1, 1),
-    "strength must be finite": lambda: HeadMix(target=torch.zeros(2, 4), strength=-0.1),
-    "factor must be finite": lambda: HeadGain(factor=float("inf")),
-    "strength must be finite and in": lambda: MixValue(strength=-0.5),
+    r"strength must be finite and in \[0, 1\], got -0.1": lambda: HeadMix(target=torch.zeros(2, 4), strength=-0.1),
+    r"factor must be finite and in \[-inf, inf\], got inf": lambda: HeadGain(factor=float("inf")),
+    r"strength must be finite and in \[0, 1\], got -0.5": lambda: MixValue(strength=-0.5),
     "factor must be finite and in": lambda: ScaleQuery(factor=float("nan")),
     "ReplaceKV needs key, value or both": lambda: ReplaceKV(columns=torch.tensor([0])),
     "key and value must be": lambda: AppendKV(key=torch.zeros(1, 1, 2, 4), value=torch.zeros(1, 1, 3, 4)),

@@ -66,7 +66,7 @@ def similarity_with_first(hidden: Tensor) -> Tensor:
 
 
 def decorrelation(cosines: Tensor, count: int) -> float:
-    """Mean over layers, samples and the `count` tokens behind the first one of the squared cosine with it; cosines [..., T].
+    """Mean over layers, samples and the `count` tokens after the first one of the squared cosine with it; cosines [..., T].
 
     0: nothing points where the first token points; 1: everything does. What Llama-AVSR's training loss keeps small.
     """

@@ -86,7 +86,7 @@ class Analysis:
         return sorted(((k, text.tokens[k], float(shares[k])) for k in places), key=lambda item: -item[2])
 
     def drawing(self, sample: int = 0, times: float = TIMES_UNIFORM) -> list[tuple[int, str, float]]:
-        """[(position, token, weight / even share)]: positions behind the first whose mean weight exceeds `times` an even share.
+        """[(position, token, weight / even share)]: positions after the first whose mean weight exceeds `times` an even share.
 
         Means over layers and heads; the even share of a column is the mean of 1 / (number of columns that a row sees) over its rows.
         """
@@ -132,7 +132,7 @@ class Analysis:
         return sum(values) / len(values) if values else None
 
     def intermediate_sinks(self, sample: int = 0, similar: float = SIMILAR) -> list[tuple[int, str, int, float]]:
-        """[(position, token, layers, cosine)]: tokens behind the first that hold massive activations in the first token's dimensions.
+        """[(position, token, layers, cosine)]: tokens after the first that hold massive activations in the first token's dimensions.
 
         layers: in how many that is so while the token's state has a cosine over `similar` with the first one's; cosine: the largest.
         """

@@ -88,8 +88,8 @@ def _lists(found: Analysis) -> list[Any]:
     """What stands out in the first text beside its first token."""
     text = found.samples[0]
     lists = {
-        "sinks behind the first token": [(k, f"in {percent(share)} of the heads") for k, _, share in found.sinks(0) if k],
-        "massive activations behind the first token": [
+        "sinks after the first token": [(k, f"in {percent(share)} of the heads") for k, _, share in found.sinks(0) if k],
+        "massive activations after the first token": [
             (m.position, f"{number(m.value)} in dimension {m.dim} entering layer {m.layer}")
             for m in found.massive(0)
             if m.position

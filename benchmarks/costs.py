@@ -71,7 +71,7 @@ def recorded() -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(SUBJECTS), default=None)
-    parser.add_argument("--new", type=int, default=32, help="tokens behind the prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens after the prompt")
     parser.add_argument("--rounds", type=int, default=9, help="times that the prompt is read")
     parser.add_argument("--out", type=Path, default=Path("runs/costs"), help="folder of profiles")
     given = parser.parse_args()

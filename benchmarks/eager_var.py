@@ -23,7 +23,7 @@ class EagerVAR:
         self.model, self.recipe = model, recipe_class("var")(**parameters)
         self.decoder = model.model.language_model
         self.image = ids[0] == model.config.image_token_id
-        self.behind = int(self.image.nonzero().max()) + 1
+        self.after = int(self.image.nonzero().max()) + 1
         self.sinks: dict[int, Tensor] = {}
 
     def __enter__(self) -> None:
@@ -62,7 +62,7 @@ class EagerVAR:
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
     def edit(self, weights: Tensor, sinks: Tensor) -> Tensor:
-        start = self.behind if weights.shape[2] > 1 else 0
+        start = self.after if weights.shape[2] > 1 else 0
         width = sinks.numel()
         rows = weights[:, :, start:, :width]
         image = rows[..., self.image]

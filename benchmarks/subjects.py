@@ -144,8 +144,8 @@ def llava_around_smollm2(folder: Path, patches: int = 18) -> Subject:
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     question = "Which lamp in this picture is the brightest, and what stands beside it?"
-    before, behind = (tokenizer(t).input_ids for t in ("<|im_start|>user\n", question + "<|im_end|>\n<|im_start|>assistant\n"))
-    ids = torch.tensor([before + [image] * patches**2 + behind])
+    before, after = (tokenizer(t).input_ids for t in ("<|im_start|>user\n", question + "<|im_end|>\n<|im_start|>assistant\n"))
+    ids = torch.tensor([before + [image] * patches**2 + after])
     pixels = torch.randn(1, 3, 8 * patches, 8 * patches)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     # sinks on the first token and on three image tokens, as a trained LLaVA has them
@@ -184,7 +184,7 @@ def vision(
         "pai": [("pai", {})],
         "cmai": [("cmai", {})],
         "opera": [("opera", {})],
-        "visual-token-exit, hidden behind half of the layers": [("visual-token-exit", {"exit_layer": layers // 2})],
+        "visual-token-exit, hidden after half of the layers": [("visual-token-exit", {"exit_layer": layers // 2})],
         "visual-token-exit, leaving": [("visual-token-exit", {"exit_layer": layers // 2, "mode": "leave"})],
         "vhr + var": [("vhr", {}), ("var", var)],
     }

@@ -1,4 +1,4 @@
-"""Trains smol-llava: a vision tower and a projector in front of SmolLM2-135M, whose weights stay as they are. Wants a GPU.
+"""Trains smol-llava: a vision tower and a projector before SmolLM2-135M, whose weights stay as they are. Wants a GPU.
 
     python -m reattend.zoo.train.smol_llava [--out FOLDER] [--steps N] [--seed N] [--device cuda]
 

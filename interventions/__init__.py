@@ -3,8 +3,9 @@
 from .call import Call, Clock, ImageGrid, Memory, Site, TokenMap, require_whole
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
-from .engine.fused_executor import fused, row_outputs, row_weights
+from .engine.reading import row_outputs, row_weights
 from .engine.reference_executor import reference, reference_with_weights
+from .engine.ways import fused
 from .errors import ReattendError, ReattendWarning, UnsupportedError
 
 __all__ = [

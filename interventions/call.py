@@ -6,6 +6,7 @@ Everything here is plain data. `hooks` fills it in; `interventions` and `recipes
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,6 +218,8 @@ class Call:
     attended: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     # what the recipes before the one that looks at this call have asked for here
     edits: list[Any] = field(default_factory=list, repr=False)
+    # name of a way -> how often the executor took it for this site, where somebody counts
+    ways: Counter[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.is_causal and self.query.shape[2] == 1:

@@ -71,6 +71,10 @@ class Edit:
     broadcast: ClassVar[dict[str, int]] = {}
     # those of these tensors whose first trailing axis is that of the query rows
     per_row: ClassVar[tuple[str, ...]] = ()
+    # whether the formula asks q, k and v for more than their sizes: they are then cut to the heads that the edit names
+    reads_operands: ClassVar[bool] = True
+    # whether it may be made for some rows of the batch alone, where its tensors show what belongs to which row
+    splits_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.heads is not None:
@@ -189,6 +193,25 @@ class Edit:
         for f in dataclasses.fields(self):
             object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
         object.__setattr__(new, "heads", None)
+        return new
+
+    def can_split_batch(self, batch: int) -> bool:
+        """Whether `at_batch` gives the same edit: it names its batch rows, and every tensor it holds has an axis of them."""
+        if self.rows is None or self.rows.shape[0] != batch or not self.splits_batch or self.reads_batch:
+            return False
+        return not any(
+            isinstance(getattr(self, f.name), Tensor) and f.name not in self.broadcast
+            for f in dataclasses.fields(self)
+            if f.name != "rows"
+        )
+
+    def at_batch(self: E, index: Tensor) -> E:
+        """The same edit for these rows of the batch [n] long."""
+        new = object.__new__(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            per_row = f.name == "rows" or (f.name in self.broadcast and isinstance(value, Tensor) and value.dtype != torch.long)
+            object.__setattr__(new, f.name, value[index] if per_row and value.shape[0] > 1 else value)
         return new
 
     def chosen(self, rows: Rows) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Operands:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OperandEdit(Edit):
     level = "operands"
+    # whether its operands have so many more dimensions that they are made for rows at a time only, not for a kernel
+    widens: ClassVar[bool] = False
 
     def on_operands(self, x: Operands) -> Operands:
         raise NotImplementedError

@@ -36,6 +36,7 @@ class Rearrange(OperandEdit):
     shared: dict[Any, Any] = field(default_factory=dict, repr=False)
     broadcast = {"spans": 2, "steps": 2, "first": 0, "hidden": 1}
     per_row = ("steps",)
+    widens = True
 
     def __post_init__(self) -> None:
         if self.first.dim() == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ LARGEST_BIAS = 1e4
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoreEdit(Edit):
     level = "scores"
+    # whether it adds one number to each column, `bias` [B or 1, heads or 1, Tk], whatever the score
+    adds_per_key: ClassVar[bool] = False
 
     def on_scores(self, scores: Tensor, rows: Rows) -> Tensor:
         """scores [B, H, R, Tk] with masked pairs at -inf -> the same shape."""
@@ -29,6 +32,8 @@ class KeyBias(ScoreEdit):
 
     bias: Tensor
     broadcast = {"bias": 1}
+    reads_operands = False
+    adds_per_key = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +49,7 @@ class ScoreGain(ScoreEdit):
 
     factor: Tensor
     broadcast = {"factor": 1}
+    reads_operands = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +68,7 @@ class PairBias(ScoreEdit):
     bias: Tensor
     broadcast = {"bias": 2}
     per_row = ("bias",)
+    reads_operands = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,11 +131,15 @@ class Keep(ScoreEdit):
     pattern: Tensor | Band
     broadcast = {"pattern": 2}
     per_row = ("pattern",)
+    reads_operands = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.pattern, Tensor) and self.pattern.dtype != torch.bool:
             raise ReattendError("pattern must be a bool tensor [..., queries, keys] or a Band")
+
+    def can_split_batch(self, batch: int) -> bool:
+        return isinstance(self.pattern, Tensor) and super().can_split_batch(batch)
 
     def on_scores(self, scores: Tensor, rows: Rows) -> Tensor:
         if isinstance(self.pattern, Band):

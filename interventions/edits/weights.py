@@ -22,6 +22,21 @@ class WeightEdit(Edit):
         """weights [B, H, R, Tk] -> the same shape."""
         raise NotImplementedError
 
+    @property
+    def one_factor(self) -> Columns | None:
+        """The columns whose weights the edit multiplies by one factor in each row, all others by one other factor, so that rows keep
+        their sum; None where it does something else. What has them says in `rescaled` by how much.
+        """
+        return None
+
+    def rescaled(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> tuple[float | Tensor, Tensor, Tensor]:
+        """(what the columns' weights get beyond the others' factor, the others' factor, its denominator).
+
+        mass, whole [B, H, R, 1]: weight on the columns of `one_factor`, and the row's sum. A denominator near 0 says that the others
+        hold too little for rounding to be small.
+        """
+        raise NotImplementedError
+
 
 def _factor(value: float | Tensor) -> float | Tensor:
     return value[..., None] if isinstance(value, Tensor) else value
@@ -40,6 +55,7 @@ class Gain(WeightEdit):
     renormalise: str | Columns | None = "row"
     broadcast = {"columns": 1, "factor": 1, "renormalise": 1}
     per_row = ("factor",)
+    reads_operands = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", as_columns("columns", self.columns))
@@ -54,6 +70,13 @@ class Gain(WeightEdit):
     @property
     def is_identity(self) -> bool:
         return super().is_identity or (not isinstance(self.factor, Tensor) and self.factor == 1)
+
+    @property
+    def one_factor(self) -> Columns | None:
+        return self.columns if isinstance(self.renormalise, str) else None
+
+    def rescaled(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> tuple[float | Tensor, Tensor, Tensor]:
+        return _grown(at_rows(_factor(self.factor), rows), mass, whole)
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
         chosen = rows.columns(self.columns)
@@ -87,6 +110,7 @@ class Lift(WeightEdit):
     least: float = 0.0
     broadcast = {"columns": 1, "share": 1}
     per_row = ("share",)
+    reads_operands = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", as_columns("columns", self.columns))
@@ -98,6 +122,13 @@ class Lift(WeightEdit):
     @property
     def is_identity(self) -> bool:
         return super().is_identity or (not isinstance(self.share, Tensor) and self.share == 0) or self.largest == 1
+
+    @property
+    def one_factor(self) -> Columns | None:
+        return self.columns
+
+    def rescaled(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> tuple[float | Tensor, Tensor, Tensor]:
+        return _grown(1 + self.growth(mass, whole, rows), mass, whole)
 
     def growth(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> Tensor:
         """g - 1 of each row, from the weight on the columns and the row's sum, both [B, H, R, 1]."""
@@ -132,6 +163,7 @@ class Transfer(WeightEdit):
     how: str = "proportional"
     broadcast = {"source": 1, "target": 1, "strength": 1}
     per_row = ("strength",)
+    reads_operands = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", as_columns("source", self.source))
@@ -144,6 +176,17 @@ class Transfer(WeightEdit):
     @property
     def is_identity(self) -> bool:
         return super().is_identity or (not isinstance(self.strength, Tensor) and self.strength == 0)
+
+    @property
+    def one_factor(self) -> Columns | None:
+        return self.source if self.target is None and self.how == "proportional" else None
+
+    def rescaled(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> tuple[float | Tensor, Tensor, Tensor]:
+        strength = 1 - self.strength
+        factor = at_rows(_factor(strength), rows)
+        others = whole - mass
+        scale = 1 + (1 - factor) * mass / others.clamp_min(TINY)
+        return factor - scale, scale, others
 
     def _sets(self, rows: Rows) -> tuple[Tensor, Tensor]:
         source = rows.columns(self.source)
@@ -190,6 +233,10 @@ class Mix(WeightEdit):
         return super().is_identity or (not isinstance(self.strength, Tensor) and self.strength == 0)
 
     @property
+    def reads_operands(self) -> bool:  # type: ignore[override]
+        return self.target == "mean_query" if isinstance(self.target, str) else False
+
+    @property
     def target_is_known(self) -> bool:
         """True where T and its output follow without the row's own weights."""
         return self.target in ("identity", "uniform", "mean_query") if isinstance(self.target, str) else False
@@ -233,6 +280,7 @@ class WeightMap(WeightEdit):
 
     function: Callable[[Tensor, Rows], Tensor]
     reads: str = ""  # type: ignore[misc]
+    splits_batch = False  # nobody knows what the function holds
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
         new = self.function(weights, rows)
@@ -240,6 +288,13 @@ class WeightMap(WeightEdit):
             raise ReattendError(f"a WeightMap function changed the shape from {tuple(weights.shape)} to {tuple(new.shape)}")
         sound = (new >= 0).all(dim=-1, keepdim=True) & (new.sum(dim=-1, keepdim=True) < float("inf"))
         return torch.where(sound, new, weights)
+
+
+def _grown(factor: float | Tensor, mass: Tensor, whole: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rescaled` for columns times a factor, then the row back to its sum."""
+    total = whole + (factor - 1) * mass
+    scale = whole / total.clamp_min(TINY)
+    return (factor - 1) * scale, scale, total
 
 
 def at_rows(value: float | Tensor, rows: Rows) -> float | Tensor:

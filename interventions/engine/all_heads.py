@@ -4,7 +4,6 @@ edits look across heads, from which no head may be taken away.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,30 +11,11 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import (
-    Edit,
-    Gain,
-    Keep,
-    KeyBias,
-    Lift,
-    Mix,
-    OperandEdit,
-    Operands,
-    OutputEdit,
-    PairBias,
-    Rows,
-    ScoreEdit,
-    ScoreGain,
-    Transfer,
-    WeightEdit,
-)
+from ..edits import Edit, Operands, Rows
 from ..edits.base import repeat_heads
-from .head_group import HeadGroup, key_heads, take_heads
-from .kernels import grouped_values, score_rows, softmax_rows
+from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import at_chosen, beside
-
-# Edits whose formulas ask q, k and v for nothing but their sizes, so that these need not be cut to the heads they name.
-SIZES_ONLY = (KeyBias, ScoreGain, PairBias, Keep, Gain, Lift, Transfer)
+from .tasks import Group, Task, all_rows, group_heads, heads_index, key_heads, named_rows, plain, take_heads
 
 
 def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,11 +27,11 @@ def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple
         found, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
         part.rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
         scores.append(found)
-    scores = _level(parts, ScoreEdit, "on_scores", edits, scores)
+    scores = _level(parts, "scores", edits, scores)
     weights = [softmax_rows(own, part.sinks) for own, part in zip(scores, parts, strict=True)]
-    weights = _level(parts, WeightEdit, "on_weights", edits, weights)
+    weights = _level(parts, "weights", edits, weights)
     outputs = [grouped_values(own, part.operands.value.to(own.dtype)) for own, part in zip(weights, parts, strict=True)]
-    outputs = _level(parts, OutputEdit, "on_output", edits, outputs)
+    outputs = _level(parts, "output", edits, outputs)
     return _in_order(parts, weights), _in_order(parts, outputs)
 
 
@@ -88,7 +68,7 @@ class _Part:
         places, visible = list(places), rows.visible
         if visible is not None and visible.shape[1] > 1:
             visible = visible[:, places]
-        if isinstance(edit, SIZES_ONLY) or (isinstance(edit, Mix) and edit.target != "mean_query"):
+        if not edit.reads_operands:
             return rows if visible is rows.visible else replace(rows, visible=visible)
         times = rows.query.shape[1] // rows.key.shape[1]
         shared = key_heads(places, times) if places == sorted(places) else [place // times for place in places]
@@ -109,21 +89,22 @@ class _Part:
 
 
 def _parts(call: Call, edits: Sequence[Edit]) -> list[_Part]:
-    changes = [edit for edit in edits if isinstance(edit, OperandEdit)]
+    changes = [edit for edit in edits if edit.level == "operands"]
     if not changes:
         offset = call.num_keys - call.num_queries
         x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=offset)
         return [_Part([], True, x, call.sinks)]
     found = []
     for chosen, heads in group_heads(call.num_heads, changes).items():
-        group = HeadGroup(call, heads, [changes[i] for i in chosen])
-        found.append(_Part(heads, group.whole, group.edited_operands(), group.sinks))
+        group = Group(call, heads, [changes[i] for i in chosen])
+        found.append(_Part(heads, group.whole, group.complete(), group.sinks))
     return found
 
 
-def _level(parts: list[_Part], level: type[Edit], method: str, edits: Sequence[Edit], values: list[Tensor]) -> list[Tensor]:
+def _level(parts: list[_Part], level: str, edits: Sequence[Edit], values: list[Tensor]) -> list[Tensor]:
+    method = f"on_{level}"
     for edit in edits:
-        if not isinstance(edit, level):
+        if edit.level != level:
             continue
         if len(parts) > 1 and edit.reads_heads:
             values = _across(parts, edit, method, values)
@@ -152,18 +133,69 @@ def _in_order(parts: list[_Part], values: list[Tensor]) -> Tensor:
     return torch.cat(values, dim=1).index_select(1, heads_index(places, values[0].device))
 
 
-def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
-    """Heads with the same edits: {indices of edits: heads}."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    if all(edit.heads is None for edit in edits):
-        return {tuple(range(len(edits))): list(range(num_heads))}
-    for head in range(num_heads):
-        groups.setdefault(tuple(i for i, e in enumerate(edits) if e.heads is None or head in e.heads), []).append(head)
-    return groups
+def can_share(task: Task) -> bool:
+    """Whether one map of few rows serves all heads that have edits: none changes operands or outputs."""
+    return task.few and len(task.groups) > 1 and not any(edit.level in ("operands", "output") for edit in task.edits)
 
 
-@functools.lru_cache(maxsize=1024)
-def heads_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The heads as a tensor on the device, made once: every layer asks for its own at every step."""
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
+def shared(task: Task, _: object) -> Tensor:
+    output = rows_of_all_heads(task.call, task.edits, all_rows(task.call.query))[1].to(task.call.query.dtype)
+    return with_untouched(task, output)
+
+
+def are_biases(task: Task) -> bool:
+    """Whether the edits are key biases that a fused kernel takes as they are."""
+    call = task.call
+    if not task.few or call.softcap is not None or call.sinks is not None or len(task.groups) == 1:
+        return False
+    return all(edit.level == "scores" and edit.adds_per_key and edit.rows is None for edit in task.edits)
+
+
+def biased(task: Task, _: object) -> Tensor:
+    """Key biases on some heads: one kernel for all heads with a row of biases each, for less than taking heads apart."""
+    call = task.call
+    bias = None
+    for edit in task.edits:
+        own = edit.bias.to(statistics_dtype(call.query))
+        if edit.heads is not None:
+            spread = own.new_zeros(own.shape[0], call.num_heads, own.shape[2])
+            own = spread.index_copy(1, heads_index(edit.heads, own.device), own.expand(-1, len(edit.heads), -1))
+        bias = own if bias is None else bias + own
+    return with_untouched(task, Group(call, list(range(call.num_heads)), []).kernel(bias, False)[0])
+
+
+def with_untouched(task: Task, output: Tensor) -> Tensor:
+    """The output with the model's own numbers for the heads that have no edit."""
+    untouched = task.groups.get(())
+    if not untouched:
+        return output
+    index = heads_index(tuple(untouched), output.device)
+    return output.index_copy(1, index, plain(task.call).index_select(1, index))
+
+
+def crossing_rows(task: Task) -> Tensor:
+    """The rows [R] in which some edit looks across heads; at decode all."""
+    query = task.call.query
+    return all_rows(query) if task.few else named_rows([edit for edit in task.edits if edit.reads_heads], query)
+
+
+def across(task: Task, index: Tensor) -> Tensor:
+    """Edits some of which look across heads: the rows that these name hold all heads together, the others have the rest of the edits."""
+    call, edits = task.call, task.edits
+    crossing = [edit for edit in edits if edit.reads_heads]
+    heads = None
+    if all(edit.heads is not None for edit in crossing):
+        heads = sorted({head for edit in crossing for head in edit.heads or ()})
+    whole = heads is None and index.numel() == call.num_queries
+    output = None if whole else task.again(call, [edit for edit in edits if not edit.reads_heads])
+    if output is not None and not index.numel():
+        return output
+    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+    chunks = [rows_of_all_heads(call, edits, part)[1].to(call.query.dtype) for part in index.split(step)]
+    new = torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
+    if output is None:
+        return new
+    if heads is None:
+        return output.index_copy(2, index, new)
+    chosen = heads_index(tuple(heads), output.device)
+    return output.index_copy(1, chosen, output.index_select(1, chosen).index_copy(2, index, new.index_select(1, chosen)))

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..edits import Band, KeyBias, Operands
+from ..edits import Band, Keep, KeyBias, Operands
 from ..edits.scores import LARGEST_BIAS
 from .kernels import attend, visible_rows
+from .tasks import Group
 
 BLOCK = 256
 
@@ -24,6 +25,19 @@ def hide_columns(columns: Sequence[Tensor]) -> KeyBias | None:
         return None
     union = torch.stack(list(columns)).any(dim=0)
     return KeyBias(bias=union.float() * -LARGEST_BIAS) if bool(union.any()) else None
+
+
+def is_band(group: Group) -> bool:
+    edits = group.scores
+    if group.weights or len(edits) != 1 or group.call.softcap is not None or group.sinks is not None:
+        return False
+    return isinstance(edits[0], Keep) and isinstance(edits[0].pattern, Band) and edits[0].rows is None
+
+
+def run(group: Group, _: object) -> Tensor:
+    keep = group.scores[0]
+    assert isinstance(keep, Keep) and isinstance(keep.pattern, Band)
+    return attend_band(group.x, keep.pattern, group.bias(), group.call.scaling)
 
 
 def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> Tensor:

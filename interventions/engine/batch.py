@@ -1,35 +1,57 @@
-"""Edits that name only some rows of the batch: those rows alone are computed anew, the others stay as they are."""
+"""Cuts by batch rows: at prefill the rows that edits name are computed alone, at decode all are, and the others keep the model's numbers."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Band, Edit, WeightMap
+from ..edits import Edit
+from .tasks import Task, plain
+
+
+def can_cut(task: Task) -> bool:
+    call = task.call
+    return task.names_rows and not task.few and call.batch > 1 and all(edit.can_split_batch(call.batch) for edit in task.edits)
+
+
+def find_rows(task: Task) -> Tensor | None:
+    return acting_rows(task.call, task.edits)
 
 
 def acting_rows(call: Call, edits: Sequence[Edit]) -> Tensor | None:
-    """Long [n]: the batch rows that some edit names; None where that is all of them, or where an edit cannot be cut to them."""
-    if call.batch == 1 or not all(_can_cut(edit, call.batch) for edit in edits):
-        return None
+    """Long [n]: the batch rows that some edit names; None where that is all of them. For edits that `can_split_batch`."""
     named = torch.stack([edit.rows.any(dim=1) for edit in edits if edit.rows is not None]).any(dim=0)
     index = named.nonzero()[:, 0]
     return None if index.numel() == call.batch else index
 
 
-def named_pairs(call: Call, edits: Sequence[Edit]) -> Tensor | None:
+def run_rows(task: Task, acting: Tensor) -> Tensor:
+    """Batch rows that no edit names keep the model's own output, bit for bit; the edits run on the others alone."""
+    if acting.numel() == 0:
+        return plain(task.call)
+    output = plain(task.call).clone()
+    own = output[acting]
+    output[acting] = task.again(call_at(task.call, acting, lambda: own), [edit.at_batch(acting) for edit in task.edits])
+    return output
+
+
+def may_leave_pairs(task: Task) -> bool:
+    return task.names_rows and not task.settled and not any(e.heads is None and e.rows is None for e in task.edits)
+
+
+def find_pairs(task: Task) -> Tensor | None:
     """Bool [B, H or 1]: the batch rows in which some edit names a head, or a row of it. Batch rows of heads that no edit names at all
     count as named: the executor leaves those heads alone. None where nothing is left over; on an accelerator, whose values are not
     read, where that is plain from the edits.
     """
-    every = [edit for edit in edits if edit.heads is None]
-    if any(edit.rows is None for edit in every):
-        return None
+    call, edits = task.call, task.edits
     named = torch.zeros(call.batch, 1, dtype=torch.bool, device=call.query.device)
+    every = [edit for edit in edits if edit.heads is None]
     for edit in every:
         named = named | _named(edit)
     if len(every) < len(edits):
@@ -45,30 +67,17 @@ def named_pairs(call: Call, edits: Sequence[Edit]) -> Tensor | None:
     return None if named.device.type == "cpu" and bool(named.all()) else named
 
 
+def run_pairs(task: Task, named: Tensor) -> Tensor:
+    """Batch rows and heads that are computed beside the named ones, but are not named, get the model's own numbers."""
+    original = functools.cache(functools.partial(plain, task.call))
+    output = task.again(dataclasses.replace(task.call, original=original), task.edits, settled=True)
+    return torch.where(named[:, :, None, None], output, original())
+
+
 def _named(edit: Edit) -> Tensor:
     """Bool [B or 1, 1]: the batch rows that an edit names, in any query row."""
     assert edit.rows is not None
     return edit.rows.any(dim=1, keepdim=True)
-
-
-def _can_cut(edit: Edit, batch: int) -> bool:
-    if edit.rows is None or edit.rows.shape[0] != batch or isinstance(edit, WeightMap) or edit.reads_batch:
-        return False
-    return not any(
-        isinstance(getattr(edit, f.name), Band) or (isinstance(getattr(edit, f.name), Tensor) and f.name not in edit.broadcast)
-        for f in dataclasses.fields(edit)
-        if f.name != "rows"
-    )
-
-
-def edit_at(edit: Edit, index: Tensor) -> Edit:
-    """The same edit for these rows of the batch."""
-    new = object.__new__(type(edit))
-    for f in dataclasses.fields(edit):
-        value = getattr(edit, f.name)
-        per_row = f.name == "rows" or (f.name in edit.broadcast and isinstance(value, Tensor) and value.dtype != torch.long)
-        object.__setattr__(new, f.name, value[index] if per_row and value.shape[0] > 1 else value)
-    return new
 
 
 def call_at(call: Call, index: Tensor, original: Callable[[], Tensor]) -> Call:

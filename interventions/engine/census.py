@@ -15,8 +15,8 @@ from ..call import Call
 from ..edits import Edit, PoolKV, Reorder
 from ..errors import ReattendError
 from ..families.calibration import Chunk, weight_chunks
-from .fused_executor import row_weights
 from .kernels import rows_per_chunk, statistics_dtype, visible_rows
+from .reading import row_weights
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Plans a correction: which columns must be at hand for a list of weight edits, and each edit restated on them."""
+"""The way of edits of known columns: which ones must be at hand, each edit restated on them, and the kernel's output corrected."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import Call
-from ..edits import Edit, Gain, Lift, Mix, Operands, Rows, Transfer
-from ..edits.base import column_mask, repeat_heads
-from .correction import ColumnEdit, ColumnSet, Component, column_weights
-from .kernels import attend, statistics_dtype, visible_rows
+from ..edits import Edit, Gain, Mix, Operands, Rows, Transfer, WeightEdit
+from ..edits.base import Columns, column_mask, repeat_heads
+from .correction import ColumnEdit, ColumnSet, Component, column_weights, correct
+from .kernels import attend, rows_per_chunk, statistics_dtype, visible_rows
+from .materialised import mend
+from .tasks import Group
 
 # Above this share of the keys a correction costs more than materialising the rows.
 LARGEST_SHARE = 0.25
@@ -21,9 +22,9 @@ LARGEST_SHARE = 0.25
 @dataclass
 class Plan:
     columns: Tensor
-    sets: list[tuple[Edit, dict[str, tuple[Tensor, bool]]]]
+    edits: Sequence[Edit]
+    sets: list[dict[str, tuple[Tensor, bool]]]
     operands: Operands
-    call: Call
     needs_statistics: bool
     uniform_output: Tensor | None
     mean_query: tuple[Tensor, Tensor] | None
@@ -35,7 +36,7 @@ class Plan:
         shown = torch.ones(1, 1, 1, self.columns.numel(), dtype=torch.bool, device=self.columns.device)
         shown = shown if visible is None else visible
         items = []
-        for edit, sets in self.sets:
+        for edit, sets in zip(self.edits, self.sets, strict=True):
             item = ColumnEdit(edit, {name: ColumnSet(inside, rest) for name, (inside, rest) in sets.items()})
             even = isinstance(edit, Transfer) and edit.how == "even"
             if even or (isinstance(edit, Mix) and edit.target == "uniform"):
@@ -99,110 +100,143 @@ def bias_on_columns(x: Operands, bias: Tensor | None, index: Tensor, columns: Te
     return total
 
 
-def single_factor(edits: Sequence[Edit], x: Operands) -> tuple[Gain | Lift | Transfer, Tensor, Tensor] | None:
+def factor_columns(edits: Sequence[WeightEdit], x: Operands) -> Columns | None:
+    """The columns of the one factor that all edits come to, else None."""
+    return edits[0].one_factor if len(edits) == 1 and edits[0].rows is None and not x.appended else None
+
+
+def single_factor(edits: Sequence[WeightEdit], x: Operands) -> tuple[WeightEdit, Tensor, Tensor] | None:
     """(edit, columns [m] long, chosen bool [B, H, 1, m]) if the edits are one factor on few columns (see `correct_factor`), else None."""
-    if len(edits) != 1 or edits[0].rows is not None or x.appended:
-        return None
-    edit = edits[0]
-    if isinstance(edit, Lift) or (isinstance(edit, Gain) and edit.renormalise == "row"):
-        columns = edit.columns
-    elif isinstance(edit, Transfer) and edit.target is None and edit.how == "proportional":
-        columns = edit.source
-    else:
+    columns = factor_columns(edits, x)
+    if columns is None:
         return None
     num_keys, device = x.key.shape[2], x.key.device
 
     def find() -> tuple[Tensor, Tensor] | None:
-        mask = column_mask(columns, num_keys, device)  # type: ignore[arg-type]
+        mask = column_mask(columns, num_keys, device)
         index = mask.flatten(0, 1).any(dim=0).nonzero()[:, 0]
-        if index.numel() > max(64, int(LARGEST_SHARE * num_keys)):
-            return None
-        return index, mask[:, :, None, index]
+        return None if index.numel() > most_columns(num_keys) else (index, mask[:, :, None, index])
 
-    found = edit.remember(("columns", num_keys, device), find)
-    return None if found is None else (edit, *found)
+    found = edits[0].remember(("columns", num_keys, device), find)
+    return None if found is None else (edits[0], *found)
 
 
-def plan_columns(edits: Sequence[Edit], x: Operands, has_sinks: bool, call: Call) -> Plan | None:
-    """A plan for these edits (Gain, Transfer, Mix with a known target), or None where materialising is the better way."""
-    num_keys, device = x.key.shape[2], x.key.device
-    own = num_keys - x.appended
-    small: list[Tensor] = []
-    sets: list[tuple[Edit, dict[str, tuple[Tensor, bool]]]] = []
-    limit = max(64, int(LARGEST_SHARE * num_keys))
+def most_columns(num_keys: int) -> int:
+    return max(64, int(LARGEST_SHARE * num_keys))
 
-    def register(mask: Tensor, already_padded: bool = False) -> tuple[Tensor, bool] | None:
-        mask = mask if already_padded or not x.appended else torch.nn.functional.pad(mask, (0, x.appended))
-        any_row = mask.flatten(0, 1).any(dim=0)
-        all_rows = mask.flatten(0, 1).all(dim=0)
-        if int(any_row.sum()) <= limit:
-            small.append(any_row)
-            return mask, False
-        if int((~all_rows).sum()) <= limit:
-            small.append(~all_rows)
-            return mask, True
+
+def can_restate(group: Group) -> bool:
+    """Whether a correction knows all edits of weights, and what their targets need: which keys a row sees is then not read from a mask."""
+    x, edits = group.x, group.weights
+    if group.scores or not all(isinstance(e, (Gain, Transfer)) or (isinstance(e, Mix) and e.target_is_known) for e in edits):
+        return False
+    targets = {_target(edit) for edit in edits}
+    if x.mask is not None and targets != {""}:
+        return False
+    return not ("mean_query" in targets and x.is_causal) and not ("identity" in targets and x.offset is None)
+
+
+def _target(edit: Edit) -> str:
+    """The map besides the row's own that an edit brings in: "uniform", "identity", "mean_query" or ""."""
+    if isinstance(edit, Mix):
+        return str(edit.target)
+    return "uniform" if isinstance(edit, Transfer) and edit.how == "even" else ""
+
+
+def plan_columns(group: Group) -> Plan | None:
+    """A plan for edits that `can_restate`, or None where materialising is the better way."""
+    x, edits = group.x, tuple(group.weights)
+    key = ("plan", edits[1:], x.key.shape[2], x.appended, x.key.device)
+    restated = edits[0].remember(key, lambda: _restate(edits, x))
+    if restated is None:
         return None
-
-    for edit in edits:
-        named: dict[str, tuple[Tensor, bool]] = {}
-        masks: dict[str, Tensor] = {}
-        padded: set[str] = set()
-        if isinstance(edit, Gain):
-            masks["columns"] = column_mask(edit.columns, own, device)  # type: ignore[arg-type]
-            if isinstance(edit.renormalise, Tensor):
-                masks["renormalise"] = column_mask(edit.renormalise, own, device)
-        elif isinstance(edit, Transfer):
-            source = torch.nn.functional.pad(column_mask(edit.source, own, device), (0, x.appended))  # type: ignore[arg-type]
-            if edit.target is None:
-                target = ~source
-            else:
-                target = torch.nn.functional.pad(column_mask(edit.target, own, device), (0, x.appended)) & ~source  # type: ignore[arg-type]
-            masks = {"source": source, "target": target}
-            padded = {"source", "target"}
-        for name, mask in masks.items():
-            entry = register(mask, name in padded)
-            if entry is None:
-                return None
-            named[name] = entry
-        sets.append((edit, named))
-
-    needs_uniform = any(
-        (isinstance(e, Mix) and e.target == "uniform") or (isinstance(e, Transfer) and e.how == "even") for e in edits
+    index, sets = restated
+    targets = {_target(edit) for edit in edits}
+    mean = None
+    if "mean_query" in targets:
+        query = x.query.to(statistics_dtype(x.query)).mean(dim=2, keepdim=True)
+        key, value = x.key.to(query.dtype), x.value.to(query.dtype)
+        output, lse = attend(query, key, value, scale=group.call.scaling, need_lse=True)
+        assert lse is not None
+        mean = output, column_weights(query, key[:, :, index], lse, group.call.scaling)
+    return Plan(
+        columns=index,
+        edits=edits,
+        sets=sets,
+        operands=x,
+        needs_statistics=index.numel() > 0 or group.sinks is not None,
+        uniform_output=_mean_of_visible(x) if "uniform" in targets else None,
+        mean_query=mean,
     )
-    needs_mean = any(isinstance(e, Mix) and e.target == "mean_query" for e in edits)
-    needs_identity = any(isinstance(e, Mix) and e.target == "identity" for e in edits)
-    if (needs_uniform or needs_identity) and x.mask is not None:
-        return None  # which keys a row sees, and whether it sees itself, is then only known from the mask, row by row
-    if needs_mean and (x.mask is not None or x.is_causal):
-        return None
-    if needs_identity and x.offset is None:
-        return None
 
+
+def _restate(edits: Sequence[Edit], x: Operands) -> tuple[Tensor, list[dict[str, tuple[Tensor, bool]]]] | None:
+    """(the columns that must be at hand [m] long, each edit's sets on them), or None where these are too many."""
+    num_keys, device = x.key.shape[2], x.key.device
+    limit = most_columns(num_keys)
+    sets: list[dict[str, tuple[Tensor, bool]]] = []
     columns = torch.zeros(num_keys, dtype=torch.bool, device=device)
-    for part in small:
-        columns |= part
+    for edit in edits:
+        named = {}
+        for name, mask in _masks(edit, num_keys - x.appended, x.appended, device).items():
+            inside, outside = mask.flatten(0, 1).any(dim=0), ~mask.flatten(0, 1).all(dim=0)
+            small = int(inside.sum()) <= limit
+            if not small and int(outside.sum()) > limit:
+                return None
+            columns |= inside if small else outside
+            named[name] = mask, not small
+        sets.append(named)
     index = columns.nonzero()[:, 0]
     if index.numel() > limit:
         return None
-    restated = [
-        (edit, {name: (mask[:, :, index][:, :, None], rest) for name, (mask, rest) in named.items()}) for edit, named in sets
-    ]
-    mean = None
-    if needs_mean:
-        query = x.query.to(statistics_dtype(x.query)).mean(dim=2, keepdim=True)
-        key, value = x.key.to(query.dtype), x.value.to(query.dtype)
-        output, lse = attend(query, key, value, scale=call.scaling, need_lse=True)
-        assert lse is not None
-        mean = output, column_weights(query, key[:, :, index], lse, call.scaling)  # type: ignore[arg-type]
-    return Plan(
-        columns=index,
-        sets=restated,
-        operands=x,
-        call=call,
-        needs_statistics=index.numel() > 0 or has_sinks,
-        uniform_output=_mean_of_visible(x) if needs_uniform else None,
-        mean_query=mean,
-    )
+    return index, [{name: (mask[:, :, index][:, :, None], rest) for name, (mask, rest) in named.items()} for named in sets]
+
+
+def _masks(edit: Edit, own: int, appended: int, device: torch.device) -> dict[str, Tensor]:
+    """The column sets of an edit, bool [B, H, Tk] each; columns that were appended belong to no set but to "all others"."""
+
+    def mask_of(columns: Columns) -> Tensor:
+        return torch.nn.functional.pad(column_mask(columns, own, device), (0, appended))
+
+    if isinstance(edit, Gain):
+        masks = {"columns": mask_of(edit.columns)}
+        if isinstance(edit.renormalise, Tensor):
+            masks["renormalise"] = mask_of(edit.renormalise)
+        return masks
+    if isinstance(edit, Transfer):
+        source = mask_of(edit.source)
+        return {"source": source, "target": ~source if edit.target is None else mask_of(edit.target) & ~source}
+    return {}
+
+
+def corrected(group: Group, plan: Plan) -> Tensor:
+    """Any planned column edits, in chunks of rows; unsafe rows are materialised."""
+    call, x, bias, columns = group.call, group.x, group.bias(), plan.columns
+    output, lse = group.kernel(bias, plan.needs_statistics)
+    key, value = x.key[:, :, columns], x.value[:, :, columns]
+    dtype = statistics_dtype(x.query)
+    pieces, flags = [], []
+    step = rows_per_chunk(x.query.shape[0], x.query.shape[1], max(64, columns.numel()) + 2 * x.value.shape[3])
+    for start in range(0, x.query.shape[2], step):
+        index = torch.arange(start, min(start + step, x.query.shape[2]), device=x.query.device)
+        rows = group.rows(index)
+        span = slice(start, start + index.numel())
+        visible = visible_on_columns(x, index, columns)
+        total = None
+        if lse is None:
+            weights = output.new_zeros(*output.shape[:2], index.numel(), 0, dtype=dtype)
+        else:
+            part = lse[:, :, span].to(dtype)
+            hidden = None if visible is None else ~visible
+            added = bias_on_columns(x, bias, index, columns)
+            weights = column_weights(x.query[:, :, span], key, part, call.scaling, hidden, added, call.softcap)
+            if group.sinks is not None:
+                total = 1 - (group.sinks.to(dtype).view(1, -1, 1) - part).exp()[..., None]
+        new, unsafe = correct(output[:, :, span], weights, value, plan.items(rows, visible), rows, total)
+        pieces.append(new.to(output.dtype))
+        flags.append(unsafe)
+    output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+    return mend(group, output, torch.cat(flags, dim=2) if len(flags) > 1 else flags[0])
 
 
 def _mean_of_visible(x: Operands) -> Tensor:

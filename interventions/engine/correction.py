@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..edits import Edit, Gain, Lift, Mix, Rows, Transfer
+from ..edits import Edit, Gain, Mix, Rows, Transfer, WeightEdit
 from ..edits.weights import TINY, at_rows
 from .kernels import grouped_matmul, grouped_values
 
@@ -112,34 +112,20 @@ def correct_factor(
     output: Tensor,
     weights: Tensor,
     value_cols: Tensor,
-    edit: Gain | Lift | Transfer,
+    edit: WeightEdit,
     chosen: Tensor,
     rows: Rows,
     total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`correct` for the one edit that most recipes need: a factor on the chosen columns, the others scaled so that rows keep their sum.
 
-    edit: a Gain with row renormalisation, a Lift, or a Transfer from the chosen columns to all others in proportion.
-    chosen: bool, broadcastable to [B, H, R, m].
+    edit: one that has `one_factor`. chosen: bool, broadcastable to [B, H, R, m].
     """
     held = weights * chosen
     mass = held.sum(dim=-1, keepdim=True)
-    whole = 1.0 if total is None else total
-    if isinstance(edit, Lift):
-        factor = 1 + edit.growth(mass, whole, rows)
-    else:
-        value = edit.factor if isinstance(edit, Gain) else 1 - edit.strength
-        factor = at_rows(value[..., None], rows) if isinstance(value, Tensor) else value
-    if isinstance(edit, (Gain, Lift)):
-        denominator = whole + (factor - 1) * mass
-        scale = whole / denominator.clamp_min(TINY)
-        change = held * ((factor - 1) * scale)
-    else:
-        denominator = whole - mass
-        scale = 1 + (1 - factor) * mass / denominator.clamp_min(TINY)
-        change = held * (factor - scale)
+    beyond, scale, denominator = edit.rescaled(mass, 1.0 if total is None else total, rows)
     unsafe = (denominator < SMALLEST_DENOMINATOR) | (scale > LARGEST_FACTOR.get(output.dtype, 2.0))
-    result = output.to(weights.dtype) * scale + grouped_values(change, value_cols.to(weights.dtype))
+    result = output.to(weights.dtype) * scale + grouped_values(held * beyond, value_cols.to(weights.dtype))
     return result, unsafe[..., 0]
 
 

@@ -5,6 +5,9 @@ Masks follow torch: bool True = visible, or additive. Statistics are float32 (fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,6 +94,38 @@ def softmax_rows(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat([scores, logit], dim=3).softmax(dim=-1)[..., :-1]
 
 
+@dataclass(slots=True, eq=False)
+class Attention:
+    """Plain attention as a kernel is asked for it. scale: the factor on q k; softcap, sinks [H] and is_causal as in `Call`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    def aligned(self) -> tuple[Tensor | None, bool]:
+        """(mask, is_causal) as torch's kernels take them: their causal flag holds from the first key on, and beside no mask."""
+        if not self.is_causal or (self.mask is None and self.query.shape[2] == self.key.shape[2]):
+            return self.mask, self.is_causal
+        return _with_causal(self.mask, self.query.shape[2], self.key.shape[2], self.query.device), False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute plain attention.
+
+    fits: whether it can, from types, shapes and device. run: (output [B, H, Tq, Dv], log-sum-exp [B, H, Tq] or None).
+    """
+
+    name: str
+    fits: Callable[[Attention], bool]
+    run: Callable[[Attention], tuple[Tensor, Tensor | None]]
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -104,23 +139,12 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output [B, H, Tq, Dv] and, on request, the log-sum-exp [B, H, Tq] of each row's scores over the keys (sink logits included)."""
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
-    if softcap is not None:
-        return _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks)
-    if is_causal and query.shape[2] != key.shape[2]:
-        # torch aligns its causal flag with the first key; a cache needs it aligned with the last one
-        mask, is_causal = _with_causal(mask, query.shape[2], key.shape[2], query.device), False
-    if is_causal and mask is not None:
-        mask, is_causal = _with_causal(mask, query.shape[2], key.shape[2], query.device), False
-    if not need_lse and sinks is None:
-        return _sdpa(query, key, value, mask, is_causal, scale), None
-    result = _fused_with_lse(query, key, value, mask, is_causal, scale)
-    if result is None:
-        return _attend_in_chunks(query, key, value, mask, is_causal, scale, None, sinks)
-    output, lse = result
-    if sinks is None:
-        return output, lse
-    joint = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
-    return output * (lse - joint).exp()[..., None].to(output.dtype), joint
+    asked = Attention(query, key, value, mask, is_causal, scale, softcap, sinks)
+    # learned sinks are joined by the log-sum-exp
+    for kernel in STATISTICS if need_lse or sinks is not None else OUTPUTS:
+        if kernel.fits(asked):
+            return kernel.run(asked)
+    raise AssertionError("the last kernel of each list takes everything")
 
 
 def _with_causal(mask: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -142,55 +166,68 @@ def _pack(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
     return packed, mask
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _sdpa(x: Attention) -> tuple[Tensor, None]:
+    query, key, value = x.query, x.key, x.value
+    mask, is_causal = x.aligned()
     if mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype:
         mask = mask.to(query.dtype)
     packed = _pack(query, key, mask)
     if packed is not None:
-        output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=scale)
-        return output.reshape(*query.shape[:3], value.shape[3])
+        output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=x.scale)
+        return output.reshape(*query.shape[:3], value.shape[3]), None
     shared = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=x.scale, enable_gqa=shared
     )
+    return output, None
 
 
-def _fused_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor] | None:
-    """The same kernel that torch's SDPA picks, called so that it also returns the log-sum-exp; None where there is none."""
-    if needs_gradient(query, key, value, mask):
-        return None  # the kernels' log-sum-exp carries no gradient, and called directly they give none to a mask
-    if query.shape[-1] != value.shape[-1]:
-        return None
+def _gives_lse(x: Attention) -> bool:
+    """Whether torch's own kernels can be called so that they also return the log-sum-exp."""
+    # it carries no gradient, and called directly they give none to a mask
+    gradient = needs_gradient(x.query, x.key, x.value, x.mask)
+    return x.softcap is None and not gradient and x.query.shape[-1] == x.value.shape[-1]
+
+
+def _with_lse(
+    x: Attention, kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The same kernel that torch's SDPA picks, called so that it also returns the log-sum-exp."""
+    mask, is_causal = x.aligned()
     if mask is not None:
         if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        mask = mask.to(query.dtype)
+            mask = torch.zeros(mask.shape, dtype=x.query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask = mask.to(x.query.dtype)
     # called directly, the kernels take the last axis to be contiguous without checking it
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.query, x.key, x.value))
     mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
     packed = _pack(query, key, mask)
     q, bias = (query, mask) if packed is None else packed
-    if query.device.type == "cpu":
-        if not CPU_KERNEL_SHARES_HEADS:
-            key, value = repeat_heads(key, q.shape[1]), repeat_heads(value, q.shape[1])
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
-        )
-    elif query.device.type == "cuda":
-        output, lse = _cuda_with_lse(q, key, value, bias, is_causal, scale)
-    else:
-        return None
-    return output.reshape(*query.shape[:3], value.shape[3]), lse.reshape(query.shape[:3])
+    output, lse = kernel(q, key, value, bias, is_causal, x.scale)
+    output, lse = output.reshape(*query.shape[:3], value.shape[3]), lse.reshape(query.shape[:3])
+    if x.sinks is None:
+        return output, lse
+    joint = torch.logaddexp(lse, x.sinks.to(lse.dtype).view(1, -1, 1))
+    return output * (lse - joint).exp()[..., None].to(output.dtype), joint
 
 
-def _cuda_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
+def _cpu_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
+    if not CPU_KERNEL_SHARES_HEADS:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
+    )
+
+
+def _cuda_flash_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+    return out[0], out[1][..., : query.shape[2]]
+
+
+def _cuda_efficient_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     rows = query.shape[2]
-    if bias is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
-        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
-        return out[0], out[1][..., :rows]
     if bias is not None:
         # the kernel wants rows of the bias to start at multiples of 16 bytes
         keys = key.shape[2]
@@ -200,49 +237,47 @@ def _cuda_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | Non
     return out[0], out[1][..., :rows]
 
 
-def _attend_in_chunks(query, key, value, mask, is_causal, scale, softcap, sinks) -> tuple[Tensor, Tensor]:
+def _flash_takes(x: Attention) -> bool:
+    """Whether CUDA's flash kernel takes it: half precision, and no mask, not even the one that a causal cache would need."""
+    half, dim = x.query.dtype in (torch.float16, torch.bfloat16), x.query.shape[-1]
+    return half and dim <= 256 and dim % 8 == 0 and x.mask is None and (not x.is_causal or x.query.shape[2] == x.key.shape[2])
+
+
+def _in_chunks(x: Attention) -> tuple[Tensor, Tensor]:
     """Exact attention with lse in O(chunk * Tk) memory, for soft-capped scores and devices without a kernel that returns the lse."""
+    query = x.query
     dtype = statistics_dtype(query)
     outputs, statistics = [], []
-    step = rows_per_chunk(query.shape[0], query.shape[1], key.shape[2])
+    step = rows_per_chunk(query.shape[0], query.shape[1], x.key.shape[2])
     for start in range(0, query.shape[2], step):
         index = torch.arange(start, min(start + step, query.shape[2]), device=query.device)
-        scores, _ = score_rows(query, key, mask, is_causal, scale, softcap, index)
+        scores, _ = score_rows(query, x.key, x.mask, x.is_causal, x.scale, x.softcap, index)
         lse = torch.logsumexp(scores, dim=-1)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.to(dtype).view(1, -1, 1))
+        if x.sinks is not None:
+            lse = torch.logaddexp(lse, x.sinks.to(dtype).view(1, -1, 1))
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
         weights = (scores - lse[..., None]).exp_()
-        outputs.append(grouped_values(weights, value.to(dtype)).to(query.dtype))
+        outputs.append(grouped_values(weights, x.value.to(dtype)).to(query.dtype))
         statistics.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(statistics, dim=2)
 
 
-def with_bias_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with 8 more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
-
-    The constant on q's side is a power of two and the bias is split into three parts of the working dtype, so that half precision
-    loses nothing of it.
-    """
-    batch, heads, rows, _ = query.shape
-    keys = key.shape[2]
-    constant = 2.0 ** round(torch.tensor(1.0 / scale).log2().item())
-    exact = statistics_dtype(query)
-    rest = bias.to(exact) / (scale * constant)
-    parts = []
-    for _ in range(3):
-        part = rest.to(query.dtype)
-        parts.append(part)
-        rest = rest - part.to(exact)
-    extra_key = torch.zeros(*rest.shape, 8, dtype=key.dtype, device=key.device)
-    for i, part in enumerate(parts):
-        extra_key[..., i] = part
-    if rest.shape[1] > 1 and key.shape[1] != heads:
-        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
-    extra_query = torch.zeros(8, dtype=query.dtype, device=query.device)
-    extra_query[:3] = constant
-    query = torch.cat([query, extra_query.expand(batch, heads, rows, 8)], dim=3)
-    key = torch.cat([key, extra_key.expand(batch, key.shape[1], keys, 8)], dim=3)
-    return query, key, torch.nn.functional.pad(value, (0, 8))
+# Which kernel gives an output, and which one a log-sum-exp with it: the first that fits.
+OUTPUTS = [
+    Kernel("sdpa", lambda x: x.softcap is None, _sdpa),
+    Kernel("chunks of rows", lambda x: True, _in_chunks),
+]
+STATISTICS = [
+    Kernel("flash on CPUs", lambda x: x.query.device.type == "cpu" and _gives_lse(x), lambda x: _with_lse(x, _cpu_with_lse)),
+    Kernel(
+        "flash on CUDA",
+        lambda x: x.query.device.type == "cuda" and _flash_takes(x) and _gives_lse(x),
+        lambda x: _with_lse(x, _cuda_flash_with_lse),
+    ),
+    Kernel(
+        "memory-efficient on CUDA",
+        lambda x: x.query.device.type == "cuda" and _gives_lse(x),
+        lambda x: _with_lse(x, _cuda_efficient_with_lse),
+    ),
+    Kernel("chunks of rows", lambda x: True, _in_chunks),
+]

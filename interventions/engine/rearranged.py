@@ -16,11 +16,19 @@ from ..edits.operands import Operands
 from ..edits.rearrange import Rearrange
 from ..rotary import Rotary
 from .kernels import attend, grouped_matmul, grouped_values, softmax_rows, statistics_dtype
+from .tasks import FEW_ROWS, Group
 
-# Up to this many rows behind the segments, their scores are written out.
-FEW_ROWS = 4
 # Up to this many groups a decode step scores every key with every turn of its query: fewer operations than block by block.
 FEW_GROUPS = 8
+
+
+def is_rearranged(group: Group) -> bool:
+    return isinstance(group.pending, Rearrange) and not (group.biases or group.scores or group.weights)
+
+
+def run(group: Group, _: object) -> Tensor:
+    assert isinstance(group.pending, Rearrange)
+    return rearranged_attention(group.x, group.pending, group.call.scaling, group.call.softcap, group.sinks)
 
 
 def rearranged_attention(x: Operands, edit: Rearrange, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import Call
-from ..engine.fused_executor import untouched_heads
 from ..engine.kernels import score_rows, statistics_dtype
+from ..engine.reading import untouched_heads
 from ..errors import ReattendError
 
 # Weights of one chunk: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.

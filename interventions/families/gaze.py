@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from ..call import Call, TokenMap
 from ..edits import Rows
 from ..engine.batch import call_at
-from ..engine.fused_executor import row_weights
 from ..engine.kernels import rows_per_chunk
+from ..engine.reading import row_weights
 from ..errors import ReattendError
 
 # Room for this many further tokens is kept when column groups are widened for a growing cache.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit
-from ..engine.fused_executor import row_outputs
 from ..engine.kernels import score_rows
+from ..engine.reading import row_outputs
 from ..errors import ReattendError
 
 

@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from ..call import Call, TokenMap
 from ..edits import Edit, Rows
-from ..engine.fused_executor import row_weights
 from ..engine.kernels import rows_per_chunk
+from ..engine.reading import row_weights
 from .gaze import image_columns
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..call import Call
 from ..edits import Edit
-from ..engine.fused_executor import row_weights
+from ..engine.reading import row_weights
 
 # Constant of the official code on products of scaled weights, whose buffer there is half precision.
 COLUMN_UNIT = 1e-7

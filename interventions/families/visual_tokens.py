@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..engine.fused_executor import row_weights
 from ..engine.kernels import rows_per_chunk
+from ..engine.reading import row_weights
 
 
 def attention_received(call: Call, query: int | None = None) -> Tensor:

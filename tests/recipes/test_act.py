@@ -120,7 +120,7 @@ def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chu
 
 
 def test_the_executor_reuses_what_the_statistics_computed(monkeypatch):
-    import reattend.interventions.engine.head_group as engine
+    import reattend.interventions.engine.tasks as engine
 
     asked = []
     original = engine.attend

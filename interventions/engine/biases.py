@@ -1,0 +1,73 @@
+"""Key biases inside the fused kernel: an additive row where rows are few, more dimensions of q and k where they are many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..edits import Operands, ScoreEdit
+from ..edits.base import repeat_heads
+from .kernels import attend, statistics_dtype
+
+
+def sum_biases(biases: Sequence[ScoreEdit], x: Operands) -> Tensor | None:
+    """All edits that add a number per key, as one [B or 1, heads or 1, Tk] in statistics dtype."""
+    if not biases:
+        return None
+    dtype = statistics_dtype(x.query)
+    total = biases[0].bias.to(dtype)
+    for edit in biases[1:]:
+        total = total + edit.bias.to(dtype)
+    return torch.nn.functional.pad(total, (0, x.appended)) if x.appended else total
+
+
+def attend_biased(
+    x: Operands, bias: Tensor, few: bool, scale: float, softcap: float | None, sinks: Tensor | None, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` with key biases [B or 1, heads or 1, Tk]."""
+    if few or softcap is not None or x.query.shape[-1] != x.value.shape[-1]:
+        mask = x.dense_mask()
+        row = bias[:, :, None, :]
+        if mask is None:
+            mask = row
+        elif mask.dtype == torch.bool:
+            mask = row.masked_fill(~mask, float("-inf"))
+        else:
+            mask = row + mask.to(row.dtype)
+        mask = mask.to(x.query.dtype if softcap is None else row.dtype)
+        return attend(x.query, x.key, x.value, mask, False, scale, softcap, sinks, need_lse)
+    query, key, value = with_bias_dimensions(x.query, x.key, x.value, bias, scale)
+    output, lse = attend(query, key, value, x.mask, x.is_causal, scale, None, sinks, need_lse)
+    return output[..., : x.value.shape[3]], lse
+
+
+def with_bias_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with 8 more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
+
+    The constant on q's side is a power of two and the bias is split into three parts of the working dtype, so that half precision
+    loses nothing of it.
+    """
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    constant = 2.0 ** round(torch.tensor(1.0 / scale).log2().item())
+    exact = statistics_dtype(query)
+    rest = bias.to(exact) / (scale * constant)
+    parts = []
+    for _ in range(3):
+        part = rest.to(query.dtype)
+        parts.append(part)
+        rest = rest - part.to(exact)
+    extra_key = torch.zeros(*rest.shape, 8, dtype=key.dtype, device=key.device)
+    for i, part in enumerate(parts):
+        extra_key[..., i] = part
+    if rest.shape[1] > 1 and key.shape[1] != heads:
+        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    extra_query = torch.zeros(8, dtype=query.dtype, device=query.device)
+    extra_query[:3] = constant
+    query = torch.cat([query, extra_query.expand(batch, heads, rows, 8)], dim=3)
+    key = torch.cat([key, extra_key.expand(batch, key.shape[1], keys, 8)], dim=3)
+    return query, key, torch.nn.functional.pad(value, (0, 8))

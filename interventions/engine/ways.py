@@ -1,0 +1,115 @@
+"""The fused executor: the numbers of `reference` without the n x n matrix, by the first way of one ordered table that fits.
+
+A way sees the kinds, shapes, dtypes and device of what it is asked for before it is chosen, and its values only in `prepare`. Ways of the
+whole call come first. The cuts among them - batch rows, heads with the same edits - take their parts through the table again; what is
+left to a group of heads are its edits of scores and weights: those of operands are made before, those of outputs after.
+
+A further way is a file with its functions and a row here. An edit that no other row knows is materialised: that asks for nothing but its
+level and its formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..call import Call
+from ..edits import Edit, Mix, MixValue
+from . import all_heads, bands, batch, columns, factors, heads, materialised, rearranged
+from .reference_executor import at_chosen, check_edits
+from .tasks import Group, Task, all_rows, plain
+
+READY = ()
+
+
+def _ready(asked: Task | Group) -> Any:
+    return READY
+
+
+@dataclass(frozen=True)
+class Way:
+    """One exact way to an output [B, heads, Tq, Dv].
+
+    scope: "call" (given a `Task`) or "group" (a `Group`: its output is that before edits of outputs). fits: whether it can, without
+    reading a value. prepare: what it needs of the values, None where these make it a bad way: the next one is asked then. run: given what
+    was prepared. cut: its parts go through the table again, so that it computes nothing itself.
+    """
+
+    name: str
+    scope: str
+    fits: Callable[[Any], bool]
+    run: Callable[[Any, Any], Tensor]
+    prepare: Callable[[Any], Any] = _ready
+    cut: bool = False
+
+
+def _moves_towards_values(group: Group) -> bool:
+    """Whether each row's weights are mixed with its own token alone."""
+    x = group.x
+    if group.scores or x.mask is not None or x.offset is None or x.query.requires_grad:
+        return False
+    return all(isinstance(edit, Mix) and isinstance(edit.target, str) and edit.target == "identity" for edit in group.weights)
+
+
+def _towards_values(group: Group, _: object) -> Tensor:
+    """Mixes with the identity need no weights: (1 - s) o + s v."""
+    output, rows = group.kernel(group.bias(), False)[0], group.rows(all_rows(group.x.query))
+    for mix in group.weights:
+        assert isinstance(mix, Mix)
+        towards = mix.remember("as values", lambda mix=mix: MixValue(strength=mix.strength, rows=mix.rows))
+        output = at_chosen(mix, rows, towards.on_output(output, rows), output)
+    return output
+
+
+WAYS: list[Way] = [
+    Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
+    Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
+    Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
+    Way("across heads", "call", lambda task: task.crosses, all_heads.across, all_heads.crossing_rows),
+    Way("key biases of heads", "call", all_heads.are_biases, all_heads.biased),
+    Way("few rows of all heads", "call", all_heads.can_share, all_heads.shared),
+    Way("heads", "call", lambda task: True, heads.run, cut=True),
+    Way("rearranged blocks", "group", rearranged.is_rearranged, rearranged.run),
+    Way("materialised", "group", lambda group: group.pending is not None, materialised.run, materialised.named),
+    Way(
+        "kernel",
+        "group",
+        lambda group: not (group.biases or group.scores or group.weights),
+        lambda group, _: group.kernel(None, False)[0],
+    ),
+    Way(
+        "key biases",
+        "group",
+        lambda group: not (group.scores or group.weights),
+        lambda group, _: group.kernel(group.bias(), False)[0],
+    ),
+    Way("band", "group", bands.is_band, bands.run),
+    Way("towards values", "group", _moves_towards_values, _towards_values),
+    Way("around columns", "group", factors.is_avoidable, factors.around, factors.find),
+    Way("factor on columns", "group", factors.is_factor, factors.corrected, factors.find),
+    Way(
+        "columns", "group", lambda group: not group.few and columns.can_restate(group), columns.corrected, columns.plan_columns
+    ),
+    Way("materialised", "group", lambda group: True, materialised.run, materialised.named),
+]
+
+
+def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
+    """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
+    return compute(Task(call, check_edits(call, list(edits)), compute))
+
+
+def compute(asked: Task | Group) -> Tensor:
+    """What is asked for, by the first way that fits and whose values suit it; `call.ways` counts it."""
+    for way in WAYS:
+        if way.scope == asked.scope and way.fits(asked):
+            prepared = way.prepare(asked)
+            if prepared is not None:
+                counter = asked.call.ways
+                if counter is not None and not way.cut:
+                    counter[way.name] += 1
+                return asked.finish(way.run(asked, prepared))
+    raise AssertionError("the last way of each scope takes everything")

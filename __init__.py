@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is imported at runtime before it is used
     from . import zoo
     from .analysis import analyse
@@ -20,8 +22,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is import
     from .interventions import ReattendError, ReattendWarning, UnsupportedError
     from .recipes import list_recipes, load_recipe
     from .recipes.kit.named import apply, recipe  # pyright: ignore[reportMissingModuleSource]  # with a signature for each recipe
-
-__version__ = "0.1.0"
 
 # name -> module; everything is loaded on first use, so `import reattend` imports no torch
 _LAZY = {

@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..comparison.words import number, percent
-from .result import Analysis
+from .findings import Findings
 
 SHADES = " ░▒▓█"
 # Rows of a list that are shown; the rest is counted.
 MOST = 6
 
 
-def renderable(found: Analysis) -> Any:
+def renderable(found: Findings) -> Any:
     facts = found.model
     heads = "/".join(str(h) for h in facts["heads"])
     title = f"{facts['name'] or facts['class']}: {facts['layers']} layers of the {found.stack} with {heads} heads"
@@ -31,7 +31,7 @@ def renderable(found: Analysis) -> Any:
     return Group(*parts)
 
 
-def _findings(found: Analysis) -> Table:
+def _findings(found: Findings) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     rates = found.sink_rates()
@@ -59,7 +59,7 @@ def _findings(found: Analysis) -> Table:
     return table
 
 
-def _layers(found: Analysis) -> Table:
+def _layers(found: Findings) -> Table:
     table = Table(
         "layer", "on the first token", "mean", "largest |x|", "median", "|x| first", "|k| first", "|v| first",
         box=None, pad_edge=False, header_style="dim",
@@ -84,7 +84,7 @@ def _layers(found: Analysis) -> Table:
     return table
 
 
-def _lists(found: Analysis) -> list[Any]:
+def _lists(found: Findings) -> list[Any]:
     """What stands out in the first text beside its first token."""
     text = found.samples[0]
     lists = {

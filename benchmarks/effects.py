@@ -23,7 +23,7 @@ from claims import Row, table
 from effects_page import page
 from reattend.comparison.loading import load
 from reattend.evaluation import evaluate
-from reattend.evaluation.results import Cell
+from reattend.evaluation.cells import Cell
 from reattend.evaluation.steering import Steering
 from reattend.evaluation.subject import Subject
 from reattend.evaluation.suites import Item, Suite

@@ -39,7 +39,7 @@ def list_(
 ) -> None:
     """List the recipes by the problem they are a remedy for."""
     from ..recipes import list_recipes
-    from ..recipes.kit.measured import NOTHING, measured
+    from ..recipes.kit.registry import NOTHING, measured
 
     for name, value, known in (("--family", family, FAMILIES), ("--kind", kind, KINDS)):
         if value and value not in known:
@@ -61,7 +61,7 @@ def show(
     """Show one recipe: what it does, its source, its parameters."""
     from ..comparison.catalogue import parameters_of, print_recipe
     from ..recipes import recipe_class
-    from ..recipes.kit.measured import NOTHING, measured
+    from ..recipes.kit.registry import NOTHING, measured
 
     cls = recipe_class(name)
     if as_json:

@@ -30,7 +30,7 @@ def profile(
     from ..comparison.loading import load
     from ..hooks import sites as sites_of
     from ..recipes import Recipe, cached_profile, recipe_class
-    from ..recipes.kit.files import check_output
+    from ..recipes.kit.checks import check_output
     from ..recipes.kit.profile import cached_path
 
     cls = recipe_class(recipe)

@@ -57,8 +57,7 @@ def run(
     from ..comparison.facts import progress_bar
     from ..comparison.inputs import job_for
     from ..recipes import apply
-    from ..recipes.kit.checks import whole_number
-    from ..recipes.kit.files import check_output, writing
+    from ..recipes.kit.checks import check_output, whole_number, writing
 
     chosen = recipes_of(recipe, set_)
     pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
@@ -116,8 +115,7 @@ def compare(
     """
     from ..comparison import compare as compare_
     from ..comparison.arguments import prepare, variants_of
-    from ..recipes.kit.checks import whole_number
-    from ..recipes.kit.files import check_output
+    from ..recipes.kit.checks import check_output, whole_number
 
     seed = whole_number(seed, "--seed")
     variants = variants_of(recipe, set_, sweep)

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..interventions import ReattendError
 from ..recipes import load_recipe, recipe, recipe_class
-from ..recipes.kit.checks import shown
-from ..recipes.kit.files import read_picture, read_text, read_yaml
+from ..recipes.kit.checks import read_picture, read_text, read_yaml, shown
 from ..recipes.kit.registry import is_file_name
 from . import loading
 from .variants import NONE, read_spec, slug, split_composed, split_list

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..recipes import Info, Recipe
 from ..recipes.kit.base import Problem
-from ..recipes.kit.measured import NOTHING, measured
+from ..recipes.kit.registry import NOTHING, measured
 
 
 def print_list(found: Mapping[str, Info]) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipes.kit.files import check_output
+from ..recipes.kit.checks import check_output
 from .compare import compare
 from .demo_texts import EARLY_QUESTION, NEEDLE, QUESTION, STORY
-from .report import Check, Report, write_page
+from .outcome import Check
+from .report import Report, write_page
 
 # The heads of SmolLM2-135M-Instruct that copy most from the context, as `reattend profile retrieval-heads smollm2` ranks them.
 COPYING_HEADS = [[18, 6], [17, 3], [23, 2], [17, 4], [18, 7]]

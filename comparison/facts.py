@@ -14,6 +14,7 @@ import torch
 from ..hooks import running
 from ..hooks.sites.discovery import components, pretrained_root
 from ..recipes import Recipe
+from ..version import __version__
 from .job import Job, Tick
 
 
@@ -88,8 +89,6 @@ def recipe_facts(item: Recipe) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, as far as they matter to the numbers."""
-    from .. import __version__
-
     found = {"reattend": __version__, "torch": torch.__version__}
     for name in ("transformers", "diffusers"):
         if name in sys.modules:

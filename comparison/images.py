@@ -14,7 +14,7 @@ from ..hooks import SiteTable
 from ..hooks.sites.discovery import components
 from ..interventions import ReattendError
 from .job import Job, Tick
-from .report import Report
+from .outcome import Outcome
 
 # A clip shows this many of its frames; the metrics are means over all of them.
 SHOWN_FRAMES = 4
@@ -104,7 +104,7 @@ class ImageJob(Job):
         prompt = self.options.get("prompt")
         return {"prompt": prompt if prompt is None else str(prompt), "prompt_tokens": None, "settings": shown}
 
-    def fill(self, report: Report, before: list[Any], after: list[Any]) -> None:
+    def fill(self, report: Outcome, before: list[Any], after: list[Any]) -> None:
         pairs = [(to_tensor(a), to_tensor(b)) for a, b in zip(before, after, strict=True)]
         values = [picture_metrics(a, b) for a, b in pairs]
         for name in values[0]:

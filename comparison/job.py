@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..hooks import SiteTable
-from .report import Report
+from .outcome import Outcome
 
 Tick = Callable[[], None]
 
@@ -93,7 +93,7 @@ class Job(ABC):
         """What was asked, for the report."""
 
     @abstractmethod
-    def fill(self, report: Report, before: Any, after: Any) -> None:
+    def fill(self, report: Outcome, before: Any, after: Any) -> None:
         """Puts outputs and metrics into the report."""
 
     def reseed(self) -> None:

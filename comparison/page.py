@@ -9,8 +9,9 @@ from itertools import zip_longest
 from typing import Any
 
 from ..interventions import ReattendError
+from .forms import png
 from .looks import Cell
-from .report import Report, Side, png
+from .outcome import Outcome, Side
 from .shares import marked, of_all, on_prompt
 from .words import attention_summary, count, duration, number, percent, points, role_words, size, summary, tiles
 
@@ -23,11 +24,11 @@ FIRST_TOKENS = 60
 FULL_KL = 2.0
 
 
-def views(reports: Sequence[Report]) -> list[dict[str, Any]]:
+def views(reports: Sequence[Outcome]) -> list[dict[str, Any]]:
     return [view(report, place) for place, report in enumerate(reports)]
 
 
-def view(report: Report, place: int) -> dict[str, Any]:
+def view(report: Outcome, place: int) -> dict[str, Any]:
     """Plain values for the template."""
     shares = [on_prompt(side.mass) for side in (report.before, report.after)]
     whole = [of_all(side.mass) for side in (report.before, report.after)]
@@ -56,7 +57,7 @@ def view(report: Report, place: int) -> dict[str, Any]:
     }
 
 
-def _side(report: Report, side: Side, key: str, label: str) -> dict[str, Any]:
+def _side(report: Outcome, side: Side, key: str, label: str) -> dict[str, Any]:
     place = report.first_difference
     tokens = side.tokens[:MOST_TOKENS]
     if report.kind != "text":
@@ -77,7 +78,7 @@ def _side(report: Report, side: Side, key: str, label: str) -> dict[str, Any]:
     }
 
 
-def _strip(report: Report) -> list[dict[str, Any]]:
+def _strip(report: Outcome) -> list[dict[str, Any]]:
     """One cell per token of the shared prefix, the first difference last: its KL and how strongly to colour it."""
     if report.kind != "text":
         return []
@@ -114,7 +115,7 @@ def _rows(before: dict[str, float], after: dict[str, float]) -> list[dict[str, A
     return sorted(rows, key=lambda row: (row["role"] not in first, -max(row["before"], row["after"])))
 
 
-def _layers(report: Report) -> dict[str, Any]:
+def _layers(report: Outcome) -> dict[str, Any]:
     """The shares that matter per layer: as two polylines in a 300 x 80 box, and as rows of a table."""
     sides = [report.before.mass_by_layer, report.after.mass_by_layer]
     layers = sorted(set(sides[0]) & set(sides[1]))
@@ -141,7 +142,7 @@ def _layers(report: Report) -> dict[str, Any]:
     return {"charts": charts, "numbers": layers}
 
 
-def _overlays(report: Report) -> list[dict[str, Any]]:
+def _overlays(report: Outcome) -> list[dict[str, Any]]:
     """Per picture of the prompt and group of layers: the attention on it, before, after and moved."""
     looks = report.looks
     if looks is None or not looks.layers or not any(looks.image) or not report.inputs:
@@ -167,7 +168,7 @@ def _overlays(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _moved(report: Report) -> list[dict[str, Any]]:
+def _moved(report: Outcome) -> list[dict[str, Any]]:
     """The prompt's tokens after the first, with the attention that they lost or gained; of a long prompt the start and the end."""
     looks = report.looks
     if looks is None or not looks.layers:
@@ -193,12 +194,12 @@ def _moved(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(report: Report) -> list[dict[str, str]]:
+def _pictures(report: Outcome) -> list[dict[str, str]]:
     rows = zip_longest(report.before.pictures, report.after.pictures, report.difference)
     return [{"before": png(a), "after": png(b), "difference": png(d) if d is not None else ""} for a, b, d in rows]
 
 
-def _cost(report: Report) -> list[dict[str, str]]:
+def _cost(report: Outcome) -> list[dict[str, str]]:
     rows = []
     for label, side in (("Before", report.before), ("After", report.after)):
         cost = side.cost

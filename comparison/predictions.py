@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..interventions import ReattendError
 from .job import Job, Tick
-from .report import Report
+from .outcome import Outcome
 from .text import kl_divergence
 
 TOP = 5
@@ -79,7 +79,7 @@ class PredictionJob(Job):
             prompt = self.tokenizer.decode(ids[0].tolist())
         return {"prompt": prompt, "prompt_tokens": ids.shape[1] if isinstance(ids, Tensor) else None, "settings": {}}
 
-    def fill(self, report: Report, before: Tensor, after: Tensor) -> None:
+    def fill(self, report: Outcome, before: Tensor, after: Tensor) -> None:
         p, q = before.double().softmax(dim=-1), after.double().softmax(dim=-1)
         for side, chances in ((report.before, p), (report.after, q)):
             side.predictions = self._best(chances)

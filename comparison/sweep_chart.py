@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .sweep import Column, Measure, Sweep
-from .sweep_variants import short
-from .words import number, percent
+from .sweep_outcome import Column, Measure, SweepOutcome
+from .words import number, percent, short
 
 # of the box that a chart is drawn in
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 230, 58, 18, 16, 42
@@ -38,7 +37,7 @@ class Chart:
     others: list[Column] = field(default_factory=list)
 
 
-def chart_of(sweep: Sweep) -> Chart | None:
+def chart_of(sweep: SweepOutcome) -> Chart | None:
     """The chart that holds the most variants; None where no two of them differ in one number alone."""
     best: Chart | None = None
     for recipe, nth, parameter in _numbers(sweep.columns):

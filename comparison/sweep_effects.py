@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..hooks import Recording, Session, capture, sites
 from .job import Job
-from .report import Report
-from .sweep import Column, Measure
+from .outcome import Outcome
+from .sweep_outcome import Column, Measure
 from .text import GLANCE_TOKENS, Generated, TextJob, kl_divergence
 
 
@@ -83,12 +83,12 @@ class Effects:
 
     # -- what comes of it --------------------------------------------------------------------------------------------
 
-    def finish(self, pairs: Sequence[Report], columns: Sequence[Column]) -> list[Measure]:
+    def finish(self, pairs: Sequence[Outcome], columns: Sequence[Column]) -> list[Measure]:
         """The measures, after all runs; their values go into the columns. pairs: untouched and variant, as the job compares them."""
         found = {"text": self._text, "prediction": _prediction, "image": self._image}[self.job.kind](pairs, columns)
         return [m for m in found if any(column.effect.get(m.key) is not None for column in columns)]
 
-    def _text(self, pairs: Sequence[Report], columns: Sequence[Column]) -> list[Measure]:
+    def _text(self, pairs: Sequence[Outcome], columns: Sequence[Column]) -> list[Measure]:
         for column, look in zip(columns, self.looks, strict=True):
             column.effect["kl"], column.effect["log_probability"] = look.kl, look.likelier
         many = "token" if len(self.read) == 1 else f"{len(self.read)} tokens"
@@ -128,7 +128,7 @@ class Effects:
         )
         return [Measure("share", what, f"Attention on the {what}", explains, _part(plain, common) if one else None, "percent")]
 
-    def _image(self, pairs: Sequence[Report], columns: Sequence[Column]) -> list[Measure]:
+    def _image(self, pairs: Sequence[Outcome], columns: Sequence[Column]) -> list[Measure]:
         for column, pair, look in zip(columns, pairs, self.looks, strict=True):
             column.effect["pixels"] = pair.metrics["mean_absolute_difference"]
             column.effect["structure"] = 1 - pair.metrics["ssim"]
@@ -186,7 +186,7 @@ def _likelier(before: Sequence[Tensor], after: Sequence[Tensor], ids: Sequence[i
     return sum(changes) / len(changes)
 
 
-def _prediction(pairs: Sequence[Report], columns: Sequence[Column]) -> list[Measure]:
+def _prediction(pairs: Sequence[Outcome], columns: Sequence[Column]) -> list[Measure]:
     for column, pair in zip(columns, pairs, strict=True):
         column.effect["kl"] = pair.metrics["kl"]
         column.effect["probability"] = pair.metrics["probability_of_first_after"]

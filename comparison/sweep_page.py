@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .report import Side, from_template, png
-from .sweep import Column, Sweep, summary
+from .forms import from_template, png
+from .outcome import Side
 from .sweep_chart import chart_of, drawing
-from .sweep_variants import short
-from .words import number, percent
+from .sweep_outcome import Column, SweepOutcome, summary
+from .words import number, percent, short
 
 TEMPLATE = "sweep.html"
 LONG_PROMPT = 600
@@ -16,12 +16,12 @@ LONG_PROMPT = 600
 MOST_TOKENS = 400
 
 
-def render(sweep: Sweep, *, page: bool = True) -> str:
+def render(sweep: SweepOutcome, *, page: bool = True) -> str:
     """A whole page, or a fragment for a notebook cell. Every text in it is escaped; there are no scripts."""
     return from_template(TEMPLATE, v=view(sweep), page=page)
 
 
-def view(sweep: Sweep) -> dict[str, Any]:
+def view(sweep: SweepOutcome) -> dict[str, Any]:
     """Plain values for the template."""
     chart = chart_of(sweep)
     drawn = [d for measure in sweep.measures if (d := drawing(chart, measure)) is not None] if chart is not None else []
@@ -78,7 +78,7 @@ def verdict(column: Column) -> str:
     return f"differs from token {1 + (column.first_difference or 0)} on"
 
 
-def _recipes(sweep: Sweep) -> list[dict[str, Any]]:
+def _recipes(sweep: SweepOutcome) -> list[dict[str, Any]]:
     """Every recipe once, with the parameters that were set for all of its variants alike."""
     found: dict[str, dict[str, Any]] = {}
     for column in sweep.columns:
@@ -90,7 +90,7 @@ def _recipes(sweep: Sweep) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _table(sweep: Sweep) -> dict[str, Any]:
+def _table(sweep: SweepOutcome) -> dict[str, Any]:
     """Rows of what was measured: the untouched run, then every variant."""
     rows = [("untouched", "", "", [said(measure.untouched, measure.form) for measure in sweep.measures])]
     for column in sweep.columns:

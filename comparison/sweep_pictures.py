@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from ..interventions import ReattendError
+from .outcome import Outcome
 from .pictures import INK, PAPER, SOFT, _font
-from .sweep_variants import short
-from .words import percent
-
-if TYPE_CHECKING:
-    from .report import Report
-    from .sweep import Sweep
+from .sweep_outcome import SweepOutcome
+from .words import percent, short
 
 SMALLEST, LARGEST = 160, 384
 MOST_ACROSS = 6
@@ -23,7 +20,7 @@ GAP, MARGIN, LINE, BELOW = 12, 14, 17, 24
 Tile = tuple[list[str], list[Any], str]
 
 
-def pair(report: Report) -> Image.Image:
+def pair(report: Outcome) -> Image.Image:
     """The untouched picture and the changed one of a comparison side by side; where a run gave several, they stand below each other."""
     check_pictures(report.kind)
     chosen = [(recipe["name"], recipe["parameters"], recipe["chosen"]) for recipe in report.recipes]
@@ -45,7 +42,7 @@ def check_pictures(kind: str) -> None:
         raise ReattendError(f"only pictures make a grid, and these variants gave {kind}s: html(path) shows them")
 
 
-def grid(sweep: Sweep) -> Image.Image:
+def grid(sweep: SweepOutcome) -> Image.Image:
     """The untouched picture first, then every variant's, at most six side by side; where a run gave several, they stand below each other."""
     check_pictures(sweep.kind)
     sides: list[Tile] = [(["untouched"], sweep.untouched.pictures, "")]

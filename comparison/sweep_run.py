@@ -10,9 +10,10 @@ from .facts import environment, model_facts, progress_bar, session_notes
 from .inputs import job_for
 from .job import generators_kept
 from .report import Report
-from .sweep import Column, Sweep
+from .sweep import Sweep
 from .sweep_chart import chart_of
 from .sweep_effects import Effects
+from .sweep_outcome import Column
 from .sweep_variants import naming, variants_asked
 
 

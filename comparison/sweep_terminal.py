@@ -10,14 +10,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .sweep import Column, Measure, Sweep, summary
+from .sweep_outcome import Column, Measure, SweepOutcome, summary
 from .sweep_page import said, verdict
 from .words import percent
 
 BAR = 10
 
 
-def renderable(sweep: Sweep) -> Any:
+def renderable(sweep: SweepOutcome) -> Any:
     parts: list[Any] = [Text(sweep.title, style="bold")]
     if sweep.kind == "image":
         sizes = ", ".join(f"{p.width} x {p.height}" for p in sweep.untouched.pictures)
@@ -31,7 +31,7 @@ def renderable(sweep: Sweep) -> Any:
     return Group(*parts)
 
 
-def _panel(label: str, sweep: Sweep, column: Column | None) -> Panel:
+def _panel(label: str, sweep: SweepOutcome, column: Column | None) -> Panel:
     under = None if column is None else f"{verdict(column)}, {column.applied:,} edits applied"
     return Panel(
         _output(sweep, column),
@@ -42,7 +42,7 @@ def _panel(label: str, sweep: Sweep, column: Column | None) -> Panel:
     )
 
 
-def _output(sweep: Sweep, column: Column | None) -> Text:
+def _output(sweep: SweepOutcome, column: Column | None) -> Text:
     side = sweep.untouched if column is None else column.side
     if sweep.kind == "prediction":
         return Text("\n".join(f"{percent(p):>8}  {label.strip()}" for label, p in side.predictions))
@@ -54,7 +54,7 @@ def _output(sweep: Sweep, column: Column | None) -> Text:
     return text.append("".join(side.tokens[place + 1 :]), style="not dim")
 
 
-def _table(sweep: Sweep) -> Table:
+def _table(sweep: SweepOutcome) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("variant", ratio=1, overflow="fold")
     if sweep.kind == "image":
@@ -73,7 +73,7 @@ def _table(sweep: Sweep) -> Table:
     return table
 
 
-def _bar(sweep: Sweep, measure: Measure, column: Column) -> Text:
+def _bar(sweep: SweepOutcome, measure: Measure, column: Column) -> Text:
     """The first measure as a bar, the largest one full."""
     sizes = [abs(value) for c in sweep.columns if (value := c.effect.get(measure.key)) is not None and math.isfinite(value)]
     value = column.effect.get(measure.key)

@@ -14,8 +14,8 @@ from ..recipes.kit.checks import shown
 from ..recipes.kit.registry import made, read_choice
 from .facts import recipe_facts
 from .variants import choices_of
+from .words import short
 
-WIDEST_VALUE = 28
 # (recipe, which of this recipe in the variant, parameter)
 Key = tuple[str, int, str]
 # a recipe's class and the parameters it was given, as `read_choice` has them
@@ -150,9 +150,3 @@ def _refuse_doubles(variants: Sequence[Variant]) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def short(value: Any) -> str:
-    """A parameter's value on one line."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 1] + "…"

@@ -9,14 +9,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .report import Check, Report, Side
+from .outcome import Check, Outcome, Side
 from .shares import of_all, on_prompt
 from .words import attention_summary, count, number, percent, role_words, summary
 
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def renderable(report: Report) -> Any:
+def renderable(report: Outcome) -> Any:
     parts: list[Any] = [Text(report.title, style="bold")]
     for recipe in report.recipes:
         chosen = ", ".join(f"{name}={recipe['parameters'][name]!r}" for name in recipe["chosen"])
@@ -35,7 +35,7 @@ def renderable(report: Report) -> Any:
     return Group(*parts)
 
 
-def brief(report: Report) -> Any:
+def brief(report: Outcome) -> Any:
     """A report in a few lines: title, recipe, both outputs, what was checked, what it cost."""
     parts: list[Any] = [Text(), Text(report.title, style="bold")]
     does = " ".join(f"{recipe['name']}: {recipe['does']}" for recipe in report.recipes)
@@ -55,7 +55,7 @@ def _check(check: Check) -> Text:
     return text
 
 
-def _outputs(report: Report) -> Any:
+def _outputs(report: Outcome) -> Any:
     grid = Table.grid(expand=True, padding=(0, 1))
     grid.add_column(ratio=1)
     grid.add_column(ratio=1)
@@ -66,7 +66,7 @@ def _outputs(report: Report) -> Any:
     return grid
 
 
-def _output(report: Report, side: Side) -> Text:
+def _output(report: Outcome, side: Side) -> Text:
     if report.kind == "prediction":
         return Text("\n".join(f"{percent(p):>8}  {label.strip()}" for label, p in side.predictions))
     if report.kind == "image":
@@ -80,7 +80,7 @@ def _output(report: Report, side: Side) -> Text:
     return text.append("".join(side.tokens[place + 1 :]), style="not dim")
 
 
-def _attention(report: Report) -> list[Any]:
+def _attention(report: Outcome) -> list[Any]:
     """What moved, in a sentence and as shares by kind of token."""
     found: list[Any] = [Text(moved)] if (moved := attention_summary(report)) else []
     prompt, whole = ([of(side.mass) for side in (report.before, report.after)] for of in (on_prompt, of_all))
@@ -100,7 +100,7 @@ def _shares(title: str, before: dict[str, float], after: dict[str, float]) -> Ta
     return table
 
 
-def _cost(report: Report) -> Text:
+def _cost(report: Outcome) -> Text:
     def one(side: Side) -> str:
         cost = side.cost
         read = f" over {count(cost.tokens)} tokens" if cost.tokens else ""

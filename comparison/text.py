@@ -15,7 +15,7 @@ from ..hooks import SiteTable
 from ..interventions import ReattendError
 from ..recipes.kit import checks
 from .job import Job, Tick
-from .report import Report, Side
+from .outcome import Outcome, Side
 
 DEFAULT_NEW_TOKENS = 64
 GLANCE_TOKENS = 16
@@ -152,7 +152,7 @@ class TextJob(Job):
 
     # -- results -----------------------------------------------------------------------------------------------------
 
-    def fill(self, report: Report, before: Generated, after: Generated) -> None:
+    def fill(self, report: Outcome, before: Generated, after: Generated) -> None:
         for side, result in ((report.before, before), (report.after, after)):
             side.text = self.show(result)
             side.tokens = self._pieces(result.ids)

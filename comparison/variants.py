@@ -10,8 +10,7 @@ from typing import Any
 from ..interventions import ReattendError
 from ..recipes import Recipe
 from ..recipes.kit.apply import Choice
-from ..recipes.kit.checks import shown
-from ..recipes.kit.files import read_yaml
+from ..recipes.kit.checks import read_yaml, shown
 from ..recipes.kit.registry import is_file_name
 
 NONE = "none"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
-from .report import Report
+from .outcome import Outcome
 from .shares import marked, of_all, on_prompt
 
 ROLES = {
@@ -21,9 +22,10 @@ ROLES = {
     "padding": "padding",
 }
 
-
 # Changes of a share below this, and of its ratio, are not spoken of.
 STILL, AS_BEFORE = 0.0005, 0.02
+# Values of parameters in headings are cut here.
+WIDEST_VALUE = 28
 WHOLE = "of the attention on the prompt after its first token"
 
 
@@ -72,12 +74,18 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def summary(report: Report) -> str:
+def short(value: Any) -> str:
+    """A parameter's value on one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 1] + "…"
+
+
+def summary(report: Outcome) -> str:
     """One or two sentences on what changed."""
     return {"text": _text, "prediction": _prediction, "image": _image}[report.kind](report)
 
 
-def _text(report: Report) -> str:
+def _text(report: Outcome) -> str:
     place = report.first_difference
     if place is None:
         count = len(report.before.tokens)
@@ -87,7 +95,7 @@ def _text(report: Report) -> str:
     return f"The texts share {place} token{'s' if place != 1 else ''} and then part."
 
 
-def _prediction(report: Report) -> str:
+def _prediction(report: Outcome) -> str:
     m = report.metrics
     if m["identical"]:
         return "Both predictions are bit-identical."
@@ -102,7 +110,7 @@ def _prediction(report: Report) -> str:
     return f"{lead}; the probability of {first!r} goes from {a} to {b}."
 
 
-def _image(report: Report) -> str:
+def _image(report: Outcome) -> str:
     m = report.metrics
     if m["identical"]:
         return "The pictures are identical."
@@ -112,7 +120,7 @@ def _image(report: Report) -> str:
     )
 
 
-def attention_summary(report: Report) -> str:
+def attention_summary(report: Outcome) -> str:
     """A sentence on what moved: the marked passage, or the image, or else what changed most of all attention; "" where it is not known."""
     before, after = (on_prompt(side.mass) for side in (report.before, report.after))
     for roles, one, several in (
@@ -136,7 +144,7 @@ def _times(a: float, b: float) -> str:
     return f"{ratio(b / a)} times its share: {percent(a)} to {percent(b)}"
 
 
-def _of_all(report: Report) -> str:
+def _of_all(report: Outcome) -> str:
     before, after = of_all(report.before.mass), of_all(report.after.mass)
     if not before or not after:
         return ""
@@ -153,7 +161,7 @@ def ratio(value: float) -> str:
     return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
 
 
-def tiles(report: Report) -> list[dict[str, str]]:
+def tiles(report: Outcome) -> list[dict[str, str]]:
     """The headline numbers: label, value, and what it means."""
     m = report.metrics
     found: list[dict[str, Any]] = []

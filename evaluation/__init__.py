@@ -1,6 +1,7 @@
 """HOW MUCH: suites of questions, metrics with intervals, and a runner that asks them before and after recipes."""
 
-from .results import Cell, Evaluation
+from .cells import Cell
+from .results import Evaluation
 from .runner import evaluate
 from .subject import Subject
 from .suites import Item, Suite, list_suites, suite

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..recipes.kit.files import writing
+from ..recipes.kit.checks import writing
 from .subject import Subject
 from .suites import Item
 

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from ..comparison.compare import environment
+from ..comparison.facts import environment
 from ..hooks import sites
 from ..hooks.sites.discovery import components
 from ..interventions import ReattendError
 from ..recipes.kit.checks import text, whole_number
 from ..recipes.kit.checks import tokenizer as usable_tokenizer
+from ..version import __version__
 from .answers import Book, batch_key, model_key
+from .cells import Cell
 from .metrics.intervals import Resamples
 from .processes import Team
-from .results import Cell, Evaluation, output_folder
+from .results import Evaluation, output_folder
 from .steering import Steering
 from .subject import Subject
 from .suites import Item, Suite
@@ -128,8 +130,6 @@ def evaluate(
 
 
 def _key(model: dict[str, Any], suite: Suite, seed: int, size: int, variant: Variant) -> dict[str, Any]:
-    from .. import __version__
-
     who = {"reattend": __version__, "model": model}
     return {**who, "suite": suite.as_dict(), "seed": seed, "batch": size, "recipes": variant.key()}
 

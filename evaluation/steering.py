@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..hooks import Session, sites
 from ..interventions import UnsupportedError
 from ..recipes.kit.apply import Choice, apply, resolve
 from ..recipes.kit.base import Recipe
 from ..recipes.kit.registry import read_choice
-
-if TYPE_CHECKING:
-    from .subject import Subject
+from .subject import Subject
 
 
 class Steering:

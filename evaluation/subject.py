@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from ..hooks.sites.discovery import components, original_of, unwrapped_model
 from ..interventions import ReattendError
 
-if TYPE_CHECKING:
-    from .steering import Steering
+
+class Asked(Protocol):
+    """The recipes at work while a suite asks, as a subject needs them: see `Steering`."""
+
+    def marked(self, rows: dict[str, list[list[str]]]) -> contextlib.AbstractContextManager: ...
+
+    def paused(self) -> contextlib.AbstractContextManager: ...
 
 
 class Subject:
@@ -23,7 +28,7 @@ class Subject:
     processor of a transformers model. pipe: the diffusers pipeline, or None. kind: "llm", "lvlm" or "diffusion".
     """
 
-    steering: Steering | None = None
+    steering: Asked | None = None
     processor: Any
 
     def __init__(self, source: Any, processor: Any = None) -> None:

@@ -8,11 +8,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from .cells import Cell, Measured
 from .metrics.intervals import Interval
-from .results import Cell, Evaluation
 
 
-def renderable(result: Evaluation) -> Any:
+def renderable(result: Measured) -> Any:
     names = list(dict.fromkeys(id(cell.suite) for cell in result.cells))
     parts: list[Any] = [Text(f"{result.model['name']}, seed {result.seed}", style="bold")]
     level = f"{100 * result.level:.0f} %"

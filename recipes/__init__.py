@@ -1,8 +1,10 @@
 """WHICH: one published method per file, found by name."""
 
 from .kit.apply import apply
-from .kit.base import Info, Recipe, decoder_sites
-from .kit.profile import Profile, cached_profile
+from .kit.base import Info, Recipe
+from .kit.language import decoder_sites
+from .kit.profile import Profile
+from .kit.profiling import cached_profile
 from .kit.registry import list_recipes, load_recipe, recipe, recipe_class, save_recipe
 
 __all__ = [

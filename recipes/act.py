@@ -25,9 +25,10 @@ from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer, require_whole
 from ..interventions.families.calibration import learn_sinks
-from .kit.base import Info, Recipe, decoder_sites
+from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.heads import Head, as_heads, by_layer, missing_heads
+from .kit.language import decoder_sites
 from .kit.profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (

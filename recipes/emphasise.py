@@ -23,11 +23,10 @@ from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.families.reweighting import prompt_bias, shared_by_layers
-from .kit.base import Info, decoder_sites
+from .kit.base import Info
 from .kit.contents import Contents, Fact, Numbers
 from .kit.heads import head_scores, ranked
-from .kit.highlighter import Highlighter
-from .kit.passages import marked_role, passage_spans
+from .kit.language import Highlighter, decoder_sites, marked_role, passage_spans
 from .kit.profile import Profile, find_profile
 
 PROFILED_ALPHA, UNPROFILED_ALPHA = 0.01, 0.3

@@ -44,8 +44,7 @@ from ..interventions.families.sinks import SoundMap
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.images import image_before, image_misfit, image_now, images_told, pieces_told
-from .kit.known_models import KnownModel
-from .kit.profile import CACHED, Profile, cached_path, find_profile
+from .kit.profile import CACHED, KnownModel, Profile, cached_path, find_profile
 from .kit.words import chooser
 
 

@@ -22,9 +22,8 @@ from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.families.reweighting import marked_columns, shared_by_layers
-from .kit.base import Info, decoder_sites
-from .kit.highlighter import Highlighter
-from .kit.passages import marked_role, passage_spans
+from .kit.base import Info
+from .kit.language import Highlighter, decoder_sites, marked_role, passage_spans
 
 
 class InstABoost(Highlighter):

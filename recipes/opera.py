@@ -27,7 +27,7 @@ from ..interventions.families.logits import at_least_float
 from ..interventions.families.over_trust import OverTrust, over_trust_penalty, strongest_row
 from .kit.base import Info, Recipe
 from .kit.images import image_misfit, images_told
-from .kit.passages import marked_role, passage_spans
+from .kit.language import marked_role, passage_spans
 
 # What the official code gives to tokens that were not tried.
 NOT_TRIED = -999.0

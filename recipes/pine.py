@@ -28,8 +28,8 @@ from ..hooks.sites.rotary import rotary_misfit
 from ..hooks.tokens.segments import Segments, role_of
 from ..interventions import Call, Rearrange
 from ..interventions.families.order import Layout, rearranged
-from .kit.base import Info, Recipe, decoder_sites
-from .kit.passages import marked_role, per_prompt
+from .kit.base import Info, Recipe
+from .kit.language import decoder_sites, marked_role, per_prompt
 
 # parameters of layers that carry a state from token to token beside attention
 RECURRENT = ("mamba_", "ssm_", "conv_", "linear_attn_", "linear_num_", "lru_")

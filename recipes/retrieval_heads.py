@@ -26,9 +26,10 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.families.heads import prompt_end
 from ..interventions.families.reweighting import shared_by_layers
-from .kit.base import Info, Recipe, decoder_sites
+from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.heads import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
+from .kit.language import decoder_sites
 from .kit.profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (

@@ -34,9 +34,19 @@ from ..hooks.doors.taps import projection_misfit
 from ..hooks.plan import Step
 from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
-from .kit.base import Info, Recipe, decoder_sites
+from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
-from .kit.passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
+from .kit.language import (
+    OCCURRENCE_HELP,
+    RANGES_HELP,
+    TEXT_HELP,
+    Ranges,
+    Text,
+    check_passages,
+    decoder_sites,
+    marked_role,
+    passage_spans,
+)
 from .kit.profile import CACHED, Profile, find_profile
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from ..hooks import Edits, SiteTable, Support
 from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
-from ..interventions.families.heads import prompt_end
-from .kit.base import Info, Recipe, decoder_sites
+from ..interventions.families.heads import mixture, prompt_end
+from .kit.base import Info, Recipe
 from .kit.contents import Contents, Fact, Numbers
 from .kit.heads import Heads, missing_heads
+from .kit.language import decoder_sites
 from .kit.profile import CACHED, Profile, find_profile
 
 
@@ -143,11 +144,3 @@ class SoftInjection(Recipe):
         from .profiling.soft_injection import learn_task
 
         return learn_task(cls.slug, model, tokenizer, **options)
-
-
-def mixture(call: Call, rows: Tensor, embedding: Tensor, alpha: Tensor) -> HeadMix:
-    """The edit of one layer's call. rows: bool [B, Tq]; embedding [layers, heads, D] and alpha [layers, heads] of the whole model."""
-    assert call.site is not None
-    heads, width, device = call.num_heads, call.value.shape[3], call.query.device
-    target = embedding[call.site.layer, :heads, :width].to(device)
-    return HeadMix(target=target, strength=alpha[call.site.layer, :heads].to(device), rows=rows)

@@ -25,8 +25,18 @@ from ..hooks import Branch, Fusion, Prompt, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.prompts.replaced import without_span
 from ..interventions.families.logits import SAME_STRENGTH, anchored, at_least_float
-from .kit.base import Info, Recipe, decoder_sites
-from .kit.passages import OCCURRENCE_HELP, RANGES_HELP, TEXT_HELP, Ranges, Text, check_passages, marked_role, passage_spans
+from .kit.base import Info, Recipe
+from .kit.language import (
+    OCCURRENCE_HELP,
+    RANGES_HELP,
+    TEXT_HELP,
+    Ranges,
+    Text,
+    check_passages,
+    decoder_sites,
+    marked_role,
+    passage_spans,
+)
 
 
 class SPA(Recipe):

@@ -17,7 +17,8 @@ from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
 from ..interventions.families.heads import prompt_end
 from ..interventions.families.reweighting import shared_by_layers
-from .kit.base import Info, Recipe, decoder_sites
+from .kit.base import Info, Recipe
+from .kit.language import decoder_sites
 
 
 class Streaming(Recipe):

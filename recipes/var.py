@@ -31,8 +31,7 @@ from ..interventions.families.sinks import SoundMap, VisualSinks, rows_after, si
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.images import decoder_layers, image_misfit, images_told, layers_misfit, pieces_told, rows_between_images
-from .kit.known_models import KnownModel
-from .kit.profile import CACHED, Profile, cached_path, find_profile, fingerprint
+from .kit.profile import CACHED, KnownModel, Profile, cached_path, find_profile, fingerprint
 
 # Sink dimensions of published language models. LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public
 # notes quote them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit
+from ..edits import Edit, HeadMix
 from ..engine.kernels import score_rows
 from ..engine.reading import row_outputs
 from ..errors import ReattendError
@@ -151,3 +151,14 @@ def find_phrase(prompt: Sequence[int], phrase: Sequence[int], exact_first: bool 
         if len(wanted & set(prompt[start : start + width])) / len(wanted) > 0.9:
             return start, start + width
     return None
+
+
+def mixture(call: Call, rows: Tensor, embedding: Tensor, strength: Tensor) -> HeadMix:
+    """o = (1 - s) o + s t at one layer's call, from what is known of the whole model: embedding [layers, heads, D], strength [layers, heads].
+
+    rows: bool [B, Tq].
+    """
+    assert call.site is not None
+    heads, width, device = call.num_heads, call.value.shape[3], call.query.device
+    target = embedding[call.site.layer, :heads, :width].to(device)
+    return HeadMix(target=target, strength=strength[call.site.layer, :heads].to(device), rows=rows)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from ...hooks import SiteTable, Support, running, sites
+from ...hooks import SiteTable, Support
 from ...hooks.plan import Step
 from ...interventions import ReattendError
 from .checks import shown
@@ -134,28 +134,6 @@ class Recipe(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """The recipe as data: what a YAML file of it holds."""
         return {"name": self.slug, "version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
-
-
-def decoder_sites(sites: SiteTable, slug: str) -> tuple[SiteTable, Support]:
-    """Self-attention sites of a causal decoder, or the reason why there are none."""
-    chosen = sites.stack("decoder").kind("self").where(lambda s: s.causal)
-    if not len(chosen):
-        stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
-        return chosen, Support(
-            False, f"{slug} needs a language model with a causal decoder; {sites.model_name} has attention in: {stacks}"
-        )
-    return chosen, Support(not chosen.refusal, chosen.refusal)
-
-
-def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:
-    """(all sites, decoder sites) of a model that is to be profiled. Raises ReattendError where it does not fit or a recipe is at work."""
-    table = sites(model)
-    chosen, support = decoder_sites(table, slug)
-    if not support:
-        raise ReattendError(f"cannot profile this model: {support.reason}")
-    if running(model):
-        raise ReattendError("a profile must show the plain model: end the session that is active on it first")
-    return table, chosen
 
 
 def _takes(annotation: Any, kind: type) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...hooks import SiteTable
 from ...interventions import ReattendError
-from .files import read_json, read_text
+from .checks import read_json, read_text
 from .profile import Profile
 
 Head = tuple[int, int]

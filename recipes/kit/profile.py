@@ -1,4 +1,7 @@
-"""Profiles: what a profiling step learned about a model. Safetensors with JSON metadata; data only, shareable as a file."""
+"""What is known about a model: profiles that a profiling step learned, and models whose constants are published.
+
+A profile is a safetensors file with JSON metadata; data only, shareable.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...hooks import sites
+from ...hooks import SiteTable, sites
 from ...hooks.sites.discovery import pretrained_root, unwrapped_model
 from ...interventions import ReattendError
-from .files import check_output, existing_file, read_json, writing
+from .checks import check_output, existing_file, read_json, writing
 
 FORMAT = "reattend-profile-1"
 # what users write for profile_path to name the profile kept for their model
@@ -155,25 +158,28 @@ def find_profile(recipe: Any, path: str | None, table: Any, *, of_any: bool = Fa
     return profile
 
 
-def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: bool = False, **options: Any) -> Profile:
-    """The kept profile of a recipe for this model, made (and kept) if there is none for these options yet.
+@dataclass(frozen=True)
+class KnownModel:
+    """A published model, whose constants a recipe knows, by the shape of its language model: fine-tuned and renamed ones count too.
 
-    recipe: its name or class. model: a transformers model or pipeline; a pipeline brings its tokenizer. options: those of the
-    recipe's profiling step. Profiles made with other options are replaced. Recipes find it with profile_path="cached".
+    text_types: model types of the text config. vocabulary: sizes of the vocabulary that occur (None: any). kind: model type of the
+    whole model (None: any).
     """
-    from .registry import recipe_class
 
-    cls = recipe if isinstance(recipe, type) else recipe_class(recipe)
-    inner = unwrapped_model(model)
-    place = cached_path(cls.slug, sites(inner))
-    asked = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
-    if place.is_file() and not refresh:
-        kept = Profile.load(place)
-        if kept.facts.get("asked") == asked:
-            return kept
-    if tokenizer is None:
-        tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
-    profile = cls.profile(inner, tokenizer, **options)
-    profile.facts["asked"] = asked
-    profile.save(place)
-    return profile
+    name: str
+    text_types: tuple[str, ...]
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: range | None = None
+    kind: str | None = None
+
+    def matches(self, table: SiteTable) -> bool:
+        text = table.config.get_text_config()
+        shape = (text.hidden_size, text.num_hidden_layers, getattr(text, "intermediate_size", None))
+        return (
+            shape == (self.hidden, self.layers, self.intermediate)
+            and text.model_type in self.text_types
+            and (self.vocabulary is None or text.vocab_size in self.vocabulary)
+            and (self.kind is None or table.config.model_type == self.kind)
+        )

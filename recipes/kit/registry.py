@@ -1,10 +1,14 @@
-"""Finds recipes by name. Every module of this folder that defines a `Recipe` with a slug is one; there is no list to keep."""
+"""Finds recipes by name, and what they did when they were measured.
+
+Every file of recipes/ that defines a `Recipe` with a slug is one; there is no list to keep.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +18,9 @@ import yaml
 
 from ...interventions import ReattendError
 from .base import Info, Recipe
-from .checks import shown
-from .files import check_output, read_text, read_yaml, writing
+from .checks import check_output, read_text, read_yaml, shown, writing
+
+NOTHING = {"did": [], "cost": ""}
 
 
 @functools.cache
@@ -128,3 +133,9 @@ def save_recipe(chosen: Recipe, path: str | Path, *, overwrite: bool = False) ->
     with writing(path, "path"):
         path.write_text(yaml.safe_dump(chosen.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+@functools.cache
+def measured() -> dict[str, dict[str, Any]]:
+    """{slug: {"did": [a text per measure and model], "cost": times of the untouched model's, or ""}}; what was not measured is missing."""
+    return json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))

@@ -12,11 +12,10 @@ import torch
 from ...hooks import Capture, Plan, SiteTable, attach
 from ...interventions import Call, ReattendError
 from ...interventions.families.calibration import learn_sinks
-from ..kit.base import Recipe, profiled_sites
+from ..kit.base import Recipe
 from ..kit.heads import Head, as_heads, by_layer, missing_heads
-from ..kit.options import checked
 from ..kit.profile import Profile, table_fingerprint
-from ..kit.progress import track
+from ..kit.profiling import checked, profiled_sites, track
 from .material.files import content_of, list_of
 from .material.labelled_examples import built_in
 from .material.labelled_tasks import Judge, Kind, LabelledTask, labelled_task

@@ -15,12 +15,11 @@ import torch
 from ...hooks import Plan, SiteTable, attach
 from ...hooks.tokens.spans import tokenizer_of
 from ...interventions import ReattendError
-from ..kit.base import Recipe, profiled_sites
+from ..kit.base import Recipe
 from ..kit.checks import shown
 from ..kit.heads import Head, by_layer, ranked
-from ..kit.options import checked
 from ..kit.profile import Profile, table_fingerprint
-from ..kit.progress import track
+from ..kit.profiling import checked, profiled_sites, track
 from .material.choices import Batch, Choice, batches_of, lead_of, read_choices
 from .material.files import content_of, list_of
 from .material.question_pairs import conflicts

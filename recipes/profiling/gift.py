@@ -16,9 +16,8 @@ from ...interventions import Call, ReattendError
 from ...interventions.families.gaze import focused_rows, image_columns, positive_shift, row_shares
 from ..kit.base import Recipe
 from ..kit.images import image_misfit
-from ..kit.options import checked
 from ..kit.profile import Profile, table_fingerprint
-from ..kit.progress import track
+from ..kit.profiling import checked, track
 from ..kit.words import chooser
 from .material.image_questions import inputs_of, read_samples
 

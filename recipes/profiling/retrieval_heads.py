@@ -13,10 +13,8 @@ from torch import Tensor
 from ...hooks import Capture, Plan, attach
 from ...interventions import Call, ReattendError
 from ...interventions.families.heads import Glance, copy_score, glance
-from ..kit.base import profiled_sites
-from ..kit.options import checked
 from ..kit.profile import Profile, fingerprint
-from ..kit.progress import track
+from ..kit.profiling import checked, profiled_sites, track
 from .material.answers import written
 from .material.needles import NEEDLES, Needle, Sample, make_samples, recall
 

@@ -20,11 +20,9 @@ from ...hooks.tokens.transcript import Offsets, read
 from ...interventions import Call, ReattendError
 from ...interventions.families.gaze import row_shares
 from ...interventions.families.subspaces import KeyDistance, PairedKeys
-from ..kit.base import profiled_sites
 from ..kit.checks import shown
-from ..kit.options import checked
 from ..kit.profile import Profile, fingerprint
-from ..kit.progress import track
+from ..kit.profiling import checked, profiled_sites, track
 from .material.files import content_of, list_of
 from .material.question_pairs import Triplet, triplets
 

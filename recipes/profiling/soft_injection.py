@@ -13,12 +13,9 @@ from torch import Tensor
 from ...hooks import Capture, Edits, Plan, SiteTable, attach
 from ...hooks.tokens.spans import tokenizer_of
 from ...interventions import Call, HeadMix, ReattendError
-from ...interventions.families.heads import last_prompt_outputs, last_prompt_rows
-from ..kit.base import profiled_sites
-from ..kit.options import checked
+from ...interventions.families.heads import last_prompt_outputs, last_prompt_rows, mixture
 from ..kit.profile import Profile, table_fingerprint
-from ..kit.progress import track
-from ..soft_injection import mixture
+from ..kit.profiling import checked, profiled_sites, track
 from .material.choices import Choice, batches_of, first_token, last_logits
 from .material.files import content_of
 from .material.word_pairs import Pair, parted

@@ -16,9 +16,8 @@ from ...hooks import Plan, attach, running, sites
 from ...hooks.sites.discovery import unwrapped_model
 from ...interventions import ReattendError
 from ..kit.base import Recipe
-from ..kit.options import checked
 from ..kit.profile import Profile, table_fingerprint
-from ..kit.progress import track
+from ..kit.profiling import checked, track
 from .material.image_questions import inputs_of, read_samples
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from reattend.comparison import Report, write_page
 from reattend.comparison.cost import Cost
 from reattend.comparison.looks import Looks
-from reattend.comparison.report import Check, Side
+from reattend.comparison.outcome import Check, Side
 from reattend.comparison.words import duration, number, percent, size
 from rich.console import Console
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ....interventions import ReattendError
-from ...kit.checks import shown
-from ...kit.files import read_json, read_text
+from ...kit.checks import read_json, read_text, shown
 
 
 def content_of(data: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ....interventions import ReattendError
-from ...kit.files import read_picture, read_text
+from ...kit.checks import read_picture, read_text
 
 
 def read_samples(samples: Iterable[Any] | str | None) -> list[Any]:

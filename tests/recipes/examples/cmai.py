@@ -1,0 +1,5 @@
+"""cmai: from the second layer on, since it looks at the layer before."""
+
+from example import Example
+
+EXAMPLES = {"": Example("lvlm", {"first_layer": 1}, off={"gamma": 0}, layers=3)}

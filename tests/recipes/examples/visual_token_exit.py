@@ -1,0 +1,20 @@
+"""visual-token-exit: images are hidden after layer 1, or leave the sequence there."""
+
+from example import Example
+
+FIXED = "tokens cannot leave a sequence whose cache is a .* with fixed, quantised or windowed layers"
+EXAMPLES = {
+    "": Example("lvlm", {"exit_layer": 1}, off={"exit_layer": 3}, layers=2),
+    "leaving": Example(
+        "lvlm",
+        {"exit_layer": 1, "mode": "leave"},
+        off={"exit_layer": 3},
+        layers=2,
+        acts=["prefill"],  # at decode nothing more leaves
+        refused={
+            "gemma3": 'is not tested for language models of type .gemma3_text.*pass mode="hide"',
+            "windowed mistral3": "has layers with a sliding window, whose caches keep keys by number",
+            **{f"llava, {cache}": FIXED for cache in ("static", "static, longer", "quantised")},
+        },
+    ),
+}

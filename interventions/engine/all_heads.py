@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit, Operands, Rows
+from ..edits import Edit, Mix, Operands, Rows
 from ..edits.base import repeat_heads
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import at_chosen, beside
@@ -134,8 +134,11 @@ def _in_order(parts: list[_Part], values: list[Tensor]) -> Tensor:
 
 
 def can_share(task: Task) -> bool:
-    """Whether one map of few rows serves all heads that have edits: none changes operands or outputs."""
-    return task.few and len(task.groups) > 1 and not any(edit.level in ("operands", "output") for edit in task.edits)
+    """Whether one map of few rows serves all heads that have edits: none changes operands or outputs, or makes a map of its own."""
+    if not task.few or not task.names_heads or len(task.groups) == 1:
+        return False
+    own = any(isinstance(edit, Mix) and edit.reads_operands for edit in task.edits)
+    return not own and all(edit.level in ("scores", "weights") for edit in task.edits)
 
 
 def shared(task: Task, _: object) -> Tensor:
@@ -146,7 +149,7 @@ def shared(task: Task, _: object) -> Tensor:
 def are_biases(task: Task) -> bool:
     """Whether the edits are key biases that a fused kernel takes as they are."""
     call = task.call
-    if not task.few or call.softcap is not None or call.sinks is not None or len(task.groups) == 1:
+    if not task.few or not task.names_heads or call.softcap is not None or call.sinks is not None or len(task.groups) == 1:
         return False
     return all(edit.level == "scores" and edit.adds_per_key and edit.rows is None for edit in task.edits)
 

@@ -23,15 +23,17 @@ Factor = tuple[WeightEdit, Tensor, Tensor]
 
 
 def is_factor(group: Group) -> bool:
-    x, weights = group.x, group.weights
-    if group.scores or x.query.requires_grad or factor_columns(weights, x) is None:
+    if group.scores or len(group.weights) != 1:
         return False
-    return not (group.few and x.query.shape[0] * x.query.shape[1] * x.key.shape[2] <= FEW_WEIGHTS)
+    x = group.x
+    if group.few and x.query.shape[0] * x.query.shape[1] * x.key.shape[2] <= FEW_WEIGHTS:
+        return False
+    return not x.query.requires_grad and factor_columns(group.weights, x) is not None
 
 
 def is_avoidable(group: Group) -> bool:
     """Whether the factor is a transfer to all others, and the kernel can do without its columns; not where its output is known."""
-    if not is_factor(group) or group.few or not isinstance(group.weights[0], Transfer) or not group.hides_columns:
+    if group.few or not is_factor(group) or not isinstance(group.weights[0], Transfer) or not group.hides_columns:
         return False
     return bool(group.biases) or not group.is_attended
 

@@ -33,9 +33,8 @@ def materialise(group: Group, index: Tensor) -> Tensor:
     x = group.complete()
     step = rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2])
     value = x.value.to(statistics_dtype(x.query))
-    outputs = [
-        grouped_values(edited_weights(x, part, group.edits, group.call, group.sinks), value) for part in index.split(step)
-    ]
+    parts = [index] if index.numel() <= step else index.split(step)
+    outputs = [grouped_values(edited_weights(x, part, group.edits, group.call, group.sinks), value) for part in parts]
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 

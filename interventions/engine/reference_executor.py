@@ -32,7 +32,7 @@ def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
             raise ReattendError(f"{type(edit).__name__} is given the operands of some heads at a time: it can read no others")
         edit.check_shapes(shape)
     acting = [edit for edit in edits if not edit.is_identity]
-    if any(isinstance(e, Rearrange) for e in acting) and any(isinstance(e, Keep) for e in acting):
+    if len(acting) > 1 and any(isinstance(e, Rearrange) for e in acting) and any(isinstance(e, Keep) for e in acting):
         raise ReattendError(
             "one recipe leaves the order of segments open (pine), another hides keys by their place in the prompt (streaming): the "
             "answer would depend on the order again, so use one of the two"

@@ -36,14 +36,20 @@ class Task:
         self.few = call.num_queries <= FEW_ROWS
         self.names_heads = self.names_rows = self.crosses = False
         for edit in edits:
-            self.names_heads |= edit.heads is not None
-            self.names_rows |= edit.rows is not None
-            self.crosses |= edit.reads_heads
+            if edit.heads is not None:
+                self.names_heads = True
+            if edit.rows is not None:
+                self.names_rows = True
+            if edit.reads_heads:
+                self.crosses = True
+        self._groups: dict[tuple[int, ...], list[int]] | None = None
 
-    @functools.cached_property
+    @property
     def groups(self) -> dict[tuple[int, ...], list[int]]:
         """Heads with the same edits: {indices of edits: heads}."""
-        return group_heads(self.call.num_heads, self.edits)
+        if self._groups is None:
+            self._groups = group_heads(self.call.num_heads, self.edits)
+        return self._groups
 
     def again(self, call: Call, edits: Sequence[Edit], settled: bool = False) -> Tensor:
         """The output of a part of this task."""
@@ -72,14 +78,11 @@ class Group:
         self.few = call.num_queries <= FEW_ROWS
         if self.whole:
             self.edits = [e if e.heads is None else e.at_heads([e.heads.index(h) for h in heads]) for e in edits]
-            self.kv_heads = list(range(call.key.shape[1]))
             query, key, value, mask, self.sinks = call.query, call.key, call.value, call.mask, call.sinks
         else:
             self.edits = [e.at_heads(heads if e.heads is None else [e.heads.index(h) for h in heads]) for e in edits]
-            self.kv_heads = key_heads(heads, call.num_heads // call.key.shape[1])
-            query, key, value = (
-                take_heads(t, own) for t, own in ((call.query, heads), *((t, self.kv_heads) for t in (call.key, call.value)))
-            )
+            kv_heads = self.kv_heads
+            query, key, value = take_heads(call.query, heads), take_heads(call.key, kv_heads), take_heads(call.value, kv_heads)
             mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
             self.sinks = None if call.sinks is None else call.sinks[heads]
         self.x = Operands(query, key, value, mask, call.is_causal, offset=call.num_keys - call.num_queries)
@@ -102,6 +105,12 @@ class Group:
         self.original = not operands and self.pending is None
         for edit in operands:
             self.x = edit.at_kv_heads(self.kv_heads).on_operands(self.x)
+
+    @property
+    def kv_heads(self) -> list[int]:
+        """The key heads of these heads: see `key_heads`."""
+        shared = self.call.key.shape[1]
+        return list(range(shared)) if self.whole else key_heads(self.heads, self.call.num_heads // shared)
 
     def complete(self) -> Operands:
         """What these heads attend with after all their edits of operands."""

@@ -48,10 +48,11 @@ class Way:
 
 def _moves_towards_values(group: Group) -> bool:
     """Whether each row's weights are mixed with its own token alone."""
+    for edit in group.weights:
+        if not isinstance(edit, Mix) or not isinstance(edit.target, str) or edit.target != "identity":
+            return False
     x = group.x
-    if group.scores or x.mask is not None or x.offset is None or x.query.requires_grad:
-        return False
-    return all(isinstance(edit, Mix) and isinstance(edit.target, str) and edit.target == "identity" for edit in group.weights)
+    return not group.scores and x.mask is None and x.offset is not None and not x.query.requires_grad
 
 
 def _towards_values(group: Group, _: object) -> Tensor:
@@ -96,6 +97,8 @@ WAYS: list[Way] = [
     Way("materialised", "group", lambda group: True, materialised.run, materialised.named),
 ]
 
+_OF_SCOPE = {scope: [way for way in WAYS if way.scope == scope] for scope in ("call", "group")}
+
 
 def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
@@ -104,8 +107,8 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
 
 def compute(asked: Task | Group) -> Tensor:
     """What is asked for, by the first way that fits and whose values suit it; `call.ways` counts it."""
-    for way in WAYS:
-        if way.scope == asked.scope and way.fits(asked):
+    for way in _OF_SCOPE[asked.scope]:
+        if way.fits(asked):
             prepared = way.prepare(asked)
             if prepared is not None:
                 counter = asked.call.ways

@@ -1,15 +1,18 @@
 """The edit algebra: every change of attention that a recipe can ask for, each as its formula on the materialised matrix."""
 
-from .base import Edit, Rows
+from .base import Edit, Rows, Shape
+from .keep import Band, Blocks, Chosen, Keep, Pattern
 from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
 from .rearrange import Rearrange
-from .scores import Band, Keep, KeyBias, PairBias, ScoreEdit, ScoreGain
+from .scores import KeyBias, PairBias, ScoreEdit, ScoreGain
 from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
 __all__ = [
     "AppendKV",
     "Band",
+    "Blocks",
+    "Chosen",
     "Edit",
     "Gain",
     "HeadGain",
@@ -23,6 +26,7 @@ __all__ = [
     "Operands",
     "OutputEdit",
     "PairBias",
+    "Pattern",
     "PoolKV",
     "ProjectKey",
     "Rearrange",
@@ -32,6 +36,7 @@ __all__ = [
     "ScaleQuery",
     "ScoreEdit",
     "ScoreGain",
+    "Shape",
     "Transfer",
     "WeightEdit",
     "WeightMap",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from ..errors import ReattendError
 Columns = Tensor | Sequence[int]
 E = TypeVar("E", bound="Edit")
 READS = ("", "heads", "batch", "both")
+
+
+class Shape(NamedTuple):
+    """The sizes of a call that tensors of its edits have to fit. keys: None where an edit of operands merges columns."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int | None
 
 
 @dataclass
@@ -69,8 +79,13 @@ class Edit:
     reads: ClassVar[str] = ""
     # name -> number of trailing axes; the two axes before them are batch and heads
     broadcast: ClassVar[dict[str, int]] = {}
-    # those of these tensors whose first trailing axis is that of the query rows
+    # those of these tensors whose first trailing axis is that of the query rows, whose last one is that of the keys, and whose axis of
+    # heads may also be that of the key heads (where the edit names no heads)
     per_row: ClassVar[tuple[str, ...]] = ()
+    per_column: ClassVar[tuple[str, ...]] = ()
+    per_key_head: ClassVar[tuple[str, ...]] = ()
+    # further fields that have an axis of batch rows, the first one
+    batched: ClassVar[tuple[str, ...]] = ()
     # whether the formula asks q, k and v for more than their sizes: they are then cut to the heads that the edit names
     reads_operands: ClassVar[bool] = True
     # whether it may be made for some rows of the batch alone, where its tensors show what belongs to which row
@@ -87,16 +102,14 @@ class Edit:
                 raise ReattendError("rows must be a bool tensor [queries] or [batch, queries]")
             if self.rows.dim() == 1:
                 object.__setattr__(self, "rows", self.rows[None])
-        for name, trailing in self.broadcast.items():
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and value.dtype != torch.long:
-                value = lead(value, trailing, name)
-                object.__setattr__(self, name, value)
-                if self.heads and value.shape[1] not in (1, len(self.heads)):
-                    raise ReattendError(
-                        f"{name} has values for {value.shape[1]} heads, but the edit names {len(self.heads)} (heads={list(self.heads)}): "
-                        f"give {len(self.heads)}, or 1 for all of them"
-                    )
+        for name, value in self._tensors():
+            value = lead(value, self.broadcast[name], name)
+            object.__setattr__(self, name, value)
+            if self.heads and value.shape[1] not in (1, len(self.heads)):
+                raise ReattendError(
+                    f"{name} has values for {value.shape[1]} heads, but the edit names {len(self.heads)} (heads={list(self.heads)}): "
+                    f"give {len(self.heads)}, or 1 for all of them"
+                )
         if self.reads not in READS:
             raise ReattendError(f"reads must be one of {', '.join(map(repr, READS))}, got {self.reads!r}")
 
@@ -108,32 +121,55 @@ class Edit:
     def reads_batch(self) -> bool:
         return self.reads in ("batch", "both")
 
-    def check_shapes(self, shape: tuple[int, int, int, int]) -> None:
-        """Raises ReattendError for tensors that are made for other batch rows, heads or query rows than a call's.
+    def check_shapes(self, shape: Shape) -> None:
+        """Raises ReattendError for tensors that are made for other batch rows, heads, query rows or keys than a call's.
 
-        shape: (batch rows, heads, key heads, query rows). Looked at once, however many layers share the edit.
+        Looked at once, however many layers share the edit.
         """
-        self.remember(("shapes", shape), lambda: self._check_shapes(*shape))
+        self.remember(("shapes", shape), lambda: self._check_shapes(shape))
 
-    def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
-        heads = heads if self.heads is None else len(self.heads)
-        sizes = [] if self.rows is None else [("rows", 0, self.rows, batch), ("rows", 1, self.rows, queries)]
+    def _check_shapes(self, shape: Shape) -> None:
+        heads = shape.heads if self.heads is None else len(self.heads)
+        if self.rows is not None:
+            self._check_size("rows", self.rows, 0, shape.batch, "batch rows")
+            self._check_size("rows", self.rows, 1, shape.queries, "query rows")
+        for name, value in self._tensors():
+            self._check_size(name, value, 0, shape.batch, "batch rows")
+            if name not in self.per_key_head or self.heads is not None or value.shape[1] != shape.kv_heads:
+                self._check_size(name, value, 1, heads, "heads")
+            if name in self.per_row:
+                self._check_size(name, value, 2, shape.queries, "query rows")
+            if name in self.per_column and shape.keys is not None:
+                self._check_size(name, value, -1, shape.keys, "keys")
+
+    def _check_size(self, name: str, value: Tensor, axis: int, wanted: int, what: str) -> None:
+        if value.shape[axis] not in (1, wanted):
+            raise ReattendError(
+                f"{name} of {type(self).__name__} has values for {value.shape[axis]} {what}, this call has {wanted}: give {wanted} "
+                f"(or 1 for all); its shape is {list(value.shape)}"
+            )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `broadcast`, each with the axes batch and heads first."""
         for name in self.broadcast:
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.dtype != torch.long:
-                sizes += [(name, 0, value, batch), (name, 1, value, heads)]
-                if name in self.per_row:
-                    sizes.append((name, 2, value, queries))
-        self._check_sizes(sizes, ("batch rows", "heads", "query rows"))
+                yield name, value
 
-    def _check_sizes(self, sizes: Sequence[tuple[str, int, Tensor, int]], axes: Sequence[str]) -> None:
-        for name, axis, value, wanted in sizes:
-            if value.shape[axis] not in (1, wanted):
-                what = "query rows" if name == "rows" and axis else axes[axis]
-                raise ReattendError(
-                    f"{name} of {type(self).__name__} has values for {value.shape[axis]} {what}, this call has {wanted}: give {wanted} "
-                    f"(or 1 for all); its shape is {list(value.shape)}"
-                )
+    def fitted(self: E, heads: int, kv_heads: int) -> E:
+        """The same edit, told how many query heads a call has for its key heads, where it holds tensors per key head."""
+        if self.heads is not None or heads == kv_heads or not self._is_per_key_head(kv_heads):
+            return self
+
+        def told() -> E:
+            new = self._copy()
+            object.__setattr__(new, "_call_heads", (heads, kv_heads))
+            return new
+
+        return told() if self._needs_gradient() else self.remember(("fitted", heads, kv_heads), told)
+
+    def _is_per_key_head(self, kv_heads: int) -> bool:
+        return any(name in self.per_key_head and value.shape[1] == kv_heads for name, value in self._tensors())
 
     @property
     def is_identity(self) -> bool:
@@ -158,9 +194,13 @@ class Edit:
             raise ReattendError(
                 f"this {type(self).__name__} has a tensor with an axis of heads, which belongs to heads {self.heads}"
             )
+        return self._copy(heads=heads)
+
+    def _copy(self: E, **changes: Any) -> E:
+        """The same edit with other values in some fields, which are not looked at again."""
         new = object.__new__(type(self))
         for f in dataclasses.fields(self):
-            object.__setattr__(new, f.name, heads if f.name == "heads" else getattr(self, f.name))
+            object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
         return new
 
     def remember(self, key: object, make: Callable[[], Any]) -> Any:
@@ -174,45 +214,32 @@ class Edit:
         return store[key]
 
     def _has_head_axis(self) -> bool:
-        values = (getattr(self, name) for name in self.broadcast)
-        return any(isinstance(v, Tensor) and v.dtype != torch.long and v.shape[1] > 1 for v in values)
+        return any(value.shape[1] > 1 for _, value in self._tensors())
 
     def _needs_gradient(self) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        values = (getattr(self, name) for name in self.broadcast)
-        return any(isinstance(v, Tensor) and v.requires_grad for v in values)
+        return torch.is_grad_enabled() and any(value.requires_grad for _, value in self._tensors())
 
-    def _cut(self, positions: Sequence[int]) -> Edit:
+    def _cut(self: E, positions: Sequence[int]) -> E:
+        heads, kv_heads = getattr(self, "_call_heads", (0, 0))
         changes = {}
-        for name in self.broadcast:
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and value.dtype != torch.long and value.shape[1] > 1:
-                changes[name] = value[:, list(positions)]
-        new = object.__new__(type(self))
-        for f in dataclasses.fields(self):
-            object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
-        object.__setattr__(new, "heads", None)
-        return new
+        for name, value in self._tensors():
+            if value.shape[1] > 1:
+                shared = name in self.per_key_head and value.shape[1] == kv_heads
+                changes[name] = value[:, key_heads(positions, heads // kv_heads) if shared else list(positions)]
+        return self._copy(heads=None, **changes)
 
     def can_split_batch(self, batch: int) -> bool:
-        """Whether `at_batch` gives the same edit: it names its batch rows, and every tensor it holds has an axis of them."""
+        """Whether `at_batch` gives the same edit: it names its batch rows, and everything it holds tells which of them it belongs to."""
         if self.rows is None or self.rows.shape[0] != batch or not self.splits_batch or self.reads_batch:
             return False
-        return not any(
-            isinstance(getattr(self, f.name), Tensor) and f.name not in self.broadcast
-            for f in dataclasses.fields(self)
-            if f.name != "rows"
-        )
+        known = ("rows", *self.broadcast, *self.batched)
+        return not any(isinstance(getattr(self, f.name), Tensor) for f in dataclasses.fields(self) if f.name not in known)
 
     def at_batch(self: E, index: Tensor) -> E:
-        """The same edit for these rows of the batch [n] long."""
-        new = object.__new__(type(self))
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            per_row = f.name == "rows" or (f.name in self.broadcast and isinstance(value, Tensor) and value.dtype != torch.long)
-            object.__setattr__(new, f.name, value[index] if per_row and value.shape[0] > 1 else value)
-        return new
+        """The same edit for these rows of the batch, `index` [n] long."""
+        names = ("rows", *(name for name, _ in self._tensors()), *self.batched)
+        values = {name: getattr(self, name) for name in names}
+        return self._copy(**{name: batch_rows(value, index) for name, value in values.items() if value is not None})
 
     def chosen(self, rows: Rows) -> Tensor | None:
         """Bool [B, 1, R, 1]: the rows of this chunk that the edit names; None for all."""
@@ -220,6 +247,21 @@ class Edit:
             return None
         chosen = self.rows if self.rows.shape[1] == 1 else self.rows[:, rows.index]
         return chosen[:, None, :, None]
+
+
+def batch_rows(value: Any, index: Tensor) -> Any:
+    """A tensor [B, ...], or what knows how to cut itself (`at_batch`), for these rows of the batch; what all rows share stays."""
+    if isinstance(value, Tensor):
+        return value[index] if value.shape[0] > 1 else value
+    return value.at_batch(index)
+
+
+def key_heads(heads: Sequence[int], shared: int) -> list[int]:
+    """Key heads for some query heads such that query head i of them reads key head i // (len(heads) / len(key heads)) of the list."""
+    own = [head // shared for head in heads]
+    found = list(dict.fromkeys(own))
+    times = len(own) // len(found)
+    return found if own == [head for head in found for _ in range(times)] else own
 
 
 def lead(value: Tensor, trailing: int, name: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReattendError
-from .base import Edit, check_number
+from .base import Edit, Shape, check_number
 
 
 @dataclass
@@ -48,16 +48,13 @@ class OperandEdit(Edit):
     def on_operands(self, x: Operands) -> Operands:
         raise NotImplementedError
 
-    def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
-        super()._check_shapes(batch, heads, kv_heads, queries)
-        own = [(name, getattr(self, name, None)) for name in ("key", "value")]
-        sizes = [
-            (name, axis, value, wanted)
-            for name, value in own
-            if value is not None
-            for axis, wanted in ((0, batch), (1, kv_heads))
-        ]
-        self._check_sizes(sizes, ("batch rows", "key heads"))
+    def _check_shapes(self, shape: Shape) -> None:
+        super()._check_shapes(shape)
+        for name in ("key", "value"):
+            value = getattr(self, name, None)
+            if value is not None:
+                self._check_size(name, value, 0, shape.batch, "batch rows")
+                self._check_size(name, value, 1, shape.kv_heads, "key heads")
 
     def at_kv_heads(self, index: Sequence[int]) -> OperandEdit:
         """The same edit with its own keys and values cut to these key/value heads."""
@@ -218,10 +215,10 @@ class Reorder(OperandEdit):
         if self.order.dtype != torch.long or self.order.dim() not in (1, 2):
             raise ReattendError("order must be a long tensor [keys] or [batch, keys]")
 
-    def _check_shapes(self, batch: int, heads: int, kv_heads: int, queries: int) -> None:
-        super()._check_shapes(batch, heads, kv_heads, queries)
+    def _check_shapes(self, shape: Shape) -> None:
+        super()._check_shapes(shape)
         if self.order.dim() == 2:
-            self._check_sizes([("order", 0, self.order, batch)], ("batch rows",))
+            self._check_size("order", self.order, 0, shape.batch, "batch rows")
 
     def on_operands(self, x: Operands) -> Operands:
         keys = x.key.shape[2]

@@ -217,6 +217,7 @@ class Mix(WeightEdit):
     strength: float | Tensor
     broadcast = {"strength": 1, "target": 2}
     per_row = ("strength", "target")
+    per_column = ("target",)
 
     NAMES = ("identity", "uniform", "mean_query", "argmax")
 

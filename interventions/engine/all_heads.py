@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, Operands, Rows
-from ..edits.base import repeat_heads
+from ..edits.base import key_heads, repeat_heads
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import at_chosen, beside
-from .tasks import Group, Task, all_rows, group_heads, heads_index, key_heads, named_rows, plain, take_heads
+from .tasks import Group, Task, all_rows, group_heads, heads_index, named_rows, plain, take_heads
 
 
 def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class _Part:
         if not edit.reads_operands:
             return rows if visible is rows.visible else replace(rows, visible=visible)
         times = rows.query.shape[1] // rows.key.shape[1]
-        shared = key_heads(places, times) if places == sorted(places) else [place // times for place in places]
+        shared = key_heads(places, times)
         key, value = take_heads(rows.key, shared), take_heads(rows.value, shared)
         return replace(rows, visible=visible, query=take_heads(rows.query, places), key=key, value=value)
 

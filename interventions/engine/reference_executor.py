@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit, Keep, OperandEdit, Operands, OutputEdit, Rearrange, Rows, ScoreEdit, WeightEdit
+from ..edits import Edit, Keep, OperandEdit, Operands, OutputEdit, PoolKV, Rearrange, Rows, ScoreEdit, Shape, WeightEdit
 from ..edits.base import repeat_heads
 from ..errors import ReattendError
 from .kernels import score_rows, softmax_rows
@@ -21,7 +21,8 @@ LEVELS = ("operands", "scores", "weights", "output")
 
 def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
     """The edits that act. Raises ReattendError for a head beyond the site's heads, and for edits that contradict each other."""
-    shape = (call.batch, call.num_heads, call.key.shape[1], call.num_queries)
+    merged = any(isinstance(edit, PoolKV) for edit in edits)
+    shape = Shape(call.batch, call.num_heads, call.key.shape[1], call.num_queries, None if merged else call.num_keys)
     for edit in edits:
         if edit.level not in LEVELS:
             raise ReattendError(f"{type(edit).__name__} acts on a projection: give it to the projection door, not to a call")
@@ -31,7 +32,7 @@ def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
         if edit.reads and edit.level == "operands":
             raise ReattendError(f"{type(edit).__name__} is given the operands of some heads at a time: it can read no others")
         edit.check_shapes(shape)
-    acting = [edit for edit in edits if not edit.is_identity]
+    acting = [edit.fitted(shape.heads, shape.kv_heads) for edit in edits if not edit.is_identity]
     if len(acting) > 1 and any(isinstance(e, Rearrange) for e in acting) and any(isinstance(e, Keep) for e in acting):
         raise ReattendError(
             "one recipe leaves the order of segments open (pine), another hides keys by their place in the prompt (streaming): the "

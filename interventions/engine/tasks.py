@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, WeightEdit
+from ..edits.base import key_heads
 from .biases import attend_biased, sum_biases
 from .kernels import attend
 from .reference_executor import at_chosen
@@ -211,12 +212,3 @@ def take_heads(x: Tensor, heads: list[int]) -> Tensor:
     if heads == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1]
     return x[:, heads]
-
-
-def key_heads(heads: list[int], shared: int) -> list[int]:
-    """Key heads for a group of query heads such that query head i of the group reads key head i // (len(heads) / len(kv)) of the list."""
-    kv = sorted({h // shared for h in heads})
-    per_kv = [sum(1 for h in heads if h // shared == k) for k in kv]
-    if len(set(per_kv)) == 1:
-        return kv
-    return [h // shared for h in heads]

@@ -134,8 +134,9 @@ class Blocks(Pattern):
     def starts(self) -> tuple[int, int]:
         return self.start  # type: ignore[return-value]
 
-    def fit(self, shape: Shape) -> None:
-        for axis, tokens, what in ((0, shape.queries, "query rows"), (1, shape.keys, "keys")):
+    def cover(self, queries: int, keys: int | None) -> None:
+        """Raises ReattendError where the blocks do not cover these query rows and keys."""
+        for axis, tokens, what in ((0, queries, "query rows"), (1, keys, "keys")):
             if tokens is None:
                 continue
             wanted = -(-max(0, tokens - self.starts[axis]) // self.sizes[axis])
@@ -144,6 +145,9 @@ class Blocks(Pattern):
                     f"blocks of {self.sizes[axis]} from {self.starts[axis]} on cover {tokens} {what} with {wanted} blocks, but keep has "
                     f"{self.keep.shape[2 + axis]}; its shape is {list(self.keep.shape)}"
                 )
+
+    def fit(self, shape: Shape) -> None:
+        self.cover(shape.queries, shape.keys)
         if self.dense_rows is not None and self.dense_rows.shape[1] not in (1, shape.queries):
             raise ReattendError(f"dense_rows has {self.dense_rows.shape[1]} query rows, this call has {shape.queries}")
         for name in ("keep", "dense_rows", "dense_columns"):
@@ -174,10 +178,10 @@ class Blocks(Pattern):
         return column_mask(self.dense_columns, num_keys, self.keep.device).view(-1, num_keys)
 
     def pairs(self, rows: Rows, num_keys: int) -> Tensor:
-        self.fit(Shape(self.keep.shape[0], 1, 1, rows.query.shape[2], num_keys))
+        self.cover(rows.query.shape[2], num_keys)
         column = torch.arange(num_keys, device=rows.index.device)
         own, block = ((x - a).clamp_min(0) // n for x, a, n in zip((rows.index, column), self.starts, self.sizes))
-        kept = self.keep[:, :, own][..., block]
+        kept = self.keep[:, :, own][..., block] if self.keep.numel() else self.keep.new_zeros(1, 1, 1, 1)
         kept = kept | (rows.index < self.starts[0])[:, None] | (column < self.starts[1])
         always = self.always(num_keys)
         if always is not None:

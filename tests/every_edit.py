@@ -9,7 +9,9 @@ import torch
 from reattend.interventions import (
     AppendKV,
     Band,
+    Blocks,
     Call,
+    Chosen,
     Edit,
     Gain,
     HeadGain,
@@ -67,6 +69,9 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "pair bias": lambda: PairBias(bias=rand(b, h, t, n), **who),
         "keep": lambda: Keep(pattern=torch.rand(b, h, t, n) > 0.4, **who),
         "band": lambda: Keep(pattern=Band(1, 3), **who),
+        "blocks": lambda: Keep(pattern=some_blocks(b, h, t, n), **who),
+        "blocks of all heads": lambda: Keep(pattern=Blocks((torch.arange(-(-n // 5)) != 1).expand(-(-t // 2), -1), (2, 5)), **who),
+        "chosen": lambda: Keep(pattern=Chosen(chosen(b, h, n), torch.rand(b, h, 4) > 0.1), **who),
         "gain": lambda: Gain(columns=columns, factor=per_row, **who),
         "gain over a set": lambda: Gain(columns=columns, factor=0.4, renormalise=~columns, **who),
         "gain without a sum": lambda: Gain(columns=columns, factor=0.4, renormalise=None, **who),
@@ -94,6 +99,19 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "pool": lambda: PoolKV(groups=(torch.arange(n) - 1).clamp_min(0)),
         "reorder": lambda: Reorder(order=torch.stack([torch.randperm(n) for _ in range(b)])),
     }  # fmt: skip
+
+
+def some_blocks(batch: int, heads: int, queries: int, keys: int) -> Blocks:
+    """Blocks of 4 x 3, the second of each row of them gone, beside a column and rows that are dense."""
+    keep = torch.rand(batch, heads, -(-queries // 4), -(-keys // 3)) > 0.4
+    keep[..., 1] = False
+    return Blocks(keep, (4, 3), [0], (torch.arange(queries) % 5 == 3).expand(batch, -1))
+
+
+def chosen(batch: int, heads: int, keys: int) -> Tensor:
+    """Four columns of each head, the first one among them, so that every row sees one."""
+    drawn = [torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(keys - 1)])[:4] for _ in range(batch * heads)]
+    return torch.stack(drawn).view(batch, heads, -1)
 
 
 # what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own

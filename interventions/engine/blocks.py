@@ -13,12 +13,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..edits import Blocks, Chosen, Operands
+from ..edits import Blocks, Chosen, Keep, Operands
 from ..edits.base import repeat_heads
 from .kernels import attend, needs_gradient, rows_per_chunk, visible_rows
+from .tasks import Group
 
 # Lists of different lengths are padded to the longest; where less than this share of the places would be used, each list runs alone.
 LEAST_USED = 0.8
+
+
+def is_gathered(group: Group) -> bool:
+    edits = group.scores
+    if group.weights or len(edits) != 1 or group.call.softcap is not None or group.sinks is not None:
+        return False
+    return isinstance(edits[0], Keep) and isinstance(edits[0].pattern, (Blocks, Chosen))
+
+
+def run(group: Group, _: object) -> Tensor:
+    keep, bias, scale = group.scores[0], group.bias(), group.call.scaling
+    assert isinstance(keep, Keep)
+    others = None if keep.rows is None else ~keep.rows
+    if isinstance(keep.pattern, Blocks):
+        return attend_blocks(group.x, keep.pattern, bias, scale, others)
+    assert isinstance(keep.pattern, Chosen)
+    output = attend_chosen(group.x, keep.pattern, bias, scale)
+    return output if others is None else _see_all(group.x, output, others[:, None], bias, scale)
 
 
 def attend_chosen(x: Operands, chosen: Chosen, bias: Tensor | None, scale: float) -> Tensor:
@@ -271,7 +290,7 @@ def _first_rows(batch: int, groups: int, shared: int, steps: tuple[int, int], de
 
 def _see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """The output with what the rows [B or 1, H or fewer, Tq] give over everything that they see."""
-    index = rows.flatten(0, 1).any(dim=0).nonzero()[:, 0]
+    index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0]
     if not index.numel():
         return output
     pieces = []
@@ -285,5 +304,5 @@ def _see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, sca
             mask = (added if mask is None else added.masked_fill(~mask, float("-inf"))).to(x.query.dtype)
         pieces.append(attend(x.query[:, :, part], x.key, x.value, mask, False, scale)[0])
     flags = rows if rows.shape[1] == 1 else repeat_heads(rows, output.shape[1])
-    chosen = flags[:, :, index, None]
+    chosen = (flags if flags.shape[2] == 1 else flags[:, :, index])[..., None]
     return output.index_copy(2, index, torch.where(chosen, torch.cat(pieces, dim=2), output[:, :, index]))

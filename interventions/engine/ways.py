@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, MixValue
-from . import all_heads, bands, batch, columns, factors, heads, materialised, rearranged
+from . import all_heads, bands, batch, blocks, columns, factors, heads, materialised, rearranged
 from .reference_executor import at_chosen, check_edits
 from .tasks import Group, Task, all_rows, plain
 
@@ -88,6 +88,7 @@ WAYS: list[Way] = [
         lambda group, _: group.kernel(group.bias(), False)[0],
     ),
     Way("band", "group", bands.is_band, bands.run),
+    Way("gathered", "group", blocks.is_gathered, blocks.run),
     Way("towards values", "group", _moves_towards_values, _towards_values),
     Way("around columns", "group", factors.is_avoidable, factors.around, factors.find),
     Way("factor on columns", "group", factors.is_factor, factors.corrected, factors.find),

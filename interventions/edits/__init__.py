@@ -5,7 +5,7 @@ from .keep import Band, Blocks, Chosen, Keep, Pattern
 from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
 from .rearrange import Rearrange
-from .scores import KeyBias, PairBias, ScoreEdit, ScoreGain
+from .scores import KeyBias, LowRankBias, PairBias, ScoreEdit, ScoreGain, SetScores
 from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Keep",
     "KeyBias",
     "Lift",
+    "LowRankBias",
     "Mix",
     "MixValue",
     "OperandEdit",
@@ -36,6 +37,7 @@ __all__ = [
     "ScaleQuery",
     "ScoreEdit",
     "ScoreGain",
+    "SetScores",
     "Shape",
     "Transfer",
     "WeightEdit",

@@ -46,8 +46,9 @@ def _factor(value: float | Tensor) -> float | Tensor:
 class Gain(WeightEdit):
     """A[:, columns] *= factor; then rows get back their old sum over `renormalise`: "row", a column set, or None (they do not).
 
-    With a column set, the freed (or missing) weight is spread over that set in proportion to its weights.
-    columns: bool [..., Tk] or indices. factor >= 0: number or tensor broadcastable to [B, heads, Tq].
+    With a column set, the freed (or missing) weight is spread over that set in proportion to its weights. A factor below 0 takes the
+    columns' values away; rows whose sum it turns to 0 or below have none to be scaled by and keep their weights, but for None, where only
+    rows with no weight left at all keep them. columns: bool [..., Tk] or indices. factor: number or broadcastable to [B, heads, Tq].
     """
 
     columns: Columns
@@ -65,7 +66,7 @@ class Gain(WeightEdit):
         elif self.renormalise is not None:
             object.__setattr__(self, "renormalise", as_columns("renormalise", self.renormalise))
         super().__post_init__()
-        check_number("factor", self.factor, 0)
+        check_number("factor", self.factor)
 
     @property
     def is_identity(self) -> bool:
@@ -84,7 +85,7 @@ class Gain(WeightEdit):
         gained = torch.where(chosen, weights * at_rows(_factor(self.factor), rows), weights)
         total = gained.sum(dim=-1, keepdim=True)
         if self.renormalise is None:
-            return torch.where(total > TINY, gained, weights)
+            return torch.where(gained.abs().sum(dim=-1, keepdim=True) > TINY, gained, weights)
         if isinstance(self.renormalise, str):
             return torch.where(total > TINY, gained * (before / total.clamp_min(TINY)), weights)
         spread = rows.columns(self.renormalise)

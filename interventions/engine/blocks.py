@@ -106,7 +106,9 @@ class _Lists:
         used = [total / max(1, most * each.shape[0]) for most, total in zip(facts[0], facts[2])]
         return cls(blocks, keep, counts, facts[0], facts[1], used, [n - 1 for n in facts[3]])
 
-    def columns(self, i: int, keys: int, batch: slice = slice(None), heads: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+    def columns(
+        self, i: int, keys: int, batch: slice = slice(None), heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor | None]:
         """(columns long [b, g, m], bool [b, g, 1, m] where some place is not used) that the lists keep for block i of the rows."""
         (_, begin), (_, size) = self.blocks.starts, self.blocks.sizes
         keep, counts = self.keep[batch, heads, i], self.counts[batch, heads, i]
@@ -158,9 +160,7 @@ def _block_row(
             at, shared = _span(g, groups, heads), _span(g, groups, kv)
             mask = x.mask if x.mask is None else x.mask[own if x.mask.shape[0] > 1 else slice(None)]
             mask = mask if mask is None or mask.shape[1] == 1 else mask[:, at]
-            part = dataclasses.replace(
-                x, query=x.query[own, at], key=x.key[own, shared], value=x.value[own, shared], mask=mask
-            )
+            part = dataclasses.replace(x, query=x.query[own, at], key=x.key[own, shared], value=x.value[own, shared], mask=mask)
             added = bias if bias is None or bias.shape[0] == 1 else bias[own]
             added = added if added is None or added.shape[1] == 1 else added[:, at]
             held = always if always is None or always.shape[0] == 1 else always[own]

@@ -206,6 +206,7 @@ class _State:
         scale_rest = torch.ones_like(total) * factor if chosen.rest else torch.ones_like(total)
         everywhere = torch.ones_like(total, dtype=torch.bool)
         if edit.renormalise is None:
+            total = gained.abs().sum(dim=-1, keepdim=True) + rest_gained.abs()
             alive = total > TINY
         elif isinstance(edit.renormalise, str):
             alive = total > TINY

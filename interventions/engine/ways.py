@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, MixValue
-from . import all_heads, bands, batch, blocks, columns, factors, heads, materialised, rearranged
+from . import all_heads, bands, batch, blocks, columns, factors, folded, heads, materialised, rearranged
 from .reference_executor import at_chosen, check_edits
 from .tasks import Group, Task, all_rows, plain
 
@@ -65,6 +65,11 @@ def _towards_values(group: Group, _: object) -> Tensor:
     return output
 
 
+def _folded(group: Group, _: object) -> Tensor:
+    """The heads with biases of low rank in their q and k go through the table again."""
+    return compute(folded.folded(group))[..., : group.x.value.shape[3]]
+
+
 WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
@@ -88,6 +93,7 @@ WAYS: list[Way] = [
         lambda group, _: group.kernel(group.bias(), False)[0],
     ),
     Way("band", "group", bands.is_band, bands.run),
+    Way("folded biases", "group", folded.is_low_rank, _folded, cut=True),
     Way("gathered", "group", blocks.is_gathered, blocks.run),
     Way("towards values", "group", _moves_towards_values, _towards_values),
     Way("around columns", "group", factors.is_avoidable, factors.around, factors.find),

@@ -13,15 +13,18 @@ from reattend.interventions import (
     Call,
     Chosen,
     Edit,
+    Extrapolate,
     Gain,
     HeadGain,
     HeadMix,
+    Instead,
     Keep,
     KeyBias,
     Lift,
     LowRankBias,
     Mix,
     MixValue,
+    Operands,
     PairBias,
     PoolKV,
     Rearrange,
@@ -29,10 +32,14 @@ from reattend.interventions import (
     ReplaceKV,
     ScaleQuery,
     ScoreGain,
+    Second,
     SetScores,
+    TakeOutput,
     Transfer,
     WeightMap,
 )
+from reattend.interventions.edits.second import extrapolated
+from reattend.interventions.engine.kernels import attend
 from reattend.interventions.families.guidance import MixOwnAnd, Soften
 from reattend.interventions.families.sinks import SoundMap
 from reattend.interventions.rotary import Rotary
@@ -101,12 +108,35 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "head gain": lambda: HeadGain(factor=rand(b, h), **who),
         "head mix": lambda: HeadMix(target=rand(b, h, call.value.shape[3]), strength=rand(b, h), **who),
         "mix value": lambda: MixValue(strength=per_row, **who),
+        "second": lambda: second(call, h, combine=per_row, **who),
+        "second by a function": lambda: second(call, h, combine=lambda o, other, rows: 2 * o - 0.5 * other, **who),
+        "second across heads": lambda: second(
+            call, h, combine=lambda o, other, rows: extrapolated(o, other, 3.0, 2.5, 0.5), reads="heads", **who
+        ),
+        "take output": lambda: TakeOutput(source=torch.randint(t, (b, t)), **who),
+        "take output of batch rows": lambda: TakeOutput(batch=torch.arange(b).roll(1), **who),
+        "instead": lambda: Instead(compute=sharper, **who),
+        "instead across heads": lambda: Instead(compute=sharper, reads="heads", **who),
+        "extrapolate": lambda: Extrapolate(other=torch.randn(b, call.num_heads, t, call.value.shape[3]).to(dtype), factor=2.0, rows=rows),
+        "extrapolate from batch rows": lambda: Extrapolate(other=torch.arange(b).roll(1), factor=2.0, norm="l2", rows=rows),
         "rearrange": lambda: rearrange(call, h, heads=heads),
         "append": lambda: AppendKV(key=rand(b, kv, 2, d), value=rand(b, kv, 2, call.value.shape[3])),
         "replace": lambda: ReplaceKV(columns=torch.tensor([0]), key=rand(1, kv, 1, d), value=rand(b, kv, 1, call.value.shape[3])),
         "pool": lambda: PoolKV(groups=(torch.arange(n) - 1).clamp_min(0)),
         "reorder": lambda: Reorder(order=torch.stack([torch.randperm(n) for _ in range(b)])),
     }  # fmt: skip
+
+
+def second(call: Call, count: int, **options: Any) -> Second:
+    """A second attention over five keys of its own, of which no row sees the first."""
+    b, d, dtype = call.batch, call.query.shape[3], call.query.dtype
+    key, value = torch.randn(b, count, 5, d).to(dtype), torch.randn(1, count, 5, call.value.shape[3]).to(dtype)
+    return Second(key=key, value=value.expand(b, -1, -1, -1), mask=torch.arange(5).expand(call.num_queries, -1) > 0, **options)
+
+
+def sharper(x: Operands, scale: float) -> Tensor:
+    """What stands for attention: a sharper one."""
+    return attend(x.query, x.key, x.value, x.mask, x.is_causal, 2 * scale)[0]
 
 
 def some_blocks(batch: int, heads: int, queries: int, keys: int) -> Blocks:
@@ -123,7 +153,7 @@ def chosen(batch: int, heads: int, keys: int) -> Tensor:
 
 
 # what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own
-WHOLE = ("append", "replace", "pool", "reorder", "rearrange")
+WHOLE = ("append", "replace", "pool", "reorder", "rearrange", "extrapolate", "extrapolate from batch rows")
 
 
 def rearrange(call: Call, h: int, **who: Any) -> Rearrange:

@@ -6,6 +6,7 @@ from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reord
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
 from .rearrange import Rearrange
 from .scores import KeyBias, LowRankBias, PairBias, ScoreEdit, ScoreGain, SetScores
+from .second import Extrapolate, Instead, Second, TakeOutput
 from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "Blocks",
     "Chosen",
     "Edit",
+    "Extrapolate",
     "Gain",
     "HeadGain",
     "HeadMix",
+    "Instead",
     "Keep",
     "KeyBias",
     "Lift",
@@ -37,8 +40,10 @@ __all__ = [
     "ScaleQuery",
     "ScoreEdit",
     "ScoreGain",
+    "Second",
     "SetScores",
     "Shape",
+    "TakeOutput",
     "Transfer",
     "WeightEdit",
     "WeightMap",

@@ -34,7 +34,7 @@ class Rows:
 
     index [R] long: the rows. visible: bool, broadcastable to [B, H, R, Tk], or None when every key is visible.
     query [B, H, Tq, D], key and value [B, Hkv, Tk, *] are the whole operands. offset: the key column of query row 0's own token,
-    None where an operand edit has merged columns. appended: columns at the end that an operand edit added.
+    None where an operand edit has merged columns. appended: columns at the end that an operand edit added. mask, is_causal: as in `Call`.
     """
 
     index: Tensor
@@ -45,6 +45,8 @@ class Rows:
     scale: float
     offset: int | None
     appended: int = 0
+    mask: Tensor | None = None
+    is_causal: bool = False
 
     @property
     def own(self) -> Tensor:
@@ -90,6 +92,12 @@ class Edit:
     reads_operands: ClassVar[bool] = True
     # whether it may be made for some rows of the batch alone, where its tensors show what belongs to which row
     splits_batch: ClassVar[bool] = True
+    # whether its formula is of all query rows at once (edits of outputs only)
+    reads_rows: ClassVar[bool] = False
+    # whether the output before it means nothing to it (edits of outputs only)
+    replaces: ClassVar[bool] = False
+    # whether it stands for something else than exact attention under a stated edit
+    approximate: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.heads is not None:

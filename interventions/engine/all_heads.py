@@ -14,7 +14,7 @@ from ..call import Call
 from ..edits import Edit, Mix, Operands, Rows
 from ..edits.base import key_heads, repeat_heads
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
-from .reference_executor import at_chosen, beside
+from .reference_executor import as_wide, at_chosen, beside
 from .tasks import Group, Task, all_rows, group_heads, heads_index, named_rows, plain, take_heads
 
 
@@ -25,7 +25,7 @@ def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple
     for part in parts:
         x = part.operands
         found, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
-        part.rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
+        part.rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended, x.mask, x.is_causal)
         scores.append(found)
     scores = _level(parts, "scores", edits, scores)
     weights = [softmax_rows(own, part.sinks) for own, part in zip(scores, parts, strict=True)]
@@ -68,23 +68,25 @@ class _Part:
         places, visible = list(places), rows.visible
         if visible is not None and visible.shape[1] > 1:
             visible = visible[:, places]
+        mask = rows.mask if rows.mask is None or rows.mask.shape[1] == 1 else rows.mask[:, places]
         if not edit.reads_operands:
-            return rows if visible is rows.visible else replace(rows, visible=visible)
+            return rows if visible is rows.visible else replace(rows, visible=visible, mask=mask)
         times = rows.query.shape[1] // rows.key.shape[1]
         shared = key_heads(places, times)
         key, value = take_heads(rows.key, shared), take_heads(rows.value, shared)
-        return replace(rows, visible=visible, query=take_heads(rows.query, places), key=key, value=value)
+        return replace(rows, visible=visible, mask=mask, query=take_heads(rows.query, places), key=key, value=value)
 
     def single_rows(self) -> dict[int, Rows]:
         """{head: its rows alone}."""
         rows, count = self.rows, len(self.heads)
         key, value = repeat_heads(rows.key, count), repeat_heads(rows.value, count)
-        visible = None if rows.visible is None else rows.visible.expand(-1, count, -1, -1)
+        visible, mask = (None if t is None else t.expand(-1, count, -1, -1) for t in (rows.visible, rows.mask))
         found = {}
         for i, head in enumerate(self.heads):
             own = slice(i, i + 1)
-            shown = None if visible is None else visible[:, own]
-            found[head] = replace(rows, visible=shown, query=rows.query[:, own], key=key[:, own], value=value[:, own])
+            shown, hides = (None if t is None else t[:, own] for t in (visible, mask))
+            query, keys, values = rows.query[:, own], key[:, own], value[:, own]
+            found[head] = replace(rows, visible=shown, mask=hides, query=query, key=keys, value=values)
         return found
 
 
@@ -130,7 +132,7 @@ def _in_order(parts: list[_Part], values: list[Tensor]) -> Tensor:
         return values[0]
     order = [head for part in parts for head in part.heads]
     places = tuple(order.index(head) for head in range(len(order)))
-    return torch.cat(values, dim=1).index_select(1, heads_index(places, values[0].device))
+    return torch.cat(as_wide(values), dim=1).index_select(1, heads_index(places, values[0].device))
 
 
 def can_share(task: Task) -> bool:
@@ -179,7 +181,37 @@ def with_untouched(task: Task, output: Tensor) -> Tensor:
 def crossing_rows(task: Task) -> Tensor:
     """The rows [R] in which some edit looks across heads; at decode all."""
     query = task.call.query
-    return all_rows(query) if task.few else named_rows([edit for edit in task.edits if edit.reads_heads], query)
+    if task.few or any(edit.reads_rows for edit in task.edits):
+        return all_rows(query)
+    return named_rows([edit for edit in task.edits if edit.reads_heads], query)
+
+
+def crosses_in_outputs(task: Task) -> bool:
+    """Whether heads are looked across in outputs alone, so that nothing need be materialised for it."""
+    crossing = [edit for edit in task.edits if edit.reads_heads]
+    if not crossing or any(edit.level != "output" for edit in crossing):
+        return False
+    changed = any(edit.level == "operands" for edit in task.edits)
+    return not (changed and any(edit.level == "output" and edit.reads_operands for edit in task.edits))
+
+
+def across_outputs(task: Task, _: object) -> Tensor:
+    """Everything up to the first edit of outputs that looks across heads goes through the table; it and what follows it act on all heads."""
+    call, edits = task.call, task.edits
+    first = next(i for i, edit in enumerate(edits) if edit.reads_heads)
+    later = [edit for edit in edits[first:] if edit.level == "output"]
+    earlier = [*edits[:first], *(edit for edit in edits[first:] if edit.level != "output")]
+    if later[0].replaces and later[0].heads is None and later[0].rows is None:
+        output = call.query.new_zeros(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
+    else:
+        output = task.again(call, earlier)
+    x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=call.num_keys - call.num_queries)
+    index = all_rows(call.query)
+    rows = Rows(index, None, x.query, x.key, x.value, call.scaling, x.offset, x.appended, x.mask, x.is_causal)
+    part = _Part([], True, x, call.sinks, rows)
+    for edit in later:
+        output = part.apply(edit, "on_output", output)
+    return output.to(call.query.dtype)
 
 
 def across(task: Task, index: Tensor) -> Tensor:
@@ -194,6 +226,7 @@ def across(task: Task, index: Tensor) -> Tensor:
     if output is not None and not index.numel():
         return output
     step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+    step = index.numel() if any(edit.reads_rows for edit in edits) else step
     chunks = [rows_of_all_heads(call, edits, part)[1].to(call.query.dtype) for part in index.split(step)]
     new = torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
     if output is None:

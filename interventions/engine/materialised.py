@@ -17,7 +17,7 @@ from .tasks import Group, all_rows, named_rows
 def edited_weights(x: Operands, index: Tensor, edits: Sequence[Edit], call: Call, sinks: Tensor | None) -> Tensor:
     """Weights [B, H, R, Tk] of the rows `index` after all score and weight edits."""
     scores, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
-    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
+    rows = Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended, x.mask, x.is_causal)
     for edit in edits:
         if edit.level == "scores":
             scores = at_chosen(edit, rows, edit.on_scores(scores, rows), scores)  # type: ignore[attr-defined]

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Edit, Operands, Rows
 from .all_heads import rows_of_all_heads
-from .kernels import grouped_values
+from .kernels import grouped_values, statistics_dtype
 from .materialised import edited_weights
-from .reference_executor import at_chosen, check_edits
+from .reference_executor import as_wide, at_chosen, check_edits
 from .tasks import Group, group_heads
+from .ways import fused
 
 
 def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]:
@@ -41,13 +42,15 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
 def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Outputs [B, H, R, Dv] of the query rows `index` [R] after the edits, in statistics dtype: what `fused` gives for these rows."""
     edits = check_edits(call, list(edits))
+    if any(edit.reads_rows for edit in edits):
+        return fused(call, edits)[:, :, index].to(statistics_dtype(call.query))
     if any(edit.reads_heads for edit in edits):
         return rows_of_all_heads(call, edits, index)[1]
 
     def outputs(group: Group, x: Operands) -> Tensor:
         weights = edited_weights(x, index, group.edits, call, group.sinks)
         output = grouped_values(weights, x.value.to(weights.dtype))
-        rows = Rows(index, None, x.query, x.key, x.value, call.scaling, x.offset, x.appended)
+        rows = Rows(index, None, x.query, x.key, x.value, call.scaling, x.offset, x.appended, x.mask, x.is_causal)
         for edit in group.outputs:
             output = at_chosen(edit, rows, edit.on_output(output, rows), output)
         return output
@@ -57,11 +60,13 @@ def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
 
 def _by_heads(call: Call, edits: Sequence[Edit], read: Callable[[Group, Operands], Tensor]) -> Tensor:
     """What is read [B, H, R, ...] of heads with the same edits and of what they attend with, put together again."""
-    parts: dict[int, Tensor] = {}
+    parts: list[Tensor] = []
+    order: list[int] = []
     for chosen, heads in group_heads(call.num_heads, edits).items():
         group = Group(call, heads, [edits[i] for i in chosen])
         found = read(group, group.complete())
         if group.whole:
             return found
-        parts.update(dict(zip(heads, found.unbind(dim=1), strict=True)))
-    return torch.stack([parts[h] for h in range(call.num_heads)], dim=1)
+        parts.append(found)
+        order += heads
+    return torch.cat(as_wide(parts), dim=1)[:, [order.index(head) for head in range(call.num_heads)]]

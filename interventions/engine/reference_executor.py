@@ -56,14 +56,20 @@ def reference_with_weights(call: Call, edits: list[Edit]) -> tuple[Tensor, Tenso
     for x in operands:
         found, visible = score_rows(x.query, x.key, x.mask, x.is_causal, call.scaling, call.softcap, index)
         scores.append(found)
-        rows.append(Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended))
+        rows.append(Rows(index, visible, x.query, x.key, x.value, call.scaling, x.offset, x.appended, x.mask, x.is_causal))
     scores = _level(ScoreEdit, "on_scores", edits, scores, rows)
     sinks = [None] * call.num_heads if call.sinks is None else call.sinks.split(1)
     weights = [softmax_rows(own, sink) for own, sink in zip(scores, sinks, strict=True)]
     weights = _level(WeightEdit, "on_weights", edits, weights, rows)
     outputs = [own @ x.value.to(own.dtype) for own, x in zip(weights, operands, strict=True)]
     outputs = _level(OutputEdit, "on_output", edits, outputs, rows)
-    return torch.cat(outputs, dim=1).to(call.query.dtype), torch.cat(weights, dim=1)
+    return torch.cat(outputs, dim=1).to(call.query.dtype), torch.cat(as_wide(weights), dim=1)
+
+
+def as_wide(weights: list[Tensor]) -> list[Tensor]:
+    """The weights of several heads with as many columns each: 0 on those that edits of operands gave to others alone."""
+    most = max(own.shape[-1] for own in weights)
+    return [torch.nn.functional.pad(own, (0, most - own.shape[-1])) for own in weights]
 
 
 def _operands(call: Call, head: int, edits: list[Edit]) -> Operands:
@@ -107,11 +113,15 @@ def _level(level: type[Edit], method: str, edits: list[Edit], values: list[Tenso
 def beside(rows: list[Rows], heads: list[int]) -> Rows:
     """The rows of single heads as those of all these heads. Raises ReattendError where an edit made some heads wider than others."""
     chosen = [rows[head] for head in heads]
-    if len({part.query.shape[-1] for part in chosen}) > 1:
-        raise ReattendError("an edit that reads several heads needs their q, k and v alike: rearrange all of them or none")
-    visible = None if chosen[0].visible is None else torch.cat([part.visible for part in chosen], dim=1)  # type: ignore[misc]
-    query, key, value = (torch.cat([getattr(part, name) for part in chosen], dim=1) for name in ("query", "key", "value"))
-    return dataclasses.replace(chosen[0], visible=visible, query=query, key=key, value=value)
+    if len({(part.query.shape[3], part.key.shape[2], part.mask is None) for part in chosen}) > 1:
+        raise ReattendError(
+            "an edit that reads several heads needs their q, k and v alike: rearrange, append to or merge all of them or none"
+        )
+    names = ("query", "key", "value", "visible", "mask")
+    whole = {
+        name: torch.cat([getattr(p, name) for p in chosen], dim=1) for name in names if getattr(chosen[0], name) is not None
+    }
+    return dataclasses.replace(chosen[0], **whole)
 
 
 def at_chosen(edit: Edit, rows: Rows, new: Tensor, old: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class Group:
     def rows(self, index: Tensor) -> Rows:
         """The rows `index` as formulas see them that do not ask what is visible."""
         x = self.x
-        return Rows(index, None, x.query, x.key, x.value, self.call.scaling, x.offset, x.appended)
+        return Rows(index, None, x.query, x.key, x.value, self.call.scaling, x.offset, x.appended, x.mask, x.is_causal)
 
     def bias(self) -> Tensor | None:
         return sum_biases(self.biases, self.x)

@@ -65,6 +65,11 @@ def _towards_values(group: Group, _: object) -> Tensor:
     return output
 
 
+def _is_replaced(group: Group) -> bool:
+    """Whether something takes attention's place on all rows: its own edit of outputs computes it."""
+    return group.pending is None and any(edit.replaces and edit.rows is None for edit in group.outputs)
+
+
 def _folded(group: Group, _: object) -> Tensor:
     """The heads with biases of low rank in their q and k go through the table again."""
     return compute(folded.folded(group))[..., : group.x.value.shape[3]]
@@ -74,10 +79,17 @@ WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
+    Way("outputs across heads", "call", all_heads.crosses_in_outputs, all_heads.across_outputs),
     Way("across heads", "call", lambda task: task.crosses, all_heads.across, all_heads.crossing_rows),
     Way("key biases of heads", "call", all_heads.are_biases, all_heads.biased),
     Way("few rows of all heads", "call", all_heads.can_share, all_heads.shared),
     Way("heads", "call", lambda task: True, heads.run, cut=True),
+    Way(
+        "replaced",
+        "group",
+        _is_replaced,
+        lambda group, _: group.x.query.new_zeros(*group.x.query.shape[:3], group.x.value.shape[3]),
+    ),
     Way("rearranged blocks", "group", rearranged.is_rearranged, rearranged.run),
     Way("materialised", "group", lambda group: group.pending is not None, materialised.run, materialised.named),
     Way(

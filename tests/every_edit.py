@@ -87,7 +87,6 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "chosen": lambda: Keep(pattern=Chosen(chosen(b, h, n), torch.rand(b, h, 4) > 0.1), **who),
         "gain": lambda: Gain(columns=columns, factor=per_row, **who),
         "gain below zero": lambda: Gain(columns=columns, factor=-per_row, renormalise=None, **who),
-        "gain below zero, rows scaled": lambda: Gain(columns=columns, factor=-0.1 * per_row, **who),
         "gain over a set": lambda: Gain(columns=columns, factor=0.4, renormalise=~columns, **who),
         "gain without a sum": lambda: Gain(columns=columns, factor=0.4, renormalise=None, **who),
         "lift": lambda: Lift(columns=columns, share=per_row, **who),
@@ -123,6 +122,14 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "append": lambda: AppendKV(key=rand(b, kv, 2, d), value=rand(b, kv, 2, call.value.shape[3])),
         "replace": lambda: ReplaceKV(columns=torch.tensor([0]), key=rand(1, kv, 1, d), value=rand(b, kv, 1, call.value.shape[3])),
         "pool": lambda: PoolKV(groups=(torch.arange(n) - 1).clamp_min(0)),
+        "append for some": lambda: AppendKV(
+            key=rand(b, kv, 2, d), value=rand(b, kv, 2, call.value.shape[3]), visible=torch.rand(b, h, t, 2) > 0.3, **who
+        ),
+        "replace per head": lambda: ReplaceKV(
+            columns=chosen(b, h, n), key=rand(b, kv, 4, d), value=rand(1, kv, 4, call.value.shape[3]), **who
+        ),
+        "pool for some": lambda: PoolKV(groups=merged(b, h, n), **who),
+        "reorder per head": lambda: Reorder(order=torch.rand(b, h, n).argsort(dim=-1), **who),
         "reorder": lambda: Reorder(order=torch.stack([torch.randperm(n) for _ in range(b)])),
     }  # fmt: skip
 
@@ -139,6 +146,12 @@ def sharper(x: Operands, scale: float) -> Tensor:
     return attend(x.query, x.key, x.value, x.mask, x.is_causal, 2 * scale)[0]
 
 
+def merged(batch: int, heads: int, keys: int) -> Tensor:
+    """Two neighbours of each head's columns in one group, never the first column, so that every row sees a group."""
+    place, start = torch.arange(keys), torch.arange(heads)[:, None] % 2 + 1
+    return (place - (place > start).long()).expand(batch, -1, -1)
+
+
 def some_blocks(batch: int, heads: int, queries: int, keys: int) -> Blocks:
     """Blocks of 4 x 3, the second of each row of them gone, beside a column and rows that are dense."""
     keep = torch.rand(batch, heads, -(-queries // 4), -(-keys // 3)) > 0.4
@@ -153,7 +166,7 @@ def chosen(batch: int, heads: int, keys: int) -> Tensor:
 
 
 # what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own
-WHOLE = ("append", "replace", "pool", "reorder", "rearrange", "extrapolate", "extrapolate from batch rows")
+WHOLE = ("append", "replace", "pool", "reorder", "pool for some", "rearrange", "extrapolate", "extrapolate from batch rows")
 
 
 def rearrange(call: Call, h: int, **who: Any) -> Rearrange:

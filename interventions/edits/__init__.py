@@ -1,9 +1,11 @@
 """The edit algebra: every change of attention that a recipe can ask for, each as its formula on the materialised matrix."""
 
 from .base import Edit, Rows, Shape
+from .columns import AppendKV, PoolKV, Reorder, ReplaceKV
 from .keep import Band, Blocks, Chosen, Keep, Pattern
-from .operands import AppendKV, OperandEdit, Operands, PoolKV, ProjectKey, Reorder, ReplaceKV, ScaleQuery
+from .operands import OperandEdit, Operands, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
+from .projection import ProjectKey
 from .rearrange import Rearrange
 from .scores import KeyBias, LowRankBias, PairBias, ScoreEdit, ScoreGain, SetScores
 from .second import Extrapolate, Instead, Second, TakeOutput

@@ -81,6 +81,8 @@ class Edit:
     reads: ClassVar[str] = ""
     # name -> number of trailing axes; the two axes before them are batch and heads
     broadcast: ClassVar[dict[str, int]] = {}
+    # the same for tensors of columns or groups by number (a long tensor in `broadcast` is one list of columns)
+    indices: ClassVar[dict[str, int]] = {}
     # those of these tensors whose first trailing axis is that of the query rows, whose last one is that of the keys, and whose axis of
     # heads may also be that of the key heads (where the edit names no heads)
     per_row: ClassVar[tuple[str, ...]] = ()
@@ -111,7 +113,7 @@ class Edit:
             if self.rows.dim() == 1:
                 object.__setattr__(self, "rows", self.rows[None])
         for name, value in self._tensors():
-            value = lead(value, self.broadcast[name], name)
+            value = lead(value, self.broadcast.get(name) or self.indices.get(name, 0), name)
             object.__setattr__(self, name, value)
             if self.heads and value.shape[1] not in (1, len(self.heads)):
                 raise ReattendError(
@@ -158,10 +160,10 @@ class Edit:
             )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of `broadcast`, each with the axes batch and heads first."""
-        for name in self.broadcast:
+        """The tensors of `broadcast` and `indices`, each with the axes batch and heads first."""
+        for name in (*self.broadcast, *self.indices):
             value = getattr(self, name)
-            if isinstance(value, Tensor) and value.dtype != torch.long:
+            if isinstance(value, Tensor) and (value.dtype != torch.long or name in self.indices):
                 yield name, value
 
     def fitted(self: E, heads: int, kv_heads: int) -> E:
@@ -240,7 +242,7 @@ class Edit:
         """Whether `at_batch` gives the same edit: it names its batch rows, and everything it holds tells which of them it belongs to."""
         if self.rows is None or self.rows.shape[0] != batch or not self.splits_batch or self.reads_batch:
             return False
-        known = ("rows", *self.broadcast, *self.batched)
+        known = ("rows", *self.broadcast, *self.indices, *self.batched)
         return not any(isinstance(getattr(self, f.name), Tensor) for f in dataclasses.fields(self) if f.name not in known)
 
     def at_batch(self: E, index: Tensor) -> E:

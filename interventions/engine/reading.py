@@ -12,7 +12,7 @@ from ..edits import Edit, Operands, Rows
 from .all_heads import rows_of_all_heads
 from .kernels import grouped_values, statistics_dtype
 from .materialised import edited_weights
-from .reference_executor import as_wide, at_chosen, check_edits
+from .reference_executor import as_wide, at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, group_heads
 from .ways import fused
 
@@ -34,6 +34,11 @@ def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]
 def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Weights [B, H, R, Tk] of the query rows `index` [R], after the edits: the maps that observers and pictures need, row by row."""
     edits = check_edits(call, list(edits))
+    apart = rows_apart(edits)
+    if apart is not None:
+        new, old = as_wide([row_weights(call, others, index) for others in apart[1]])
+        chosen = chosen_pairs(call, apart[0])
+        return torch.where(chosen if chosen.shape[2] == 1 else chosen[:, :, index], new, old)
     if any(edit.reads_heads for edit in edits):
         return rows_of_all_heads(call, edits, index)[0]
     return _by_heads(call, edits, lambda group, x: edited_weights(x, index, group.edits, call, group.sinks))
@@ -42,7 +47,7 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
 def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Outputs [B, H, R, Dv] of the query rows `index` [R] after the edits, in statistics dtype: what `fused` gives for these rows."""
     edits = check_edits(call, list(edits))
-    if any(edit.reads_rows for edit in edits):
+    if any(edit.reads_rows for edit in edits) or rows_apart(edits) is not None:
         return fused(call, edits)[:, :, index].to(statistics_dtype(call.query))
     if any(edit.reads_heads for edit in edits):
         return rows_of_all_heads(call, edits, index)[1]

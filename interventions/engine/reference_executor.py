@@ -49,6 +49,13 @@ def reference(call: Call, edits: list[Edit]) -> Tensor:
 def reference_with_weights(call: Call, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """(output [B, H, Tq, Dv], edited weights [B, H, Tq, Tk] in statistics dtype)."""
     edits = check_edits(call, edits)
+    apart = rows_apart(edits)
+    if apart is not None:
+        # each row takes what it is in attention with the edit, or without
+        with_it, without = (reference_with_weights(call, others) for others in apart[1])
+        chosen = chosen_pairs(call, apart[0])
+        new, old = as_wide([with_it[1], without[1]])
+        return torch.where(chosen, with_it[0], without[0]), torch.where(chosen, new, old)
     # one head at a time, each with the edits that name it: no grouping, so nothing to get wrong
     operands = [_operands(call, head, edits) for head in range(call.num_heads)]
     index = torch.arange(call.num_queries, device=call.query.device)
@@ -64,6 +71,25 @@ def reference_with_weights(call: Call, edits: list[Edit]) -> tuple[Tensor, Tenso
     outputs = [own @ x.value.to(own.dtype) for own, x in zip(weights, operands, strict=True)]
     outputs = _level(OutputEdit, "on_output", edits, outputs, rows)
     return torch.cat(outputs, dim=1).to(call.query.dtype), torch.cat(as_wide(weights), dim=1)
+
+
+def rows_apart(edits: list[Edit]) -> tuple[OperandEdit, tuple[list[Edit], list[Edit]]] | None:
+    """(the first edit of operands whose rows need an attention of their own, the edits with it on all rows and those without it)."""
+    for i, edit in enumerate(edits):
+        if isinstance(edit, OperandEdit) and edit.rows is not None and not edit.tells_rows:
+            others = edits[:i], edits[i + 1 :]
+            return edit, ([*others[0], edit.on_all_rows(), *others[1]], [*others[0], *others[1]])
+    return None
+
+
+def chosen_pairs(call: Call, edit: Edit) -> Tensor:
+    """Bool [B or 1, H, Tq or 1, 1]: the heads and rows that an edit names."""
+    assert edit.rows is not None
+    named = torch.ones(call.num_heads, dtype=torch.bool, device=call.query.device)
+    if edit.heads is not None:
+        named = torch.zeros_like(named)
+        named[list(edit.heads)] = True
+    return edit.rows[:, None, :, None] & named[:, None, None]
 
 
 def as_wide(weights: list[Tensor]) -> list[Tensor]:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, MixValue
 from . import all_heads, bands, batch, blocks, columns, factors, folded, heads, materialised, rearranged
-from .reference_executor import at_chosen, check_edits
+from .reference_executor import at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, Task, all_rows, plain
 
 READY = ()
@@ -65,6 +66,15 @@ def _towards_values(group: Group, _: object) -> Tensor:
     return output
 
 
+def _rows_with_operands(task: Task, apart: Any) -> Tensor:
+    """Rows with other operands than the rest: attention is computed with the edit and without, all rows or none in one go."""
+    edit, (all_of_them, none_of_them) = apart
+    if edit.rows.device.type == "cpu" and bool(edit.rows.all()):
+        return task.again(task.call, all_of_them, task.settled)
+    new, old = (task.again(task.call, edits, task.settled) for edits in (all_of_them, none_of_them))
+    return torch.where(chosen_pairs(task.call, edit), new, old)
+
+
 def _is_replaced(group: Group) -> bool:
     """Whether something takes attention's place on all rows: its own edit of outputs computes it."""
     return group.pending is None and any(edit.replaces and edit.rows is None for edit in group.outputs)
@@ -79,6 +89,14 @@ WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
+    Way(
+        "rows with operands of their own",
+        "call",
+        lambda task: task.names_rows,
+        _rows_with_operands,
+        lambda task: rows_apart(list(task.edits)),
+        cut=True,
+    ),
     Way("outputs across heads", "call", all_heads.crosses_in_outputs, all_heads.across_outputs),
     Way("across heads", "call", lambda task: task.crosses, all_heads.across, all_heads.crossing_rows),
     Way("key biases of heads", "call", all_heads.are_biases, all_heads.biased),

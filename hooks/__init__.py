@@ -1,26 +1,19 @@
 """WHERE: finds every attention site of a model, attaches, knows tokens and steps, restores exactly."""
 
 from .attachment import running
+from .doors.branch import Branch, Fusion
+from .doors.capture import Capture
+from .doors.edits import Edits
+from .doors.exit import Exit
+from .doors.guide import Guide
+from .doors.lookahead import Lookahead, Trials
+from .doors.observe import Observation, Observe
+from .doors.probe import Probe
+from .doors.projection import Projected, Projection
+from .doors.spans import Question, Segments, Spans
 from .editing import edit
-from .plan import (
-    Branch,
-    Capture,
-    Edits,
-    Exit,
-    Fusion,
-    Guide,
-    Lookahead,
-    Observation,
-    Observe,
-    Plan,
-    Probe,
-    Project,
-    Projection,
-    Prompt,
-    ReadProjection,
-    Spans,
-    Trials,
-)
+from .plan import Plan, Step
+from .prompts.prompt import Prompt
 from .recording import Reading, Recording, capture
 from .session import Session, attach
 from .sites.discovery import sites
@@ -28,9 +21,9 @@ from .sites.table import SiteTable, Support
 from .trackers.guidance_rows import rows
 
 __all__ = [
-    "Edits",
     "Branch",
     "Capture",
+    "Edits",
     "Exit",
     "Fusion",
     "Guide",
@@ -39,15 +32,17 @@ __all__ = [
     "Observe",
     "Plan",
     "Probe",
-    "Project",
+    "Projected",
     "Projection",
     "Prompt",
-    "ReadProjection",
+    "Question",
     "Reading",
     "Recording",
+    "Segments",
     "Session",
     "SiteTable",
     "Spans",
+    "Step",
     "Support",
     "Trials",
     "attach",

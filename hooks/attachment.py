@@ -7,78 +7,81 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import nn
 
-from ..interventions import ReattendError, UnsupportedError
-from .doors.branch import branch_misfit
-from .doors.exit import exit_conflict, install_exit
-from .plan import Exit, Observe, Project, ReadProjection
+from .passes import Forward
+from .plan import Facts
+from .protocols import Steered
 from .routes.compiled import inside, run_compiled, run_uncompiled
+from .routes.interface import InterfaceRoute
+from .routes.sdpa import SdpaRoute
+from .sites.denoisers import denoiser_in
 from .sites.discovery import components, pretrained_root, sites, unwrapped_model
 from .sites.table import SiteTable
+from .trackers.denoise import DenoiseTracker
 from .trackers.in_flight import InFlight, lifecycle
 from .trackers.sequence import SequenceTracker
-from .unserved import unserved
 
-if TYPE_CHECKING:
-    from .session import Mark, Session
-
-_isolated: contextvars.ContextVar[tuple[Mark, ...]] = contextvars.ContextVar("reattend_sessions", default=())
+_isolated: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("reattend_sessions", default=())
 _attachments: dict[int, Attachment] = {}
+
+
+class Attached(Steered, Protocol):
+    """A session, as its model's hooks know it."""
+
+    attachment: Attachment | None
+
+    @property
+    def hooked(self) -> bool: ...
+
+    def check(self, facts: Facts, beside: Sequence[Any]) -> None: ...
+
+    def install(self, host: Attachment) -> None: ...
+
+    def uninstall(self) -> None: ...
 
 
 class Attachment:
     """The hooks of one model, shared by its sessions."""
 
     def __init__(self, model: Any) -> None:
-        from .routes.interface import InterfaceRoute
-        from .routes.sdpa import SdpaRoute
-        from .trackers.denoise import DenoiserDoor
-
         self.model = model
         self.key = key_module(model)
         self.table: SiteTable = sites(model)
         # called at most once in a pass, unlike encoders; a second call may belong to no pass at all
         self.once = {id(self.table.module(s)) for s in self.table if s.stack.startswith(("decoder", "denoiser"))}
-        self.sessions: list[Session] = []
+        self.rotary: dict[int, nn.Module | None] = {}
+        self.sessions: list[Attached] = []
         self.in_flight = InFlight()
         self.tracker = SequenceTracker(self)
+        self.denoiser = DenoiseTracker(self)
         self.interface = InterfaceRoute(self)
         self.routes = [self.interface, SdpaRoute(self)]
-        self.denoiser = DenoiserDoor(self)
 
     # -- sessions come and go ------------------------------------------------------------------------------------------
 
-    def add(self, session: Session) -> None:
+    def add(self, session: Attached) -> None:
         """Puts a session to work. Where this raises, `discard` takes away what is there of it."""
-        if session.probes and self.tracker.root is None:
-            raise ReattendError("a probe needs a model that reads tokens: a denoiser has no prompt to be run beforehand")
-        misfit = unserved(session.plans, self.tracker.root)
-        if misfit:
-            raise UnsupportedError(misfit)
-        fusing = [plan for plan, *_ in (*session.branches, *session.lookaheads)]
-        misfit = branch_misfit(self.tracker.root) if fusing else ""
-        if misfit:
-            raise UnsupportedError(f"recipe {fusing[0].recipe!r} does not fit this model: {misfit}")
+        parts = components(session.model)
+        facts = Facts(session.model, self.table, self.tracker.root, [p for p in parts.values() if denoiser_in(p) is not None])
         # of isolated sessions it shows in each pass which of them run together
-        conflict = exit_conflict([session, *(s for s in self.sessions if not (session.isolated and s.isolated))])
-        if conflict:
-            raise UnsupportedError(conflict)
+        session.check(facts, [s for s in self.sessions if not (session.isolated and s.isolated)])
         self.in_flight.sweep()
         self.tracker.install()
-        self.denoiser.install(session)
+        self.denoiser.install(parts)
         # passes that began before there were hooks are left alone
         self.in_flight.note_running(self._roots())
+        session.install(self)
         for route in self.routes:
             route.install(session)
-        self._install_taps(session)
-        if any(one.handles for one in (session, *session.nested)) and inside(components(session.model).values()):
+        if session.hooked and inside(parts.values()):
             run_uncompiled(session, "the model")
         self.sessions = [*self.sessions, session]
 
-    def discard(self, session: Session) -> bool:
+    def discard(self, session: Attached) -> bool:
         """Takes a session away; safe to call twice. True if all of it is gone, False if passes that began under it go on."""
         self.sessions = [s for s in self.sessions if s is not session]
         self.in_flight.when_over(lambda one: session in one.sessions, functools.partial(self._let_go, session))
@@ -86,8 +89,8 @@ class Attachment:
             self.in_flight.when_over(lambda one: True, self._close)
         return session.ended
 
-    def _let_go(self, session: Session) -> None:
-        self._drop_taps(session)
+    def _let_go(self, session: Attached) -> None:
+        session.uninstall()
         run_compiled(session)
         session.forget()
 
@@ -115,7 +118,7 @@ class Attachment:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def begin(self) -> list[Session]:
+    def begin(self) -> list[Steered]:
         """Notes that a pass of one of the model's roots begins, and the sessions that it runs under to its end.
 
         Raises UnsupportedError where the user has switched to a kernel that cannot be edited.
@@ -132,7 +135,7 @@ class Attachment:
         if landed is not None and landed.sessions and output is not None:
             self.interface.check(landed)
 
-    def active(self, module: nn.Module | None = None) -> list[Session]:
+    def active(self, module: nn.Module | None = None) -> list[Steered]:
         """Sessions that the current thread or task runs under, in the order of their start: in a pass those that it began with.
 
         module: one whose attention is about to be computed.
@@ -147,33 +150,15 @@ class Attachment:
             if here is not None:
                 here.seen.add(id(module))
         if here is not None:
-            return here.sessions
+            return list(here.sessions)
         if not self.sessions:
             return []
         mine = _isolated.get()
         return [s for s in self.sessions if not s.isolated or s.mark in mine]
 
-    def _install_taps(self, session: Session) -> None:
-        from .doors.taps import install_observation, install_projection
-        from .trackers.positions import install_positions
-
-        if session.branches or session.lookaheads:
-            install_positions(self, session)
-        for inner in session.nested:
-            self._install_taps(inner)
-        for plan in session.plans:
-            for step in plan.steps:
-                if isinstance(step, Observe):
-                    install_observation(self, session, plan, step)
-                elif isinstance(step, (Project, ReadProjection)):
-                    install_projection(self, session, plan, step)
-                elif isinstance(step, Exit):
-                    install_exit(self, session, plan, step)
-
-    def _drop_taps(self, session: Session) -> None:
-        for inner in session.nested:
-            self._drop_taps(inner)
-        session.handles.remove()
+    def current(self) -> Forward:
+        """The pass under way in this thread: of a denoiser, or of the model that reads tokens."""
+        return self.denoiser.current() or self.tracker.current()
 
 
 def key_module(model: Any) -> Any:
@@ -188,7 +173,7 @@ def key_module(model: Any) -> Any:
     return pretrained_root(inner)
 
 
-def enter(session: Session) -> None:
+def enter(session: Attached) -> None:
     """Puts a session to work on its model; the model's first one installs the hooks."""
     with lifecycle:
         key = id(key_module(session.model))
@@ -200,7 +185,7 @@ def enter(session: Session) -> None:
         _isolated.set((*_open_marks(), session.mark))
 
 
-def leave(session: Session) -> bool:
+def leave(session: Attached) -> bool:
     """Takes a session off its model, and with the last one the hooks; safe to call twice. False if passes under it still go on."""
     with lifecycle:
         if session.attachment is not None:
@@ -212,28 +197,19 @@ def leave(session: Session) -> bool:
     return session.ended
 
 
-def _open_marks() -> tuple[Mark, ...]:
+def _open_marks() -> tuple[Any, ...]:
     """The marks of this context, without those of sessions that were ended elsewhere."""
     return tuple(mark for mark in _isolated.get() if mark.open)
 
 
-def forget(session: Session) -> None:
+def forget(session: Attached) -> None:
     """Drops what is known of the sequences that a session has read."""
     attachment = _attachments.get(id(key_module(session.model)))
     if attachment is not None:
         attachment.tracker.forget(session)
 
 
-def running(model: Any) -> list[Session]:
+def running(model: Any) -> list[Steered]:
     """The sessions that act on a model just now, in the order of their start."""
     attachment = _attachments.get(id(key_module(model)))
     return [] if attachment is None else attachment.active()
-
-
-def attachment_of(model: Any) -> Attachment:
-    key = key_module(model)
-    attachment = _attachments.get(id(key))
-    if attachment is None:
-        attachment = Attachment(model)
-        _attachments[id(key)] = attachment
-    return attachment

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..interventions import Call, Edit, ReattendError
-from .plan import Edits, Intervention, Plan, Spans
+from .doors.edits import Edits, Intervention
+from .doors.spans import Spans
+from .plan import Plan
 from .session import Session, attach
 from .sites.discovery import original_of
 from .sites.discovery import sites as sites_of

@@ -1,28 +1,46 @@
-"""What is known of a sequence, and of the forward pass under way: which tokens, whose prompt, what interventions remember."""
+"""Facts of the pass under way: its arguments, its tokens and where it stands, and what is known of its sequence.
+
+Trackers fill them in; routes and doors read them.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..interventions import Clock, Memory, Site, TokenMap
+from .protocols import Steered
 from .trackers.caches import has_buffers
-
-if TYPE_CHECKING:
-    from .doors.probe import Running
-    from .session import Session
 
 OUTSIDE = Clock("encode")
 # Roles that are absent where no token has them.
 OPTIONAL = ("image", "video", "system", "user", "assistant")
 
 
-@dataclass
+class Enough(Exception):
+    """Ends a probe pass whose last reader has read. Never leaves the probe door."""
+
+
+class Running:
+    """A pass of a door's own under way in one thread: the session that it runs under, and what is still to be read (None: no end)."""
+
+    def __init__(self, session: Steered, pending: set[tuple[int, int]] | None = None) -> None:
+        self.session, self.pending = session, pending
+
+    def read(self, step: object, module: nn.Module) -> None:
+        """Notes that a step has read a site; raises Enough after the last one."""
+        if self.pending is not None:
+            self.pending.discard((id(step), id(module)))
+            if not self.pending:
+                raise Enough
+
+
+@dataclass(eq=False)
 class Sequence:
     """What is known of one batch of sequences: its tokens and their roles, how long it is, and what interventions remember."""
 
@@ -30,9 +48,9 @@ class Sequence:
     # ids [B, n] of all positions, pass by pass; -1 where they are not known
     pieces: list[Tensor]
     # the sessions whose passages have been looked for in it
-    sessions: list[Session] = field(default_factory=list)
+    sessions: list[Steered] = field(default_factory=list)
     # the sessions of the last pass
-    current: list[Session] = field(default_factory=list)
+    current: list[Steered] = field(default_factory=list)
     step: int = -1
     memory: dict[object, Memory] = field(default_factory=dict)
     # the call of generate that read it last, and how many tokens there were before it
@@ -40,6 +58,7 @@ class Sequence:
     began: int = 0
     # how long its prompt is going to be, where that is known of one that comes in chunks
     planned: int = 0
+    asked: set[int] = field(default_factory=set)
     # its rows change places (beams): the ids that were generated do not stay in their rows
     shuffled: bool = False
 
@@ -128,8 +147,6 @@ class Forward:
     # fresh: this pass starts its sequence. probe: it is read by a probe's steps and edited by nobody
     fresh: bool = False
     probe: Running | None = None
-    # what branches need after the pass: its arguments, and the sessions it ran under
-    branched: tuple[dict[str, Any], list[Session]] | None = None
     # the tokens of an encoder-decoder model are its decoder's; what its encoder reads may be no tokens at all
     two_sided: bool = False
     # tokens of the sequence that came before this pass
@@ -138,6 +155,8 @@ class Forward:
     positions: Tensor | None = None
     # this part of a prompt follows on another one with no generated token between them (chunked prefill, or a cached beginning)
     pieces: bool = False
+    # numbers of the sessions whose steps were asked whether they can serve this prompt or run
+    asked: set[int] = field(default_factory=set)
     # what the model was given to keep keys in; None where it makes one itself, which grows
     cache: Any = None
     loose_memory: dict[object, Memory] = field(default_factory=dict)

@@ -17,7 +17,9 @@ from torch.nn.functional import pad
 from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, TokenMap, row_weights
 from ..interventions.engine.census import at_positions, keeps_positions
 from ..interventions.engine.kernels import rows_per_chunk
-from .plan import Capture, Plan, Spans
+from .doors.capture import Capture
+from .doors.spans import Spans
+from .plan import Plan
 from .session import Session
 from .sites.discovery import sites
 from .sites.table import SiteTable

@@ -10,23 +10,16 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
-from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site
-from .attachment import enter, forget, leave
-from .doors.branch import steps_of
-from .doors.lookahead import reader_of
-from .doors.probe import readers_of
-from .module_hooks import Hooks
+from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site, UnsupportedError
+from .actions import Action, RootCall
+from .attachment import Attachment, enter, forget, leave
+from .handles import Editor, Handles, Reader
 from .passes import Forward
-from .plan import Branch, Capture, Edits, Exit, Guide, Lookahead, Observe, Plan, Probe, Project, ReadProjection, Spans
-from .sites.table import require_supported
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
+from .plan import Facts, Plan, Step
 
 _numbers = itertools.count()
 # a session that is over keeps no part of its model: this makes its plans anew, for the same model
@@ -60,59 +53,102 @@ class Session:
         self.counts: dict[str, Counter[str]] = {}
         self.forwards = 0
         self.active = self.ended = False
+        # the steps that mark tokens of a prompt: what the user named, which is no part of the model
+        self.spans: list[Any] = []
+        self._drop()
+
+    def _drop(self) -> None:
+        """Nothing is installed."""
+        self.installed: list[Handles] = []
+        self.actions: list[Action] = []
         self._sites: dict[int, Site] = {}
+        self._editors: dict[int, list[Editor]] = {}
+        self._readers: dict[int, list[Reader]] = {}
         # of all modules that it acts at, nested steps too, and those of which one computes attention in every pass over tokens
         self.modules: set[int] = set()
         self.decoder_modules: set[int] = set()
-        self._acts: dict[int, list[tuple[Plan, Edits]]] = {}
-        self._captures: dict[int, list[tuple[Plan, Capture]]] = {}
-        self.probes: list[tuple[Plan, Probe, Session]] = []
-        self.branches: list[tuple[Plan, Branch, Session]] = []
-        self.lookaheads: list[tuple[Plan, Lookahead, Session]] = []
-        self.guides: list[tuple[Plan, Guide]] = []
-        self.spans: list[Spans] = []
-        self.handles = Hooks()
-        self._prepare()
 
-    def _prepare(self) -> None:
-        for plan in self.plans:
-            for step in plan.steps:
-                if isinstance(step, (Edits, Observe, Capture, Project, ReadProjection, Exit)):
-                    require_supported(step.sites)
-                    if not len(step.sites):
-                        raise ReattendError(f"recipe {plan.recipe!r} selects no attention site of this model")
-                if isinstance(step, Edits):
-                    step.label = step.label or plan.recipe
-                    self.counts.setdefault(step.label, Counter())
-                    for site in step.sites:
-                        self._sites[id(step.sites.module(site))] = site
-                        self._acts.setdefault(id(step.sites.module(site)), []).append((plan, step))
-                elif isinstance(step, Capture):
-                    for site in step.sites:
-                        self._sites[id(step.sites.module(site))] = site
-                        self._captures.setdefault(id(step.sites.module(site)), []).append((plan, step))
-                elif isinstance(step, (Project, Exit)):
-                    step.label = step.label or plan.recipe
-                    self.counts.setdefault(step.label, Counter())
-                elif isinstance(step, Guide):
-                    self.guides.append((plan, step))
-                elif isinstance(step, Probe):
-                    self.probes.append((plan, step, readers_of(self, plan, step)))
-                elif isinstance(step, Branch):
-                    step.label = step.label or plan.recipe
-                    self.counts.setdefault(step.label, Counter())
-                    self.branches.append((plan, step, steps_of(self, plan, step)))
-                elif isinstance(step, Lookahead):
-                    step.label = step.label or plan.recipe
-                    self.counts.setdefault(step.label, Counter())
-                    self.lookaheads.append((plan, step, reader_of(self, plan, step)))
-                elif isinstance(step, Spans):
-                    self.spans.append(step)
+    # -- steps install themselves --------------------------------------------------------------------------------------
 
-        self.modules = {id(step.sites.module(site)) for _, step in self.act_steps() for site in step.sites}
+    @property
+    def steps(self) -> list[tuple[Plan, Step]]:
+        return [(plan, step) for plan in self.plans for step in plan.steps]
+
+    def check(self, facts: Facts, beside: Sequence[Session]) -> None:
+        """Raises UnsupportedError for a step that this model cannot serve, or that cannot be at work with those of the others."""
+        for plan, step in self.steps:
+            check = getattr(step, "check", None)
+            reason = check(facts) if callable(check) else f"no door serves a step of class {type(step).__name__}"
+            if reason:
+                raise UnsupportedError(f"recipe {plan.recipe!r} does not fit this model: {reason}")
+        together = [pair for session in (self, *beside) for pair in session.steps]
+        for plan, step in together:
+            reason = step.beside(plan, together)
+            if reason:
+                raise UnsupportedError(reason)
+
+    def install(self, host: Attachment) -> None:
+        """Lets every step install itself. Raises UnsupportedError for one that puts nothing on."""
+        for plan, step in self.steps:
+            if not step.install(host, self, plan):
+                raise UnsupportedError(
+                    f"recipe {plan.recipe!r} does not fit this model: its step {type(step).__name__} finds nothing here to act on"
+                )
+        for one in self.installed:
+            self.actions += one.actions
+            self.spans += one.spans
+            for site, module, editor in one.editors:
+                self._sites[id(module)] = site
+                self._editors.setdefault(id(module), []).append(editor)
+            for site, module, reader in one.readers:
+                self._sites[id(module)] = site
+                self._readers.setdefault(id(module), []).append(reader)
+        self.modules = {id(module) for _, module in self.acted}
         self.decoder_modules = {
             key for key, site in self._sites.items() if site.route == "attention_interface" and site.stack == "decoder"
         }
+
+    def uninstall(self) -> None:
+        """Takes its hooks away; safe to call twice."""
+        for one in self.installed:
+            for inner in one.nested:
+                inner.uninstall()
+            one.hooks.remove()
+
+    def handles(self) -> Handles:
+        """New handles for a step, which the session knows before anything is put on."""
+        self.installed.append(Handles())
+        return self.installed[-1]
+
+    def nest(self, handles: Handles, plan: Plan) -> Session:
+        """The steps of a plan as a session of its own, for passes of a door's own; never attached by itself. It counts with this one."""
+        inner = Session(self.model, [plan], isolated=self.isolated)
+        inner.counts = self.counts
+        handles.nested.append(inner)
+        inner.attachment = self.attachment
+        assert self.attachment is not None
+        inner.install(self.attachment)
+        return inner
+
+    def counter(self, label: str) -> Counter[str]:
+        """The counter {site name: times} under this label."""
+        return self.counts.setdefault(label, Counter())
+
+    @property
+    def nested(self) -> list[Session]:
+        """The sessions of steps that run passes of their own."""
+        return [inner for one in self.installed for inner in one.nested]
+
+    @property
+    def hooked(self) -> bool:
+        """Whether there are hooks of its steps on modules."""
+        return any(one.hooks for one in self.installed) or any(inner.hooked for inner in self.nested)
+
+    @property
+    def acted(self) -> list[tuple[Site, nn.Module]]:
+        """All that its steps act or look at when attention is computed, nested steps too."""
+        own = [(site, module) for one in self.installed for site, module, _ in (*one.editors, *one.readers)]
+        return [*own, *(pair for inner in self.nested for pair in inner.acted)]
 
     # -- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +209,6 @@ class Session:
             raise ReattendError(f"this session has ended and {gone}: apply the recipe again")
         self._model, self._last_model, self.mark, self.spans = model, None, Mark(), []
         self.plans = list(self._again(model))
-        self._prepare()
         self.ended = False
 
     def forget(self) -> None:
@@ -183,10 +218,8 @@ class Session:
             inner.forget()
         if self._last_model is None:
             self._last_model = _weak(self._model)
-        self._model = None
-        # passages that the user named are no part of the model
-        self.plans, self.probes, self.branches, self.lookaheads, self.guides = [], [], [], [], []
-        self._acts, self._captures, self._sites = {}, {}, {}
+        self._model, self.attachment, self.plans = None, None, []
+        self._drop()
 
     def __enter__(self) -> Session:
         return self.attach()
@@ -210,16 +243,6 @@ class Session:
 
     # -- what happens at a call --------------------------------------------------------------------------------------
 
-    def act_steps(self) -> list[tuple[Plan, Edits | Capture]]:
-        """The steps for which calls have to be intercepted."""
-        own = [(plan, step) for plan in self.plans for step in plan.steps if isinstance(step, (Edits, Capture))]
-        return [*own, *(item for inner in self.nested for item in inner.act_steps())]
-
-    @property
-    def nested(self) -> list[Session]:
-        """The steps of probes, branches and trials, which act in passes of their own."""
-        return [inner for _, _, inner in (*self.probes, *self.branches, *self.lookaheads)]
-
     def acts_at(self, module: nn.Module) -> bool:
         return id(module) in self._sites
 
@@ -227,68 +250,24 @@ class Session:
         """The site of a module that this session acts at, by the name that it has in this session's model."""
         return self._sites[id(module)]
 
-    def captures_at(self, module: nn.Module) -> list[tuple[Plan, Capture]]:
-        return self._captures.get(id(module), [])
+    def readers_at(self, module: nn.Module) -> list[Reader]:
+        return self._readers.get(id(module), [])
 
     def edits(self, module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
         """The edits of this session's recipes for one call, in the order of the recipes."""
         result: list[Edit] = []
-        for plan, act in self._acts.get(id(module), ()):
-            call.memory = forward.memory(plan.memory_key)
-            wanted = act.intervention(call)
-            if wanted is None:
-                continue
-            new = [wanted] if isinstance(wanted, Edit) else list(wanted)
-            if any(not e.is_identity for e in new):
-                assert call.site is not None
-                self.counts[act.label][call.site.name] += 1
+        for edit in self._editors.get(id(module), ()):
+            new = edit(call, forward)
             result += new
             call.edits += new
         return result
 
-
-Acting = Sequence["tuple[Session, Attachment]"]
-
-
-def acting_at(owners: Sequence[Attachment], module: nn.Module) -> list[tuple[Session, Attachment]]:
-    """The sessions that act at a module in this thread, in the order in which they began, each with the model it belongs to."""
-    if len(owners) == 1:
-        owner = owners[0]
-        return [(session, owner) for session in owner.active(module) if session.acts_at(module)]
-    acting = [(session, owner) for owner in owners for session in owner.active(module) if session.acts_at(module)]
-    return sorted(acting, key=lambda pair: pair[0].number)
-
-
-def edits_of(acting: Acting, module: nn.Module, call: Call, place: Callable[[Call, Site, Attachment], Forward]) -> list[Edit]:
-    """What all sessions do to one call, identities left out; their capture steps then read the call with these edits.
-
-    place(call, site, attachment) tells the call where it stands in a session's model: its clock, its tokens.
-    """
-    edits: list[Edit] = []
-    at: Any = None
-    for session, owner in acting:
-        site = session.site_at(module)
-        if at != (id(owner), site.name):
-            at, call.site = (id(owner), site.name), site
-            forward = place(call, site, owner)
-        edits += session.edits(module, call, forward)
-    edits = [edit for edit in edits if not edit.is_identity]
-    for session, owner in acting:
-        captures = session.captures_at(module)
-        if not captures:
-            continue
-        site = session.site_at(module)
-        if at != (id(owner), site.name):
-            at, call.site = (id(owner), site.name), site
-            forward = place(call, site, owner)
-        for plan, step in captures:
-            call.memory = forward.memory(plan.memory_key)
-            # the pass of a probe says itself whether it has gradients
-            with torch.set_grad_enabled(forward.probe is not None and torch.is_grad_enabled()):
-                step.reader(call, edits)
-            if forward.probe is not None:
-                forward.probe.read(step, module)
-    return edits
+    def ready(self, call: RootCall) -> None:
+        """Before the first layer of a prompt or a run. Raises ReattendError for a step that cannot serve it."""
+        for plan, step in self.steps:
+            reason = step.ready(call)
+            if reason:
+                raise ReattendError(f"{plan.recipe}: {reason}")
 
 
 def _weak(model: Any) -> Any:

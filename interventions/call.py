@@ -47,7 +47,8 @@ class Clock:
     """When a call happens.
 
     phase: "prefill" | "decode" | "denoise" | "encode". step counts decode or denoising steps from 0; steps is their number
-    if known. `branches` maps "conditional", "unconditional" and the names of guide branches to bool [batch] rows.
+    if known. `branches` maps "conditional", "unconditional" and the names of guide branches to bool [batch] rows. source [batch] long:
+    which of the user's rows each row was copied from, where a guide has added rows; None where all rows are the user's.
     """
 
     phase: str
@@ -55,6 +56,7 @@ class Clock:
     steps: int | None = None
     timestep: float | None = None
     branches: Mapping[str, Tensor] = field(default_factory=dict)
+    source: Tensor | None = None
 
     def rows(self, branch: str, batch: int) -> Tensor | None:
         """Bool [batch] rows of a branch, repeated when a site folds frames or positions into the batch; None if absent."""

@@ -27,9 +27,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from ..hooks import Capture, Edits, Probe, SiteTable, Support
+from ..hooks import Capture, Edits, Probe, Question, SiteTable, Support
 from ..hooks.plan import Step
-from ..hooks.tokens.question import Question
 from ..interventions import Call, Edit, ReattendWarning, require_whole
 from ..interventions.families.gaze import (
     Focus,

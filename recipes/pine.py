@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Edits, SiteTable, Support
+from ..hooks import Edits, Segments, SiteTable, Support
 from ..hooks.plan import Step
 from ..hooks.sites.rotary import rotary_misfit
-from ..hooks.tokens.segments import Segments, role_of
+from ..hooks.tokens.segments import role_of
 from ..interventions import Call, Rearrange
 from ..interventions.families.order import Layout, rearranged
 from .kit.base import Info, Recipe

@@ -29,8 +29,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ..hooks import Project, Projection, SiteTable, Support
-from ..hooks.doors.taps import projection_misfit
+from ..hooks import Projected, Projection, SiteTable, Support
+from ..hooks.doors.projection import projection_misfit
 from ..hooks.plan import Step
 from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
@@ -202,16 +202,16 @@ class SEKA(Recipe):
             stretch = self.adapting(profile, entry) if self.adaptive else self.fixed(profile, entry)
             if stretch is not None:
                 here = chosen.where(lambda s, site=site: s is site)
-                steps.append(Project(here, functools.partial(self.edit, role, stretch), query=self.adaptive))
+                steps.append(Projection(here, functools.partial(self.edit, role, stretch), query=self.adaptive))
         return steps
 
-    def edit(self, role: str, stretch: Any, seen: Projection) -> ProjectKey | None:
+    def edit(self, role: str, stretch: Any, seen: Projected) -> ProjectKey | None:
         """k += (change of k) on the marked tokens of this pass; nothing where there is none, so nothing at decode."""
         rows = marked_rows(role, seen)
         return None if rows is None else stretch(rows, seen)
 
     def fixed(self, profile: Profile, layer: int) -> Any:
-        """A function (rows, Projection) -> ProjectKey with the projections of one layer, or None where no head moves enough."""
+        """A function (rows, Projected) -> ProjectKey with the projections of one layer, or None where no head moves enough."""
         keep = profile.tensors[f"{layer}.{DISTANCES[self.distance]}"] >= self.min_diff
         change = self.strength * subspaces(profile, f"{layer}.relevant").onto(self.top_pct)
         if self.negative_gain is not None:
@@ -225,7 +225,7 @@ class SEKA(Recipe):
             return None
         on: dict[torch.device, Tensor] = {}
 
-        def stretch(rows: Tensor, seen: Projection) -> ProjectKey:
+        def stretch(rows: Tensor, seen: Projected) -> ProjectKey:
             device = seen.key.device
             on.setdefault(device, change.to(device))
             return ProjectKey(projection=on[device], heads=heads, rows=rows, feature=self.feature)
@@ -242,7 +242,7 @@ class SEKA(Recipe):
         top = None if self.rule == "all_weighted" else self.top_k
         on: dict[torch.device, Subspaces] = {}
 
-        def stretch(rows: Tensor, seen: Projection) -> ProjectKey:
+        def stretch(rows: Tensor, seen: Projected) -> ProjectKey:
             device = seen.key.device
             known = on.setdefault(device, Subspaces(vectors.to(device), experts.values.to(device)))
             # one axis for the batch between experts and heads
@@ -299,7 +299,7 @@ def known_layers(profile: Profile) -> list[int]:
     return sorted(int(name.partition(".")[0]) for name in profile.tensors if name.endswith(".relevant.values"))
 
 
-def marked_rows(role: str, seen: Projection) -> Tensor | None:
+def marked_rows(role: str, seen: Projected) -> Tensor | None:
     """Bool [B, T] on the keys' device, or None where none of this pass's tokens is marked. Found once per pass for all layers."""
     tokens, width, device = seen.tokens, seen.key.shape[2], seen.key.device
     since = getattr(seen.memory, "since", 0)
@@ -316,7 +316,7 @@ def marked_rows(role: str, seen: Projection) -> Tensor | None:
     return known[1]
 
 
-def last_queries(seen: Projection) -> Tensor:
+def last_queries(seen: Projected) -> Tensor:
     """Float32 [B, Hkv, D]: the unit query of the last prompt token of each row in this pass, mean over the heads of a group."""
     assert seen.query is not None
     real = seen.rows("prompt")

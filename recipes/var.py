@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Edits, Observe, Plan, SiteTable, Support, attach, sites
-from ..hooks.plan import Observation, Step
+from ..hooks import Edits, Observation, Observe, Plan, SiteTable, Support, attach, sites
+from ..hooks.plan import Step
 from ..hooks.sites.discovery import unwrapped_model
 from ..hooks.tokens.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, require_whole

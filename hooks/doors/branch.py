@@ -2,35 +2,97 @@
 
 A branch's prompt is made before the real pass; its own pass runs nested in the forward hook after it, so that the fused logits leave the
 model in the place of its own, and `generate` with all of its processors, beams and drafts needs no change. While a branch runs,
-`Attachment.active` answers with the branch's own edits alone, as for a probe.
+the model's hooks answer with the branch's own edits alone, as for a probe.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...interventions import ReattendError
-from ..plan import Branch, Fusion, Plan, Prompt
+from ...interventions import Clock, ReattendError, TokenMap
+from ..actions import Action, Rank, RootCall
+from ..handles import Handles, Holder
+from ..host import Host, TokenTracker
+from ..passes import Forward, Running
+from ..plan import Facts, Plan, Step
+from ..prompts.prompt import Prompt
 from ..prompts.text_only import PER_TOKEN
+from ..protocols import Steered
 from ..trackers.caches import cache_in, cache_name, cache_of
-from ..trackers.positions import positions_misfit, with_positions
+from ..trackers.positions import install_positions, positions_misfit, with_positions
 from ..trackers.sides import Side, follow, recording_cache, records_past, width_of
-from .probe import Running, plain_arguments
-
-if TYPE_CHECKING:
-    from ..passes import Forward
-    from ..session import Session
-    from ..trackers.sequence import SequenceTracker
+from .probe import plain_arguments
 
 IN_PIECES = (
     "a branch starts from the whole prompt, but this prompt comes in pieces or goes on with a cache that this session has not seen "
     "grow: pass the whole text at once (prefill_chunk_size=None), without the cache of an earlier turn"
 )
+
+
+@dataclass
+class Fusion:
+    """What a branch's formula sees at one step: logits [B, n, V] of the real pass and of each branch, for the same n positions.
+
+    n is 1 but where drafted tokens are checked (assisted decoding). clock, tokens and memory are those of the real pass.
+    """
+
+    logits: Tensor
+    others: list[Tensor]
+    clock: Clock
+    tokens: TokenMap
+    memory: dict[Any, Any]
+
+
+@dataclass
+class Branch(Step):
+    """Decoding branches: the same model with other prompts, which go on with the same tokens; fuse(Fusion) -> logits [B, n, V].
+
+    inputs: for each branch a function of the Prompt, before the pass that starts a sequence, to the arguments of the branch's prompt;
+    None from any of them: this prompt needs no branch. An argument `position_ids` that is left as it was (also if it was absent) says
+    that the branch has the columns and positions of the real pass at every step; else rows must be padded on the left and their
+    positions [..., B, T] given. `later_attention_mask` [B, T]: the prompt's mask from the second pass on, if it is another.
+    Each branch has a cache of its own, is edited by `steps` alone, and has gradients where the real pass has them. The logits of the
+    last position of every row leave the model fused, in every pass, so samplers, beams and processors see no others. Counted as
+    "logits" under `label`. A further part of the prompt that would need a branch after the first did not is refused.
+    """
+
+    inputs: Sequence[Callable[[Prompt], dict[str, Any] | None]]
+    fuse: Callable[[Fusion], Tensor]
+    steps: Sequence[Step] = ()
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ReattendError("a branch step needs at least one function that makes a branch's prompt")
+
+    def check(self, facts: Facts) -> str:
+        reasons = (step.check(facts) for step in self.steps)
+        return (
+            facts.without_tokens("its step Branch goes on with other prompts")
+            or branch_misfit(facts.root)
+            or next((reason for reason in reasons if reason), "")
+        )
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        handles, label = session.handles(), self.label or plan.recipe
+        install_positions(host, handles)
+        # the steps count with the recipe's, and remember apart from it: what the real pass has learned need not hold here
+        own = session.nest(handles, Plan(plan.recipe, list(self.steps)))
+        pair = _Pair(self, plan, own, host.tracker)
+
+        def after(call: RootCall) -> None:
+            if pair.fuse(call):
+                session.counts[label]["logits"] += 1
+
+        session.counter(label)
+        handles.act(Action(Rank.BRANCHES, pair.prepare, after))
+        return handles
 
 
 def branch_misfit(root: nn.Module | None) -> str:
@@ -46,131 +108,113 @@ def branch_misfit(root: nn.Module | None) -> str:
     return ""
 
 
-def steps_of(session: Session, plan: Plan, step: Branch) -> Session:
-    """The edits and readers of a branch as a session of its own, never attached by itself. They count with the recipe's, and remember
-    apart from it: what the real pass has learned about its tokens need not hold here."""
-    from ..session import Session
+class _Pair:
+    """A branch step at work on one model: own holds the steps that act in its passes."""
 
-    inner = Session(session.model, [Plan(plan.recipe, list(step.steps))], isolated=session.isolated)
-    for label, counter in inner.counts.items():
-        session.counts.setdefault(label, counter)
-    inner.counts = session.counts
-    return inner
+    def __init__(self, step: Branch, plan: Plan, own: Steered, tracker: TokenTracker) -> None:
+        self.step, self.plan, self.own, self.tracker = step, plan, own, tracker
 
+    def prepare(self, call: RootCall) -> None:
+        """Before a pass: makes the prompts of all branches, or sees to it that this pass goes on with what they know.
 
-def prepare_branches(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], sessions: list[Session]) -> None:
-    """Before a pass: makes the prompts of all branches, or sees to it that this pass goes on with what they know.
+        Raises ReattendError for prompts that branches cannot follow.
+        """
+        forward, given, recipe = call.forward, call.given, self.plan.recipe
+        if forward is None or forward.tokens is None or forward.sequence is None:
+            raise ReattendError(f"{recipe}: a branch needs tokens to share: call the whole model with input_ids")
+        if given.get("labels") is not None:
+            raise ReattendError(f"{recipe}: a loss from labels would be that of the plain model: take it from the logits")
+        if given.get("return_dict") is False:
+            raise ReattendError(f"{recipe}: logits are fused in the model's output: leave return_dict as it is (True)")
+        store = forward.memory(self.own)
+        if forward.fresh:
+            store.update(sides=self._sides(forward, given), length=0)
+            return
+        if "sides" in store and store["sides"] is None:
+            if forward.clock.phase == "prefill" and self._wanted(forward, given):
+                raise ReattendError(f"{recipe}: {IN_PIECES}")
+            return
+        past = forward.tokens.length - width_of(given)
+        if "sides" not in store or forward.clock.phase == "prefill" or store["length"] < past:
+            raise ReattendError(f"{recipe}: {IN_PIECES}")
+        if given.get("input_ids") is None:
+            raise ReattendError(f"{recipe}: a branch goes on with the same tokens: pass input_ids, not inputs_embeds")
 
-    Raises ReattendError for prompts that branches cannot follow.
-    """
-    for session in sessions:
-        for plan, step, own in session.branches:
-            tokens, sequence = forward.tokens, forward.sequence
-            if tokens is None or sequence is None:
-                raise ReattendError(f"{plan.recipe}: a branch needs tokens to share: call the whole model with input_ids")
-            if given.get("labels") is not None:
-                raise ReattendError(
-                    f"{plan.recipe}: a loss from labels would be that of the plain model: take it from the logits"
-                )
-            if given.get("return_dict") is False:
-                raise ReattendError(f"{plan.recipe}: logits are fused in the model's output: leave return_dict as it is (True)")
-            store = forward.memory(own)
-            if forward.fresh:
-                store.update(sides=_sides(tracker, forward, given, plan, step), length=0)
-                continue
-            if "sides" in store and store["sides"] is None:
-                if forward.clock.phase == "prefill" and _wanted(tracker, forward, given, step):
-                    raise ReattendError(f"{plan.recipe}: {IN_PIECES}")
-                continue
-            past = tokens.length - width_of(given)
-            if "sides" not in store or forward.clock.phase == "prefill" or store["length"] < past:
-                raise ReattendError(f"{plan.recipe}: {IN_PIECES}")
-            if given.get("input_ids") is None:
-                raise ReattendError(f"{plan.recipe}: a branch goes on with the same tokens: pass input_ids, not inputs_embeds")
+    def _wanted(self, forward: Forward, given: dict[str, Any]) -> bool:
+        """Whether a prompt that had no need of branches so far has one now: with another chunk, or with the next turn."""
+        tokens, sequence, ids = forward.tokens, forward.sequence, given.get("input_ids")
+        assert tokens is not None and sequence is not None
+        arguments = plain_arguments(given, tokens)
+        if isinstance(ids, Tensor):
+            known = sequence.ids(tokens.prompt_length, ids.device)
+            arguments["input_ids"] = known  # the whole of it, not this part alone
+            arguments["attention_mask"] = (~tokens.positions("padding", 0, known.shape[1], known.device)).long()
+        prompt = Prompt(arguments, tokens, getattr(self.tracker.root, "config", None), {})
+        return all(inputs(prompt) is not None for inputs in self.step.inputs)
 
+    def _sides(self, forward: Forward, given: dict[str, Any]) -> list[Side] | None:
+        """The branches of a prompt; None where the recipe wants none."""
+        tokens, root, plan = forward.tokens, self.tracker.root, self.plan
+        assert tokens is not None
+        arguments = plain_arguments(given, tokens)
+        width = tokens.prompt_length
+        for name in ("input_ids", "attention_mask", "position_ids", *PER_TOKEN):
+            value = arguments.get(name)
+            if isinstance(value, Tensor) and value.shape[-1] > width:
+                arguments[name] = value[..., :width]  # drafts after the prompt
+        sides = []
+        for inputs in self.step.inputs:
+            prompt = Prompt(dict(arguments), tokens, getattr(root, "config", None), forward.memory(plan.memory_key))
+            changed = inputs(prompt)
+            if changed is None:
+                return None
+            mirrored = changed.get("position_ids") is arguments.get("position_ids")
+            shared = changed.get("input_ids") is arguments.get("input_ids") and "inputs_embeds" not in changed
+            if mirrored and width_of(changed) != width:
+                raise ReattendError("a branch whose prompt has another length needs position_ids of its own")
+            misfit = positions_misfit(prompt.config) if mirrored else ""
+            if misfit and changed.get("attention_mask") is not arguments.get("attention_mask"):
+                raise ReattendError(f"{plan.recipe}: {type(root).__name__} cannot leave other tokens in their places: {misfit}")
+            seen = tokens
+            if not shared:
+                embeds, mask = changed.get("inputs_embeds"), changed.get("attention_mask")
+                seen = self.tracker.new_map(changed.get("input_ids"), embeds, mask, changed)
+            sides.append(Side(changed, mirrored, seen, shared))
+        return sides
 
-def _wanted(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], step: Branch) -> bool:
-    """Whether a prompt that had no need of branches so far has one now: with another chunk, or with the next turn."""
-    tokens, sequence, ids = forward.tokens, forward.sequence, given.get("input_ids")
-    assert tokens is not None and sequence is not None
-    arguments = plain_arguments(given, tokens)
-    if isinstance(ids, Tensor):
-        known = sequence.ids(tokens.prompt_length, ids.device)
-        arguments["input_ids"] = known  # the whole of it, not this part alone
-        arguments["attention_mask"] = (~tokens.positions("padding", 0, known.shape[1], known.device)).long()
-    prompt = Prompt(arguments, tokens, getattr(tracker.root, "config", None), {})
-    return all(inputs(prompt) is not None for inputs in step.inputs)
+    def fuse(self, call: RootCall) -> bool:
+        """After a pass: runs the branches on its tokens and puts the fused logits into its output; False where there are none.
 
-
-def _sides(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan: Plan, step: Branch) -> list[Side] | None:
-    """The branches of a prompt; None where the recipe wants none."""
-    tokens = forward.tokens
-    assert tokens is not None
-    arguments = plain_arguments(given, tokens)
-    width = tokens.prompt_length
-    for name in ("input_ids", "attention_mask", "position_ids", *PER_TOKEN):
-        value = arguments.get(name)
-        if isinstance(value, Tensor) and value.shape[-1] > width:
-            arguments[name] = value[..., :width]  # drafts behind the prompt
-    sides = []
-    for inputs in step.inputs:
-        prompt = Prompt(dict(arguments), tokens, getattr(tracker.root, "config", None), forward.memory(plan.memory_key))
-        changed = inputs(prompt)
-        if changed is None:
-            return None
-        mirrored = changed.get("position_ids") is arguments.get("position_ids")
-        shared = changed.get("input_ids") is arguments.get("input_ids") and "inputs_embeds" not in changed
-        if mirrored and width_of(changed) != width:
-            raise ReattendError("a branch whose prompt has another length needs position_ids of its own")
-        misfit = positions_misfit(prompt.config) if mirrored else ""
-        if misfit and changed.get("attention_mask") is not arguments.get("attention_mask"):
-            raise ReattendError(
-                f"{plan.recipe}: {type(tracker.root).__name__} cannot leave other tokens in their places: {misfit}"
-            )
-        seen = tokens
-        if not shared:
-            embeds, mask = changed.get("inputs_embeds"), changed.get("attention_mask")
-            seen = tracker._new_map(changed.get("input_ids"), embeds, mask, changed, [])
-        sides.append(Side(changed, mirrored, seen, shared))
-    return sides
-
-
-def fuse_branches(
-    tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, sessions: list[Session]
-) -> None:
-    """After a pass: runs the branches on its tokens and puts the fused logits into its output.
-
-    Raises ReattendError where the output has no logits to be replaced.
-    """
-    for session in sessions:
-        for plan, step, own in session.branches:
-            store = forward.memory(own)
-            if store.get("sides") is None:
-                continue
-            logits = getattr(output, "logits", None)
-            given = with_positions(given, forward.positions)
-            if not isinstance(logits, Tensor):
-                raise ReattendError(f"{plan.recipe}: {type(output).__name__} holds no logits to fuse; pass return_dict=True")
-            tokens = forward.tokens
-            assert tokens is not None and forward.sequence is not None
-            width = width_of(given)
-            count = 1 + tokens.length - tokens.prompt_length if forward.fresh else width
-            if not forward.fresh and cache_of(output) is None:
-                count = 1  # without a cache every pass holds the whole text again
-            columns = _columns(forward, width, count)
-            others = [_advance(tracker, forward, given, output, store, side, own, columns) for side in store["sides"]]
-            store["length"] = tokens.length
-            place = _place(logits, given, width, columns)
-            real = logits if place is None else logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
-            fused = step.fuse(Fusion(real, others, forward.clock, tokens, forward.memory(plan.memory_key))).to(logits.dtype)
-            if place is not None:
-                fused = logits.scatter(1, place[..., None].expand(-1, -1, logits.shape[2]), fused)
-            output.logits = fused
-            session.counts[step.label]["logits"] += 1
+        Raises ReattendError where the output has no logits to be replaced.
+        """
+        forward, output, plan = call.forward, call.output, self.plan
+        assert forward is not None and forward.tokens is not None and forward.sequence is not None
+        store, tokens = forward.memory(self.own), forward.tokens
+        if store.get("sides") is None:
+            return False
+        logits = getattr(output, "logits", None)
+        given = with_positions(call.given, forward.positions)
+        if not isinstance(logits, Tensor):
+            raise ReattendError(f"{plan.recipe}: {type(output).__name__} holds no logits to fuse; pass return_dict=True")
+        width = width_of(given)
+        count = 1 + tokens.length - tokens.prompt_length if forward.fresh else width
+        if not forward.fresh and cache_of(output) is None:
+            count = 1  # without a cache every pass holds the whole text again
+        columns = _columns(forward, width, count)
+        others = [_advance(self.tracker, forward, given, output, store, side, self.own, columns) for side in store["sides"]]
+        store["length"] = tokens.length
+        place = _place(logits, given, width, columns)
+        real = logits if place is None else logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
+        step = Fusion(real, others, forward.clock, tokens, forward.memory(plan.memory_key))
+        fused = self.step.fuse(step).to(logits.dtype)
+        if place is not None:
+            fused = logits.scatter(1, place[..., None].expand(-1, -1, logits.shape[2]), fused)
+        output.logits = fused
+        return True
 
 
 def _advance(
-    tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, store: dict, side: Side, own: Session, columns: Tensor
+    tracker: TokenTracker, forward: Forward, given: dict[str, Any], output: Any, store: dict, side: Side, own: Steered, columns: Tensor
 ) -> Tensor:  # fmt: skip
     """The branch's logits [B, count, V] for the same new tokens."""
     tokens, cache = forward.tokens, cache_of(output)
@@ -209,12 +253,8 @@ def _advance(
     )
 
 
-def _run(
-    tracker: SequenceTracker, forward: Forward, side: Side, own: Session, arguments: dict[str, Any], keep: int | None
-) -> Any:
+def _run(tracker: TokenTracker, forward: Forward, side: Side, own: Steered, arguments: dict[str, Any], keep: int | None) -> Any:
     """A nested pass of the model, edited by the branch's own steps alone."""
-    from ..passes import Forward
-
     root = tracker.root
     assert root is not None and forward.tokens is not None
     parameters = tracker.signature.parameters
@@ -224,31 +264,19 @@ def _run(
     arguments = {k: v for k, v in arguments.items() if v is not None and (k in parameters or open_ended)}
     if not side.shared:
         side.tokens.length = side.prompt + forward.tokens.length - forward.tokens.prompt_length
-    outer = tracker.local.stack
-    running, cache = Running(own, None), cache_in(arguments)
-    tracker.local.stack = [
-        Forward(forward.clock, side.tokens, forward.sequence, fresh=forward.fresh, probe=running, cache=cache)
-    ]
-    try:
-        with _own_offsets(tracker, side):  # with gradients where the real pass has them
-            return root(**arguments)
-    finally:
-        tracker.local.stack = outer
+    running, cache = Running(own), cache_in(arguments)
+    facts = Forward(forward.clock, side.tokens, forward.sequence, fresh=forward.fresh, probe=running, cache=cache)
+    with tracker.aside(facts), _own_offsets(tracker, side):  # with gradients where the real pass has them
+        return root(**arguments)
 
 
 @contextlib.contextmanager
-def _own_offsets(tracker: SequenceTracker, side: Side) -> Iterator[None]:
-    """Multimodal RoPE keeps its offset on a module: inside, that of the branch stands there."""
-    modules = tracker.offset_modules
-    kept = [m.rope_deltas for m in modules]
-    for module, value in zip(modules, side.offsets or ()):
+def _own_offsets(tracker: TokenTracker, side: Side) -> Iterator[None]:
+    """Multimodal RoPE keeps its offset on a module, which `aside` puts back: inside, that of the branch stands there."""
+    for module, value in zip(tracker.offset_modules, side.offsets or ()):
         module.rope_deltas = value
-    try:
-        yield
-        side.offsets = [m.rope_deltas for m in modules]
-    finally:
-        for module, value in zip(modules, kept):
-            module.rope_deltas = value
+    yield
+    side.offsets = [module.rope_deltas for module in tracker.offset_modules]
 
 
 # -- which positions are fused -------------------------------------------------------------------------------------------

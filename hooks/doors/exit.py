@@ -1,8 +1,8 @@
-"""The tokens door: tokens of some roles leave the sequence behind a layer, so that the layers there run on fewer rows and keep fewer keys.
+"""The tokens door: tokens of some roles leave the sequence after a layer, so that the layers there run on fewer rows and keep fewer keys.
 
-At the first layer behind the exit a pass over a prompt is shortened to the tokens that stay, with their own positions and their part of
-the mask; behind the last layer it gets its old length back, where tokens that left keep the state in which they entered the exit. The
-layers behind have shorter caches of their own; which position each of their keys has is kept with the sequence, and every later pass
+At the first layer after the exit a pass over a prompt is shortened to the tokens that stay, with their own positions and their part of
+the mask; after the last layer it gets its old length back, where tokens that left keep the state in which they entered the exit. The
+layers after have shorter caches of their own; which position each of their keys has is kept with the sequence, and every later pass
 gets its mask for these keys. Padding leaves with the rest. Where rows of a batch keep different numbers of tokens, some that should
 have left fill the shorter rows and are seen by nobody.
 """
@@ -11,20 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...interventions import ReattendError, Site, TokenMap, UnsupportedError
-from ..plan import Capture, Edits, Exit, Observe, Plan, Project, ReadProjection
+from ..handles import Handles, Holder
+from ..host import Host
+from ..plan import Facts, Plan, Step, sites_misfit
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
 from ..trackers.caches import NAMES, cache_in
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..session import Session
 
 # Types of language models whose layers are known to take nothing per token but what this door shortens.
 TESTED = (
@@ -34,8 +32,46 @@ REMEDY = "hiding the tokens instead of taking them out gives the same answers"
 
 
 @dataclass
+class Exit(Step):
+    """Tokens of `roles` leave the sequence before `sites`: all decoder layers from some layer on, in their order.
+
+    In every pass that reads a prompt the layers of `sites` run without these tokens (and without padding) and keep no keys of them;
+    all others see what they would see if nobody there attended to these tokens. The pass's output has its full length: tokens that
+    left have the state in which they entered. Counted at each of `sites` for every pass in which tokens left.
+    No other step may act or look at `sites`. A cache that was filled under an exit can only be used under the same session.
+    """
+
+    sites: SiteTable
+    roles: Sequence[str]
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.roles:
+            raise ReattendError("an exit needs at least one role whose tokens leave")
+
+    def check(self, facts: Facts) -> str:
+        return (
+            facts.without_tokens("its step Exit lets tokens of a prompt leave")
+            or sites_misfit(self.sites)
+            or token_exit_misfit(self.sites)
+        )
+
+    def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
+        return exit_conflict(plan, self, others)
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        session.counter(self.label or plan.recipe)
+        layers = [(site, layer_module(session.model, site.name)) for site in self.sites]
+        handles = session.handles()
+        for site, layer in layers:
+            handles.before(layer, _entering(host, session, plan, self, site, site is layers[0][0]), kwargs=True)
+        handles.after(layers[-1][1], _leaving(host, session, plan))
+        return handles
+
+
+@dataclass
 class Keys:
-    """What the layers behind the exit hold keys of: absolute position [B, n] long, and which keys nobody sees, bool [B, n]."""
+    """What the layers after the exit hold keys of: absolute position [B, n] long, and which keys nobody sees, bool [B, n]."""
 
     position: Tensor
     filler: Tensor
@@ -49,7 +85,7 @@ class Keys:
 
 @dataclass
 class Shortened:
-    """One pass behind the exit. index [B, K] long: the new tokens that stay (None: all). new, keys: own keys and all of them."""
+    """One pass after the exit. index [B, K] long: the new tokens that stay (None: all). new, keys: own keys and all of them."""
 
     index: Tensor | None
     new: Keys
@@ -72,52 +108,37 @@ def token_exit_misfit(table: SiteTable) -> str:
     return ""
 
 
-def exit_conflict(sessions: Sequence[Session]) -> str:
-    """Why these sessions cannot run together: a step behind another one's exit would take columns for other tokens; or ""."""
-    exits = [(plan, step) for s in sessions for plan in s.plans for step in plan.steps if isinstance(step, Exit)]
-    if len(exits) > 1:
-        return f"{exits[0][0].recipe!r} and {exits[1][0].recipe!r} both let tokens leave the sequence: only one can"
-    for plan, step in exits:
-        gone = {site.name for site in step.sites}
-        for session in sessions:
-            for other in session.plans:
-                for item in other.steps:
-                    if isinstance(item, (Edits, Capture, Observe, Project, ReadProjection)):
-                        hit = next((site.name for site in item.sites if site.name in gone), None)
-                        if hit is not None:
-                            return (
-                                f"recipe {other.recipe!r} acts or looks at {hit}, where recipe {plan.recipe!r} has taken tokens out of "
-                                f"the sequence: {REMEDY}, and goes together with other recipes"
-                            )
+def exit_conflict(plan: Plan, step: Exit, others: Sequence[tuple[Plan, Step]]) -> str:
+    """Why these steps cannot run beside an exit: one that comes after it would take columns for other tokens; or ""."""
+    gone = {site.name for site in step.sites}
+    for other, item in others:
+        if item is step:
+            continue
+        if isinstance(item, Exit):
+            return f"{plan.recipe!r} and {other.recipe!r} both let tokens leave the sequence: only one can"
+        hit = next((site.name for site, _ in item.where if site.name in gone), None)
+        if hit is not None:
+            return (
+                f"recipe {other.recipe!r} acts or looks at {hit}, where recipe {plan.recipe!r} has taken tokens out of "
+                f"the sequence: {REMEDY}, and goes together with other recipes"
+            )
     return ""
 
 
-def install_exit(attachment: Attachment, session: Session, plan: Plan, step: Exit) -> None:
-    """Puts hooks on the layers behind the exit. Raises UnsupportedError for models that this door does not know."""
-    misfit = token_exit_misfit(step.sites)
-    if misfit:
-        raise UnsupportedError(f"recipe {plan.recipe!r} does not fit this model: {misfit}")
-    layers = [(site, layer_module(session.model, site.name)) for site in step.sites]
-    first, last = layers[0][0], layers[-1][1]
-    for site, layer in layers:
-        session.handles.before(layer, _entering(attachment, session, plan, step, site, site is first), kwargs=True)
-    session.handles.after(last, _leaving(attachment, session, plan))
-
-
 def _entering(
-    attachment: Attachment, session: Session, plan: Plan, step: Exit, site: Site, first: bool
+    host: Host, session: Holder, plan: Plan, step: Exit, site: Site, first: bool
 ) -> Callable[..., tuple[tuple, dict] | None]:
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        active = attachment.active()
+        active = host.active()
         if session not in active:
             return None
-        forward = attachment.tracker.current()
+        forward = host.tracker.current()
         memory = forward.memory(plan.memory_key)
         hidden = args[0] if args else kwargs.get("hidden_states")
         if len(args) > 1 or not isinstance(hidden, Tensor):
             raise UnsupportedError(f"the layer of {site.name} is called in another way than those that tokens can leave")
         if first:
-            conflict = exit_conflict(active)
+            conflict = exit_conflict(plan, step, [(p, other) for one in active for p in one.plans for other in p.steps])
             if conflict:
                 raise UnsupportedError(conflict)
             if forward.tokens is None:
@@ -126,7 +147,7 @@ def _entering(
             memory["pass"] = _begin(memory, forward.tokens, step.roles, cache, site.layer, hidden)
         now: Shortened = memory["pass"]
         if now.acts:
-            session.counts[step.label][site.name] += 1
+            session.counts[step.label or plan.recipe][site.name] += 1
         if first and now.index is not None:
             now.entered = hidden
             hidden = _taken(hidden, now.index, 1)
@@ -138,11 +159,11 @@ def _entering(
     return enter
 
 
-def _leaving(attachment: Attachment, session: Session, plan: Plan) -> Callable[..., Any]:
+def _leaving(host: Host, session: Holder, plan: Plan) -> Callable[..., Any]:
     def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        if output is None or session not in attachment.active():
+        if output is None or session not in host.active():
             return None
-        now: Shortened | None = attachment.tracker.current().memory(plan.memory_key).pop("pass", None)
+        now: Shortened | None = host.tracker.current().memory(plan.memory_key).pop("pass", None)
         if now is None or now.index is None or now.entered is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
@@ -154,7 +175,7 @@ def _leaving(attachment: Attachment, session: Session, plan: Plan) -> Callable[.
 
 
 def _begin(memory: dict[Any, Any], tokens: TokenMap, roles: Sequence[str], cache: Any, layer: int, hidden: Tensor) -> Shortened:
-    """Who stays in this pass, and the keys that the layers behind the exit will hold after it."""
+    """Who stays in this pass, and the keys that the layers after the exit will hold after it."""
     batch, length = hidden.shape[:2]
     past = tokens.length - length
     old = _held(memory.get("keys"), cache, layer, past, batch)
@@ -180,7 +201,7 @@ def _begin(memory: dict[Any, Any], tokens: TokenMap, roles: Sequence[str], cache
 
 
 def _held(known: Keys | None, cache: Any, layer: int, past: int, batch: int) -> Keys | None:
-    """The keys that the cache of the first layer behind the exit holds already; None for none."""
+    """The keys that the cache of the first layer after the exit holds already; None for none."""
     if cache is None:
         return None
     own = cache.layers[layer] if layer < len(getattr(cache, "layers", ())) else None
@@ -192,7 +213,7 @@ def _held(known: Keys | None, cache: Any, layer: int, past: int, batch: int) -> 
     count = 0 if own is None else int(own.get_seq_length())
     if not count:
         if past:
-            raise ReattendError("the layers behind the exit have no keys of the tokens before: pass the prompt's own cache")
+            raise ReattendError("the layers after the exit have no keys of the tokens before: pass the prompt's own cache")
         return None
     shorter = known is not None and known.position.shape[1] > count
     known = known if known is None else known.first(count)
@@ -213,7 +234,7 @@ def _grows(layer: Any) -> bool:
 
 
 def _shortened(name: str, value: Any, now: Shortened, site: Site) -> Any:
-    """An argument of a layer behind the exit, for the tokens that stay."""
+    """An argument of a layer after the exit, for the tokens that stay."""
     if name == "attention_mask":
         return _mask(value, now)
     if now.index is None or name in NAMES:
@@ -238,7 +259,7 @@ def _taken(value: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def _mask(mask: Any, now: Shortened) -> Tensor | None:
-    """The mask of a layer behind the exit: the model's own, its rows and columns those of the tokens that stayed."""
+    """The mask of a layer after the exit: the model's own, its rows and columns those of the tokens that stayed."""
     keys, rows = now.keys, now.new.position
     if mask is None:
         if not now.fillers and (rows.shape[1] == 1 or rows.shape[1] == keys.position.shape[1]):

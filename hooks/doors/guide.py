@@ -9,19 +9,20 @@ QwenImage) sees it shifted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...interventions import Clock, ReattendError, UnsupportedError
-from ..plan import Guide
-
-if TYPE_CHECKING:
-    from ..session import Session
-    from ..trackers.denoising_run import Run
+from ..actions import Action, Rank, RootCall
+from ..handles import Handles, Holder
+from ..host import Host
+from ..plan import Facts, Plan, Step
+from ..trackers.denoising_run import Run
 
 # Arguments that are shared by all rows, whatever their first dimension happens to be.
 SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "ip_adapter_masks"}
@@ -29,6 +30,52 @@ SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "ip_adapter_masks"}
 FOLDED = {"encoder_hidden_states", "encoder_attention_mask", "image_embeds", "ip_hidden_states"}
 # Lists with one entry per sample that are not tensors.
 PER_SAMPLE = {"img_shapes", "txt_seq_lens"}
+
+
+@dataclass
+class Guide(Step):
+    """One more denoiser branch per conditional row, in the same batch, with the edits that name its rows.
+
+    prediction' = prediction + scale * (conditional - branch), added to both halves under classifier-free guidance, so that the
+    pipeline's own formula gives eps_u + s (eps_c - eps_u) + scale (eps_c - branch). Interventions find the branch's rows in
+    `call.clock` under `name`. start, stop: the part of the schedule it acts in, start <= step / steps < stop. conditional: the branch's rows
+    count as conditional rows too, so that what recipes do to the prompt's rows they do to them.
+    Raises ReattendError for a name that is taken or a part that is empty.
+    """
+
+    name: str
+    scale: float
+    start: float = 0.0
+    stop: float = 1.0
+    conditional: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in ("conditional", "unconditional"):
+            raise ReattendError(f"a guide's name must not be empty, 'conditional' or 'unconditional', got {self.name!r}")
+        if not math.isfinite(self.scale):
+            raise ReattendError(f"guide {self.name!r}: scale must be a finite number, got {self.scale}")
+        if not 0 <= self.start < self.stop <= 1:
+            raise ReattendError(f"guide {self.name!r}: 0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
+
+    def check(self, facts: Facts) -> str:
+        if not facts.denoisers:
+            return f"guide {self.name!r} needs a denoiser; this model has none"
+        if isinstance(facts.model, nn.Module) and (self.start, self.stop) != (0, 1):
+            return (
+                f"guide {self.name!r} acts from {self.start} to {self.stop} of the schedule, but a bare denoiser has none: apply the recipe "
+                "to the pipeline, or leave start at 0 and stop at 1"
+            )
+        return ""
+
+    def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
+        if any(isinstance(other, Guide) and other is not self and other.name == self.name for _, other in others):
+            return f"two guides are called {self.name!r}: attach one recipe with both settings, or one at a time"
+        return ""
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        handles = session.handles()
+        handles.act(Action(Rank.ROWS, _branch_off, _come_together, certain=f"guide {self.name!r}" if self.scale else ""))
+        return handles
 
 
 @dataclass
@@ -43,12 +90,49 @@ class Guided:
     rows: list[int] = field(default_factory=list)
 
 
-def active_guides(sessions: Sequence[Session], clock: Clock) -> list[Guide]:
+def _branch_off(call: RootCall) -> None:
+    """Before a pass, once for all guides: adds their rows to its batch, or remembers that the other half is to be shifted."""
+    if Guided in call.kept:
+        return
+    call.kept[Guided] = None
+    guides, branches, run = active_guides(call), call.clock.branches, call.run
+    if guides and not branches:
+        raise UnsupportedError(
+            f"guide {guides[0].name!r}: which rows of this batch of {type(call.root).__name__} are conditional is not known; "
+            "say it around the call: with reattend.rows(...)"
+        )
+    if guides and getattr(call.pipeline, "do_perturbed_attention_guidance", False):
+        raise UnsupportedError(
+            f"guide {guides[0].name!r}: {type(call.pipeline).__name__} puts a perturbed part of its own into the batch and counts "
+            "rows to find it, so there can be no others: call it with pag_scale=0, or use the pipeline without PAG"
+        )
+    if guides and "conditional" in branches and bool(branches["conditional"].any()):
+        if run.unshifted:
+            raise ReattendError(
+                f"guide {guides[0].name!r}: the unconditional half of this step was called before the conditional one, so it "
+                "missed its share of the guidance: call the conditional half first"
+            )
+        guided = call.kept[Guided] = Guided(call.clock, guides, len(branches["conditional"]), run)
+        args, kwargs, call.clock = grow(call.args, call.kwargs, call.names, guided)
+        call.replace(args, kwargs)
+    elif run.delta is not None and list(branches) == ["unconditional"]:
+        call.kept[Guided] = Guided(call.clock, [], len(branches["unconditional"]), run)
+    elif guides and list(branches) == ["unconditional"]:
+        run.unshifted = True
+
+
+def _come_together(call: RootCall) -> None:
+    """After it: takes the branches out of the output again, once for all guides."""
+    guided = call.kept.pop(Guided, None)
+    if guided is not None:
+        call.output = settle(call.output, guided)
+
+
+def active_guides(call: RootCall) -> list[Guide]:
     """The guides at work at this step. Raises ReattendError where a part of the schedule is asked for that is not known."""
-    chosen = []
-    for guide in (guide for session in sessions for _, guide in session.guides):
-        if guide.scale == 0:
-            continue
+    clock, chosen = call.clock, []
+    steps = [step for session in call.sessions for plan in session.plans for step in plan.steps]
+    for guide in (step for step in steps if isinstance(step, Guide) and step.scale):
         if (guide.start, guide.stop) != (0, 1):
             if clock.steps is None:
                 raise ReattendError(f"guide {guide.name!r}: the number of steps is not known, so start must be 0 and stop 1")
@@ -73,16 +157,19 @@ def grow(args: tuple, kwargs: Mapping[str, Any], names: Sequence[str], guided: G
     args = tuple(more(value, names[i] if i < len(names) else "") for i, value in enumerate(args))
     kwargs = {name: more(value, name) for name, value in kwargs.items()}
     added = len(copies)
-    # a branch's rows are the prompt's, so what a recipe does to conditional rows it does to them too
+    # a branch's rows are the prompt's: what a recipe does to conditional rows it does to them too, unless its guide says otherwise
+    prompted = conditional.new_tensor([guide.conditional for guide in guided.guides]).repeat_interleave(len(guided.rows))
     branches = {
-        name: torch.cat([rows, rows.new_full((added,), name == "conditional")]) for name, rows in guided.clock.branches.items()
+        name: torch.cat([rows, prompted if name == "conditional" else torch.zeros_like(prompted)])
+        for name, rows in guided.clock.branches.items()
     }
     for i, guide in enumerate(guided.guides):
         rows = conditional.new_zeros(guided.batch + added)
         start = guided.batch + i * len(guided.rows)
         rows[start : start + len(guided.rows)] = True
         branches[guide.name] = rows
-    return args, kwargs, replace(guided.clock, branches=branches)
+    source = torch.tensor([*range(guided.batch), *copies], device=conditional.device)
+    return args, kwargs, replace(guided.clock, branches=branches, source=source)
 
 
 def _grown(value: Any, name: str, batch: int, copies: list[int]) -> Any:

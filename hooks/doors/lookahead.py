@@ -6,39 +6,101 @@ and has a `move` method goes where the cache's rows go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...interventions import ReattendError
-from ..plan import Capture, Lookahead, Plan, Trials
+from ...interventions import Call, Clock, ReattendError, TokenMap
+from ..actions import Action, Rank, RootCall
+from ..handles import Handles, Holder
+from ..host import Host, TokenTracker
+from ..passes import Forward, Running
+from ..plan import Facts, Plan, Step, sites_misfit
+from ..protocols import Steered
+from ..sites.table import SiteTable
 from ..trackers.caches import cache_in, cache_name, cache_of
-from ..trackers.positions import next_position, with_positions
+from ..trackers.positions import install_positions, next_position, with_positions
 from ..trackers.sides import follow, holds_on, width_of
-from .probe import Running
-
-if TYPE_CHECKING:
-    from ..passes import Forward
-    from ..session import Session
-    from ..trackers.sequence import SequenceTracker
+from .branch import branch_misfit
+from .capture import Capture
 
 
-def reader_of(session: Session, plan: Plan, step: Lookahead) -> Session:
-    """The reader of trials as a session of its own, never attached by itself."""
-    from ..session import Session
+@dataclass
+class Trials:
+    """What a lookahead has seen: logits [B, V], the tried tokens `ids` [B, n], and for each of the n what was read of it [B, ...].
 
-    inner = Plan(plan.recipe)
+    clock, tokens and memory are those of the real pass; what memory holds and has `move(name, index)` goes where beams go.
+    """
 
-    def read(call: Any, edits: Any) -> None:
-        call.memory["trial"] = step.read(call)
+    logits: Tensor
+    ids: Tensor
+    readings: list[Tensor]
+    clock: Clock
+    tokens: TokenMap
+    memory: dict[Any, Any]
 
-    inner.steps = [Capture(step.sites, read)]
-    return Session(session.model, [inner], isolated=session.isolated)
+
+@dataclass
+class Lookahead(Step):
+    """After every pass the `count` likeliest next tokens of each row are tried; score(Trials) -> the logits [B, V] that leave the model.
+
+    A trial is an unedited pass with one token, after which the cache is as before; read(Call) -> [B, ...] at the call of `sites` (one
+    site). Needs a cache whose last token can be taken back. Trials have no gradient, and a backward pass through what was read of them
+    raises ReattendError. Counted as "logits" under `label`.
+    """
+
+    count: int
+    sites: SiteTable
+    read: Callable[[Call], Tensor]
+    score: Callable[[Trials], Tensor]
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or len(self.sites) != 1:
+            raise ReattendError("a lookahead tries at least one token and reads one site")
+
+    def check(self, facts: Facts) -> str:
+        return (
+            facts.without_tokens("its step Lookahead tries the next token of a prompt")
+            or sites_misfit(self.sites)
+            or branch_misfit(facts.root)
+        )
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        handles, label = session.handles(), self.label or plan.recipe
+        install_positions(host, handles)
+        session.counter(label)
+
+        def read(call: Call, edits: Any) -> None:
+            call.memory["trial"] = self.read(call)
+
+        inner = Plan(plan.recipe, [Capture(self.sites, read)])
+        trials = session.nest(handles, inner)
+
+        def before(call: RootCall) -> None:
+            assert call.forward is not None
+            check_pass(call.forward, call.given, plan)
+
+        def after(call: RootCall) -> None:
+            assert call.forward is not None
+            forward, tracker = call.forward, host.tracker
+
+            def attempt(cache: Any, ids: Tensor) -> Tensor:
+                _try(tracker, forward, call.given, cache, ids, trials)
+                return forward.memory(inner.memory_key)["trial"]
+
+            _look_ahead(self, plan, forward, call.output, attempt)
+            session.counts[label]["logits"] += 1
+
+        handles.act(Action(Rank.TRIALS, before, after))
+        return handles
 
 
-def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None:
+def check_pass(forward: Forward, given: dict[str, Any], plan: Plan) -> None:
     """Before a pass. Raises ReattendError where trials could not be taken back."""
     if forward.tokens is None or forward.sequence is None:
         raise ReattendError(
@@ -49,37 +111,34 @@ def check_lookahead(forward: Forward, given: dict[str, Any], plan: Plan) -> None
     if forward.tokens.length - forward.tokens.prompt_length > 0 and width_of(given) > 1:
         raise ReattendError(f"{plan.recipe}: next tokens are tried one step at a time, not in drafts (assisted decoding)")
     if forward.fresh and bool(forward.tokens.positions("padding", 0, forward.tokens.length)[:, -1].any()):
-        raise ReattendError(f"{plan.recipe}: next tokens are tried behind the last column: prompts must be padded on the left")
+        raise ReattendError(f"{plan.recipe}: next tokens are tried after the last column: prompts must be padded on the left")
     layers = getattr(cache_in(given), "layers", ())
     fixed = next((layer for layer in layers if not holds_on(layer) and not _is_static(layer)), None)
     if fixed is not None:
         raise ReattendError(f"{plan.recipe}: a {type(fixed).__name__} cannot give a tried token back: use the default cache")
 
 
-def look_ahead(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], output: Any, sessions: list[Session]) -> None:
+def _look_ahead(step: Lookahead, plan: Plan, forward: Forward, output: Any, attempt: Callable[[Any, Tensor], Tensor]) -> None:
     """After a pass: tries the likeliest next tokens of every row and puts what the recipe makes of them into the output's logits."""
-    for session in sessions:
-        for plan, step, own in session.lookaheads:
-            tokens, cache = forward.tokens, cache_of(output)
-            assert tokens is not None
-            if cache is None:
-                raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
-            memory = forward.memory(plan.memory_key)
-            logits = output.logits[:, -1]
-            room = _with_room(cache, tokens.length)
-            graph = _with_graph(cache) if torch.is_grad_enabled() else []
-            with torch.no_grad():
-                ids = logits.topk(min(step.count, logits.shape[-1]), dim=-1).indices
-                readings = [_try(tracker, forward, given, room, ids[:, k : k + 1], own) for k in range(ids.shape[1])]
-            for layer, keys, values in graph:  # a layer may have cut itself to its window
-                count = layer.keys.shape[2]
-                layer.keys, layer.values = keys[:, :, keys.shape[2] - count :], values[:, :, values.shape[2] - count :]
-            if torch.is_grad_enabled() and logits.requires_grad:
-                readings = [_Unknown.apply(reading, logits, plan.recipe) for reading in readings]
-            found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
-            output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
-            follow(cache, [value for value in memory.values() if hasattr(value, "move")])
-            session.counts[step.label]["logits"] += 1
+    tokens, cache = forward.tokens, cache_of(output)
+    assert tokens is not None
+    if cache is None:
+        raise ReattendError(f"{plan.recipe}: trying next tokens needs a cache: generate with use_cache=True")
+    memory = forward.memory(plan.memory_key)
+    logits = output.logits[:, -1]
+    room = _with_room(cache, tokens.length)
+    graph = _with_graph(cache) if torch.is_grad_enabled() else []
+    with torch.no_grad():
+        ids = logits.topk(min(step.count, logits.shape[-1]), dim=-1).indices
+        readings = [attempt(room, ids[:, k : k + 1]) for k in range(ids.shape[1])]
+    for layer, keys, values in graph:  # a layer may have cut itself to its window
+        count = layer.keys.shape[2]
+        layer.keys, layer.values = keys[:, :, keys.shape[2] - count :], values[:, :, values.shape[2] - count :]
+    if torch.is_grad_enabled() and logits.requires_grad:
+        readings = [_Unknown.apply(reading, logits, plan.recipe) for reading in readings]
+    found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
+    output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
+    follow(cache, [value for value in memory.values() if hasattr(value, "move")])
 
 
 def _is_static(layer: Any) -> bool:
@@ -127,10 +186,8 @@ class _Unknown(torch.autograd.Function):
         )
 
 
-def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cache: Any, ids: Tensor, own: Session) -> Tensor:
-    """What the reader makes of a pass with one further token per row; the cache is then as before."""
-    from ..passes import Forward
-
+def _try(tracker: TokenTracker, forward: Forward, given: dict[str, Any], cache: Any, ids: Tensor, own: Steered) -> None:
+    """A pass with one further token per row, for the reader; the cache is then as before."""
     tokens, root = forward.tokens, tracker.root
     assert tokens is not None and root is not None
     arguments: dict[str, Any] = {"input_ids": ids, cache_name(root): cache, "use_cache": True}
@@ -141,16 +198,13 @@ def _try(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], cach
         arguments["position_ids"] = next_position(positions)
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
-    outer, length = tracker.local.stack, tokens.length
-    tracker.local.stack = [Forward(forward.clock, tokens, forward.sequence, probe=Running(own, None), cache=cache)]
+    length = tokens.length
+    facts = Forward(forward.clock, tokens, forward.sequence, probe=Running(own), cache=cache)
     tokens.length += 1
-    kept = [m.rope_deltas for m in tracker.offset_modules]
     try:
-        root(**arguments)
+        with tracker.aside(facts):
+            root(**arguments)
     finally:
-        tracker.local.stack, tokens.length = outer, length
-        for module, value in zip(tracker.offset_modules, kept):
-            module.rope_deltas = value
+        tokens.length = length
         if cache.get_seq_length() > length:
             cache.crop(length - cache.get_seq_length())
-    return forward.memory(own.plans[0].memory_key)["trial"]

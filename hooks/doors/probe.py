@@ -1,25 +1,29 @@
 """The probe door: before a prefill, the same or changed inputs run through the model once more, without edits and without a cache.
 
-The pass is nested in the forward pre-hook of the real one, in the same thread. While it runs, `Attachment.active` answers with the
-probe's own readers alone, so that no recipe edits it and no probe starts inside it.
+The pass is nested in the forward pre-hook of the real one, in the same thread. While it runs, the model's hooks answer with the probe's
+own readers alone, so that no recipe edits it and no probe starts inside it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...interventions import TokenMap
-from ..plan import Capture, Observe, Plan, Probe, Prompt
+from ...interventions import ReattendError, TokenMap
+from ..actions import Action, Rank, RootCall
+from ..handles import Handles, Holder
+from ..host import Host, TokenTracker
+from ..passes import Enough, Forward, Running
+from ..plan import Facts, Plan, Step
+from ..prompts.prompt import Prompt
+from ..protocols import Steered
 from ..trackers.caches import NAMES
 from ..trackers.sides import width_of
-
-if TYPE_CHECKING:
-    from ..passes import Forward
-    from ..session import Session
-    from ..trackers.sequence import SequenceTracker
 
 # What belongs to the real pass alone: its cache, what it returns, and positions (the model finds them again from the mask).
 OF_THE_REAL_PASS = (
@@ -28,89 +32,74 @@ OF_THE_REAL_PASS = (
 )  # fmt: skip
 
 
-class Enough(Exception):
-    """Ends a probe pass whose last reader has read. Never leaves this module."""
+@dataclass
+class Probe(Step):
+    """Before a pass that starts a sequence: one more pass, without any edit and without a cache, that `steps` read.
 
+    inputs(Prompt) -> the arguments of that pass, or None where no pass is needed; no function: the arguments of the real pass. Roles
+    of changed prompts are those that follow from ids and mask ("image", "bos", "padding"); an unchanged prompt has all of its roles.
+    Readers find `call.memory` or `observation.memory` shared with the recipe's other steps, so what they store there the real pass
+    can use. early_exit: the pass stops after the last decoder site has been read. Passes that go on with a cache (a chunk of a
+    prompt, the next turn, decode steps) have no probe. weighed: the real pass is changed by how much was read, not only by what was
+    found, so the probe has gradients where the real pass has them. in_pieces(Prompt): called before a pass that reads a further part of a
+    prompt with no generated token before it (chunked prefill, or a beginning that was cached), to refuse it or to say what happens to it.
+    """
 
-class Running:
-    """A probe under way in one thread: the session of its readers, and what is still to be read."""
+    steps: Sequence[Step]
+    inputs: Callable[[Prompt], dict[str, Any] | None] | None = None
+    early_exit: bool = True
+    in_pieces: Callable[[Prompt], None] | None = None
+    weighed: bool = False
 
-    def __init__(self, session: Session, pending: set[tuple[int, int]] | None) -> None:
-        self.session, self.pending = session, pending
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ReattendError("a probe needs at least one reader (Observe or Capture)")
 
-    def read(self, step: Observe | Capture, module: nn.Module) -> None:
-        """Notes that a reader has read a site; raises Enough after the last one."""
-        if self.pending is not None:
-            self.pending.discard((id(step), id(module)))
-            if not self.pending:
-                raise Enough
+    def check(self, facts: Facts) -> str:
+        reasons = (step.check(facts) for step in self.steps)
+        return facts.without_tokens("its step Probe runs a prompt beforehand") or next((r for r in reasons if r), "")
 
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        handles = session.handles()
+        # the readers share the recipe's memory
+        readers = session.nest(handles, Plan(plan.recipe, list(self.steps), plan.memory_key))
+        handles.act(Action(Rank.PROBES, before=lambda call: self._before(call, host, readers, plan)))
+        return handles
 
-def readers_of(session: Session, plan: Plan, step: Probe) -> Session:
-    """The readers of a probe as a session of its own, which shares the recipe's memory; it is never attached by itself."""
-    from ..session import Session
-
-    return Session(session.model, [Plan(plan.recipe, list(step.steps), plan.memory_key)], isolated=session.isolated)
-
-
-def run_probes(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], sessions: list[Session]) -> None:
-    """Runs the probes of all sessions before the pass `forward`, if it starts a sequence."""
-    if forward.pieces and forward.tokens is not None:
-        _in_pieces(tracker, forward, given, sessions)
-    if not forward.fresh or forward.tokens is None:
-        return
-    for session in sessions:
-        for plan, step, readers in session.probes:
-            _run(tracker, forward, dict(given), plan, step, readers)
-
-
-def _in_pieces(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], sessions: list[Session]) -> None:
-    """Lets recipes say no to a prompt of which a further part comes."""
-    tokens = forward.tokens
-    assert tokens is not None
-    for session in sessions:
-        for plan, step, _ in session.probes:
-            if step.in_pieces is not None:
-                memory, past = forward.memory(plan.memory_key), tokens.length - width_of(given)
-                arguments = plain_arguments(given, tokens)
-                step.in_pieces(Prompt(arguments, tokens, getattr(tracker.root, "config", None), memory, past))
-
-
-def _run(tracker: SequenceTracker, forward: Forward, given: dict[str, Any], plan: Plan, step: Probe, readers: Session) -> None:
-    from ..passes import Forward
-
-    root, tokens = tracker.root, forward.tokens
-    assert root is not None and tokens is not None
-    arguments = plain_arguments(given, tokens)
-    if step.inputs is not None:
-        prompt = Prompt(arguments, tokens, getattr(root, "config", None), forward.memory(plan.memory_key))
-        changed = step.inputs(prompt)
-        if changed is None:
+    def _before(self, call: RootCall, host: Host, readers: Steered, plan: Plan) -> None:
+        forward = call.forward
+        if forward is None or forward.tokens is None:
             return
-        if changed is not arguments:
-            tokens = tracker._new_map(
-                changed.get("input_ids"), changed.get("inputs_embeds"), changed.get("attention_mask"), changed, []
-            )
-            arguments = changed
-    parameters = tracker.signature.parameters
-    if "logits_to_keep" in parameters:
-        arguments["logits_to_keep"] = 1
-    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments["use_cache"] = False
-    outer = tracker.local.stack
-    running = Running(readers, _pending(step, root))
-    tracker.local.stack = [Forward(forward.clock, tokens, forward.sequence, probe=running)]
-    # multimodal RoPE keeps its offset on the module
-    kept = [(m, m.rope_deltas) for m in root.modules() if hasattr(m, "rope_deltas")]
-    try:
-        with torch.set_grad_enabled(step.weighed and torch.is_grad_enabled()):
+        if forward.pieces and self.in_pieces is not None:
+            # lets the recipe say no to a prompt of which a further part comes
+            memory, past = forward.memory(plan.memory_key), forward.tokens.length - width_of(call.given)
+            arguments = plain_arguments(call.given, forward.tokens)
+            self.in_pieces(Prompt(arguments, forward.tokens, getattr(call.root, "config", None), memory, past))
+        if forward.fresh:
+            self._run(call, host.tracker, forward, forward.tokens, readers, plan)
+
+    def _run(
+        self, call: RootCall, tracker: TokenTracker, forward: Forward, tokens: TokenMap, readers: Steered, plan: Plan
+    ) -> None:
+        root = call.root
+        arguments = plain_arguments(call.given, tokens)
+        if self.inputs is not None:
+            prompt = Prompt(arguments, tokens, getattr(root, "config", None), forward.memory(plan.memory_key))
+            changed = self.inputs(prompt)
+            if changed is None:
+                return
+            if changed is not arguments:
+                ids, embeds, mask = (changed.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+                tokens, arguments = tracker.new_map(ids, embeds, mask, changed), changed
+        parameters = tracker.signature.parameters
+        if "logits_to_keep" in parameters:
+            arguments["logits_to_keep"] = 1
+        if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            arguments["use_cache"] = False
+        running = Running(readers, _pending(self, root))
+        facts, grad = Forward(forward.clock, tokens, forward.sequence, probe=running), self.weighed and torch.is_grad_enabled()
+        with contextlib.suppress(Enough), tracker.aside(facts), torch.set_grad_enabled(grad):
             root(**arguments)
-    except Enough:
-        pass
-    finally:
-        tracker.local.stack = outer
-        for module, deltas in kept:
-            module.rope_deltas = deltas
 
 
 def plain_arguments(given: dict[str, Any], tokens: TokenMap) -> dict[str, Any]:
@@ -126,8 +115,8 @@ def plain_arguments(given: dict[str, Any], tokens: TokenMap) -> dict[str, Any]:
 
 def _pending(step: Probe, root: Any) -> set[tuple[int, int]] | None:
     """What a probe has to read before it can stop; None where it runs to the end."""
-    sites = [(reader, site) for reader in step.steps for site in reader.sites]
+    sites = [(reader, site, module) for reader in step.steps for site, module in reader.where]
     # encoders may call a site several times in a pass; accelerate's hooks put offloaded weights back only after a whole pass
-    if not step.early_exit or any(site.stack != "decoder" for _, site in sites) or hasattr(root, "hf_device_map"):
+    if not step.early_exit or any(site.stack != "decoder" for _, site, _ in sites) or hasattr(root, "hf_device_map"):
         return None
-    return {(id(reader), id(reader.sites.module(site))) for reader, site in sites}
+    return {(id(reader), id(module)) for reader, _, module in sites}

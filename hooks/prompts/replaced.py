@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...interventions import ReattendError
-from ..plan import Prompt
 from ..tokens.images import runs
+from .prompt import Prompt
 from .text_only import PER_TOKEN, placeholders
 
 

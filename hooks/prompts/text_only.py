@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...interventions import ReattendError
-from ..plan import Prompt
 from ..tokens.images import runs
+from .prompt import Prompt
 
 # Config names of the tokens that open and close an image; what lies between them is the image's too (llama4's tile separators).
 PAIRS = (

@@ -9,23 +9,22 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, fused, row_weights
+from ..host import Host
 from ..module_hooks import Hook
-from ..session import acting_at, edits_of
+from ..passes import Forward
+from ..protocols import Steered
 from ..sites.discovery import uncompiled
 from ..sites.rotary import rotary_at
+from ..steering import acting_at, edits_of
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..passes import Forward
-    from ..session import Session
 
 PREFIX = "reattend_"
 SUPPORTED = ("sdpa", "eager")
@@ -72,35 +71,30 @@ class Switched:
 
 # configs by id, the attachments of all models that a module belongs to, by its id, and who needs a name in the registries
 _configs: dict[int, Switched] = {}
-_owners: dict[int, list[Attachment]] = {}
+_owners: dict[int, list[Host]] = {}
 _names: dict[str, list[InterfaceRoute]] = {}
 
 
 class InterfaceRoute:
     """Switches the configs of one attached model to our attention function, and back."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+    def __init__(self, host: Host) -> None:
+        self.host = host
         # (site, the module's own attributes, its config) of all modules that sessions act at
         self.modules: dict[int, tuple[Site, dict[str, Any], Any]] = {}
         self.switched: list[Switched] = []
 
-    def install(self, session: Session) -> None:
+    def install(self, session: Steered) -> None:
         """Switches the configs of the sites that this session edits. Raises UnsupportedError for kernels that cannot be edited."""
-        modules: list[tuple[Site, Any]] = [
-            (site, step.sites.module(site))
-            for _, step in session.act_steps()
-            for site in step.sites
-            if site.route == "attention_interface"
-        ]
+        modules: list[tuple[Site, Any]] = [pair for pair in session.acted if pair[0].route == "attention_interface"]
         for site, module in modules:
             _original_name(site, module.config)
         with lifecycle:
             for site, module in modules:
                 self._switch(site, module.config)
                 owners = _owners.get(id(module), [])
-                if self.attachment not in owners:
-                    _owners[id(module)] = [*owners, self.attachment]
+                if self.host not in owners:
+                    _owners[id(module)] = [*owners, self.host]
                 self.modules[id(module)] = (site, vars(module), module.config)
 
     def _switch(self, site: Site, config: Any) -> None:
@@ -119,7 +113,7 @@ class InterfaceRoute:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def follow(self, sessions: list[Session]) -> None:
+    def follow(self, sessions: Sequence[Steered]) -> None:
         """Before a pass: where the user has switched to another implementation, it is the one that is edited from now on.
 
         Warns where it cannot be edited: recipes are then off until the user switches back.
@@ -136,7 +130,7 @@ class InterfaceRoute:
                     self._switch(site, own["config"])
                     self.modules[key] = (site, own, own["config"])
 
-    def _adopt(self, entry: Switched, sessions: list[Session]) -> None:
+    def _adopt(self, entry: Switched, sessions: Sequence[Steered]) -> None:
         site = self._site_under(entry, sessions)
         if site is None:
             return
@@ -155,7 +149,7 @@ class InterfaceRoute:
             for user in entry.users:
                 user._name(entry)
 
-    def _site_under(self, entry: Switched, sessions: list[Session]) -> Site | None:
+    def _site_under(self, entry: Switched, sessions: Sequence[Steered]) -> Site | None:
         """A site with this config that these sessions act at; None where there is none."""
         acted = set().union(*(session.modules for session in sessions))
         return next((site for key, (site, _, config) in self.modules.items() if config is entry.config and key in acted), None)
@@ -185,8 +179,8 @@ class InterfaceRoute:
         """Restores the configs; safe to call twice. Our names stay known until `release`."""
         with lifecycle:
             for key, owners in list(_owners.items()):
-                if self.attachment in owners:
-                    rest = [owner for owner in owners if owner is not self.attachment]
+                if self.host in owners:
+                    rest = [owner for owner in owners if owner is not self.host]
                     if rest:
                         _owners[key] = rest
                     else:
@@ -281,7 +275,7 @@ def _original(name: str, module: nn.Module) -> Any:
 
 
 def _edited(
-    owners: list[Attachment],
+    owners: list[Host],
     name: str,
     module: nn.Module,
     query: Tensor,
@@ -304,13 +298,13 @@ def _edited(
     def run() -> Tensor:
         return original(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
 
-    def place(call: Call, site: Site, owner: Attachment) -> Forward:
-        forward = owner.tracker.current()
+    def place(call: Call, site: Site, owner: Host) -> Forward:
+        forward = owner.current()
         tokens = forward.tokens_at(site)
         if site.stack not in ("decoder", "encoder") or site.kind != "self":
             tokens = None
         call.clock, call.tokens = forward.clock, tokens
-        call.rotation = functools.partial(rotary_at, owner, site, module, kwargs)
+        call.rotation = functools.partial(rotary_at, owner.model, owner.rotary, site, module, kwargs)
         if site.stack == "decoder" and site.kind == "self":
             call.keep_columns(filled_columns(query, key, mask, tokens, forward.buffered))
         return forward

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...interventions import Call, ReattendError, Site, fused
+from ..host import Host
 from ..module_hooks import Hooks
-from ..session import Acting, acting_at, edits_of
+from ..passes import Forward
+from ..protocols import Steered
 from ..sites.discovery import dispatch
+from ..steering import Acting, acting_at, edits_of
 from ..tokens.denoisers import locate
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import module_call, on_stack
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..passes import Forward
-    from ..session import Session
-    from ..tokens.denoisers import DenoiserForward
 
 _local = threading.local()
 
@@ -37,7 +34,7 @@ class Marked:
 
     def __init__(self) -> None:
         self.hooks = Hooks()
-        self.owners: list[Attachment] = []
+        self.owners: list[Host] = []
 
     def put_on(self, module: nn.Module) -> None:
         self.hooks.after(module, self._unmark)
@@ -66,28 +63,26 @@ _marked: dict[int, Marked] = {}
 class SdpaRoute:
     """Marks the modules that sessions edit."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+    def __init__(self, host: Host) -> None:
+        self.host = host
 
-    def install(self, session: Session) -> None:
-        for _, step in session.act_steps():
-            for site in step.sites:
-                if site.route != "sdpa":
-                    continue
-                module = step.sites.module(site)
-                marked = _marked.setdefault(id(module), Marked())
-                if self.attachment not in marked.owners:
-                    marked.owners = [*marked.owners, self.attachment]
-                if not marked.hooks:
-                    marked.put_on(module)
+    def install(self, session: Steered) -> None:
+        for site, module in session.acted:
+            if site.route != "sdpa":
+                continue
+            marked = _marked.setdefault(id(module), Marked())
+            if self.host not in marked.owners:
+                marked.owners = [*marked.owners, self.host]
+            if not marked.hooks:
+                marked.put_on(module)
 
     def uninstall(self) -> None:
         """Takes the marks away, where no other model's sessions need them; safe to call twice."""
         clear_marks()
         for key, marked in list(_marked.items()):
-            if self.attachment not in marked.owners:
+            if self.host not in marked.owners:
                 continue
-            rest = [owner for owner in marked.owners if owner is not self.attachment]
+            rest = [owner for owner in marked.owners if owner is not self.host]
             if not rest:
                 marked.hooks.remove()
                 del _marked[key]
@@ -175,8 +170,8 @@ class _Interception(TorchFunctionMode):
         else:
             is_causal_here = is_causal
 
-        def place(call: Call, site: Site, owner: Attachment) -> Forward | DenoiserForward:
-            forward = owner.denoiser.current() or owner.tracker.current()
+        def place(call: Call, site: Site, owner: Host) -> Forward:
+            forward = owner.current()
             call.clock, call.tokens = forward.clock, None
             locate(call, forward, number)
             if site.stack == "decoder" and site.kind == "self":

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from ...interventions import ReattendError, Site, UnsupportedError
 from ...interventions.rotary import Rotary
 from .discovery import pretrained_root, unwrapped_model
 from .table import SiteTable
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
 
 FUNCTION = "apply_rotary_pos_emb"
 # layers that cut off the turned dimensions themselves call the function with these
@@ -55,12 +52,15 @@ def rotary_misfit(table: SiteTable) -> str:
     return ""
 
 
-def rotary_at(attachment: Attachment, site: Site, module: nn.Module, given: dict[str, Any]) -> Rotary:
-    """The RoPE of one call; given: what the model passed to its attention function. Raises UnsupportedError where it is not understood."""
+def rotary_at(model: Any, known: dict[int, nn.Module | None], site: Site, module: nn.Module, given: dict[str, Any]) -> Rotary:
+    """The RoPE of one call; known: embedding modules that were found before. given: what the model passed to its attention function.
+
+    Raises UnsupportedError where it is not understood.
+    """
     facts = _facts_of(module, site, {})
     if isinstance(facts, str):
         raise UnsupportedError(f"{site.name} {facts}")
-    live = _live(attachment, module, facts)
+    live = _live(model, known, module, facts)
     frequencies = getattr(live, facts.buffer, None)
     positions = given.get("position_ids")
     if not isinstance(positions, Tensor) or positions.dim() != 2:
@@ -253,11 +253,10 @@ def _layer_type(module: nn.Module) -> str | None:
     return own if isinstance(own, str) else None
 
 
-def _live(attachment: Attachment, module: nn.Module, facts: Facts) -> nn.Module | None:
+def _live(model: Any, known: dict[int, nn.Module | None], module: nn.Module, facts: Facts) -> nn.Module | None:
     """The model's own embedding module: the nearest one above the site. Its frequencies may have been cast with the model."""
-    known = attachment.__dict__.setdefault("_rotary", {})
     if id(module) not in known:
-        inner = unwrapped_model(attachment.model)
+        inner = unwrapped_model(model)
         root = pretrained_root(inner) if isinstance(inner, nn.Module) else None
         known[id(module)] = _nearest(root, module, facts.cls)
     return known[id(module)]

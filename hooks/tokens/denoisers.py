@@ -71,7 +71,8 @@ def locate(call: Call, forward: Forward, index: int) -> None:
     if call.batch < forward.batch and family_of(forward.denoiser).per_sample:
         sample = index
         branches = {name: rows[index : index + 1] for name, rows in call.clock.branches.items()}
-        call.clock = replace(call.clock, branches=branches)
+        source = call.clock.source
+        call.clock = replace(call.clock, branches=branches, source=None if source is None else source[index : index + 1])
     key = (call.site.kind, call.site.stack, call.batch, call.num_queries, call.num_keys, call.query.device, sample)
     if key not in forward.maps:
         forward.maps[key] = _maps(call, forward, sample)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ...interventions import Call, ImageGrid, ReattendError, Site
+from ..doors.capture import Capture
 from ..passes import OUTSIDE
-from ..plan import Capture
 from ..sites.table import SiteTable
 from .images import UNPADDED
 

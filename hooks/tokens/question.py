@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ...interventions import ReattendError, TokenMap
-from ..plan import Spans
-from .spans import add_spans, tokenizer_of
+from .spans import Passages, add_spans, tokenizer_of
 from .transcript import Transcript
 
 
-@dataclass
-class Question(Spans):
-    """The user's question as two roles: `name`, all of its tokens, and `name-words`, those of its words that matter.
+class Asked(Passages, Protocol):
+    """What a step of the spans door says of a question."""
 
-    It is the last turn of the user as the chat template marks it (a prompt without any turn marker is all the user's), or the
-    passages that texts or ranges name. Image tokens, special tokens and the white space around them never belong to it.
-    words(text) -> [start, stop) of the words that matter; None: all. Where there are none of them, the whole question counts; so it
-    does without a tokenizer to read the text, unless must_read says that this is an error.
-    """
-
-    words: Callable[[str], list[tuple[int, int]]] | None = None
-    must_read: bool = False
-
-    def __post_init__(self) -> None:
-        if self.texts is not None or self.ranges is not None:
-            super().__post_init__()
+    words: Callable[[str], list[tuple[int, int]]] | None
+    must_read: bool
 
 
 def add_question(
-    tokens: TokenMap, ids: Tensor | None, step: Question, given: Any, read: Callable[[], list[Transcript] | None]
+    tokens: TokenMap, ids: Tensor | None, step: Asked, given: Any, read: Callable[[], list[Transcript] | None]
 ) -> None:
     """Adds the roles of a question to the map. given: the session's tokenizer or processor; `read` as in `add_spans`.
 

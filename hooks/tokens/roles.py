@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,7 @@ from torch.nn.functional import pad
 from ...interventions import TokenMap
 from .chat import add_chat_roles, has_template
 from .images import add_images, image_roles
-from .question import Question, add_question
-from .segments import Segments, add_segments
-from .spans import BEGIN_EARLIER, add_spans, tokenizer_of
+from .spans import BEGIN_EARLIER, tokenizer_of
 from .transcript import Transcript, transcripts
 
 
@@ -24,7 +23,7 @@ def build_roles(
     ids: Tensor | None,
     mask: Any,
     given: dict[str, Any],
-    sessions: list,
+    sessions: Sequence[Any],
     later: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> None:
@@ -83,7 +82,7 @@ def padding_of(mask: Any, batch: int, prompt: int, known: Tensor | None = None) 
     return torch.cat([before[:, : prompt - padding.shape[1]], padding], dim=1)
 
 
-def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None:
+def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: Sequence[Any]) -> None:
     """The roles that follow from the prompt's text: who speaks, and each session's own spans."""
     texts: dict[int, list[Transcript]] = {}
 
@@ -99,14 +98,8 @@ def add_text_roles(tokens: TokenMap, ids: Tensor | None, sessions: list) -> None
     if rows is not None:
         add_chat_roles(tokens, speaker, rows)
     for session in sessions:
-        for spans in session.spans:
-            own = functools.partial(read, tokenizer_of(session.tokenizer))
-            if isinstance(spans, Segments):
-                add_segments(tokens, ids, spans, own)
-            elif isinstance(spans, Question):
-                add_question(tokens, ids, spans, session.tokenizer, own)
-            else:
-                add_spans(tokens, ids, spans, own)
+        for step in session.spans:
+            step.mark(tokens, ids, session.tokenizer, functools.partial(read, tokenizer_of(session.tokenizer)))
 
 
 def _is_decoder_side(model: Any, ids: Tensor | None, given: dict[str, Any]) -> bool:

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...interventions import ReattendError, ReattendWarning, TokenMap
-from ..plan import Spans
-from .spans import BEGIN_EARLIER, per_row, tokenizer_of
+from .spans import BEGIN_EARLIER, Passages, per_row, tokenizer_of
 from .transcript import Transcript
 
 SHOWN = 60
-
-
-@dataclass
-class Segments(Spans):
-    """The passages of each prompt as numbered roles in the order of the prompt: `name.0`, `name.1`, ...
-
-    Passages may be given in any order; equal ones stand in the prompt as often as in the list. Tokens between two passages have to be
-    the same everywhere ("\\n- " in front of each, or "\\n" behind each): they then count as part of every passage, also of the first
-    or the last. A prompt needs a token before its first segment and one behind its last.
-    """
 
 
 def role_of(name: str, index: int) -> str:
     return f"{name}.{index}"
 
 
-def add_segments(tokens: TokenMap, ids: Tensor | None, step: Segments, read: Callable[[], list[Transcript] | None]) -> None:
+def add_segments(tokens: TokenMap, ids: Tensor | None, step: Passages, read: Callable[[], list[Transcript] | None]) -> None:
     """Makes the segments roles of the map. `read` as in `add_spans`.
 
     Raises ReattendError: as `add_spans`, and for segments that share a token, have different tokens between them or tokens inside that
@@ -151,10 +139,10 @@ def _adjoined(row: list[tuple[int, int]], ids: list[int], index: int) -> list[tu
             return [(a - lead, b + tail) for a, b in row]
     if size:
         raise ReattendError(
-            f"what parts the segments of prompt {index} stands neither in front of the first nor behind the last of them, so they "
+            f"what parts the segments of prompt {index} stands neither before the first nor after the last of them, so they "
             f"cannot change places: begin or end each segment in the same way, and mark it with that"
         )
-    side = "before its first segment" if first < 1 else "behind its last segment"
+    side = "before its first segment" if first < 1 else "after its last segment"
     raise ReattendError(f"prompt {index} has no token {side}: segments need text on both sides (an instruction, a question)")
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...interventions import ReattendError, TokenMap
-from ..plan import Spans
 from .transcript import Offsets, Transcript
 
 T = TypeVar("T")
@@ -20,7 +19,17 @@ IN_PIECES = (
 )
 
 
-def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Spans, read: Callable[[], list[Transcript] | None]) -> None:
+class Passages(Protocol):
+    """What a step of the spans door says: which passages or ranges, and the name of their role."""
+
+    name: str
+    texts: list[list[str]] | None
+    ranges: list[list[tuple[int, int]]] | None
+    occurrence: int | None
+    official: bool | Literal["inside"]
+
+
+def add_spans(tokens: TokenMap, ids: Tensor | None, spans: Passages, read: Callable[[], list[Transcript] | None]) -> None:
     """Makes `spans.name` a role of the map. `read` gives the transcripts of all rows, or None without a tokenizer.
 
     Raises ReattendError: no tokenizer or no ids for passages, a passage that is missing or ambiguous, a range outside the prompt,
@@ -63,7 +72,7 @@ def per_row(given: Sequence[list[T]], batch: int, ids: Tensor | None, what: str)
     return [given[row // times] for row in range(batch)]
 
 
-def _locate(row: Transcript, text: str, spans: Spans, index: int, tokens: TokenMap) -> list[int]:
+def _locate(row: Transcript, text: str, spans: Passages, index: int, tokens: TokenMap) -> list[int]:
     places = _occurrences(row.text, text)
     if not places and tokens.unread:
         raise ReattendError(

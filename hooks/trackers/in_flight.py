@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from ..session import Session
+from ..protocols import Steered
 
 # held while sessions come and go, and by what waited for passes to end
 lifecycle = threading.RLock()
@@ -44,7 +42,7 @@ def on_stack(wanted: FrameType, top: FrameType | None) -> bool:
 class Pass:
     """One forward pass under way. before: it began before there were hooks, so that nothing may tell when it lands."""
 
-    def __init__(self, sessions: list[Session], frame: FrameType | None, thread: int, before: bool = False) -> None:
+    def __init__(self, sessions: Sequence[Steered], frame: FrameType | None, thread: int, before: bool = False) -> None:
         self.sessions, self.frame, self.thread, self.before = sessions, frame, thread, before
         # ids of the modules whose attention came through us in this pass
         self.seen: set[int] = set()
@@ -81,7 +79,7 @@ class InFlight:
 
     # -- beginning and landing -----------------------------------------------------------------------------------------
 
-    def begin(self, sessions: list[Session]) -> Pass:
+    def begin(self, sessions: Sequence[Steered]) -> Pass:
         """Notes that a pass of this thread begins; called by the hook before it."""
         thread = get_ident()
         self._drop_finished(thread)

@@ -8,16 +8,14 @@ real pass came to is read on the way to its first layer, and handed to the other
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..handles import Handles
+from ..host import Host
 from ..sites.discovery import layer_module
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..session import Session
 
 NAME = "position_ids"
 
@@ -30,13 +28,13 @@ def positions_misfit(config: Any) -> str:
     return ""
 
 
-def takers(attachment: Attachment) -> list[nn.Module]:
+def takers(host: Host) -> list[nn.Module]:
     """The modules that are given positions on the way to the first decoder layer, from outside in."""
-    root = attachment.tracker.root
-    site = next((s for s in attachment.table if s.stack == "decoder"), None)
+    root = host.tracker.root
+    site = next((s for s in host.table if s.stack == "decoder"), None)
     if root is None or site is None:
         return []
-    layer = layer_module(attachment.model, site.name)
+    layer = layer_module(host.model, site.name)
     way: list[nn.Module] = []
     for module in root.modules():
         if module is not root and any(inner is layer for inner in module.modules()):
@@ -48,17 +46,17 @@ def takers(attachment: Attachment) -> list[nn.Module]:
     return found
 
 
-def install_positions(attachment: Attachment, session: Session) -> None:
+def install_positions(host: Host, handles: Handles) -> None:
     """Hooks that keep the positions of a pass with it (`Forward.positions`)."""
-    for module in takers(attachment):
-        session.handles.before(module, _reader(attachment, module), kwargs=True)
+    for module in takers(host):
+        handles.before(module, _reader(host, module), kwargs=True)
 
 
-def _reader(attachment: Attachment, module: nn.Module) -> Any:
+def _reader(host: Host, module: nn.Module) -> Any:
     place = list(inspect.signature(type(module).forward).parameters).index(NAME) - 1  # without self
 
     def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        forward = attachment.tracker.current()
+        forward = host.tracker.current()
         if forward.sequence is None or forward.positions is not None:
             return
         positions = kwargs.get(NAME, args[place] if place < len(args) else None)

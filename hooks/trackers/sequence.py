@@ -6,22 +6,23 @@ generate at the same time on one model do not mix), for as long as the cache liv
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...interventions import Clock, ReattendError, TokenMap
-from ..doors.branch import fuse_branches, prepare_branches
-from ..doors.lookahead import check_lookahead, look_ahead
-from ..doors.probe import Running, run_probes
+from ..actions import RootCall
+from ..host import Host
 from ..module_hooks import Hooks
-from ..passes import OUTSIDE, Forward, Sequence
+from ..passes import OUTSIDE, Forward, Running, Sequence
+from ..protocols import Steered
 from ..sites.denoisers import denoiser_in
 from ..sites.discovery import pretrained_root, unwrapped_model
 from ..tokens.images import join_images
@@ -30,24 +31,20 @@ from .caches import NAMES, cache_in, cache_length, cache_of, rows_repeat, same_c
 from .caller import Caller, caller, virtual_tokens
 from .sides import unfollow
 
-if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..session import Session
-
 
 class SequenceTracker:
     """Installed on the outermost pretrained model (or on any other module that is wrapped)."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+    def __init__(self, host: Host) -> None:
+        self.host = host
         self.handles = Hooks()
         self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.local = threading.local()
-        model = unwrapped_model(attachment.model)
-        # a denoiser has no sequence: the denoiser door follows it
+        model = unwrapped_model(host.model)
+        # a denoiser has no sequence: another tracker follows it
         followed = isinstance(model, nn.Module) and denoiser_in(model) is None
         self.root = pretrained_root(model) if followed else None
-        self.in_flight = attachment.in_flight
+        self.in_flight = host.in_flight
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -70,55 +67,77 @@ class SequenceTracker:
         return stack[-1] if stack and self.in_flight.here() is not None else Forward(OUTSIDE)
 
     def probing(self) -> Running | None:
-        """The probe whose pass is under way in this thread."""
+        """The pass of a door's own that is under way in this thread."""
         stack = getattr(self.local, "stack", None)
         return stack[-1].probe if stack else None
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]] | None:
         if self.probing() is not None:
-            return
-        # but for probes, no forward pass of a model starts inside another one of itself: anything left here was interrupted
-        self.local.stack = []
-        sessions = self.attachment.begin()
+            return None
+        # but for those of doors, no forward pass of a model starts inside another one of itself: anything left here was interrupted
+        self.local.stack, self.local.call = [], None
+        sessions = self.host.begin()
         if not sessions:
-            return
-        given = self.signature.bind_partial(module, *args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        forward = self._forward(given, sessions)
-        self.local.stack.append(forward)
-        del given[next(iter(self.signature.parameters))]
-        if any(session.branches or session.lookaheads for session in sessions):
-            prepare_branches(self, forward, given, sessions)
-            for session in sessions:
-                for plan, *_ in session.lookaheads:
-                    check_lookahead(forward, given, plan)
-            forward.branched = given, sessions
+            return None
+        call = RootCall(module, args, kwargs, list(self.signature.parameters)[1:], sessions)
+
+        def read() -> Forward:
+            given = self.signature.bind_partial(module, *call.args, **call.kwargs).arguments
+            given = {**given, **given.pop("kwargs", {})}
+            forward = self._forward(given, sessions)
+            self.local.stack.append(forward)
+            del given[next(iter(self.signature.parameters))]
+            call.given = given
+            return forward
+
+        changed = call.enter(read)
+        if call.actions:
+            self.local.call = call
         for session in sessions:
             session.forwards += 1
-        run_probes(self, forward, given, sessions)
+        return changed
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self.probing() is not None:
-            return
-        stack = getattr(self.local, "stack", None)
+            return None
+        stack, call = getattr(self.local, "stack", None), getattr(self.local, "call", None)
         forward = stack.pop() if stack else None
         cache = cache_of(output)
         if forward is not None and forward.sequence is not None:
             if _is_followed(cache):
                 self.by_cache[cache] = forward.sequence
             self.local.returned = strange_cache(output) if cache is None and isinstance(output, Mapping) else ""
+        self.local.call, changed = None, None
         try:
-            if forward is not None and forward.branched is not None and output is not None:
-                fuse_branches(self, forward, forward.branched[0], output, forward.branched[1])
-                look_ahead(self, forward, forward.branched[0], output, forward.branched[1])
+            if call is not None and output is not None:
+                changed = call.leave(output)
         except BaseException:
-            self.attachment.land(None)
+            self.host.land(None)
             raise
-        self.attachment.land(output)
+        self.host.land(output)
+        return None if changed is output else changed
 
-    @functools.cached_property
+    @contextlib.contextmanager
+    def aside(self, forward: Forward) -> Iterator[None]:
+        """Inside, passes of the root are a door's own: `forward` holds their facts, and no action comes before or after them."""
+        outer = self.local.stack
+        self.local.stack = [forward]
+        # multimodal RoPE keeps its offset on the module
+        kept = [(m, m.rope_deltas) for m in self.offset_modules]
+        try:
+            yield
+        finally:
+            self.local.stack = outer
+            for module, deltas in kept:
+                module.rope_deltas = deltas
+
+    @property
     def offset_modules(self) -> list[Any]:
         """Modules that keep the offset of multimodal RoPE from one pass to the next."""
+        return self._offset_modules
+
+    @functools.cached_property
+    def _offset_modules(self) -> list[Any]:
         return [] if self.root is None else [m for m in self.root.modules() if hasattr(m, "rope_deltas")]
 
     # -- reading one forward pass --------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ class SequenceTracker:
 
     def _begin(
         self, ids: Tensor | None, embeds: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller, cache: Any,
-        given: dict[str, Any], sessions: list[Session],
+        given: dict[str, Any], sessions: list[Steered],
     ) -> Forward:  # fmt: skip
         """The first pass of a sequence that is seen; `past` tokens of it may stand in its cache already."""
         source = ids if ids is not None else embeds
@@ -186,11 +205,11 @@ class SequenceTracker:
             self.local.uncached = [*others[-3:], sequence]
         tokens.length = past + width
         clock = Clock("prefill" if self._generates() or past else "encode")
-        return Forward(clock, tokens, sequence, fresh=not past, past=past - virtual if past else 0)
+        return Forward(clock, tokens, sequence, fresh=not past, past=past - virtual if past else 0, asked=sequence.asked)
 
     def _go_on(
         self, known: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller, cache: Any,
-        given: dict[str, Any], sessions: list[Session],
+        given: dict[str, Any], sessions: list[Steered],
     ) -> Forward:  # fmt: skip
         """A further pass of a known sequence: a step of decoding, or more of its prompt."""
         pieces = False
@@ -208,11 +227,11 @@ class SequenceTracker:
                 known.read(ids, width)
             clock = Clock("decode", known.step)
         known.tokens.length = past + width
-        return Forward(clock, known.tokens, known, past=past, pieces=pieces)
+        return Forward(clock, known.tokens, known, past=past, pieces=pieces, asked=known.asked)
 
     def _extend(
         self, known: Sequence, ids: Tensor | None, mask: Any, past: int, width: int, drafts: int, who: Caller,
-        given: dict[str, Any], sessions: list[Session],
+        given: dict[str, Any], sessions: list[Steered],
     ) -> None:  # fmt: skip
         """More prompt after a cache: the next chunk of a chunked prefill, or the next turn of a conversation."""
         if known.call is not who.call or who.call is None:
@@ -235,9 +254,10 @@ class SequenceTracker:
         tokens.roles, tokens.blind, tokens.unknown, tokens.unread = new.roles, new.blind, new.unknown, unread
         tokens.images = [] if unread else join_images(tokens.images, new.images, past, new.roles.get("image"))
         tokens.prompt_length, known.sessions, known.step = prompt, readers, -1
+        known.asked = set()
         known.planned = 0 if later is None else prompt + later.shape[1]
 
-    def _join(self, known: Sequence, sessions: list[Session]) -> None:
+    def _join(self, known: Sequence, sessions: list[Steered]) -> None:
         """Looks for the passages of sessions that began after the prompt was read."""
         new = [session for session in sessions if session not in known.sessions]
         if new:
@@ -248,7 +268,7 @@ class SequenceTracker:
     @functools.cached_property
     def _virtual_tokens(self) -> int:
         """Virtual tokens that PEFT puts before every prompt, where the session was given the PEFT model itself."""
-        return virtual_tokens(getattr(unwrapped_model(self.attachment.model), "active_peft_config", None))
+        return virtual_tokens(getattr(unwrapped_model(self.host.model), "active_peft_config", None))
 
     def _generates(self) -> bool:
         can = getattr(self.root, "can_generate", None)
@@ -338,7 +358,7 @@ class SequenceTracker:
                 f"{' and '.join(NAMES)} ({versions()} found)"
             )
 
-    def forget(self, session: Session) -> None:
+    def forget(self, session: Steered) -> None:
         """Drops all sequences that a session has read."""
         alive = [cache for cache in (reference() for reference in self.by_cache.keyrefs()) if cache is not None]
         mine = [cache for cache in alive if (known := self.by_cache.get(cache)) is not None and session in known.sessions]
@@ -346,6 +366,10 @@ class SequenceTracker:
         for cache in mine:
             self.by_cache.pop(cache, None)
         self.local = threading.local()
+
+    def new_map(self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any]) -> TokenMap:
+        """The map of a prompt that no session has read."""
+        return self._new_map(ids, embeds, mask, given, [])
 
     def _new_map(
         self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any], sessions: list,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...hooks import Capture, Edits, Exit, Plan, Session, attach, running, sites
+from ...hooks import Plan, Session, attach, running, sites
 from ...interventions import ReattendError, UnsupportedError
 from .base import Recipe
 from .checks import tokenizer as checked_tokenizer
@@ -70,21 +70,17 @@ def conflict(plans: Sequence[Plan]) -> str:
     """Why these plans make no sense together: one weighs tokens in layers where another one hides them; "" where they do."""
     for plan in plans:
         hidden = _roles(plan, "hides")
-        behind = _layers(plan, Edits, Exit) if hidden else {}
-        for other in plans if behind else ():
+        beyond = {site.name: site.layer for step in plan.steps for site, _ in step.where} if hidden else {}
+        for other in plans if beyond else ():
             shared = sorted(hidden & _roles(other, "weighs"))
-            blind = [layer for name, layer in _layers(other, Edits, Capture).items() if name in behind]
+            calls = [site for step in other.steps if step.at_calls for site, _ in step.where]
+            blind = [site.layer for site in calls if site.name in beyond]
             if shared and blind:
                 return (
                     f"recipe {other.recipe!r} weighs {' and '.join(shared)} tokens in layers {min(blind)} to {max(blind)}, which do not "
-                    f"see them under recipe {plan.recipe!r}: let its layers end at {min(behind.values()) - 1}, or use one of the two"
+                    f"see them under recipe {plan.recipe!r}: let its layers end at {min(beyond.values()) - 1}, or use one of the two"
                 )
     return ""
-
-
-def _layers(plan: Plan, *doors: type[Edits] | type[Capture] | type[Exit]) -> dict[str, int]:
-    """{site name: layer} of the plan's steps at these doors."""
-    return {site.name: site.layer for step in plan.steps if isinstance(step, doors) for site in step.sites}
 
 
 def _roles(plan: Plan, kind: str) -> frozenset[str]:

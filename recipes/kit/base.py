@@ -123,7 +123,7 @@ class Recipe(BaseModel):
         raise NotImplementedError
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        """The steps that a session takes on this model: `Edits`, `Observe`, `Project`, `Guide`, `Spans`."""
+        """The steps that a session takes on this model: `Edits`, `Observe`, `Projection`, `Guide`, `Spans`."""
         raise NotImplementedError
 
     @classmethod

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hooks import Capture, Plan, attach, running, sites
+from ...hooks import Capture, Plan, Question, attach, running, sites
 from ...hooks.sites.discovery import unwrapped_model
-from ...hooks.tokens.question import Question
 from ...interventions import Call, ReattendError
 from ...interventions.families.gaze import focused_rows, image_columns, positive_shift, row_shares
 from ..kit.base import Recipe

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hooks import Capture, Plan, Projection, ReadProjection, attach
-from ...hooks.doors.taps import projection_misfit
+from ...hooks import Capture, Plan, Projected, Projection, attach
+from ...hooks.doors.projection import projection_misfit
 from ...hooks.tokens.spans import inside_range, tokenizer_of
 from ...hooks.tokens.transcript import Offsets, read
 from ...interventions import Call, ReattendError
@@ -66,7 +66,7 @@ class Watcher:
         last = self.real & (self.real.flip(1).cumsum(dim=1).flip(1) == 1)
         self.last = last
 
-    def read_keys(self, seen: Projection) -> None:
+    def read_keys(self, seen: Projected) -> None:
         device = seen.key.device
         found = seen.key[self.rows.to(device), :, self.places.to(device)].detach().float()
         if self.feature is not None:
@@ -129,7 +129,7 @@ def learn_subspaces(
     for batch in track(batches, "batches of texts", len(batches)):
         inputs, real = _inputs(model, batch)
         watcher = Watcher(batch, real, feature)
-        readers: list[Any] = [ReadProjection(chosen, watcher.read_keys)]
+        readers: list[Any] = [Projection(chosen, reader=watcher.read_keys)]
         if kinds:
             readers.append(Capture(chosen, watcher.read_attention))
         with torch.no_grad(), attach(model, [Plan(recipe, readers)]):

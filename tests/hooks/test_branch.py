@@ -254,7 +254,7 @@ def test_errors_leave_nothing(model, error):
     with attach(model, [plan(fuse=raises)]) as session:
         with pytest.raises(error):
             model(**INPUTS)
-        session.branches.clear()
+        session.actions.clear()
         assert torch.equal(model(**INPUTS).logits, base)
         session.counts.clear()
     assert torch.equal(model(**INPUTS).logits, base)
@@ -305,10 +305,10 @@ def test_what_branches_cannot_follow_is_refused_before_any_layer_runs(model):
         with pytest.raises(ReattendError, match="return_dict"):
             model(**INPUTS, return_dict=False)
         with pytest.raises(ReattendError, match="position_ids of its own"):
-            session.branches[0][1].inputs = [lambda prompt: {"input_ids": IDS[:, :3]}]
+            session.plans[0].steps[0].inputs = [lambda prompt: {"input_ids": IDS[:, :3]}]
             model(**INPUTS)
         assert not ran
-        session.branches[0][1].inputs = [shorter]
+        session.plans[0].steps[0].inputs = [shorter]
         with pytest.raises(ReattendError, match="prefill_chunk_size"):
             model.generate(**INPUTS, max_new_tokens=2, prefill_chunk_size=3)
         with pytest.raises(ReattendError, match="keep column 6"):

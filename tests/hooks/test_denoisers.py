@@ -8,9 +8,7 @@ import pytest
 import reattend
 import tiny_pipelines
 import torch
-from reattend.hooks import Branch, Edits, Exit, Lookahead, Observe, Plan, Probe, Spans, attach
-from reattend.hooks.tokens.question import Question
-from reattend.hooks.tokens.segments import Segments
+from reattend.hooks import Branch, Edits, Exit, Lookahead, Observe, Plan, Probe, Question, Segments, Spans, attach
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
 from tiny_denoisers import DENOISERS, TEXT, build, unet
 from torch import Tensor, nn

@@ -125,7 +125,7 @@ def test_an_error_in_a_reader_leaves_nothing(model, ids, error):
     with attach(model, [Plan("probe", [Probe([Capture(sites(model), read)])])]) as session:
         with pytest.raises(error):
             model(ids)
-        session.probes.clear()
+        session.actions.clear()
         assert torch.equal(model(ids).logits, base)
     assert torch.equal(model(ids).logits, base)
     assert not model._forward_pre_hooks and not model._forward_hooks

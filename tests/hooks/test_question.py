@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from asked_images import ASSISTANT, HOW, NEWLINE, USER, WHAT, tiny_models, tokenizer, turn
-from reattend.hooks.tokens.question import Question, special_ids
+from reattend.hooks import Question
+from reattend.hooks.tokens.question import special_ids
 from reattend.hooks.tokens.roles import add_text_roles
 from reattend.interventions import ReattendError, TokenMap
 

@@ -193,7 +193,7 @@ def test_reset_forgets_and_the_next_pass_starts_anew(model):
 
 
 def test_branches_of_a_copied_cache_go_on_with_the_copy(model):
-    from reattend.hooks.plan import Branch
+    from reattend.hooks import Branch
 
     def branch():
         return Branch([lambda prompt: prompt.arguments], fuse=lambda fusion: 2 * fusion.logits - fusion.others[0])

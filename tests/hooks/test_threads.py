@@ -276,7 +276,9 @@ FILES = (
     "module_hooks.py",
     "trackers/in_flight.py",
     "trackers/denoise.py",
-    "doors/taps.py",
+    "doors/edits.py",
+    "doors/observe.py",
+    "handles.py",
 )
 
 

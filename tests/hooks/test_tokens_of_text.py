@@ -48,9 +48,7 @@ def roles(model, inputs, *steps, given=None):
     """The token map that one forward pass under these steps makes."""
     seen = []
     with attach(model, [Plan("probe", list(steps))], tokenizer=given) as session:
-        from reattend.hooks.attachment import attachment_of
-
-        tracker = attachment_of(model).tracker
+        tracker = session.attachment.tracker
         handle = model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(tracker.current().tokens))
         try:
             with torch.no_grad():
@@ -162,15 +160,13 @@ def test_bad_spans_are_refused_before_anything_runs(model, steps, problem):
     before = model(**x).logits
     ran = []
     handle = model.model.embed_tokens.register_forward_hook(lambda *_: ran.append(1))
-    with attach(model, [Plan("probe", [Spans("s", **steps)])], tokenizer=chars):
+    with attach(model, [Plan("probe", [Spans("s", **steps)])], tokenizer=chars) as session:
         with pytest.raises(ReattendError, match=problem):
             model(**x)
         with pytest.raises(ReattendError, match=problem):
             model.generate(**x, max_new_tokens=2)
         assert not ran
-        from reattend.hooks.attachment import attachment_of
-
-        tracker = attachment_of(model).tracker
+        tracker = session.attachment.tracker
         assert not tracker.local.stack and not tracker.in_flight and not len(tracker.by_cache)
     handle.remove()
     assert torch.equal(model(**x).logits, before)

@@ -167,9 +167,7 @@ def test_newline_features_of_an_image_get_no_factor():
 
 def memory_of(session, cache):
     """What the recipe knows of the sequence in this cache."""
-    from reattend.hooks.attachment import attachment_of
-
-    return attachment_of(session.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]
+    return session.attachment.tracker.by_cache[cache].memory[session.plans[0].memory_key]
 
 
 @pytest.mark.parametrize("layers", [MERGED, PROBED], ids=["merged", "probed"])

@@ -9,8 +9,7 @@ import reattend
 import tiny_models
 import torch
 from golden_files import golden_file
-from reattend.hooks import capture
-from reattend.hooks.plan import Fusion
+from reattend.hooks import Fusion, capture
 from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.families.logits import contrasted
 from reattend.recipes import load_recipe, recipe, save_recipe

@@ -8,7 +8,7 @@ import pytest
 import reattend
 import torch
 import transformers
-from reattend.hooks import Plan, Projection, ReadProjection, attach, sites
+from reattend.hooks import Plan, Projected, Projection, attach, sites
 from reattend.hooks.trackers.caches import cache_in, cache_name, cache_of
 from reattend.interventions import ReattendError, UnsupportedError
 from reattend.interventions.families.subspaces import Subspaces, expert_weights, group_query, mixed_projection
@@ -156,10 +156,10 @@ def read_keys(model, x, query=False):
     """{layer: (key, query)} as they go into RoPE."""
     seen = {}
 
-    def reader(p: Projection):
+    def reader(p: Projected):
         seen[p.site.layer] = (p.key.clone(), None if p.query is None else p.query.clone())
 
-    with attach(model, [Plan("reader", [ReadProjection(sites(model), reader, query=query)])]):
+    with attach(model, [Plan("reader", [Projection(sites(model), reader=reader, query=query)])]):
         model(**x)
     return seen
 

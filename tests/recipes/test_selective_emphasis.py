@@ -12,7 +12,6 @@ import tiny_models
 import torch
 from asked_images import ONE, PROMPTS
 from golden_files import golden_file
-from reattend.hooks.attachment import attachment_of
 from reattend.hooks.tokens.images import add_images
 from reattend.hooks.tokens.patches import lay_out
 from reattend.hooks.trackers.caches import cache_name, cache_of
@@ -291,7 +290,7 @@ def test_one_strength_on_all_image_tokens_raises_their_scores_alike():
     inputs = tiny.inputs([ONE])
     with steer(tiny.model, alpha=0.4, beta=0.4, local_share=1.0) as session, torch.no_grad():
         cache = cache_of(tiny.model(**inputs))
-        gain = attachment_of(tiny.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]["gain"]
+        gain = session.attachment.tracker.by_cache[cache].memory[session.plans[0].memory_key]["gain"]
     wanted = 0.4 * (inputs["input_ids"] == tiny_models.IMAGE)
     torch.testing.assert_close(gain, wanted)
 

@@ -12,7 +12,7 @@ from golden_files import golden_file
 from reattend.hooks import Edits, Guide, Plan, attach
 from reattend.hooks.doors.guide import Guided, grow, settle
 from reattend.hooks.tokens.denoisers import read_forward
-from reattend.hooks.trackers.denoise import Run
+from reattend.hooks.trackers.denoising_run import Run
 from reattend.interventions import (
     Call,
     Clock,

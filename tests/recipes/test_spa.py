@@ -6,7 +6,7 @@ import pytest
 import reattend
 import torch
 from golden_files import golden_file
-from reattend.hooks.plan import Fusion
+from reattend.hooks import Fusion
 from reattend.interventions import Clock, ReattendError, TokenMap, UnsupportedError
 from reattend.interventions.families.logits import anchored
 from reattend.recipes import load_recipe, recipe, save_recipe

@@ -11,7 +11,6 @@ import transformers
 from golden_files import GOLDEN, golden_file
 from planted_sinks import DIM, OPEN, PROMPTS, planted, tiny_models
 from reattend.hooks import SiteTable, sites
-from reattend.hooks.attachment import attachment_of
 from reattend.hooks.trackers.caches import cache_of
 from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
 from reattend.interventions.families.sinks import VisualSinks, give_back, sink_tokens
@@ -163,7 +162,7 @@ def test_sinks_are_found_in_front_of_the_norm():
         session.plans[0].steps[-1].intervention = lambda call: None  # found, but the model goes on as it is
         with torch.no_grad():
             cache = cache_of(tiny.model(**inputs))
-        memory = attachment_of(tiny.model).tracker.by_cache[cache].memory[session.plans[0].memory_key]
+        memory = session.attachment.tracker.by_cache[cache].memory[session.plans[0].memory_key]
         session.counts.clear()
     for n in range(4):
         found = memory[f"model.language_model.layers.{n}.self_attn"].sinks

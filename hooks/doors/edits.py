@@ -1,0 +1,48 @@
+"""The edits door: interventions at calls of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...interventions import Call, Edit
+from ..handles import Handles, Holder
+from ..host import Host
+from ..passes import Forward
+from ..plan import Facts, Plan, Step, sites_misfit
+from ..sites.table import SiteTable
+
+Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
+
+
+@dataclass
+class Edits(Step):
+    """At every call of `sites`: intervention(call) -> edits. `label` names it in the session's counters."""
+
+    sites: SiteTable
+    intervention: Intervention
+    label: str = ""
+
+    at_calls = True
+
+    def check(self, facts: Facts) -> str:
+        return sites_misfit(self.sites)
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        counter, key = session.counter(self.label or plan.recipe), plan.memory_key
+
+        def edit(call: Call, forward: Forward) -> Sequence[Edit]:
+            call.memory = forward.memory(key)
+            wanted = self.intervention(call)
+            if wanted is None:
+                return ()
+            edits = [wanted] if isinstance(wanted, Edit) else list(wanted)
+            if any(not e.is_identity for e in edits):
+                assert call.site is not None
+                counter[call.site.name] += 1
+            return edits
+
+        handles = session.handles()
+        for site in self.sites:
+            handles.edit(site, self.sites.module(site), edit)
+        return handles

@@ -1,0 +1,72 @@
+"""What one step puts on a model and does in a session: all of it in one place, so that it goes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..interventions import Call, Edit, Site
+from .actions import Action
+from .module_hooks import Hooks
+from .passes import Forward
+from .protocols import Steered
+
+Editor = Callable[[Call, Forward], Sequence[Edit]]
+Reader = Callable[[Call, list[Edit], Forward], None]
+
+
+class Handles:
+    """Made by the session before anything is put on, so that an interrupt in between loses nothing."""
+
+    def __init__(self) -> None:
+        self.hooks = Hooks()
+        self.editors: list[tuple[Site, nn.Module, Editor]] = []
+        self.readers: list[tuple[Site, nn.Module, Reader]] = []
+        self.actions: list[Action] = []
+        self.spans: list[Any] = []
+        self.nested: list[Any] = []
+
+    def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False) -> None:
+        """A hook before a module: function(module, args) or function(module, args, kwargs)."""
+        self.hooks.before(module, function, kwargs=kwargs)
+
+    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """A hook after a module: function(module, args, output); after an error with output None."""
+        self.hooks.after(module, function)
+
+    def edit(self, site: Site, module: nn.Module, editor: Editor) -> None:
+        """editor(call, forward) -> edits, whenever the site's attention is computed."""
+        self.editors.append((site, module, editor))
+
+    def read(self, site: Site, module: nn.Module, reader: Reader) -> None:
+        """reader(call, edits, forward), with the edits of all sessions."""
+        self.readers.append((site, module, reader))
+
+    def act(self, action: Action) -> None:
+        """Something before or after every pass of the model's root."""
+        self.actions.append(action)
+
+    def mark(self, step: Any) -> None:
+        """A step that marks tokens of every prompt: step.mark(tokens, ids, tokenizer, read), and step.name."""
+        self.spans.append(step)
+
+    def __bool__(self) -> bool:
+        return bool(self.hooks or self.editors or self.readers or self.actions or self.spans or self.nested)
+
+
+class Holder(Steered, Protocol):
+    """A session, as a step that installs itself knows it."""
+
+    def handles(self) -> Handles:
+        """New handles, which go with the session."""
+        ...
+
+    def nest(self, handles: Handles, plan: Any) -> Steered:
+        """The steps of a plan as a session of its own for passes of a door's own, never attached by itself; it counts with this one."""
+        ...
+
+    def counter(self, label: str) -> Any:
+        """The counter {site name: times} under this label in `stats`."""
+        ...

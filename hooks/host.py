@@ -1,0 +1,66 @@
+"""What trackers, routes and doors know of a model's hooks (`attachment`), which they must not import."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..interventions import TokenMap
+from .passes import Forward
+from .protocols import Steered
+from .sites.table import SiteTable
+from .trackers.in_flight import InFlight
+
+
+class TokenTracker(Protocol):
+    """The tracker of a model that reads tokens, for doors that run passes of their own."""
+
+    root: nn.Module | None
+    signature: inspect.Signature
+
+    @property
+    def offset_modules(self) -> list[Any]:
+        """Modules that keep the offset of multimodal RoPE from one pass to the next."""
+        ...
+
+    def current(self) -> Forward: ...
+
+    def new_map(self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any]) -> TokenMap:
+        """The map of a prompt that no session has read."""
+        ...
+
+    def aside(self, forward: Forward) -> AbstractContextManager[None]:
+        """Inside, passes of the root are a door's own: `forward` holds their facts, and no action comes before or after them."""
+        ...
+
+
+class Host(Protocol):
+    """The hooks of one model, shared by its sessions."""
+
+    model: Any
+    table: SiteTable
+    in_flight: InFlight
+    # what is known of the embedding modules of its rotary positions
+    rotary: dict[int, nn.Module | None]
+
+    @property
+    def tracker(self) -> TokenTracker: ...
+
+    def active(self, module: nn.Module | None = None) -> list[Steered]:
+        """Sessions that the current thread or task runs under; module: one whose attention is about to be computed."""
+        ...
+
+    def current(self) -> Forward:
+        """The pass under way in this thread, of a denoiser or of the model that reads tokens."""
+        ...
+
+    def begin(self) -> list[Steered]:
+        """Notes that a pass of one of the model's roots begins, and returns the sessions that it runs under to its end."""
+        ...
+
+    def land(self, output: Any) -> None:
+        """Notes that it is over; output: None after an error."""
+        ...

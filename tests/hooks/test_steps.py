@@ -1,0 +1,117 @@
+"""Steps install themselves: the session, `apply` and the attachment know none by name, and refuse what nobody serves."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import reattend.hooks
+import tiny_denoisers
+import torch
+from reattend.hooks import Branch, Edits, Guide, Observe, Plan, Probe, Step, attach, sites
+from reattend.interventions import HeadGain, ReattendError, UnsupportedError
+from tiny_llama import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+DOORS = {name for name, value in vars(reattend.hooks).items() if isinstance(value, type) and issubclass(value, Step)}
+IDS = torch.tensor([[5, 9, 30, 31], [7, 8, 3, 2]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.mark.parametrize("file", ["hooks/session.py", "hooks/attachment.py", "recipes/kit/apply.py", "hooks/plan.py"])
+def test_no_step_is_known_by_name(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    assert not {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & (DOORS - {"Step"})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert "doors" not in (node.module or "") and not {a.name for a in node.names} & (DOORS - {"Step"})
+
+
+class Unknown:
+    """No step at all."""
+
+    def __init__(self, **says):
+        self.__dict__.update(says)
+
+
+class Silent(Step):
+    """Says nothing of what it serves."""
+
+
+class Idle(Step):
+    """Is served everywhere and installs nothing."""
+
+    def check(self, facts):
+        return ""
+
+
+@pytest.mark.parametrize("step", [Unknown(), Silent(), Idle(), Probe([Silent()]), Branch([lambda p: None], max, [Silent()])])
+def test_a_step_that_nobody_serves_is_refused(model, step) -> None:
+    with pytest.raises(UnsupportedError, match="'odd' does not fit this model: .*(Unknown|Silent|Idle)"):
+        attach(model, [Plan("odd", [Edits(sites(model), lambda call: None), step])])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_step_is_asked_before_each_prompt_and_once_while_it_is_answered(model) -> None:
+    asked, refuse, ran = [], [False], []
+
+    class Careful(Observe):
+        def ready(self, call):
+            asked.append((call.forward.clock.phase, tuple(call.given["input_ids"].shape)))
+            return "no prompt of four tokens is served" if refuse[0] else ""
+
+    step = Careful(sites(model)[:1], lambda seen: ran.append(1))
+    with attach(model, [Plan("careful", [step])]):
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+        assert asked == [("prefill", (2, 4))] and len(ran) == 3
+        refuse[0] = True
+        for _ in range(2):
+            with pytest.raises(ReattendError, match="careful: no prompt of four tokens is served"):
+                model(IDS)
+        assert len(ran) == 3
+        refuse[0] = False
+        model(IDS)
+    assert len(asked) == 4
+
+
+def test_a_step_is_asked_once_in_a_denoising_run() -> None:
+    asked = []
+
+    class Careful(Guide):
+        def ready(self, call):
+            asked.append(call.clock.step)
+            return ""
+
+    denoiser, inputs = tiny_denoisers.build("SD3Transformer2DModel")
+    with attach(denoiser, [Plan("careful", [Careful("far", 1.0)])]), reattend.hooks.rows("conditional"), torch.no_grad():
+        for step in (3.0, 2.0, 1.0):
+            denoiser(**{**inputs, "timestep": torch.full_like(inputs["timestep"], step)})
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_rows_of_a_guide_are_conditional_unless_it_says_otherwise(conditional: bool) -> None:
+    clocks = []
+    denoiser, inputs = tiny_denoisers.build("SD3Transformer2DModel")
+    table = sites(denoiser).where(lambda s: s.supported)[:1]
+
+    def watch(call):
+        clocks.append(call.clock)
+        return HeadGain(factor=1.0)
+
+    batch = len(inputs["hidden_states"])
+    plan = Plan("two", [Edits(table, watch), Guide("near", 0.5), Guide("far", 1.0, conditional=conditional)])
+    with torch.no_grad(), reattend.hooks.rows("unconditional", "conditional"):
+        doubled = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        with pytest.warns(reattend.interventions.ReattendWarning, match="never acted"), attach(denoiser, [plan]):
+            denoiser(**doubled)
+    (clock,) = clocks
+    no, yes, own = [False] * batch, [True] * batch, [conditional] * batch
+    assert clock.branches["conditional"].tolist() == [*no, *yes, *yes, *own]
+    assert clock.branches["unconditional"].tolist() == [*yes, *no, *no, *no]
+    assert clock.branches["far"].tolist() == [*no, *no, *no, *yes]
+    second = list(range(batch, 2 * batch))
+    assert clock.source.tolist() == [*range(2 * batch), *second, *second]

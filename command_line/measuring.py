@@ -40,13 +40,13 @@ def profile(
         check_output(out, "--out", overwrite=force, remedy="--force")
     options = {key.partition(".")[2] or key: value for key, value in settings_of(set_).items()}
     pipe = load(model, device=device or None, dtype=dtype or None)
-    tokenizer = getattr(pipe, "processor", None) or getattr(pipe, "tokenizer", None)
+    processor = getattr(pipe, "processor", None) or getattr(pipe, "tokenizer", None)
     inner = getattr(pipe, "model", pipe)
     if out:
-        learned = cls.profile(inner, tokenizer, **options)
+        learned = cls.profile(inner, processor, **options)
         file = learned.save(out)
     else:
-        learned, file = cached_profile(cls, inner, tokenizer, refresh=True, **options), cached_path(cls.slug, sites_of(inner))
+        learned, file = cached_profile(cls, inner, processor, refresh=True, **options), cached_path(cls.slug, sites_of(inner))
     if as_json:
         tensors = {name: list(t.shape) for name, t in learned.tensors.items()}
         print_json(

@@ -21,19 +21,19 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field
 
-from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, Support
+from ..hooks import Capture, Edits, Probe, Prompt, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer, require_whole
 from ..interventions.families.calibration import learn_sinks
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.heads import Head, as_heads, by_layer, missing_heads
-from .kit.language import decoder_sites
+from .kit.language import decoder_misfit, decoder_sites
 from .kit.profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (
     "name heads=[[layer, head], ...], a published list (see ACT.published()), heads='all', or a profile_path, or let "
-    "`reattend profile act MODEL` (reattend.recipes.cached_profile('act', model, tokenizer)) search and keep them"
+    "`reattend profile act MODEL` (reattend.recipes.cached_profile('act', model, processor)) search and keep them"
 )
 
 
@@ -81,24 +81,20 @@ class ACT(Recipe):
         1, ge=1, description="rows that must see a column before it can be a sink; 4 to 8 spares the prompt's last tokens"
     )
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if not support:
-            return support
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := decoder_misfit(sites, self.slug):
+            return reason
         if self.heads is not None and self.profile_path is not None:
-            return Support(False, "heads and profile_path both name heads: give one of them")
+            return "heads and profile_path both name heads: give one of them"
         heads = self.chosen_heads(sites)
         if heads is None:
-            return Support(False, f"act must be told which heads to calibrate: {REMEDY}")
+            return f"act must be told which heads to calibrate: {REMEDY}"
         if not heads:
-            return Support(
-                False, f"no head is left to calibrate ({'heads' if self.heads is not None else 'the profile'} is empty)"
-            )
-        reason = missing_heads(heads, chosen)
-        return Support(not reason, reason)
+            return f"no head is left to calibrate ({'heads' if self.heads is not None else 'the profile'} is empty)"
+        return missing_heads(heads, decoder_sites(sites))
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
+        chosen = decoder_sites(sites)
         heads = by_layer(self.chosen_heads(sites) or ())
         act = Edits(chosen.only(list(heads)), functools.partial(self.calibrate, heads))
         if self.beta == 1:
@@ -123,8 +119,7 @@ class ACT(Recipe):
             profile = find_profile(self, self.profile_path or CACHED, sites)
             return tuple((int(layer), int(head)) for layer, head in profile.tensors["selected"].tolist())
         if self.heads == "all":
-            chosen, _ = decoder_sites(sites, self.slug)
-            return tuple((s.layer, h) for s in chosen.layers(2, -2) for h in range(s.num_heads or 0))
+            return tuple((s.layer, h) for s in decoder_sites(sites).layers(2, -2) for h in range(s.num_heads or 0))
         if isinstance(self.heads, str):
             lists = self.published()
             if self.heads not in lists:
@@ -158,11 +153,11 @@ class ACT(Recipe):
         return Transfer(heads=known.heads, source=known.columns(call), strength=1 - self.beta)
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
         """Searches the heads whose calibration raises accuracy on labelled prompts; see `profiling.act.search_heads` for the options."""
         from .profiling.act import search_heads
 
-        return search_heads(cls, model, tokenizer, **options)
+        return search_heads(cls, model, processor, **options)
 
     @staticmethod
     @functools.cache

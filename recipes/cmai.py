@@ -20,19 +20,18 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ..hooks import Edits, SiteTable, Support
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..hooks.tokens.images import UNPADDED
 from ..interventions import Call, Edit, require_whole
 from ..interventions.families.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.families.sinks import SoundMap
-from .kit.base import Info, Recipe
-from .kit.images import decoder_layers, image_before, image_misfit, image_now, images_told, layers_misfit, pieces_told
+from .kit.base import Info
+from .kit.images import ImageRecipe, decoder_layers, image_before, image_now, images_told, pieces_told
 
 
-class CMAI(Recipe):
+class CMAI(ImageRecipe):
     slug = "cmai"
-    weighs = frozenset({"image"})
     info = Info(
         does="Blocks the image tokens that a text token's context does not look at. A reconstruction from the paper's abstract.",
         paper="Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image Redundancy",
@@ -48,27 +47,23 @@ class CMAI(Recipe):
     )
 
     gamma: float = Field(0.5, ge=0, le=0.9, description="share of a row's image tokens that are blocked; 0 changes nothing")
-    first_layer: int = Field(2, ge=0, description="first decoder layer that is changed")
-    last_layer: int | None = Field(
-        None, description="last decoder layer that is changed; None = the model's last, -2 = the one before"
-    )
     lag: Literal[0, 1] = Field(1, description="1: the focus comes from the layer before; 0: from the layer's own plain weights")
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = image_misfit(sites, self.slug) or layers_misfit(sites, self.first_layer, self.last_layer)
-        if not reason and self.first_layer < self.lag:
-            reason = "first_layer=0 has no layer before it to take the focus from: use lag=0 or first_layer=1"
-        reason = reason or self._chosen(sites).refusal
-        return Support(not reason, reason)
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := super().misfit(sites):
+            return reason
+        if self.first_layer < self.lag:
+            return "first_layer=0 has no layer before it to take the focus from: use lag=0 or first_layer=1"
+        return self.chosen(sites).refusal
 
-    def _chosen(self, sites: SiteTable) -> SiteTable:
+    def chosen(self, sites: SiteTable) -> SiteTable:
         """The layers that are changed, and with lag the one before them."""
         return decoder_layers(sites, self.first_layer - self.lag, self.last_layer)
 
     def plan(self, sites: SiteTable) -> list[Step]:
         if self.gamma == 0:
             return []
-        chosen = self._chosen(sites)
+        chosen = self.chosen(sites)
         # the other families have no separators among their image tokens, which take part where an image's layout cannot be told
         unsure = getattr(sites.config, "model_type", "") in UNPADDED
         told = pieces_told(

@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Edits, SiteTable
+from ..hooks import SiteTable, Spans
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
-from ..interventions.families.reweighting import prompt_bias, shared_by_layers
+from ..interventions.families.reweighting import prompt_bias
 from .kit.base import Info
 from .kit.contents import Contents, Fact, Numbers
 from .kit.heads import head_scores, ranked
-from .kit.language import Highlighter, decoder_sites, marked_role, passage_spans
+from .kit.language import Highlighter
 from .kit.profile import Profile, find_profile
 
 PROFILED_ALPHA, UNPROFILED_ALPHA = 0.01, 0.3
@@ -103,45 +104,27 @@ class Emphasise(Highlighter):
         return UNPROFILED_ALPHA if self.heads is None and self.profile_path is None else PROFILED_ALPHA
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
-        steps: list[Step] = []
-        marked, sections = self._sections(steps)
+        spans = self.sections()
         # alpha = 1 asks for no change at all: the prompt is still searched for the passages, the model is left alone
-        if self.factor != 1:
-            heads = self.heads_at(chosen)
-            terms = bias_terms(self.position, math.log(self.factor), sections)
-            steps.append(Edits(chosen.only(list(heads)), partial(self.emphasis, heads, terms, marked)))
-        return steps
+        if self.factor == 1:
+            return [*spans]
+        terms = bias_terms(self.position, math.log(self.factor), [s.name for s in spans[1:] or spans])
+        return [*spans, self.on_heads(sites, partial(self.emphasis, terms, spans[0].name if spans else None))]
 
-    def emphasis(
-        self, heads: dict[int, tuple[int, ...] | None], terms: list[tuple[str, float]], marked: str | None, call: Call
-    ) -> KeyBias | None:
-        """S[:, j] += b_j on the listed heads: for "exclude" log alpha on the prompt outside the passages, 0 elsewhere."""
-        assert call.site is not None
+    def emphasis(self, terms: list[tuple[str, float]], marked: str | None, call: Call) -> KeyBias | None:
+        """S[:, j] += b_j: for "exclude" log alpha on the prompt outside the passages, 0 elsewhere."""
+        bias = prompt_bias(call, terms, free=("bos",) if self.keep_sink else (), rows_with=marked)
+        return None if bias is None else KeyBias(bias=bias)
 
-        def make() -> KeyBias | None:
-            bias = prompt_bias(call, terms, free=("bos",) if self.keep_sink else (), rows_with=marked)
-            return None if bias is None else KeyBias(bias=bias)
-
-        edit = shared_by_layers(call, self.slug, make)
-        return None if edit is None else edit.on_heads(heads[call.site.layer])
-
-    def _sections(self, steps: list[Step]) -> tuple[str | None, list[str]]:
-        """Adds the `Spans` steps; returns the role that tells which prompts have passages, and the roles that get a bias each."""
+    def sections(self) -> list[Spans]:
+        """All passages of a prompt as one role; with official_multi and several of them, then each as a role of its own."""
         passages = self.passages
         if passages is None:
-            return None, []
-
-        def add(role: str, rows: list[list[Any]]) -> str:
-            named = (None, rows) if self.ranges is not None else (rows, None)
-            steps.append(passage_spans(role, *named, self.occurrence, self.official_span))
-            return role
-
-        marked = add(marked_role(self), passages)
-        count = len(passages[0])
-        if not self.official_multi or count == 1:
-            return marked, [marked]
-        return marked, [add(f"{marked}.{k}", [[row[k]] for row in passages]) for k in range(count)]
+            return []
+        whole, count = self.spans(self.official_span), len(passages[0])
+        kind = "texts" if self.ranges is None else "ranges"
+        each = range(count if self.official_multi and count > 1 else 0)
+        return [whole, *(replace(whole, name=f"{whole.name}.{k}", **{kind: [[row[k]] for row in passages]}) for k in each)]
 
     def pairs(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         if self.profile_path is None:
@@ -152,11 +135,11 @@ class Emphasise(Highlighter):
         return [pair for pair, score in ranking[:count] if score > 0]
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
         """Searches the heads whose steering makes answers follow a marked fact; see `profiling.emphasise.search_heads`."""
         from .profiling.emphasise import search_heads
 
-        return search_heads(cls, model, tokenizer, **options)
+        return search_heads(cls, model, processor, **options)
 
 
 def bias_terms(position: str, amount: float, sections: Sequence[str]) -> list[tuple[str, float]]:

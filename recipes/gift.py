@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from ..hooks import Capture, Edits, Probe, Question, SiteTable, Support
+from ..hooks import Capture, Edits, Probe, Question, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, ReattendWarning, require_whole
 from ..interventions.families.gaze import (
@@ -131,23 +131,19 @@ class GIFT(Recipe):
 
     # -- what it fits ------------------------------------------------------------------------------------------------
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = self._misfit(sites)
-        return Support(not reason, reason)
-
-    def _misfit(self, table: SiteTable) -> str:
-        reason = image_misfit(table, self.slug)
+    def misfit(self, sites: SiteTable) -> str:
+        reason = image_misfit(sites, self.slug)
         if reason:
             return reason
-        layers = self.layers(table)
+        layers = self.layers(sites)
         if layers is None:
-            return f"the layers to read and to change are not known for {table.model_name}: {REMEDY}"
-        decoder = table.stack("decoder").kind("self")
+            return f"the layers to read and to change are not known for {sites.model_name}: {REMEDY}"
+        decoder = sites.stack("decoder").kind("self")
         there = {s.layer for s in decoder}
         for name, chosen in (("saliency_layers", layers.saliency), ("enhance_layers", layers.enhance)):
             missing = [n for n in chosen if n not in there]
             if missing:
-                return f"{name}: there is no layer {missing[0]}; {table.model_name} has {min(there)} to {max(there)}"
+                return f"{name}: there is no layer {missing[0]}; {sites.model_name} has {min(there)} to {max(there)}"
         chosen = decoder.only([*layers.saliency, *layers.enhance])
         if chosen.refusal:
             return chosen.refusal
@@ -263,8 +259,8 @@ class GIFT(Recipe):
         return call.memory["focus"][1]
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
         """Finds the layers from image-question pairs; see `profiling.gift.gaze_layers` for the options."""
         from .profiling.gift import gaze_layers
 
-        return gaze_layers(cls, model, tokenizer, **options)
+        return gaze_layers(cls, model, processor, **options)

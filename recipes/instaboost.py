@@ -14,16 +14,13 @@ in 50 % of prompts without, 67 % at 1.5, 87 % at 3, 97 % at 6, and just so witho
 from __future__ import annotations
 
 import math
-from functools import partial
 
 from pydantic import Field
 
-from ..hooks import Edits, SiteTable
-from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
-from ..interventions.families.reweighting import marked_columns, shared_by_layers
+from ..interventions.families.reweighting import marked_columns
 from .kit.base import Info
-from .kit.language import Highlighter, decoder_sites, marked_role, passage_spans
+from .kit.language import Highlighter
 
 
 class InstABoost(Highlighter):
@@ -53,23 +50,11 @@ class InstABoost(Highlighter):
         True, description="boost each prompt's first token too, as the official code does, whose boosted range starts there"
     )
 
-    def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
-        role = marked_role(self)
-        steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
-        # a multiplier of 1 asks for no change: the prompt is still searched for the passages
-        if self.multiplier != 1:
-            heads = self.heads_at(chosen)
-            steps.append(Edits(chosen.only(list(heads)), partial(self.boost, heads, role)))
-        return steps
+    @property
+    def neutral(self) -> bool:
+        return self.multiplier == 1
 
-    def boost(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> KeyBias | None:
+    def edit(self, role: str, call: Call) -> KeyBias | None:
         """S[:, j] += log(multiplier) for the passages' columns j."""
-        assert call.site is not None
-
-        def make() -> KeyBias | None:
-            columns = marked_columns(call, role, ("bos",) if self.first_token else (), apart=True)
-            return None if columns is None else KeyBias(bias=math.log(self.multiplier) * columns)
-
-        edit = shared_by_layers(call, self.slug, make)
-        return None if edit is None else edit.on_heads(heads[call.site.layer])
+        columns = marked_columns(call, role, ("bos",) if self.first_token else (), apart=True)
+        return None if columns is None else KeyBias(bias=math.log(self.multiplier) * columns)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from ..hooks import Capture, Lookahead, SiteTable, Support, Trials
+from ..hooks import Capture, Lookahead, SiteTable, Trials
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, require_whole
 from ..interventions.families.logits import at_least_float
@@ -64,14 +64,11 @@ class OPERA(Recipe):
         description="token range [start, stop) of the image, where it cannot be found by its token (prompts of embeddings)",
     )
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = ""
-        if self.image_range is None:
-            reason = image_misfit(sites, self.slug)
-        elif not len(sites.stack("decoder").kind("self")):
-            reason = f"{sites.model_name} has no decoder self-attention"
-        reason = reason or self._last(sites).refusal
-        return Support(not reason, reason)
+    def misfit(self, sites: SiteTable) -> str:
+        if self.image_range is None and (reason := image_misfit(sites, self.slug)):
+            return reason
+        last = self._last(sites)
+        return last.refusal if len(last) else f"{sites.model_name} has no decoder self-attention"
 
     @staticmethod
     def _last(table: SiteTable) -> SiteTable:

@@ -21,20 +21,19 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Branch, Edits, Fusion, Prompt, SiteTable, Support
+from ..hooks import Branch, Edits, Fusion, Prompt, SiteTable
 from ..hooks.plan import Step
 from ..hooks.prompts.text_only import placeholders, without_images
 from ..interventions import Call, ReattendError, ScoreGain
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.logits import at_least_float, contrasted
 from ..interventions.families.reweighting import marked_columns, shared_by_layers
-from .kit.base import Info, Recipe
-from .kit.images import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
+from .kit.base import Info
+from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told, pieces_told
 
 
-class PAI(Recipe):
+class PAI(ImageRecipe):
     slug = "pai"
-    weighs = frozenset({"image"})
     info = Info(
         does="Strengthens all image tokens while an answer is written, and favours words that the image makes likelier.",
         paper="Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs",
@@ -60,10 +59,6 @@ class PAI(Recipe):
         allow_inf_nan=False,
         description="weight of what the image adds to the logits; 1 = no second branch, at half the cost per token",
     )
-    first_layer: int = Field(2, ge=0, description="first decoder layer whose scores grow")
-    last_layer: int | None = Field(
-        None, description="last decoder layer whose scores grow; None = the model's last, -2 = the one before"
-    )
     cutoff: float = Field(
         0.1,
         gt=0,
@@ -71,22 +66,11 @@ class PAI(Recipe):
         description="tokens below this share of the likeliest one's probability are left out (gamma other than 1)",
     )
 
-    # -- what it fits ------------------------------------------------------------------------------------------------
-
-    def supports(self, sites: SiteTable) -> Support:
-        reason = self._misfit(sites)
-        return Support(not reason, reason)
-
-    def _misfit(self, table: SiteTable) -> str:
-        return image_misfit(table, self.slug) or layers_misfit(table, self.first_layer, self.last_layer)
-
-    # -- what it does ------------------------------------------------------------------------------------------------
-
     def plan(self, sites: SiteTable) -> list[Step]:
         steps: list[Step] = []
         if self.alpha != 0:
             steps.append(images_told(sites, pieces_told(self.slug, EACH_LAST_ROW, image_before)))
-            steps.append(Edits(decoder_layers(sites, self.first_layer, self.last_layer), self.strengthen))
+            steps.append(Edits(self.chosen(sites), self.strengthen))
         if self.gamma != 1:
             steps.append(Branch([self.text_only], self.fuse))
         return steps

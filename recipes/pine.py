@@ -22,14 +22,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Edits, Segments, SiteTable, Support
+from ..hooks import Edits, Segments, SiteTable
 from ..hooks.plan import Step
 from ..hooks.sites.rotary import rotary_misfit
 from ..hooks.tokens.segments import role_of
 from ..interventions import Call, Rearrange
 from ..interventions.families.order import Layout, rearranged
 from .kit.base import Info, Recipe
-from .kit.language import decoder_sites, marked_role, per_prompt
+from .kit.language import decoder_sites, marked_role, per_prompt, prompt_misfit
 
 # parameters of layers that carry a state from token to token beside attention
 RECURRENT = ("mamba_", "ssm_", "conv_", "linear_attn_", "linear_num_", "lru_")
@@ -71,29 +71,22 @@ class Pine(Recipe):
             raise ValueError("segments (or ranges) names no segment")
         return self
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if not support:
-            return support
-        config = sites.config.get_text_config()
-        if getattr(sites.config, "is_encoder_decoder", False):
-            return Support(
-                False, f"{sites.model_name} reads its prompt with an encoder; {self.slug} needs a decoder that reads it"
-            )
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := prompt_misfit(sites, self.slug):
+            return reason
+        chosen, config = decoder_sites(sites), sites.config.get_text_config()
         mixing = next((name for name in vars(config) if name.startswith(RECURRENT)), None)
         layers = getattr(config, "num_hidden_layers", chosen.num_layers)
         if mixing or chosen.num_layers < layers:
             what = f"({mixing})" if mixing else f"({layers - chosen.num_layers} of {layers} layers)"
-            return Support(False, f"{sites.model_name} carries the order of its tokens by other means than attention {what}")
-        reason = rotary_misfit(chosen)
-        return Support(not reason, reason)
+            return f"{sites.model_name} carries the order of its tokens by other means than attention {what}"
+        return rotary_misfit(chosen)
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
         rows = per_prompt(self.segments, self.ranges) or []
         kind: dict[str, Any] = {"ranges" if self.ranges is not None else "texts": rows}
         name, most = marked_role(self), max(map(len, rows))
-        return [Segments(name, **kind), Edits(chosen, partial(self.rearrange, name, most))]
+        return [Segments(name, **kind), Edits(decoder_sites(sites), partial(self.rearrange, name, most))]
 
     def rearrange(self, name: str, most: int, call: Call) -> Rearrange | None:
         """Every query of the call meets the segments in the order of their importance to it; None where there is nothing to order."""

@@ -21,7 +21,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from ..hooks import Edits, SiteTable, Support
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.families.heads import prompt_end
@@ -29,12 +29,12 @@ from ..interventions.families.reweighting import shared_by_layers
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.heads import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
-from .kit.language import decoder_sites
+from .kit.language import decoder_misfit, decoder_sites
 from .kit.profile import CACHED, Profile, cached_path, find_profile
 
 REMEDY = (
     "name heads=[[layer, head], ...], or a profile_path, or let `reattend profile retrieval-heads MODEL` "
-    "(reattend.recipes.cached_profile('retrieval-heads', model, tokenizer)) find and keep them"
+    "(reattend.recipes.cached_profile('retrieval-heads', model, processor)) find and keep them"
 )
 Mode = Literal["mask", "zero", "sharpen", "sink_down", "gain"]
 
@@ -106,30 +106,26 @@ class RetrievalHeads(Recipe):
             return self.strength
         return 1.0 if self.mode in ("mask", "zero") else 0.2
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if not support:
-            return support
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := decoder_misfit(sites, self.slug):
+            return reason
         if self.heads is None and self.profile_path is None and not cached_path(self.slug, sites).is_file():
-            return Support(False, f"retrieval-heads must be told which heads those are: {REMEDY}")
+            return f"retrieval-heads must be told which heads those are: {REMEDY}"
         weighted = self.weighted_heads(sites)
         if self.heads is None and not weighted:
-            return Support(False, f"no head of the profile has a score of {self.min_score} or more: lower min_score")
-        reason = missing_heads([head for head, _ in weighted], chosen)
-        return Support(not reason, reason)
+            return f"no head of the profile has a score of {self.min_score} or more: lower min_score"
+        return missing_heads([head for head, _ in weighted], decoder_sites(sites))
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
         weights = dict(self.weighted_heads(sites))
         layers = by_layer(weights)
         make = functools.cache(functools.partial(self.edit, weights, layers))
         # an empty list of heads acts nowhere and is the identity
-        return [Edits(chosen.only(list(layers)), functools.partial(self.intervene, make))] if layers else []
+        return [Edits(decoder_sites(sites).only(list(layers)), functools.partial(self.intervene, make))] if layers else []
 
     def weighted_heads(self, sites: SiteTable) -> list[tuple[Head, float]]:
         """The heads on this model with their relative score (best = 1). Raises ReattendError for a profile of another model."""
-        chosen, _ = decoder_sites(sites, self.slug)
-        every = [(s.layer, h) for s in chosen for h in range(s.num_heads or 0)]
+        every = [(s.layer, h) for s in decoder_sites(sites) for h in range(s.num_heads or 0)]
         if self.heads is None:
             order = self.scored_heads(sites)
             ranking, outside = [head for head, _ in order], 100
@@ -189,11 +185,11 @@ class RetrievalHeads(Recipe):
         return lambda call, rows: whole if rows is None else fixed[self.mode](heads=heads, rows=rows)
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
         """Scores every head by the share of planted sentences that it copies; see `profiling.retrieval_heads.detect` for the options."""
         from .profiling.retrieval_heads import detect
 
-        return detect(cls.slug, model, tokenizer, **options)
+        return detect(cls.slug, model, processor, **options)
 
 
 def _sees_bos(call: Call) -> bool:

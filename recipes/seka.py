@@ -29,28 +29,18 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ..hooks import Projected, Projection, SiteTable, Support
+from ..hooks import Projected, Projection, SiteTable
 from ..hooks.doors.projection import projection_misfit
 from ..hooks.plan import Step
 from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
-from .kit.base import Info, Recipe
+from .kit.base import Info
 from .kit.contents import Contents, Numbers
-from .kit.language import (
-    OCCURRENCE_HELP,
-    RANGES_HELP,
-    TEXT_HELP,
-    Ranges,
-    Text,
-    check_passages,
-    decoder_sites,
-    marked_role,
-    passage_spans,
-)
+from .kit.language import Marked, decoder_sites, marked_role
 from .kit.profile import CACHED, Profile, find_profile
 
 
-class SEKA(Recipe):
+class SEKA(Marked):
     slug = "seka"
     info = Info(
         does="Stretches the keys of marked passages of the prompt along directions that questions make relevant.",
@@ -67,8 +57,6 @@ class SEKA(Recipe):
         licence="Apache-2.0",
         profiling="directions of relevance per key head, from synthetic questions",
     )
-    marks = {"highlight": "text"}
-
     contents = Contents(
         {
             **{f"*.{kind}.vectors": Numbers(("key_heads", "head_dim", "head_dim")) for kind in ("relevant", "irrelevant")},
@@ -84,8 +72,6 @@ class SEKA(Recipe):
         }
     )
 
-    text: Text = Field(None, description=f"passages to emphasise, {TEXT_HELP}")
-    ranges: Ranges = Field(None, description=RANGES_HELP)
     gain: float | None = Field(
         None,
         ge=-8,
@@ -129,7 +115,6 @@ class SEKA(Recipe):
     profile_path: str = Field(
         CACHED, description='file of a profile, or "cached" for the one that `reattend profile seka MODEL` keeps'
     )
-    occurrence: int | None = Field(None, description=OCCURRENCE_HELP)
     official_span: bool = Field(
         False, description="find passages by the official rule, which loses tokens that begin before the passage"
     )
@@ -150,7 +135,6 @@ class SEKA(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> SEKA:
-        check_passages(self.text, self.ranges, "emphasise")
         if self.adaptive and self.feature is not None:
             raise ValueError("feature does not go with adaptive: its experts are learned from the keys themselves")
         return self
@@ -160,42 +144,33 @@ class SEKA(Recipe):
         """g+, or its default for the mode."""
         return self.gain if self.gain is not None else 1.0 if self.adaptive else 0.8
 
-    def supports(self, sites: SiteTable) -> Support:
-        every, support = decoder_sites(sites, self.slug)
-        if not support:
-            return support
-        if getattr(sites.config, "is_encoder_decoder", False):
-            return Support(
-                False, f"{sites.model_name} reads its prompt with an encoder; {self.slug} needs a decoder that reads it"
-            )
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := super().misfit(sites):
+            return reason
         try:
-            chosen = self.chosen_sites(every)
+            chosen = self.chosen_sites(sites)
         except ReattendError as error:
-            return Support(False, str(error))
-        misfit = projection_misfit(chosen, query=self.adaptive)
-        if misfit:
-            return Support(False, misfit)
+            return str(error)
+        if reason := projection_misfit(chosen, query=self.adaptive):
+            return reason
         profile = find_profile(self, self.profile_path, sites)
         learned = profile.facts.get("feature")
         if learned != self.feature and not self.adaptive:
-            return Support(False, f"the profile was made with feature={learned!r}, the recipe has {self.feature!r}")
+            return f"the profile was made with feature={learned!r}, the recipe has {self.feature!r}"
         far = self.distances(profile, chosen)
         if not far:
-            return Support(False, f"the profile knows none of the chosen layers; it knows {known_layers(profile)}")
-        moved = sum(int((values >= self.min_diff).sum()) for values in far.values())
-        if not moved:
-            largest = max(float(values.max()) for values in far.values())
-            return Support(False, f"min_diff={self.min_diff} leaves no key head: questions move keys by {largest:.3g} at most")
-        return Support(True, f"{moved} of {sum(v.numel() for v in far.values())} key heads of the chosen layers are steered")
+            return f"the profile knows none of the chosen layers; it knows {known_layers(profile)}"
+        largest = max(float(values.max()) for values in far.values())
+        return (
+            ""
+            if largest >= self.min_diff
+            else f"min_diff={self.min_diff} leaves no key head: questions move keys by {largest:.3g} at most"
+        )
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        every, _ = decoder_sites(sites, self.slug)
-        chosen = self.chosen_sites(every)
+        chosen, role = self.chosen_sites(sites), marked_role(self)
         profile = find_profile(self, self.profile_path, sites)
-        role = marked_role(self)
-        steps: list[Step] = [
-            passage_spans(role, self.text, self.ranges, self.occurrence, "inside" if self.official_span else False)
-        ]
+        steps: list[Step] = [self.spans("inside" if self.official_span else False)]
         for site, entry in zip(chosen, self.entries(profile, chosen), strict=True):
             if entry is None or (self.strength == 0 and (self.adaptive or not self.negative_gain)):
                 continue
@@ -254,8 +229,9 @@ class SEKA(Recipe):
 
     # -- what the profile says of the chosen layers --------------------------------------------------------------------
 
-    def chosen_sites(self, every: SiteTable) -> SiteTable:
+    def chosen_sites(self, sites: SiteTable) -> SiteTable:
         """The sites of `layers`. Raises ReattendError for a layer that the decoder does not have."""
+        every = decoder_sites(sites)
         if isinstance(self.layers, tuple):
             there = [site.layer for site in every]
             wrong = [n for n in self.layers if n not in there]
@@ -280,11 +256,11 @@ class SEKA(Recipe):
         return {n: profile.tensors[f"{n}.{kind}"] for n in self.entries(profile, chosen) if n is not None}
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
         """Learns the directions of relevance; see `profiling.seka.learn_subspaces` for the options."""
         from .profiling.seka import learn_subspaces
 
-        return learn_subspaces(cls.slug, model, tokenizer, **options)
+        return learn_subspaces(cls.slug, model, processor, **options)
 
 
 DISTANCES = {"code": "distance", "paper": "mean_distance"}

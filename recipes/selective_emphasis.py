@@ -22,20 +22,19 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Edits, SiteTable, Support
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..hooks.tokens.patches import PatchReader, encoder_sites
 from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain, require_whole
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.reweighting import of_call, shared_by_layers
 from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
-from .kit.base import Info, Recipe
-from .kit.images import EACH_LAST_ROW, decoder_layers, image_before, image_misfit, images_told, layers_misfit, pieces_told
+from .kit.base import Info
+from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told, pieces_told
 
 
-class SelectiveEmphasis(Recipe):
+class SelectiveEmphasis(ImageRecipe):
     slug = "selective-emphasis"
-    weighs = frozenset({"image"})
     info = Info(
         does="Strengthens the image tokens that the vision encoder itself singles out: grounded details and summaries.",
         paper="Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model",
@@ -59,27 +58,15 @@ class SelectiveEmphasis(Recipe):
     spatial_share: float = Field(
         0.0, ge=0, le=1, description="as many more, by what all patches together look at in the first encoder layer"
     )
-    first_layer: int = Field(2, ge=0, description="first decoder layer that is changed")
-    last_layer: int | None = Field(
-        None, description="last decoder layer that is changed; None = the model's last, -2 = the one before"
-    )
     by_head: bool = Field(False, description="strengthen each head by its share of image attention, as the abstract describes")
 
     # -- what it fits ------------------------------------------------------------------------------------------------
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = self._misfit(sites)
-        return Support(not reason, reason)
-
-    def _misfit(self, table: SiteTable) -> str:
-        reason = image_misfit(table, self.slug)
-        if reason:
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := super().misfit(sites):
             return reason
-        reason = layers_misfit(table, self.first_layer, self.last_layer)
-        if reason:
-            return reason
-        name = table.model_name
-        encoder = encoder_sites(table)
+        name = sites.model_name
+        encoder = encoder_sites(sites)
         if not len(encoder):
             return f"{self.slug} reads the attention of the vision encoder, and {name} has none that can be read"
         read = encoder.layers(0, 0) + encoder.layers(-2, -2)
@@ -101,7 +88,7 @@ class SelectiveEmphasis(Recipe):
         return [
             images_told(sites, pieces_told(self.slug, EACH_LAST_ROW, image_before)),
             *patches.steps,
-            Edits(decoder_layers(sites, self.first_layer, self.last_layer), partial(self.strengthen, patches)),
+            Edits(self.chosen(sites), partial(self.strengthen, patches)),
         ]
 
     def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | list[Edit] | None:

@@ -22,14 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..hooks import Edits, SiteTable, Support
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, HeadMix, ReattendError
 from ..interventions.families.heads import mixture, prompt_end
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Fact, Numbers
 from .kit.heads import Heads, missing_heads
-from .kit.language import decoder_sites
+from .kit.language import decoder_sites, prompt_misfit
 from .kit.profile import CACHED, Profile, find_profile
 
 
@@ -73,32 +73,27 @@ class SoftInjection(Recipe):
         description='file of a profile, or "cached" for the one kept for this model (see reattend.recipes.cached_profile)',
     )
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if not support:
-            return support
-        if getattr(sites.config, "is_encoder_decoder", False):
-            return Support(
-                False, f"{sites.model_name} reads its prompt with an encoder; {self.slug} needs a decoder that reads it"
-            )
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := prompt_misfit(sites, self.slug):
+            return reason
+        chosen = decoder_sites(sites)
         if self.heads is not None:
             reason = missing_heads(self.heads, chosen) or ("" if self.heads else "heads must name at least one head")
             if reason:
-                return Support(False, reason)
-        embedding, alpha = self.learned(sites)
+                return reason
+        embedding, _ = self.learned(sites)
         # a decoder can have layers without attention; what was learned knows only those that have some
         lost = sorted({s.layer for s in chosen} - {i for i in range(embedding.shape[0]) if bool(embedding[i].any())})
         if lost:
-            return Support(False, f"the profile holds nothing for the attention of layers {lost}: make it anew for this model")
-        return Support(True, f"{int((alpha > 0).sum())} heads are mixed")
+            return f"the profile holds nothing for the attention of layers {lost}: make it anew for this model"
+        return ""
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
         embedding, alpha = self.learned(sites)
         layers = [i for i in range(alpha.shape[0]) if bool(alpha[i].any())]
         # nothing to mix is the identity
         on = functools.cache(lambda device: (embedding.to(device), alpha.to(device)))
-        return [Edits(chosen.only(layers), functools.partial(self.inject, on))] if layers else []
+        return [Edits(decoder_sites(sites).only(layers), functools.partial(self.inject, on))] if layers else []
 
     def learned(self, sites: SiteTable) -> tuple[Tensor, Tensor]:
         """(embedding [layers, heads, D], alpha [layers, heads] as it is used). Raises ReattendError for a profile that does not fit."""
@@ -139,8 +134,8 @@ class SoftInjection(Recipe):
         return task_prompt(x, demonstrations, template or TEMPLATE)
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
         """Makes task embeddings and learns their shares; see `profiling.soft_injection.learn_task` for the options."""
         from .profiling.soft_injection import learn_task
 
-        return learn_task(cls.slug, model, tokenizer, **options)
+        return learn_task(cls.slug, model, processor, **options)

@@ -21,25 +21,15 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from ..hooks import Branch, Fusion, Prompt, SiteTable, Support
+from ..hooks import Branch, Fusion, Prompt, SiteTable
 from ..hooks.plan import Step
 from ..hooks.prompts.replaced import without_span
 from ..interventions.families.logits import SAME_STRENGTH, anchored, at_least_float
-from .kit.base import Info, Recipe
-from .kit.language import (
-    OCCURRENCE_HELP,
-    RANGES_HELP,
-    TEXT_HELP,
-    Ranges,
-    Text,
-    check_passages,
-    decoder_sites,
-    marked_role,
-    passage_spans,
-)
+from .kit.base import Info
+from .kit.language import Marked, marked_role
 
 
-class SPA(Recipe):
+class SPA(Marked):
     slug = "spa"
     info = Info(
         does="Makes marked passages count more for every next token, by the difference that hiding them makes.",
@@ -55,10 +45,7 @@ class SPA(Recipe):
         code="magic-YuanTian/Selective-Prompt-Anchoring",
         licence="Apache-2.0",
     )
-    marks = {"highlight": "text"}
 
-    text: Text = Field(None, description=f"passages to anchor, {TEXT_HELP}")
-    ranges: Ranges = Field(None, description=RANGES_HELP)
     strength: float = Field(
         1.4,
         ge=-50,
@@ -70,7 +57,6 @@ class SPA(Recipe):
     modulated: bool = Field(
         True, description="change likely tokens most, which bears larger strengths; acts on strengths beyond -1 to 1"
     )
-    occurrence: int | None = Field(None, description=OCCURRENCE_HELP)
     placeholder: tuple[int, ...] | None = Field(
         None, description="token ids that stand for a passage in the second branch; None = its own tokens, hidden"
     )
@@ -81,7 +67,6 @@ class SPA(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> SPA:
-        check_passages(self.text, self.ranges, "anchor")
         if self.placeholder is not None and (not self.placeholder or min(self.placeholder) < 0):
             raise ValueError("placeholder must name at least one token id, none below 0")
         if self.placeholder is None and not self.hide:
@@ -92,24 +77,19 @@ class SPA(Recipe):
             )
         return self
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if support and getattr(sites.config, "is_encoder_decoder", False):
-            return Support(False, f"{sites.model_name} reads its prompt with an encoder; spa needs a decoder that reads it")
-        known = getattr(sites.config.get_text_config(), "vocab_size", None) if support else None
-        if known is not None and max(self.placeholder or (0,)) >= known:
-            return Support(
-                False, f"placeholder names token {max(self.placeholder or ())}, but the model knows tokens 0 to {known - 1}"
-            )
-        return support
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := super().misfit(sites):
+            return reason
+        known, highest = getattr(sites.config.get_text_config(), "vocab_size", None), max(self.placeholder or (0,))
+        if known is not None and highest >= known:
+            return f"placeholder names token {highest}, but the model knows tokens 0 to {known - 1}"
+        return ""
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        role = marked_role(self)
-        steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
         # a strength of 1 asks for no change: the prompt is still searched for the passages
-        if abs(self.strength - 1) >= SAME_STRENGTH:
-            steps.append(Branch([partial(self.without_passages, role)], self.fuse))
-        return steps
+        if abs(self.strength - 1) < SAME_STRENGTH:
+            return [self.spans()]
+        return [self.spans(), Branch([partial(self.without_passages, marked_role(self))], self.fuse)]
 
     def without_passages(self, role: str, prompt: Prompt) -> dict[str, Any] | None:
         """The prompt of the second branch; None where no row has a passage."""

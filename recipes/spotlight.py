@@ -15,16 +15,12 @@ in 50 % of prompts without, 57 % at a target of 0.1, 70 % at 0.2, 87 % at 0.4.
 
 from __future__ import annotations
 
-from functools import partial
-
 from pydantic import Field, model_validator
 
-from ..hooks import Edits, SiteTable
-from ..hooks.plan import Step
 from ..interventions import Call, Lift
-from ..interventions.families.reweighting import marked_columns, shared_by_layers
+from ..interventions.families.reweighting import marked_columns
 from .kit.base import Info
-from .kit.language import Highlighter, decoder_sites, marked_role, passage_spans
+from .kit.language import Highlighter
 
 
 class Spotlight(Highlighter):
@@ -73,27 +69,13 @@ class Spotlight(Highlighter):
             )
         return self
 
-    def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
-        role = marked_role(self)
-        steps: list[Step] = [passage_spans(role, self.text, self.ranges, self.occurrence)]
-        # a target of 0 asks for no change: the prompt is still searched for the passages
-        if self.target and self.largest_factor > 1:
-            heads = self.heads_at(chosen)
-            steps.append(Edits(chosen.only(list(heads)), partial(self.lift, heads, role)))
-        return steps
+    @property
+    def neutral(self) -> bool:
+        return not self.target or self.largest_factor <= 1
 
-    def lift(self, heads: dict[int, tuple[int, ...] | None], role: str, call: Call) -> Lift | None:
+    def edit(self, role: str, call: Call) -> Lift | None:
         """The passages' share p of each row becomes target / (target + 1 - p), or the target, where it was less than that."""
-        assert call.site is not None
-
-        def make() -> Lift | None:
-            columns = marked_columns(call, role, apart=True)
-            if columns is None:
-                return None
-            return Lift(
-                columns=columns, share=self.target, exact=self.exact, largest=self.largest_factor, least=self.min_share
-            )  # fmt: skip
-
-        edit = shared_by_layers(call, self.slug, make)
-        return None if edit is None else edit.on_heads(heads[call.site.layer])
+        columns = marked_columns(call, role, apart=True)
+        if columns is None:
+            return None
+        return Lift(columns=columns, share=self.target, exact=self.exact, largest=self.largest_factor, least=self.min_share)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from ..hooks import Edits, SiteTable, Support
+from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Band, Call, Keep
 from ..interventions.families.heads import prompt_end
 from ..interventions.families.reweighting import shared_by_layers
 from .kit.base import Info, Recipe
-from .kit.language import decoder_sites
+from .kit.language import decoder_misfit, decoder_sites
 
 
 class Streaming(Recipe):
@@ -42,15 +42,13 @@ class Streaming(Recipe):
     last_rows: int = Field(0, ge=0, description="how many of the prompt's last rows see everything (tri-shape: 100); 0 = none")
     start_layer: int = Field(0, ge=0, description="first layer with the window; the layers below see everything")
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if support and not len(chosen.layers(self.start_layer)):
-            return Support(False, f"start_layer {self.start_layer} lies beyond the model's {chosen.num_layers} layers")
-        return support
+    def misfit(self, sites: SiteTable) -> str:
+        chosen = decoder_sites(sites)
+        beyond = f"start_layer {self.start_layer} lies beyond the model's {chosen.num_layers} layers"
+        return decoder_misfit(sites, self.slug) or ("" if len(chosen.layers(self.start_layer)) else beyond)
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen, _ = decoder_sites(sites, self.slug)
-        return [Edits(chosen.layers(self.start_layer), self.window_with_sinks)]
+        return [Edits(decoder_sites(sites).layers(self.start_layer), self.window_with_sinks)]
 
     def window_with_sinks(self, call: Call) -> Keep | None:
         """keep(i, j) = j <= i and (j < sinks or i - j < window), counted from each sequence's first real token."""

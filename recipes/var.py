@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..hooks import Edits, Observation, Observe, Plan, SiteTable, Support, attach, sites
+from ..hooks import Edits, Observation, Observe, Plan, SiteTable, attach, sites
 from ..hooks.plan import Step
 from ..hooks.sites.discovery import unwrapped_model
 from ..hooks.tokens.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, require_whole
 from ..interventions.families.sinks import SoundMap, VisualSinks, rows_after, sink_scores
-from .kit.base import Info, Recipe
+from .kit.base import Info
 from .kit.contents import Contents, Numbers
-from .kit.images import decoder_layers, image_misfit, images_told, layers_misfit, pieces_told, rows_between_images
+from .kit.images import ImageRecipe, images_told, pieces_told, rows_between_images
 from .kit.profile import CACHED, KnownModel, Profile, cached_path, find_profile, fingerprint
 
 # Sink dimensions of published language models. LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public
@@ -48,9 +48,8 @@ REMEDY = (
 CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps under a tree until the evening comes."
 
 
-class VAR(Recipe):
+class VAR(ImageRecipe):
     slug = "var"
-    weighs = frozenset({"image"})
     info = Info(
         does="Moves attention from meaningless sink tokens to the rest of the image, in the heads that look at it.",
         paper="See What You Are Told: Visual Attention Sink in Large Multimodal Models",
@@ -80,8 +79,6 @@ class VAR(Recipe):
         min_length=1,
         description="hidden dimensions in which sinks show; None: known ones of the model, or those of the profile",
     )
-    first_layer: int = Field(2, ge=0, description="first layer that is changed")
-    last_layer: int | None = Field(None, description="last layer that is changed; None = the model's last, -2 = the one before")
     skip_last_layer: bool = Field(
         False, description="leave the model's last layer alone, as the paper says (the code does not)"
     )
@@ -92,36 +89,28 @@ class VAR(Recipe):
 
     # -- what it fits ------------------------------------------------------------------------------------------------
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = self._misfit(sites)
-        return Support(not reason, reason)
-
-    def _misfit(self, table: SiteTable) -> str:
-        reason = image_misfit(table, self.slug)
-        if reason:
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := super().misfit(sites):
             return reason
-        reason = layers_misfit(table, self.first_layer, self.last_layer)
-        if reason:
-            return reason
-        name = table.model_name
-        if not len(self._chosen(table)):
+        name = sites.model_name
+        if not len(self.chosen(sites)):
             return f"skip_last_layer leaves no layer of {name} behind first_layer={self.first_layer}"
-        width = table.config.get_text_config().hidden_size
+        width = sites.config.get_text_config().hidden_size
         if self.tau >= math.sqrt(width):
             return (
                 f"tau={self.tau:g} can never be reached: with {width} hidden dimensions a value is at most "
                 f"{math.sqrt(width):.1f} times the rms; lower tau"
             )
-        dims = self.dims(table)
+        dims = self.dims(sites)
         if not dims:
             return f"the sink dimensions of {name} are not known: {REMEDY}"
         if min(dims) < 0 or max(dims) >= width:
             return f"sink_dims must lie in 0..{width - 1}, got {list(dims)}"
         return ""
 
-    def _chosen(self, table: SiteTable) -> SiteTable:
-        top = max(s.layer for s in table.stack("decoder").kind("self"))
-        chosen = decoder_layers(table, self.first_layer, self.last_layer)
+    def chosen(self, sites: SiteTable) -> SiteTable:
+        top = max(s.layer for s in sites.stack("decoder").kind("self"))
+        chosen = super().chosen(sites)
         return chosen.where(lambda s: s.layer < top) if self.skip_last_layer else chosen
 
     def dims(self, table: SiteTable) -> tuple[int, ...]:
@@ -139,7 +128,7 @@ class VAR(Recipe):
     # -- what it does ------------------------------------------------------------------------------------------------
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        chosen = self._chosen(sites)
+        chosen = self.chosen(sites)
         finder = _Finder(torch.tensor(self.dims(sites)), self.tau, chosen.sites[-1].name)
         told = pieces_told(
             self.slug,
@@ -182,7 +171,7 @@ class VAR(Recipe):
     def profile(
         cls,
         model: Any,
-        tokenizer: Any,
+        processor: Any,
         *,
         text: str = CALIBRATION_TEXT,
         tau: float = 20.0,
@@ -192,7 +181,7 @@ class VAR(Recipe):
     ) -> Profile:
         """Finds the sink dimensions from the first token of one text: those over tau in more than half of the middle layers.
 
-        tokenizer: the model's tokenizer or processor. most: how many dimensions to keep at most. layers: those that are looked at,
+        processor: the model's processor or tokenizer. most: how many dimensions to keep at most. layers: those that are looked at,
         by default from layer 2 to the one before the last. Cost: one forward pass. Raises ReattendError where no dimension exceeds tau.
         """
         if options:
@@ -208,7 +197,7 @@ class VAR(Recipe):
             seen[observation.site.layer] = sink_scores(observation.hidden[:1, :1])[0, 0].cpu()
 
         inner = unwrapped_model(model)
-        inputs = tokenizer_of(tokenizer)(text, return_tensors="pt")
+        inputs = tokenizer_of(processor)(text, return_tensors="pt")
         with torch.no_grad(), attach(model, [Plan(cls.slug, [Observe(middle, look)])]):
             inner(input_ids=inputs["input_ids"].to(inner.device), attention_mask=inputs["attention_mask"].to(inner.device))
         checked = sorted(seen)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field, model_validator
 
-from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, Support, sites
+from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, sites
 from ..hooks.plan import Step
 from ..hooks.prompts.text_only import NEVER_WITHOUT, placeholders, without_images
 from ..interventions import Call, Edit, HeadGain, ReattendError, require_whole
@@ -84,19 +84,15 @@ class VHR(Recipe):
 
     # -- what it fits ------------------------------------------------------------------------------------------------
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = self._misfit(sites)
-        return Support(not reason, reason)
-
-    def _misfit(self, table: SiteTable) -> str:
-        config, name = table.config, table.model_name
+    def misfit(self, sites: SiteTable) -> str:
+        config, name = sites.config, sites.model_name
         if not isinstance(getattr(config, "image_token_id", None), int):
             return f"vhr compares answers with and without an image, and {name} takes none (its config has no image_token_id)"
         if getattr(config, "model_type", "") in NEVER_WITHOUT:
             return f"{name} cannot be run without an image, so what its heads do without one is not known"
         if getattr(config, "is_encoder_decoder", False):
             return f"{name} reads the image in an encoder, not in the sequence whose heads vhr compares"
-        decoder = table.stack("decoder").kind("self")
+        decoder = sites.stack("decoder").kind("self")
         if not len(decoder):
             return f"{name} has no decoder self-attention"
         if self.heads is not None:
@@ -109,7 +105,7 @@ class VHR(Recipe):
                 return f"layers names {layer}, but the self-attention layers of {name} are {there[0]} to {there[-1]}" + (
                     "" if len(there) == there[-1] - there[0] + 1 else f" without {sorted(set(range(there[-1])) - set(there))}"
                 )
-        return self.chosen(table).refusal
+        return self.chosen(sites).refusal
 
     def chosen(self, table: SiteTable) -> SiteTable:
         """The self-attention sites that are strengthened."""

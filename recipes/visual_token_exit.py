@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..hooks import Edits, Exit, SiteTable, Support
+from ..hooks import Edits, Exit, SiteTable
 from ..hooks.doors.exit import token_exit_misfit
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
@@ -76,20 +76,16 @@ class VisualTokenExit(Recipe):
             raise ValueError("exit_layer and profile_path both name the layer: give one of them")
         return self
 
-    def supports(self, sites: SiteTable) -> Support:
-        reason = self._misfit(sites)
-        return Support(not reason, reason)
-
-    def _misfit(self, table: SiteTable) -> str:
-        reason = image_misfit(table, self.slug)
+    def misfit(self, sites: SiteTable) -> str:
+        reason = image_misfit(sites, self.slug)
         if reason:
             return reason
         if self.exit_layer is None and self.profile_path is None:
-            return f"the exit layer is not known for {table.model_name}: {REMEDY}"
-        misfit = exit_misfit(table, self.layer(table))
+            return f"the exit layer is not known for {sites.model_name}: {REMEDY}"
+        misfit = exit_misfit(sites, self.layer(sites))
         if misfit or self.mode == "hide":
             return misfit
-        misfit = token_exit_misfit(table)
+        misfit = token_exit_misfit(sites)
         return f'{misfit}; pass mode="hide"' if misfit else ""
 
     def layer(self, table: SiteTable) -> int:
@@ -117,11 +113,11 @@ class VisualTokenExit(Recipe):
         return call.memory["edit"]
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Any:
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Any:
         """Finds the exit layer from image-question pairs; see `profiling.visual_token_exit.find_exit_layer` for the options."""
         from .profiling.visual_token_exit import find_exit_layer
 
-        return find_exit_layer(cls, model, tokenizer, **options)
+        return find_exit_layer(cls, model, processor, **options)
 
 
 def exit_misfit(table: SiteTable, layer: int) -> str:

@@ -60,13 +60,13 @@ def plans_of(chosen: Sequence[Recipe], model: Any) -> list[Plan]:
         if not support:
             raise UnsupportedError(f"recipe {item.slug!r} does not fit this model: {support.reason}")
         plans.append(Plan(item.slug, item.plan(table)))
-    problem = conflict([*(plan for session in running(model) for plan in session.plans), *plans])
-    if problem:
-        raise UnsupportedError(problem)
+    reason = plans_misfit([*(plan for session in running(model) for plan in session.plans), *plans])
+    if reason:
+        raise UnsupportedError(reason)
     return plans
 
 
-def conflict(plans: Sequence[Plan]) -> str:
+def plans_misfit(plans: Sequence[Plan]) -> str:
     """Why these plans make no sense together: one weighs tokens in layers where another one hides them; "" where they do."""
     for plan in plans:
         hidden = _roles(plan, "hides")

@@ -70,7 +70,7 @@ class Info:
 
 
 class Recipe(BaseModel):
-    """Base of all recipes. A subclass sets `slug` and `info`, adds its parameters as fields, and fills in `supports` and `plan`.
+    """Base of all recipes. A subclass sets `slug` and `info`, adds its parameters as fields, and fills in `misfit` and `plan`.
 
     Parameters out of range raise ReattendError with the field's name and the allowed values.
     """
@@ -82,7 +82,7 @@ class Recipe(BaseModel):
     version: ClassVar[int] = 1
     # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
     marks: ClassVar[Mapping[str, str]] = {}
-    # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.conflict`
+    # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.plans_misfit`
     weighs: ClassVar[frozenset[str]] = frozenset()
     hides: ClassVar[frozenset[str]] = frozenset()
     # what a profile of it holds, which is checked before the profile is used
@@ -120,6 +120,11 @@ class Recipe(BaseModel):
 
     def supports(self, sites: SiteTable) -> Support:
         """Whether the recipe fits a model with these sites, and if not, why."""
+        reason = self.misfit(sites)
+        return Support(not reason, reason)
+
+    def misfit(self, sites: SiteTable) -> str:
+        """Why the recipe does not fit a model with these sites; "" where it does."""
         raise NotImplementedError
 
     def plan(self, sites: SiteTable) -> list[Step]:
@@ -127,8 +132,11 @@ class Recipe(BaseModel):
         raise NotImplementedError
 
     @classmethod
-    def profile(cls, model: Any, tokenizer: Any, **options: Any) -> Profile:
-        """Learns what the method must know about a model. Raises ReattendError where the method has no profiling step."""
+    def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:
+        """Learns what the method must know about a model. Raises ReattendError where the method has no profiling step.
+
+        processor: the model's processor or tokenizer, or None where the step needs none.
+        """
         raise ReattendError(f"recipe {cls.slug!r} has no profiling step")
 
     def as_dict(self) -> dict[str, Any]:

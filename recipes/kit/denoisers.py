@@ -1,13 +1,109 @@
-"""What recipes for denoisers share: the layers in which image tokens see each other, numbered once over all stacks."""
+"""What recipes for denoisers share: the layers in which image tokens see each other, and guidance by a perturbed branch."""
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil, log2
 
-from ...hooks import SiteTable, Support
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...hooks import Edits, Guide, SiteTable
+from ...hooks.plan import Step
+from ...interventions import Call, Edit
+from .base import Recipe
 
 # SD 1.5's mid block sees 8 x 8 places of its pictures, SDXL's 32 x 32
 LEAST_SIDE = 8
+
+
+class PerturbedGuidance(Recipe):
+    """Base of recipes that push an image away from a branch of the denoiser whose attention is perturbed.
+
+    prediction' = prediction + scale (conditional - branch). A subclass fills in `perturbed`: the edit of the branch's rows at the
+    chosen layers and heads. The conditional and unconditional rows are computed as without the recipe.
+    """
+
+    scale: float = Field(3.0, ge=0, le=100, description="how far the image is pushed away from the perturbed branch; 0 = not")
+    layers: list[int] | None = Field(
+        None,
+        description="layers that are perturbed in all heads, numbered over all self-attention of the denoiser (UNet: down, mid, up; "
+        "Flux: double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8 places, the "
+        "last layer of the first block after it that sees as many), layer 9 of SD3-medium, the middle layer of other models",
+    )
+    heads: list[tuple[int, int]] | None = Field(
+        None, description="single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"
+    )
+    start: float = Field(0.0, ge=0, lt=1, description="first part of the schedule with guidance, as a fraction of the steps")
+    stop: float = Field(1.0, gt=0, le=1, description="the fraction of the steps from which on there is none")
+
+    @model_validator(mode="after")
+    def _places_named(self) -> PerturbedGuidance:
+        if self.layers is not None and self.heads is not None:
+            raise ValueError("give layers or heads, not both")
+        if self.layers == [] or self.heads == []:
+            raise ValueError("layers and heads must not be empty; leave them out for the default layer")
+        if self.start >= self.stop:
+            raise ValueError(f"start {self.start} must lie below stop {self.stop}")
+        return self
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the parameters perturb nothing: a branch that nothing perturbs would only cost."""
+        raise NotImplementedError
+
+    def perturbed(self, call: Call, heads: list[int] | None, rows: Tensor) -> Edit | None:
+        """The edit of a call at these heads (None = all) and rows [B, Tq or 1]: the branch's, of image tokens where text joins them."""
+        raise NotImplementedError
+
+    @property
+    def image_only(self) -> bool:
+        """Whether text that shares a stream with the image is left as it is."""
+        return True
+
+    def misfit(self, sites: SiteTable) -> str:
+        layers, name = image_layers(sites), sites.model_name
+        if not layers:
+            stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
+            return f"{self.slug} needs a diffusion model with self-attention; {name} has attention in: {stacks}"
+        for layer, head in self.selection(sites):
+            if not 0 <= layer < len(layers):
+                return f"layer {layer} does not exist: {name} has layers 0 to {len(layers) - 1}"
+            if layers[layer].refusal:
+                return layers[layer].refusal
+            for site in layers[layer]:
+                if head is not None and site.num_heads and not 0 <= head < site.num_heads:
+                    return f"head {head} does not exist: layer {layer} has heads 0 to {site.num_heads - 1}"
+        return ""
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        layers = image_layers(sites)
+        wanted: dict[int, set[int] | None] = {}
+        for layer, head in self.selection(sites):
+            if head is None:
+                wanted[layer] = None
+            elif (known := wanted.setdefault(layer, set())) is not None:
+                known.add(head)
+        steps: list[Step] = [
+            Edits(layers[layer], partial(self.weaken, None if heads is None else sorted(heads)), self.slug)
+            for layer, heads in sorted(wanted.items())
+        ]
+        return [*steps, Guide(self.slug, 0.0 if self.neutral else self.scale, self.start, self.stop)]
+
+    def selection(self, sites: SiteTable) -> list[tuple[int, int | None]]:
+        """(layer, head) pairs; head None = all of the layer."""
+        if self.heads is not None:
+            return [(layer, head) for layer, head in self.heads]
+        return [(layer, None) for layer in (self.layers or default_layers(sites))]
+
+    def weaken(self, heads: list[int] | None, call: Call) -> Edit | None:
+        """`perturbed` on the branch's rows. Attention to other tokens (an image prompt's) is left alone."""
+        branch = call.clock.rows(self.slug, call.batch)
+        if branch is None or call.num_keys != call.num_queries:
+            return None
+        joint = call.site is not None and call.site.kind == "joint"
+        rows = branch[:, None]
+        return self.perturbed(call, heads, rows & call.query_rows("image") if joint and self.image_only else rows)
 
 
 def image_layers(sites: SiteTable) -> dict[int, SiteTable]:
@@ -20,14 +116,6 @@ def image_layers(sites: SiteTable) -> dict[int, SiteTable]:
     chosen = chosen.where(lambda s: not s.stack.endswith(("_refiner", ".pool")))
     places = list(dict.fromkeys((s.stack, s.layer) for s in chosen))
     return {n: chosen.where(lambda s, place=place: (s.stack, s.layer) == place) for n, place in enumerate(places)}
-
-
-def needs_denoiser(sites: SiteTable, slug: str) -> Support:
-    """Whether there is a denoiser whose image tokens attend to each other."""
-    if image_layers(sites):
-        return Support(True)
-    stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
-    return Support(False, f"{slug} needs a diffusion model with self-attention; {sites.model_name} has attention in: {stacks}")
 
 
 def default_layers(sites: SiteTable) -> list[int]:

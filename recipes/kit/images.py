@@ -1,4 +1,4 @@
-"""Which models recipes for images can act on: those whose decoder reads image tokens in its own sequence. And in which layers."""
+"""What recipes for vision-language models share: which models, those whose decoder reads image tokens in its own sequence, and which layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+from pydantic import Field
+
 from ...hooks import Capture, Probe, Prompt, SiteTable
 from ...hooks.tokens.images import CROSS_ATTENTION, RESAMPLED
 from ...interventions import ReattendWarning
+from .base import Recipe
 
-# What becomes of a prompt in pieces under methods that change its last row.
+# What happens to a prompt in pieces under methods that change its last row.
 EACH_LAST_ROW = "the last row of each piece was changed like that of the whole"
 
 
@@ -30,6 +33,24 @@ def image_misfit(table: SiteTable, slug: str) -> str:
     if not len(table.stack("decoder").kind("self")):
         return f"{name} has no decoder self-attention"
     return ""
+
+
+class ImageRecipe(Recipe):
+    """Base of recipes that change how a range of decoder layers looks at images."""
+
+    weighs = frozenset({"image"})
+
+    first_layer: int = Field(2, ge=0, description="first decoder layer that is changed")
+    last_layer: int | None = Field(
+        None, description="last decoder layer that is changed; None = the model's last, -2 = the one before"
+    )
+
+    def misfit(self, sites: SiteTable) -> str:
+        return image_misfit(sites, self.slug) or layers_misfit(sites, self.first_layer, self.last_layer)
+
+    def chosen(self, sites: SiteTable) -> SiteTable:
+        """The layers that are changed."""
+        return decoder_layers(sites, self.first_layer, self.last_layer)
 
 
 def decoder_layers(table: SiteTable, first: int, last: int | None) -> SiteTable:

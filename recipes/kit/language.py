@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...hooks import SiteTable, Spans, Support
+from ...hooks import Edits, SiteTable, Spans
+from ...hooks.plan import Step
+from ...interventions import Call, Edit
+from ...interventions.families.reweighting import shared_by_layers
 from .base import Recipe
 from .heads import as_heads, missing_heads
 
@@ -20,15 +25,25 @@ OCCURRENCE_HELP = (
 )
 
 
-def decoder_sites(sites: SiteTable, slug: str) -> tuple[SiteTable, Support]:
-    """Self-attention sites of a causal decoder, or the reason why there are none."""
-    chosen = sites.stack("decoder").kind("self").where(lambda s: s.causal)
-    if not len(chosen):
-        stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
-        return chosen, Support(
-            False, f"{slug} needs a language model with a causal decoder; {sites.model_name} has attention in: {stacks}"
-        )
-    return chosen, Support(not chosen.refusal, chosen.refusal)
+def decoder_sites(sites: SiteTable) -> SiteTable:
+    """Self-attention of a causal decoder."""
+    return sites.stack("decoder").kind("self").where(lambda s: s.causal)
+
+
+def decoder_misfit(sites: SiteTable, slug: str) -> str:
+    """Why a recipe for causal decoders does not fit a model; "" where it does."""
+    chosen = decoder_sites(sites)
+    if len(chosen):
+        return chosen.refusal
+    stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
+    return f"{slug} needs a language model with a causal decoder; {sites.model_name} has attention in: {stacks}"
+
+
+def prompt_misfit(sites: SiteTable, slug: str) -> str:
+    """The same for recipes that act on the prompt: the decoder has to read it."""
+    reads = not getattr(sites.config, "is_encoder_decoder", False)
+    apart = f"{sites.model_name} reads its prompt with an encoder; {slug} needs a decoder that reads it"
+    return decoder_misfit(sites, slug) or ("" if reads else apart)
 
 
 def per_prompt(text: Text, ranges: Ranges) -> list[list[Any]] | None:
@@ -64,17 +79,41 @@ def passage_spans(
     return Spans(role, texts=rows, occurrence=occurrence, official=official)
 
 
-class Highlighter(Recipe):
-    """Base of recipes that act on passages of a decoder's prompt, named by their text or by token ranges.
-
-    `passage_spans` (passages.py) makes a role of them, `heads_at` says which heads act at which layer.
-    """
+class Marked(Recipe):
+    """Base of recipes that act on passages of a decoder's prompt, named by their text or by token ranges."""
 
     marks = {"highlight": "text"}
 
     text: Text = Field(None, description=f"passages to emphasise, {TEXT_HELP}")
     ranges: Ranges = Field(None, description=RANGES_HELP)
     occurrence: int | None = Field(None, description=OCCURRENCE_HELP)
+
+    @model_validator(mode="after")
+    def _passages_named(self) -> Marked:
+        if self.needs_passages() or self.text is not None or self.ranges is not None:
+            check_passages(self.text, self.ranges, "emphasise")
+        return self
+
+    def needs_passages(self) -> bool:
+        """Whether the method means anything without passages."""
+        return True
+
+    @property
+    def passages(self) -> list[list[Any]] | None:
+        """Texts or ranges as one list per prompt (a single list goes for every prompt)."""
+        return per_prompt(self.text, self.ranges)
+
+    def spans(self, official: bool | Literal["inside"] = False) -> Spans:
+        """The step that makes the passages the role `marked_role(self)`."""
+        return passage_spans(marked_role(self), self.text, self.ranges, self.occurrence, official)
+
+    def misfit(self, sites: SiteTable) -> str:
+        return prompt_misfit(sites, self.slug)
+
+
+class Highlighter(Marked):
+    """Base of recipes that change how heads read marked passages. A subclass fills in `neutral` and `edit`."""
+
     heads: tuple[tuple[int, int], ...] | tuple[int, ...] | None = Field(
         None,
         description="{layer: [query heads]}, or a list of (layer, head) pairs, or a list of whole layers; None = all heads",
@@ -89,35 +128,43 @@ class Highlighter(Recipe):
         return tuple(value) if layers else as_heads(value)
 
     @model_validator(mode="after")
-    def _passages_named(self) -> Highlighter:
-        if self.needs_passages() or self.text is not None or self.ranges is not None:
-            check_passages(self.text, self.ranges, "emphasise")
+    def _heads_named(self) -> Highlighter:
         if self.heads is not None and not self.heads:
             raise ValueError("heads is empty: name at least one, or leave it out for all heads")
         return self
 
-    def needs_passages(self) -> bool:
-        """Whether the method means anything without passages."""
-        return True
-
     @property
-    def passages(self) -> list[list[Any]] | None:
-        """Texts or ranges as one list per prompt (a single list goes for every prompt)."""
-        return per_prompt(self.text, self.ranges)
+    def neutral(self) -> bool:
+        """Whether the parameters ask for no change at all; the prompt is searched for the passages all the same."""
+        raise NotImplementedError
 
-    def supports(self, sites: SiteTable) -> Support:
-        chosen, support = decoder_sites(sites, self.slug)
-        if not support:
-            return support
-        if getattr(sites.config, "is_encoder_decoder", False):
-            return Support(
-                False, f"{sites.model_name} reads its prompt with an encoder; {self.slug} needs a decoder that reads it"
-            )
+    def edit(self, role: str, call: Call) -> Edit | None:
+        """The edit for the passages of `role`, one for all layers and heads of a pass; None where no prompt has any."""
+        raise NotImplementedError
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        return [self.spans()] if self.neutral else [self.spans(), self.on_heads(sites, partial(self.edit, marked_role(self)))]
+
+    def on_heads(self, sites: SiteTable, make: Callable[[Call], Edit | None]) -> Edits:
+        """The step that puts make(call), made once a pass, on the heads that act."""
+        chosen = decoder_sites(sites)
+        heads = self.heads_at(chosen)
+
+        def intervene(call: Call) -> Edit | None:
+            assert call.site is not None
+            edit = shared_by_layers(call, self.slug, partial(make, call))
+            return None if edit is None else edit.on_heads(heads[call.site.layer])
+
+        return Edits(chosen.only(list(heads)), intervene)
+
+    def misfit(self, sites: SiteTable) -> str:
+        if reason := super().misfit(sites):
+            return reason
+        chosen = decoder_sites(sites)
         pairs = self.pairs(chosen)
         if not pairs:
-            return Support(False, "profile_path: no head of this profile has a score above 0, so none would be steered")
-        reason = missing_heads([(layer, head or 0) for layer, head in pairs], chosen)
-        return Support(not reason, reason)
+            return "profile_path: no head of this profile has a score above 0, so none would be steered"
+        return missing_heads([(layer, head or 0) for layer, head in pairs], chosen)
 
     def pairs(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         """(layer, head) pairs that act; head None = all of the layer."""

@@ -47,12 +47,12 @@ class ACTParameters(TypedDict, total=False):
 class CMAIParameters(TypedDict, total=False):
     """Blocks the image tokens that a text token's context does not look at. A reconstruction from the paper's abstract."""
 
-    gamma: float
-    """share of a row's image tokens that are blocked; 0 changes nothing"""
     first_layer: int
     """first decoder layer that is changed"""
     last_layer: int | None
     """last decoder layer that is changed; None = the model's last, -2 = the one before"""
+    gamma: float
+    """share of a row's image tokens that are blocked; 0 changes nothing"""
     lag: Literal[0, 1]
     """1: the focus comes from the layer before; 0: from the layer's own plain weights"""
 
@@ -141,14 +141,14 @@ class OPERAParameters(TypedDict, total=False):
 class PAIParameters(TypedDict, total=False):
     """Strengthens all image tokens while an answer is written, and favours words that the image makes likelier."""
 
+    first_layer: int
+    """first decoder layer that is changed"""
+    last_layer: int | None
+    """last decoder layer that is changed; None = the model's last, -2 = the one before"""
     alpha: float
     """growth of the image's scores; 0 = none, sensible up to 0.6"""
     gamma: float
     """weight of what the image adds to the logits; 1 = no second branch, at half the cost per token"""
-    first_layer: int
-    """first decoder layer whose scores grow"""
-    last_layer: int | None
-    """last decoder layer whose scores grow; None = the model's last, -2 = the one before"""
     cutoff: float
     """tokens below this share of the likeliest one's probability are left out (gamma other than 1)"""
 
@@ -195,6 +195,8 @@ class SEKAParameters(TypedDict, total=False):
     """passages to emphasise, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
     ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
     """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
     gain: float | None
     """g+: how far keys are stretched along the relevant directions; 0 = not, below 0 shrinks, None = 0.8, adaptive 1"""
     negative_gain: float | None
@@ -219,8 +221,6 @@ class SEKAParameters(TypedDict, total=False):
     """adaptive: how the query weighs an expert's directions"""
     profile_path: str
     """file of a profile, or 'cached' for the one that `reattend profile seka MODEL` keeps"""
-    occurrence: int | None
-    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
     official_span: bool
     """find passages by the official rule, which loses tokens that begin before the passage"""
     official_index: bool
@@ -229,6 +229,10 @@ class SEKAParameters(TypedDict, total=False):
 class SelectiveEmphasisParameters(TypedDict, total=False):
     """Strengthens the image tokens that the vision encoder itself singles out: grounded details and summaries."""
 
+    first_layer: int
+    """first decoder layer that is changed"""
+    last_layer: int | None
+    """last decoder layer that is changed; None = the model's last, -2 = the one before"""
     alpha: float
     """growth of local tokens' scores; 0 = none, answers break up above 0.8"""
     beta: float
@@ -237,10 +241,6 @@ class SelectiveEmphasisParameters(TypedDict, total=False):
     """how many of an image's tokens are local ones, as a share of all"""
     spatial_share: float
     """as many more, by what all patches together look at in the first encoder layer"""
-    first_layer: int
-    """first decoder layer that is changed"""
-    last_layer: int | None
-    """last decoder layer that is changed; None = the model's last, -2 = the one before"""
     by_head: bool
     """strengthen each head by its share of image attention, as the abstract describes"""
 
@@ -263,17 +263,21 @@ class SoftInjectionParameters(TypedDict, total=False):
 class SoftPAGParameters(TypedDict, total=False):
     """Pushes an image away from a copy whose chosen attention heads were weakened: clearer structure and detail."""
 
-    strength: float
-    """how far the chosen heads are weakened in the branch; 1 = PAG"""
     scale: float
     """how far the image is pushed away from the weakened branch; 0 = not"""
     layers: Sequence[int] | None
-    """layers whose heads are all weakened, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
+    """layers that are perturbed in all heads, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
     double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
     places, the last layer of the first block after it that sees as many), layer 9 of SD3-medium, the middle layer of
     other models"""
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+    strength: float
+    """how far the chosen heads are weakened in the branch; 1 = PAG"""
     scope: Literal["image", "all", "masked"]
     """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
     text ('masked', perturbation 'identity' only)"""
@@ -282,25 +286,21 @@ class SoftPAGParameters(TypedDict, total=False):
     token, or a flatter softmax"""
     temperature: float
     """softmax temperature of perturbation 'temperature'; 1 = none"""
-    start: float
-    """first part of the schedule with guidance, as a fraction of the steps"""
-    stop: float
-    """the fraction of the steps from which on there is none"""
 
 class SPAParameters(TypedDict, total=False):
     """Makes marked passages count more for every next token, by the difference that hiding them makes."""
 
     text: str | Sequence[str] | Sequence[Sequence[str]] | None
-    """passages to anchor, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
+    """passages to emphasise, exactly as in the prompt: one, several in every prompt, or a list of them per prompt"""
     ranges: Sequence[tuple[int, int] | Sequence[Any]] | Sequence[Sequence[tuple[int, int] | Sequence[Any]]] | None
     """token ranges [start, stop) instead, counted from the first real token: for every prompt, or per prompt"""
+    occurrence: int | None
+    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
     strength: float
     """weight of what the passages contribute: 1 changes nothing, 0 ignores them, below 0 turns against them; plain up to
     2, modulated up to 20"""
     modulated: bool
     """change likely tokens most, which bears larger strengths; acts on strengths beyond -1 to 1"""
-    occurrence: int | None
-    """which occurrence of a passage, from 0, -1 = the last; None: a passage that occurs twice in a prompt is an error"""
     placeholder: Sequence[int] | None
     """token ids that stand for a passage in the second branch; None = its own tokens, hidden"""
     hide: bool
@@ -343,6 +343,10 @@ class StreamingParameters(TypedDict, total=False):
 class VARParameters(TypedDict, total=False):
     """Moves attention from meaningless sink tokens to the rest of the image, in the heads that look at it."""
 
+    first_layer: int
+    """first decoder layer that is changed"""
+    last_layer: int | None
+    """last decoder layer that is changed; None = the model's last, -2 = the one before"""
     move: float
     """fraction of the sinks' weight that is moved; 0 changes nothing (code: 1 - p)"""
     tau: float
@@ -353,10 +357,6 @@ class VARParameters(TypedDict, total=False):
     """least weight on the whole image in a row that is changed"""
     sink_dims: Sequence[int] | None
     """hidden dimensions in which sinks show; None: known ones of the model, or those of the profile"""
-    first_layer: int
-    """first layer that is changed"""
-    last_layer: int | None
-    """last layer that is changed; None = the model's last, -2 = the one before"""
     skip_last_layer: bool
     """leave the model's last layer alone, as the paper says (the code does not)"""
     profile_path: str | None

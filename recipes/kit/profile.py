@@ -146,7 +146,7 @@ def find_profile(recipe: Any, path: str | None, table: Any, *, of_any: bool = Fa
         if not place.is_file():
             raise ReattendError(
                 f"no profile of {slug!r} is kept for this {table.model_name}: run `reattend profile {slug} MODEL`, or "
-                f"reattend.recipes.cached_profile({slug!r}, model, tokenizer), or name a file with profile_path"
+                f"reattend.recipes.cached_profile({slug!r}, model, processor), or name a file with profile_path"
             )
         profile = Profile.load(place)
         profile.check(slug, table_fingerprint(table))

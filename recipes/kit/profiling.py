@@ -15,7 +15,7 @@ from ...hooks.sites.discovery import unwrapped_model
 from ...interventions import ReattendError
 from .base import LARGEST
 from .checks import shown
-from .language import decoder_sites
+from .language import decoder_misfit, decoder_sites
 from .profile import Profile, cached_path
 from .registry import recipe_class
 
@@ -34,10 +34,10 @@ WORDS = {
 PATIENCE = 1.0
 
 
-def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: bool = False, **options: Any) -> Profile:
+def cached_profile(recipe: Any, model: Any, processor: Any = None, *, refresh: bool = False, **options: Any) -> Profile:
     """The kept profile of a recipe for this model, made (and kept) if there is none for these options yet.
 
-    recipe: its name or class. model: a transformers model or pipeline; a pipeline brings its tokenizer. options: those of the
+    recipe: its name or class. model: a transformers model or pipeline; a pipeline brings its processor or tokenizer. options: those of the
     recipe's profiling step. Profiles made with other options are replaced. Recipes find it with profile_path="cached".
     """
     cls = recipe if isinstance(recipe, type) else recipe_class(recipe)
@@ -48,9 +48,9 @@ def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: b
         kept = Profile.load(place)
         if kept.facts.get("asked") == asked:
             return kept
-    if tokenizer is None:
-        tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
-    profile = cls.profile(inner, tokenizer, **options)
+    if processor is None:
+        processor = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
+    profile = cls.profile(inner, processor, **options)
     profile.facts["asked"] = asked
     profile.save(place)
     return profile
@@ -59,12 +59,11 @@ def cached_profile(recipe: Any, model: Any, tokenizer: Any = None, *, refresh: b
 def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:
     """(all sites, decoder sites) of a model that is to be profiled. Raises ReattendError where it does not fit or a recipe is at work."""
     table = sites(model)
-    chosen, support = decoder_sites(table, slug)
-    if not support:
-        raise ReattendError(f"cannot profile this model: {support.reason}")
+    if reason := decoder_misfit(table, slug):
+        raise ReattendError(f"cannot profile this model: {reason}")
     if running(model):
         raise ReattendError("a profile must show the plain model: end the session that is active on it first")
-    return table, chosen
+    return table, decoder_sites(table)
 
 
 def checked(function: Function) -> Function:

@@ -25,7 +25,7 @@ from .material.labelled_tasks import Judge, Kind, LabelledTask, labelled_task
 def search_heads(
     recipe: type[Recipe],
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     *,
     data: Sequence[Any] | str | None = None,
     kind: Kind = "classification",
@@ -55,7 +55,7 @@ def search_heads(
     examples = list(built_in(kind) if data is None else list_of(content_of(data)))[:max_samples]
     listed = _candidates(heads, chosen)
     settings = recipe(heads=listed, **parameters)
-    work = labelled_task(kind, tokenizer, examples, batch_size, judge, max_new_tokens)
+    work = labelled_task(kind, processor, examples, batch_size, judge, max_new_tokens)
     sinks, plain = _screen(settings, model, chosen, listed, work)
     baseline = sum(plain) / len(plain)
     candidates = [head for head in listed if sinks[head]]
@@ -88,10 +88,10 @@ def search_heads(
 
 
 def accuracy(
-    model: Any, tokenizer: Any, data: Sequence[Any], batch_size: int = 16, kind: Kind = "classification", **options: Any
+    model: Any, processor: Any, data: Sequence[Any], batch_size: int = 16, kind: Kind = "classification", **options: Any
 ) -> float:
     """Mean score of labelled prompts (see `search_heads`), for choices the share answered rightly, under whatever session is active."""
-    return mean_score(model, labelled_task(kind, tokenizer, data, batch_size, **options))
+    return mean_score(model, labelled_task(kind, processor, data, batch_size, **options))
 
 
 def mean_score(model: Any, task: LabelledTask) -> float:

@@ -32,7 +32,7 @@ Marked = tuple[str, Sequence[str], str, Sequence[str]]
 def search_heads(
     recipe: type[Recipe],
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     *,
     data: Sequence[Marked] | None = None,
     pairs: int = 8,
@@ -61,7 +61,7 @@ def search_heads(
         )
     middle = (len(examples) + 1) // 2
     search, check = (
-        _Trial(recipe, model, tokenizer, table, part, batch_size, {"alpha": alpha, **parameters})
+        _Trial(recipe, model, processor, table, part, batch_size, {"alpha": alpha, **parameters})
         for part in (examples[:middle], examples[middle:])
     )
     size = max(s.layer for s in chosen) + 1, max(s.num_heads or 0 for s in chosen)
@@ -121,14 +121,14 @@ class _Trial:
         self,
         recipe: type[Recipe],
         model: Any,
-        tokenizer: Any,
+        processor: Any,
         table: SiteTable,
         examples: Sequence[Marked],
         batch_size: int,
         parameters: dict[str, Any],
     ) -> None:
         self.recipe, self.model, self.table, self.parameters = recipe, model, table, parameters
-        self.tokenizer = tokenizer_of(tokenizer)
+        self.tokenizer = tokenizer_of(processor)
         self.passages = [list(example[1]) for example in examples]
         questions: list[Choice] = read_choices(self.tokenizer, [(prompt, label, words) for prompt, _, label, words in examples])
         self.batches = batches_of(model, self.tokenizer, questions, batch_size)

@@ -54,7 +54,7 @@ class Watcher:
 
 
 def needle_samples(
-    tokenizer: Any,
+    processor: Any,
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
     needles: int | Sequence[Needle] = NEEDLES,
@@ -69,12 +69,12 @@ def needle_samples(
         raise ReattendError("lengths, depths and needles must not be empty")
     if any(not 0 <= depth <= 1 for depth in depths):
         raise ReattendError(f"depths must lie in [0, 1], got {list(depths)}")
-    return make_samples(tokenizer, lengths, depths, needles, seed)
+    return make_samples(processor, lengths, depths, needles, seed)
 
 
 def answers(
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     samples: Sequence[Sample],
     batch_size: int = 9,
     extra_tokens: int = 20,
@@ -88,7 +88,7 @@ def answers(
     for part in track(parts, label, len(parts)):
         width = max(len(s.ids) for s in part)
         limit = max(s.answer_tokens for s in part) + extra_tokens
-        made = written(model, tokenizer, [s.ids for s in part], limit)
+        made = written(model, processor, [s.ids for s in part], limit)
         done = [Answer(s, new, text, recall(s.needle.answer, text)) for s, (new, text) in zip(part, made, strict=True)]
         if after is not None:
             after(done, torch.tensor([width - len(s.ids) for s in part]))
@@ -100,7 +100,7 @@ def answers(
 def detect(
     slug: str,
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     *,
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
@@ -122,7 +122,7 @@ def detect(
     if batch_size < 1 or extra_tokens < 0:
         raise ReattendError(f"batch_size must be 1 or more and extra_tokens 0 or more, got {batch_size} and {extra_tokens}")
     _, chosen = profiled_sites(model, slug)
-    samples = needle_samples(tokenizer, lengths, depths, needles, seed)
+    samples = needle_samples(processor, lengths, depths, needles, seed)
     watcher = Watcher()
     scores: list[Tensor] = []
     measured: list[Tensor] = []
@@ -138,8 +138,8 @@ def detect(
                 measured.append(sees[:, None].expand(looked.shape[1:]))
         watcher.seen.clear()
 
-    with attach(model, [Plan(slug, [Capture(chosen, watcher.read)])], tokenizer=tokenizer):
-        made = answers(model, tokenizer, samples, batch_size, extra_tokens, "retrieval heads", score)
+    with attach(model, [Plan(slug, [Capture(chosen, watcher.read)])], tokenizer=processor):
+        made = answers(model, processor, samples, batch_size, extra_tokens, "retrieval heads", score)
     if len(scores) < FEWEST:
         raise ReattendError(
             f"only {len(scores)} of {len(samples)} hidden sentences were found by the model, and a profile needs {FEWEST}: "

@@ -86,7 +86,7 @@ class Watcher:
 def learn_subspaces(
     recipe: str,
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     *,
     data: Sequence[Triplet | Sequence[str]] | None = None,
     pairs: int = 100,
@@ -116,7 +116,7 @@ def learn_subspaces(
     if pairs < 1 or batch_size < 1:
         raise ReattendError(f"pairs and batch_size must be at least 1, got {pairs} and {batch_size}")
     given = triplets(pairs, seed) if data is None else [_triplet(t) for t in list_of(content_of(data))]
-    samples = [s for s in (read_triplet(tokenizer_of(tokenizer), t, official_span) for t in given) if s is not None]
+    samples = [s for s in (read_triplet(tokenizer_of(processor), t, official_span) for t in given) if s is not None]
     if not samples:
         raise ReattendError(
             "data: no answer was found in its context, as the same tokens with and without a question before it"

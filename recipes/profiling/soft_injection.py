@@ -39,7 +39,7 @@ def task_prompt(x: str, demonstrations: Sequence[Pair] = (), template: str = TEM
 def learn_task(
     slug: str,
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     *,
     data: Any = None,
     task: str = "",
@@ -68,7 +68,7 @@ def learn_task(
     """
     _check(prompts, shots, how, iterations, lr, batch_size, check_every, template)
     table, chosen = profiled_sites(model, slug)
-    text, rng = tokenizer_of(tokenizer), random.Random(seed)
+    text, rng = tokenizer_of(processor), random.Random(seed)
     tasks: dict[str, tuple[list[Pair], list[Pair]]] = {}
     for name, pairs in _tasks(data, task).items():
         mixed = rng.sample(pairs, len(pairs))

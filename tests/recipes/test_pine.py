@@ -323,9 +323,9 @@ BAD = [
     ("Read:\nred\nblue\n\nso", ["red", "green"], "'green' stands 0 times in prompt 0 and 1 times"),
     ("Read:\nred\nblue\nred\n\nso", ["red", "blue"], "'red' stands 2 times in prompt 0 and 1 times"),
     ("Read:\nred\nblue - green\n\nso", ["red", "blue", "green"], "stand different tokens"),
-    ("Read red\nblue so", ["red", "blue"], "stands neither in front of the first nor behind the last"),
+    ("Read red\nblue so", ["red", "blue"], "stands neither before the first nor after the last"),
     ("redblue so", ["red", "blue"], "before its first segment"),
-    ("Read redblue", ["red", "blue"], "behind its last segment"),
+    ("Read redblue", ["red", "blue"], "after its last segment"),
 ]  # fmt: skip
 
 

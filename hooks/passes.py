@@ -61,6 +61,8 @@ class Sequence:
     asked: set[int] = field(default_factory=set)
     # its rows change places (beams): the ids that were generated do not stay in their rows
     shuffled: bool = False
+    # [batch]: rows that have the same prompt have the same number; looked up when rows first change places
+    groups: Tensor | None = None
 
     def read(self, ids: Tensor | None, width: int) -> None:
         """Notes the tokens of a further pass."""
@@ -102,8 +104,10 @@ class Sequence:
         tokens = self.tokens
         tokens.length = length
         if length >= tokens.prompt_length:
+            for store in self.memory.values():
+                store.take_back(length)
             return
-        tokens.prompt_length = length
+        tokens.prompt_length, self.groups = length, None
         tokens.unread = min(tokens.unread, length)
         self.planned = 0
         tokens.roles = {role: marked[:, :length] for role, marked in tokens.roles.items()}
@@ -125,15 +129,25 @@ class Sequence:
             other.crop(length)
         return other
 
-    def repeated(self, times: int) -> Sequence:
-        """The same with each row so many times in a row, as a cache's `batch_repeat_interleave` does it; memories stay behind."""
-        old = self.tokens
-        tokens = copy.copy(old)
-        tokens.batch = old.batch * times
-        tokens.roles = {role: marked.repeat_interleave(times, dim=0) for role, marked in old.roles.items()}
-        tokens.images = [type(g)(g.row * times + k, g.index) for g in old.images for k in range(times)]
-        pieces = [piece.repeat_interleave(times, dim=0) for piece in self.pieces]
-        return Sequence(tokens, pieces, list(self.sessions), step=self.step, shuffled=self.shuffled)
+    @property
+    def remembers(self) -> bool:
+        """Whether anybody has learned anything of it."""
+        return any(self.memory.values())
+
+    def move(self, index: Tensor) -> None:
+        """Its cache's rows come from these rows [new batch] now: beams that change places, rows that are selected or repeated."""
+        tokens, before = self.tokens, self.tokens.batch
+        if self.groups is None:
+            prompt = [self.ids(tokens.prompt_length, "cpu"), *(marked.long().cpu() for marked in tokens.roles.values())]
+            self.groups = torch.cat(prompt, dim=1).unique(dim=0, return_inverse=True)[1]
+        groups = self.groups[index]
+        alike = torch.equal(groups, self.groups)
+        self.groups = groups
+        self.pieces = [piece[index.to(piece.device)] for piece in self.pieces]
+        if not alike:
+            tokens.move(index)
+        for store in self.memory.values():
+            store.move(index, before, alike, tokens.length)
 
 
 @dataclass
@@ -178,4 +192,5 @@ class Forward:
         store = stores.get(key)
         if store is None:
             store = stores[key] = Memory(since=self.past)
+        store.at = self.tokens.length if self.tokens is not None and self.clock.phase == "decode" else 0
         return store

@@ -218,7 +218,7 @@ class Session:
             inner.forget()
         if self._last_model is None:
             self._last_model = _weak(self._model)
-        self._model, self.attachment, self.plans = None, None, []
+        self._model, self.plans = None, []
         self._drop()
 
     def __enter__(self) -> Session:

@@ -1,12 +1,13 @@
 """WHAT: the edits of attention and the engine that executes them. Pure tensors; knows no model."""
 
-from .call import Call, Clock, ImageGrid, Memory, Site, TokenMap, require_whole
+from .call import Call, Clock, ImageGrid, Site, TokenMap
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
 from .engine.reading import row_outputs, row_weights
 from .engine.reference_executor import reference, reference_with_weights
 from .engine.ways import fused
 from .errors import ReattendError, ReattendWarning, UnsupportedError
+from .memory import Memory, require_whole
 
 __all__ = [
     "Call",

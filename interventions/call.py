@@ -5,7 +5,6 @@ Everything here is plain data. `hooks` fills it in; `interventions` and `recipes
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ReattendError
+from .memory import Memory
 from .rotary import Rotary
 
 
@@ -110,6 +110,12 @@ class TokenMap:
             return self.positions(role, 0, self.prompt_length).any(dim=1, keepdim=True)
         return self.roles[role].any(dim=1, keepdim=True).cpu()
 
+    def move(self, index: Tensor) -> None:
+        """Rows come from these rows [new batch] now: rows of the cache were selected, repeated, or have changed places."""
+        self.batch = len(index)
+        self.roles = {role: marked[index.to(marked.device)] for role, marked in self.roles.items()}
+        self.images = [ImageGrid(i, g.index) for i, row in enumerate(index.tolist()) for g in self.images if g.row == row]
+
     def positions(self, role: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """Bool [batch, stop - start]: which of the absolute positions start..stop-1 carry the role."""
         width = stop - start
@@ -134,60 +140,6 @@ class TokenMap:
         return out
 
 
-class Memory(dict):
-    """What one recipe remembers of one sequence. since: the first position that it saw pass by, above 0 where it began in the middle of
-    the sequence. lost: up to where it has forgotten what it learned, because the sequence was cut."""
-
-    def __init__(self, since: int = 0, lost: int = 0) -> None:
-        super().__init__()
-        self.since, self.lost = since, lost
-
-    def crop(self, length: int) -> None:
-        """Keeps what holds for the first `length` tokens of the prompt: values that know how (`crop`), and nothing else."""
-        left = {key: kept for key, value in self.items() if (kept := _cropped(value, length)) is not None}
-        if len(left) < len(self):
-            self.lost = length
-        self.clear()
-        self.update(left)
-
-    def fork(self, known: dict[int, Any]) -> Memory:
-        """A store for a copy of the sequence: what changes as the sequence goes on (it has a method `move`) is copied.
-
-        known: id of an object of the sequence -> that of its copy.
-        """
-        other = Memory(self.since, self.lost)
-        other.update({key: _forked(value, known) for key, value in self.items()})
-        return other
-
-
-def _cropped(value: Any, length: int) -> Any:
-    if isinstance(value, dict):
-        left = {key: _cropped(inner, length) for key, inner in value.items()}
-        return None if not left or any(inner is None for inner in left.values()) else left
-    return value.crop(length) if hasattr(value, "crop") else None
-
-
-def _forked(value: Any, known: dict[int, Any]) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _forked(inner, known) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_forked(inner, known) for inner in value)
-    return copy.deepcopy(value, dict(known)) if hasattr(value, "move") else value
-
-
-def require_whole(memory: Any, recipe: str) -> None:
-    """Raises ReattendError where a recipe that learns from the prompt has not seen all of it, or no longer knows what it saw."""
-    since = max(getattr(memory, "since", 0), getattr(memory, "lost", 0))
-    if since:
-        raise ReattendError(
-            f"{recipe} learns from the prompt while it is read, but the first {since} tokens of this sequence were read before it "
-            f"began, or before their cache was cut: begin the session before the prompt is read, and pass the whole prompt without a "
-            f"cache of its beginning"
-        )
-
-
 @dataclass(eq=False)
 class Call:
     """What one execution of a site sees, after RoPE and cache update.
@@ -196,7 +148,8 @@ class Call:
     broadcastable to [B, H, Tq, Tk]. is_causal aligns the last query with the last key. softcap: Gemma-2's tanh cap.
     sinks [H]: learned sink logits that join the softmax denominator (gpt-oss). tokens: the map of the keys, and of the queries too
     unless those are other tokens (cross attention between an image and a text): `query_tokens` is theirs. `memory` is the
-    intervention's own store, one per sequence: what prefill learned, decode reads.
+    intervention's own store, one per sequence: what prefill learned, decode reads; its tensors have the batch axis first and follow the
+    cache's rows (see `Memory`).
     """
 
     query: Tensor

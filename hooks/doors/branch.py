@@ -26,7 +26,7 @@ from ..prompts.text_only import PER_TOKEN
 from ..protocols import Steered
 from ..trackers.caches import cache_in, cache_name, cache_of
 from ..trackers.positions import install_positions, positions_misfit, with_positions
-from ..trackers.sides import Side, follow, recording_cache, records_past, width_of
+from ..trackers.sides import Side, recording_cache, records_past, width_of
 from .probe import plain_arguments
 
 IN_PIECES = (
@@ -246,7 +246,6 @@ def _advance(
             raise ReattendError(f"{type(tracker.root).__name__} keeps no cache that a branch could go on with")
         side.read(new.shape[1] if forward.fresh else width)
         side.arguments = {}  # pictures and all: its cache holds what matters of them
-        follow(cache, store["sides"])
     logits = found.logits
     return (
         logits[:, -count:] if at is None else logits.gather(1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[2]))

@@ -1,7 +1,6 @@
 """The lookahead door: after each pass the likeliest next tokens are tried on the cache, read, and taken back again.
 
-Trials are passes of their own, nested in the forward hook like those of branches, edited by nobody. What a recipe keeps in its memory
-and has a `move` method goes where the cache's rows go.
+Trials are passes of their own, nested in the forward hook like those of branches, edited by nobody.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..protocols import Steered
 from ..sites.table import SiteTable
 from ..trackers.caches import cache_in, cache_name, cache_of
 from ..trackers.positions import install_positions, next_position, with_positions
-from ..trackers.sides import follow, holds_on, width_of
+from ..trackers.sides import holds_on, width_of
 from .branch import branch_misfit
 from .capture import Capture
 
@@ -33,7 +32,7 @@ from .capture import Capture
 class Trials:
     """What a lookahead has seen: logits [B, V], the tried tokens `ids` [B, n], and for each of the n what was read of it [B, ...].
 
-    clock, tokens and memory are those of the real pass; what memory holds and has `move(name, index)` goes where beams go.
+    clock, tokens and memory are those of the real pass.
     """
 
     logits: Tensor
@@ -138,7 +137,6 @@ def _look_ahead(step: Lookahead, plan: Plan, forward: Forward, output: Any, atte
         readings = [_Unknown.apply(reading, logits, plan.recipe) for reading in readings]
     found = step.score(Trials(logits, ids, readings, forward.clock, tokens, memory)).to(logits.dtype)
     output.logits = torch.cat([output.logits[:, :-1], found[:, None]], dim=1)
-    follow(cache, [value for value in memory.values() if hasattr(value, "move")])
 
 
 def _is_static(layer: Any) -> bool:

@@ -29,7 +29,7 @@ from ..tokens.images import join_images
 from ..tokens.roles import add_text_roles, build_roles
 from .caches import NAMES, cache_in, cache_length, cache_of, rows_repeat, same_content, strange_cache, takes_cache, versions
 from .caller import Caller, caller, virtual_tokens
-from .sides import unfollow
+from .rows import follow, unfollow
 
 
 class SequenceTracker:
@@ -114,6 +114,8 @@ class SequenceTracker:
         except BaseException:
             self.host.land(None)
             raise
+        if forward is not None and forward.sequence is not None and forward.sequence.remembers and _is_followed(cache):
+            follow(cache, forward.sequence)
         self.host.land(output)
         return None if changed is output else changed
 
@@ -222,6 +224,8 @@ class SequenceTracker:
                 self._join(known, sessions)
             known.step += 1
             if cache is None and width > 1 and ids is not None:
+                if known.remembers and (index := _came_from(known.ids(width - 1, ids.device), ids[:, :-1])) is not None:
+                    known.move(index)
                 known.pieces = [ids]  # every pass holds the whole text
             else:
                 known.read(ids, width)
@@ -254,7 +258,7 @@ class SequenceTracker:
         tokens.roles, tokens.blind, tokens.unknown, tokens.unread = new.roles, new.blind, new.unknown, unread
         tokens.images = [] if unread else join_images(tokens.images, new.images, past, new.roles.get("image"))
         tokens.prompt_length, known.sessions, known.step = prompt, readers, -1
-        known.asked = set()
+        known.asked, known.groups = set(), None
         known.planned = 0 if later is None else prompt + later.shape[1]
 
     def _join(self, known: Sequence, sessions: list[Steered]) -> None:
@@ -299,7 +303,7 @@ class SequenceTracker:
                     f"which tokens its rows hold: pass whole prompts without it, or call session.reset(), after which its tokens "
                     f"count as not read"
                 )
-            known = self.by_cache[cache] = known.repeated(times)
+            known.move(torch.arange(known.tokens.batch).repeat_interleave(times))
         return known
 
     def _copied(self, cache: Any, past: int, batch: int) -> Sequence | None:
@@ -386,6 +390,14 @@ class SequenceTracker:
 
 
 NOBODY = Caller()
+
+
+def _came_from(before: Tensor, now: Tensor) -> Tensor | None:
+    """[B] long: the row of `before` [B, n] that each row of `now` goes on with; None where all stay, or where it cannot be told."""
+    same = (now[:, None] == before[None]).all(dim=-1).cpu()
+    if bool(same.diagonal().all()) or not bool(same.any(dim=1).all()):
+        return None
+    return torch.where(same.diagonal(), torch.arange(len(now)), same.long().argmax(dim=1))
 
 
 def _is_followed(cache: Any) -> bool:

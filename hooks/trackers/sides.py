@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -11,9 +10,6 @@ from torch.nn.functional import pad
 
 from ...interventions import ReattendError, TokenMap
 from ..prompts.text_only import PER_TOKEN
-
-# Methods of a cache that move its rows: what they do to the real cache, they do to those of its branches.
-MOVES = ("reorder_cache", "batch_select_indices")
 
 
 class Side:
@@ -30,13 +26,17 @@ class Side:
         self.offsets: list[Any] | None = None
         self.prompt = width_of(arguments)
 
-    def move(self, name: str, index: Tensor) -> None:
-        """What a cache's own method of this name has done to the rows of the real cache."""
+    def move(self, index: Tensor) -> None:
+        """The rows of the real cache come from these."""
         if self.cache is not None:
-            getattr(self.cache, name)(index)
+            self.cache.reorder_cache(index)
+        if not self.shared:
+            self.tokens.move(index)
         self.mask = _rows(self.mask, index)
         if self.position is not None:
             self.position = self.position.index_select(-2, index.to(self.position.device))
+        if self.offsets is not None:
+            self.offsets = [_rows(offset, index) if isinstance(offset, Tensor) else offset for offset in self.offsets]
 
     def grown(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of its prompt with further tokens [B, n] at the end."""
@@ -77,7 +77,7 @@ class Side:
         return arguments
 
     def read(self, count: int) -> None:
-        """Notes that so many tokens behind the prompt are in its cache now."""
+        """Notes that so many tokens after the prompt are in its cache now."""
         if self.later is not None:
             self.mask, self.later = self.later, None
         if self.mask is not None:
@@ -105,44 +105,6 @@ class Side:
     def _next(self, count: int) -> Tensor:
         assert self.position is not None
         return self.position + torch.arange(1, count + 1, device=self.position.device)
-
-
-class _Followed:
-    """Stands in for a method of one cache that moves its rows, so that its branches move along."""
-
-    def __init__(self, cache: Any, name: str) -> None:
-        self.cache, self.name = weakref.ref(cache), name
-        self.sides: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __call__(self, index: Tensor) -> Any:
-        cache = self.cache()
-        result = getattr(type(cache), self.name)(cache, index)
-        for side in self.sides:
-            side.move(self.name, index)
-        return result
-
-    def __deepcopy__(self, memo: dict) -> _Followed:
-        # branches belong to the original: a copy of the cache is a sequence of its own
-        return _Followed(memo.get(id(self.cache()), self.cache()), self.name)
-
-
-def follow(cache: Any, sides: list[Any]) -> None:
-    """Lets branches share in what happens to the rows of the real cache."""
-    for name in MOVES:
-        mine = vars(cache).get(name)
-        if mine is None and hasattr(type(cache), name):
-            mine = _Followed(cache, name)
-            setattr(cache, name, mine)
-        if isinstance(mine, _Followed):
-            mine.sides.update(sides)
-
-
-def unfollow(caches: list[Any]) -> None:
-    """Takes what `_follow` has set off these caches."""
-    for cache in caches:
-        for name in MOVES:
-            if isinstance(vars(cache).get(name), _Followed):
-                delattr(cache, name)
 
 
 def records_past(cache: Any) -> bool:

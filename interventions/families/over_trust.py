@@ -46,7 +46,7 @@ class OverTrust:
         """The token of this row has been written."""
         self.products = self.extended(row, start)
 
-    def move(self, name: str, index: Tensor) -> None:
+    def move(self, index: Tensor) -> None:
         """Rows go where beams go."""
         if self.products is not None:
             self.products = self.products.index_select(0, index.to(self.products.device))

@@ -40,7 +40,7 @@ from reattend.interventions import (
 )
 from reattend.interventions.edits.second import extrapolated
 from reattend.interventions.engine.kernels import attend
-from reattend.interventions.families.guidance import MixOwnAnd, Soften
+from reattend.interventions.families.guidance import BlurQuery, MixOwnAnd, Soften
 from reattend.interventions.families.sinks import SoundMap
 from reattend.interventions.rotary import Rotary
 from torch import Tensor
@@ -73,6 +73,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
     per_row = rand(b, h, t) * 0.9
     return {
         "scale query": lambda: ScaleQuery(factor=0.5 + rand(b, h, t), **who),
+        "blur query": lambda: BlurQuery(grid=torch.arange(t)[None], sigma=1.0, **who),
         "key bias": lambda: KeyBias(bias=rand(b, h, n), **who),
         "score gain": lambda: ScoreGain(factor=rand(b, h, n), **who),
         "pair bias": lambda: PairBias(bias=rand(b, h, t, n), **who),
@@ -165,8 +166,18 @@ def chosen(batch: int, heads: int, keys: int) -> Tensor:
     return torch.stack(drawn).view(batch, heads, -1)
 
 
-# what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own
-WHOLE = ("append", "replace", "pool", "reorder", "pool for some", "rearrange", "extrapolate", "extrapolate from batch rows")
+# what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own, or needs several rows
+WHOLE = (
+    "append",
+    "replace",
+    "pool",
+    "reorder",
+    "pool for some",
+    "rearrange",
+    "extrapolate",
+    "extrapolate from batch rows",
+    "blur query",
+)
 
 
 def rearrange(call: Call, h: int, **who: Any) -> Rearrange:

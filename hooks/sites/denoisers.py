@@ -6,6 +6,7 @@ inferred (which tokens come first in a joint stream) is an entry of `FAMILIES`, 
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, replace
 
@@ -82,6 +83,12 @@ def stack_of(denoiser: nn.Module, path: str) -> str:
     if type(denoiser).__name__ == "SD3Transformer2DModel" and parts.endswith(".attn2"):
         return "denoiser.dual"
     return "denoiser.double" if len(getattr(denoiser, "single_transformer_blocks", ())) else "denoiser"
+
+
+def turned_by_position(module: nn.Module) -> bool:
+    """Whether a denoiser's attention turns queries and keys by their positions (RoPE), by the parameters of its processor."""
+    given = inspect.signature(type(getattr(module, "processor", module)).__call__).parameters
+    return any("rotary" in name for name in given)
 
 
 def describe(root: nn.Module, module: nn.Module, site: Site) -> Site:

@@ -1,15 +1,19 @@
-"""Weakened attention for guidance branches: targets that follow from a row's own weights, so that no `Mix` states them."""
+"""Weakened attention for guidance branches: targets that follow from a row's own weights, so that no `Mix` states them, and blurred queries."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..edits import Rows
+from ..edits import OperandEdit, Operands, Rows
 from ..edits.base import check_number
 from ..edits.weights import TINY, WeightEdit
+from ..errors import ReattendError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,3 +66,61 @@ class Soften(WeightEdit):
         powered = torch.where(some, share ** (1 / self.temperature), 0)
         share = weights.sum(dim=-1, keepdim=True) / powered.sum(dim=-1, keepdim=True).clamp_min(TINY)
         return (1 - self.strength) * weights + self.strength * share * powered
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BlurQuery(OperandEdit):
+    """q = G q over a raster of query rows, so S = G S: each row's scores become a Gaussian mean of its neighbours'.
+
+    grid [height, width] long: the query rows of the raster, the same in every batch row. sigma: the Gaussian's width in places of the
+    raster, cut off at 3 sigma and at half a side, edges reflected; 0 = no change, inf = every query becomes the mean of the raster's.
+    """
+
+    grid: Tensor
+    sigma: float
+    # as a long tensor it is shared by all batch rows and heads
+    broadcast = {"grid": 2}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma != math.inf:
+            check_number("sigma", self.sigma, 0)
+        if self.grid.dtype != torch.long or self.grid.dim() != 2 or not self.grid.numel():
+            raise ReattendError(
+                f"grid must be a long tensor [height, width] of query rows, got {self.grid.dtype} {list(self.grid.shape)}"
+            )
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or all(_reach(self.sigma, size) == 0 for size in self.grid.shape)
+
+    def on_operands(self, x: Operands) -> Operands:
+        index = self.grid.flatten().to(x.query.device)
+        if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < x.query.shape[2]:
+            raise ReattendError(f"grid names query row {int(index.max())}, the call has rows 0 to {x.query.shape[2] - 1}")
+        places = x.query[:, :, index].to(torch.promote_types(x.query.dtype, torch.float32)).unflatten(2, self.grid.shape)
+        for axis, size in ((2, self.grid.shape[0]), (3, self.grid.shape[1])):
+            mean = blur_matrix(self.sigma, size).to(places)
+            places = (mean @ places.transpose(axis, -2)).transpose(axis, -2)
+        query = x.query.index_copy(2, index, places.flatten(2, 3).to(x.query.dtype))
+        if self.rows is not None:
+            query = torch.where(self.rows[:, None, :, None], query, x.query)
+        return dataclasses.replace(x, query=query)
+
+
+@functools.lru_cache(maxsize=64)
+def blur_matrix(sigma: float, size: int) -> Tensor:
+    """G [size, size]: places of a line as Gaussian means of their neighbours, edges reflected; sigma inf: the mean of all."""
+    if sigma == math.inf:
+        return torch.full((size, size), 1 / size)
+    reach = _reach(sigma, size)
+    if reach == 0:
+        return torch.eye(size)
+    weights = (-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2).exp()
+    reflected = torch.nn.functional.pad(torch.eye(size)[None], (reach, reach), mode="reflect")[0]
+    return (reflected.unfold(1, 2 * reach + 1, 1) @ (weights / weights.sum())).T.contiguous()
+
+
+def _reach(sigma: float, size: int) -> int:
+    """How many places the Gaussian sees to either side: ceil(6 sigma) in all, made odd, and what can be reflected at an edge."""
+    return size // 2 if sigma == math.inf else min(math.ceil(6 * sigma) // 2, size // 2)

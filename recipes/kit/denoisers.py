@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ...hooks import Edits, Guide, SiteTable
 from ...hooks.plan import Step
-from ...interventions import Call, Edit
+from ...hooks.sites.denoisers import turned_by_position
+from ...interventions import Call, Edit, ReattendError
 from .base import Recipe
+from .heads import at_layers
 
 # SD 1.5's mid block sees 8 x 8 places of its pictures, SDXL's 32 x 32
 LEAST_SIDE = 8
@@ -78,23 +80,17 @@ class PerturbedGuidance(Recipe):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         layers = image_layers(sites)
-        wanted: dict[int, set[int] | None] = {}
-        for layer, head in self.selection(sites):
-            if head is None:
-                wanted[layer] = None
-            elif (known := wanted.setdefault(layer, set())) is not None:
-                known.add(head)
         steps: list[Step] = [
-            Edits(layers[layer], partial(self.weaken, None if heads is None else sorted(heads)), self.slug)
-            for layer, heads in sorted(wanted.items())
+            Edits(layers[layer], partial(self.weaken, heads), self.slug)
+            for layer, heads in at_layers(self.selection(sites)).items()
         ]
         return [*steps, Guide(self.slug, 0.0 if self.neutral else self.scale, self.start, self.stop)]
 
     def selection(self, sites: SiteTable) -> list[tuple[int, int | None]]:
-        """(layer, head) pairs; head None = all of the layer."""
+        """(layer, head) pairs in order; head None = all of the layer."""
         if self.heads is not None:
-            return [(layer, head) for layer, head in self.heads]
-        return [(layer, None) for layer in (self.layers or default_layers(sites))]
+            return sorted(self.heads)
+        return [(layer, None) for layer in sorted(self.layers or default_layers(sites))]
 
     def weaken(self, heads: list[int] | None, call: Call) -> Edit | None:
         """`perturbed` on the branch's rows. Attention to other tokens (an image prompt's) is left alone."""
@@ -135,6 +131,28 @@ def default_layers(sites: SiteTable) -> list[int]:
         )  # the first block after the mid block works at its size, each further one at twice that
         return [n for n, table in layers.items() if f"up_blocks.{block + 1}." in table[0].name][-1:] or mid
     return [9] if sites.model_name.startswith(("SD3", "StableDiffusion3")) and len(layers) == 24 else [len(layers) // 2]
+
+
+def rotary_misfit(sites: SiteTable, slug: str) -> str:
+    """Why queries of different places cannot be put together at these sites, which turn them by position; "" where none does."""
+    turned = next((s for s in sites if turned_by_position(sites.module(s))), None)
+    if turned is None:
+        return ""
+    return (
+        f"{turned.name} of {sites.model_name} turns its queries by position (RoPE) before its scores, and {slug} puts queries of "
+        "different places together, which have to be those before the turn"
+    )
+
+
+def image_grid(call: Call, slug: str) -> Tensor:
+    """Long [height, width]: the query rows of the image's places. Raises ReattendError where the raster is not known."""
+    tokens = call.tokens if call.query_tokens is None else call.query_tokens
+    if tokens is None or not tokens.images:
+        where = "this call" if call.site is None else call.site.name
+        raise ReattendError(
+            f"{slug}: which image token lies where is not known at {where}: its tokens are no raster of the latents"
+        )
+    return tokens.images[0].index
 
 
 def middle_side(sites: SiteTable) -> int | None:

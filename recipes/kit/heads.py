@@ -56,6 +56,17 @@ def by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
     return result
 
 
+def at_layers(pairs: Iterable[tuple[int, int | None]]) -> dict[int, list[int] | None]:
+    """{layer: its heads, None = all} of (layer, head) pairs, where head None names all of a layer."""
+    found: dict[int, list[int] | None] = {}
+    for layer, head in pairs:
+        if head is None:
+            found[layer] = None
+        elif (known := found.setdefault(layer, [])) is not None and head not in known:
+            known.append(head)
+    return found
+
+
 def missing_heads(heads: Iterable[Head], sites: SiteTable) -> str:
     """Why these sites do not have all the heads, or ""."""
     count = {site.layer: site.num_heads for site in sites}

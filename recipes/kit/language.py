@@ -13,7 +13,7 @@ from ...hooks.plan import Step
 from ...interventions import Call, Edit
 from ...interventions.families.reweighting import shared_by_layers
 from .base import Recipe
-from .heads import as_heads, missing_heads
+from .heads import as_heads, at_layers, missing_heads
 
 Text = str | list[str] | list[list[str]] | None
 Ranges = list[tuple[int, int]] | list[list[tuple[int, int]]] | None
@@ -148,7 +148,7 @@ class Highlighter(Marked):
     def on_heads(self, sites: SiteTable, make: Callable[[Call], Edit | None]) -> Edits:
         """The step that puts make(call), made once a pass, on the heads that act."""
         chosen = decoder_sites(sites)
-        heads = self.heads_at(chosen)
+        heads = at_layers(self.pairs(chosen))
 
         def intervene(call: Call) -> Edit | None:
             assert call.site is not None
@@ -171,13 +171,3 @@ class Highlighter(Marked):
         if self.heads is None:
             return [(site.layer, None) for site in sites]
         return [(item, None) if isinstance(item, int) else item for item in self.heads]
-
-    def heads_at(self, sites: SiteTable) -> dict[int, tuple[int, ...] | None]:
-        """{layer: heads that act there, None = all}."""
-        found: dict[int, tuple[int, ...] | None] = {}
-        for layer, head in self.pairs(sites):
-            if head is None:
-                found[layer] = None
-            elif (known := found.setdefault(layer, ())) is not None:
-                found[layer] = (*known, head)
-        return found

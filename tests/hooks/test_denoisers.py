@@ -9,6 +9,7 @@ import reattend
 import tiny_pipelines
 import torch
 from reattend.hooks import Branch, Edits, Exit, Lookahead, Observe, Plan, Probe, Question, Segments, Spans, attach
+from reattend.hooks.sites.denoisers import turned_by_position
 from reattend.interventions import Call, HeadGain, ReattendError, ReattendWarning, UnsupportedError, reference
 from tiny_denoisers import DENOISERS, TEXT, build, unet
 from torch import Tensor, nn
@@ -317,3 +318,19 @@ def test_steps_that_need_a_prompt_are_refused_where_none_is_read(make: Any, kind
         attach(model, [Plan("text", [step])])
     parts = [model] if isinstance(model, nn.Module) else [model.unet]
     assert not any(m._forward_pre_hooks for part in parts for m in part.modules())
+
+
+TURNED = {
+    "FluxTransformer2DModel", "HunyuanDiT2DModel", "Lumina2Transformer2DModel", "CogVideoXTransformer3DModel",
+    "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel", "WanTransformer3DModel", "MochiTransformer3DModel",
+    "QwenImageTransformer2DModel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_which_denoisers_turn_queries_by_position(name):
+    table = reattend.sites(build(name)[0])
+    chosen = table.kind("self", "joint").where(
+        lambda s: not s.stack.endswith("_refiner") and s.name.endswith(("attn", "attn1"))
+    )
+    assert {turned_by_position(table.module(site)) for site in chosen} == {name in TURNED}

@@ -1,5 +1,6 @@
 # make demo   sets up .venv, runs the offline demo (one to three minutes after the install) and says where its report lies
 # make test   sets up .venv and runs every test (make test ARGS="-k streaming" for some)
+# make matrix runs every method under every condition, of which make test runs a third that changes every day
 # make style  formats and checks the code
 # make newest runs a subset of the tests on the newest of everything, beyond the caps of pyproject.toml (TORCH=torch==2.13.0 keeps torch)
 # make floors makes one environment at every floor of pyproject.toml and one per Python, runs the subset, and writes docs/support.md
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test newest floors style pages bench clean
+.PHONY: demo test matrix newest floors style pages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reattend demo
@@ -21,6 +22,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+matrix: $(VENV)/.test
+	REATTEND_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
 
 newest:
 	$(PYTHON) tests/versions.py newest $(if $(TORCH),--torch "$(TORCH)")

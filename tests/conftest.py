@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
+from datetime import date
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +17,30 @@ from skips import reason_to_skip
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def pytest_collection_modifyitems(items):
+# Every method under every condition is more than a test run should take: a third of it each day, or REATTEND_MATRIX=1/3, 2/3, 3/3 or all.
+# Chosen once, before xdist starts its workers, so that all of them collect the same tests.
+THIRD = os.environ.setdefault("REATTEND_MATRIX", f"{date.today().toordinal() % 3 + 1}/3")
+
+
+def pytest_report_header():
+    return f"matrix of methods: REATTEND_MATRIX={THIRD} (make matrix runs all of it)"
+
+
+def pytest_configure():
+    if THIRD not in ("1/3", "2/3", "3/3", "all"):
+        raise pytest.UsageError(f"REATTEND_MATRIX must be 1/3, 2/3, 3/3 or all, got {THIRD!r}")
+
+
+def in_third(test: str) -> bool:
+    """Whether a test of the matrix runs today: by its name, so that a further method moves no other one."""
+    return THIRD == "all" or zlib.crc32(test.encode()) % 3 + 1 == int(THIRD[0])
+
+
+def pytest_collection_modifyitems(config, items):
+    left = [item for item in items if item.get_closest_marker("matrix") and not in_third(item.nodeid)]
+    config.hook.pytest_deselected(items=left)
+    kept = set(items) - set(left)
+    items[:] = [item for item in items if item in kept]
     for item in items:
         reason = reason_to_skip(item.nodeid)
         if reason is not None:

@@ -25,6 +25,10 @@ TEXTS = [
 PASSAGES = [["Answer in French."], ["red house", "one word"]]
 SEGMENTS = [["Answer in French.", " The capital of Italy is Rome."], [" a red", " house."]]
 WORDS_BESIDE_IMAGES = [["red dog"], ["cats"], ["red dog"]]
+# methods that weigh an image's tokens need them in the sequence
+IN_THE_SEQUENCE = {"mllama": "cross-attention.*a row there holds image weights alone", "idefics2": "are no places of the image"}
+# PaliGemma's prompt sees all of itself
+NOT_CAUSAL = {"paligemma": "needs a language model with a causal decoder"}
 # heads of several layers, among them two of one that share a key head
 HEADS = [[0, 1], [1, 0], [1, 3], [2, 2], [3, 1]]
 

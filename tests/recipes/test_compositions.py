@@ -8,8 +8,7 @@ import pytest
 import reattend
 import torch
 from reattend.interventions import ReattendError, fused, reference
-from reattend.recipes import Profile, recipe, recipe_class
-from reattend.recipes.kit.profile import fingerprint
+from reattend.recipes import recipe, recipe_class
 from tiny_language import language_model, tokenizer
 from weighed import random_call, weights_under
 
@@ -92,79 +91,21 @@ def test_sinks_are_those_of_the_attention_without_other_recipes():
 # -- whole models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def profiles(tmp_path_factory):
-    """{recipe: {profile_path}} of the tiny model."""
-    folder, model = tmp_path_factory.mktemp("profiles"), language_model()
-    torch.manual_seed(2)
-    tensors = {"task_embedding": torch.randn(1, 4, 4, 8), "alpha": torch.rand(4, 4)}
-    made = {
-        "seka": recipe_class("seka").profile(model, tokenizer(), pairs=2, experts=False),
-        "soft-injection": Profile("soft-injection", fingerprint(model), tensors, {"tasks": ["made up"]}),
-    }
-    return {slug: {"profile_path": str(p.save(folder / f"{slug}.safetensors"))} for slug, p in made.items()}
-
-
-CHOICES = {
-    "act": dict(heads="all", threshold=0.05, beta=0.1),
-    "emphasise": dict(text=PASSAGES, alpha=0.1, heads=[[0, 1], [1, 0], [1, 3], [2, 2], [3, 1]]),
-    "instaboost": dict(text=OTHERS, multiplier=9),
-    "spotlight": dict(text=OTHERS, target=0.5),
-    "seka": dict(text=PASSAGES, layers="all", gain=2.0),
-    "pine": dict(segments=SEGMENTS),
-    "soft-injection": {},
-    "retrieval-heads": dict(heads=[[0, 2], [1, 1]], mode="mask"),
-    "streaming": dict(sinks=1, window=8),
-}
-PAIRS = [
-    ("emphasise", "instaboost"),
-    ("seka", "emphasise"),
-    ("seka", "spotlight"),
-    ("spotlight", "act"),
-    ("spotlight", "streaming"),
-    ("instaboost", "streaming"),
-    ("retrieval-heads", "spotlight"),
-    ("soft-injection", "emphasise"),
-    ("pine", "spotlight"),
-    ("pine", "seka"),
-]
-
-
-def generated(model, recipes):
-    x = tokenizer()(PROMPTS, return_tensors="pt", padding=True)
-    with reattend.apply(model, *recipes, tokenizer=tokenizer()) as session:
-        out = model.generate(**x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(out.logits), session.stats
-
-
-@pytest.mark.filterwarnings("ignore:the borders of the segments")
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_fused_and_materialised_models_agree(pair, profiles, monkeypatch):
-    """Prefill and decode with padding and other passages per row; each of the two shows in the result."""
-    chosen = [(slug, {**CHOICES[slug], **profiles.get(slug, {})}) for slug in pair]
-    model = language_model()
-    found, stats = generated(model, chosen)
-    assert set(stats) == set(pair) and all(stats[slug] for slug in pair)
-    for one in chosen:
-        assert (generated(model, [one])[0] - found).abs().amax(dim=(0, 2)).min() > 1e-4
-    monkeypatch.setattr("reattend.hooks.routes.interface.fused", reference)
-    torch.testing.assert_close(generated(model, chosen)[0], found, atol=2e-4, rtol=1e-3)
-
-
-def test_seka_then_emphasise_is_edited_keys_under_biased_scores(profiles):
+def test_seka_then_emphasise_is_edited_keys_under_biased_scores(tmp_path):
     from test_emphasise import ALL, batch_and_bias, edited_masks
     from test_seka import changes_of, edited_keys
 
-    prompts, passages = PROMPTS, PASSAGES
+    prompts, passages, path = PROMPTS, PASSAGES, tmp_path / "seka.safetensors"
+    recipe_class("seka").profile(language_model(), tokenizer(), pairs=2, experts=False).save(path)
     x, bias, marked = batch_and_bias(0.1, passages, prompts)
     model = language_model(attn_implementation="eager")
     layers = [1, 3]
     with (
-        edited_keys(model, marked, changes_of(profiles["seka"]["profile_path"], layers, 2.0, 1.0)),
+        edited_keys(model, marked, changes_of(str(path), layers, 2.0, 1.0)),
         edited_masks(model, bias, ALL),
     ):
         wanted = model(**x).logits
-    stretch = ("seka", dict(text=passages, layers=layers, gain=2.0, negative_gain=1.0, **profiles["seka"]))
+    stretch = ("seka", dict(text=passages, layers=layers, gain=2.0, negative_gain=1.0, profile_path=str(path)))
     read = ("emphasise", dict(text=passages, alpha=0.1))
     real = x["attention_mask"].bool()
     for order in ((stretch, read), (read, stretch)):
@@ -176,10 +117,10 @@ def test_seka_then_emphasise_is_edited_keys_under_biased_scores(profiles):
 @pytest.mark.filterwarnings("ignore:the borders of the segments")
 def test_an_open_order_and_a_window_are_refused_together():
     model, x = language_model(), tokenizer()(PROMPTS, return_tensors="pt", padding=True)
-    plain = model(**x).logits
+    plain, chosen = model(**x).logits, {"pine": dict(segments=SEGMENTS), "streaming": dict(sinks=1, window=8)}
     for order in (("pine", "streaming"), ("streaming", "pine")):
         with (
-            reattend.apply(model, *((slug, CHOICES[slug]) for slug in order), tokenizer=tokenizer()),
+            reattend.apply(model, *((slug, chosen[slug]) for slug in order), tokenizer=tokenizer()),
             pytest.raises(ReattendError, match="order of segments open.*use one of the two"),
         ):
             model(**x)

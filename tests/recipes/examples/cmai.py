@@ -1,5 +1,5 @@
 """cmai: from the second layer on, since it looks at the layer before."""
 
-from example import Example
+from example import IN_THE_SEQUENCE, Example
 
-EXAMPLES = {"": Example("lvlm", {"first_layer": 1}, off={"gamma": 0}, layers=3)}
+EXAMPLES = {"": Example("lvlm", {"first_layer": 1}, off={"gamma": 0}, layers=3, refused=IN_THE_SEQUENCE)}

@@ -1,11 +1,16 @@
 """emphasise: other passages in every row, on some heads of a language model and on all of one with images."""
 
-from example import HEADS, PASSAGES, WORDS_BESIDE_IMAGES, Example
+from example import HEADS, NOT_CAUSAL, PASSAGES, WORDS_BESIDE_IMAGES, Example
 
 EXAMPLES = {
     "": Example("llm", {"alpha": 0.05, "heads": HEADS}, {"text": PASSAGES}, off={"alpha": 1.0}, operations=(12, 8)),
     "all heads": Example("llm", {"alpha": 0.05}, {"text": PASSAGES}, off={"alpha": 1.0}, operations=(2, 8)),
     "images": Example(
-        "lvlm", {"alpha": 0.05, "occurrence": -1}, {"text": WORDS_BESIDE_IMAGES}, off={"alpha": 1.0}, text_too=True
+        "lvlm",
+        {"alpha": 0.05, "occurrence": -1},
+        {"text": WORDS_BESIDE_IMAGES},
+        off={"alpha": 1.0},
+        text_too=True,
+        refused=NOT_CAUSAL,
     ),
 }

@@ -1,20 +1,35 @@
-"""seka: other passages in every row, with directions learned from two pairs of made-up sentences."""
+"""seka: other passages in every row, with made-up directions."""
 
-from example import PASSAGES, WORDS_BESIDE_IMAGES, Example
-from reattend.recipes import recipe_class
+import torch
+from example import NOT_CAUSAL, PASSAGES, WORDS_BESIDE_IMAGES, Example
+from reattend.recipes import Profile
+from reattend.recipes.kit.profile import fingerprint
 
 
 def profile(model, tokenizer):
-    return recipe_class("seka").profile(model, tokenizer, pairs=2, experts=False)
+    """Four layers with two key heads of size 8."""
+    torch.manual_seed(2)
+    tensors = {}
+    for layer in range(4):
+        for kind in ("relevant", "irrelevant"):
+            tensors[f"{layer}.{kind}.vectors"] = torch.linalg.qr(torch.randn(2, 8, 8)).Q
+            tensors[f"{layer}.{kind}.values"] = torch.rand(2, 8).sort(descending=True).values
+        tensors[f"{layer}.distance"] = tensors[f"{layer}.mean_distance"] = torch.rand(2)
+    return Profile("seka", fingerprint(model), tensors, {"kinds": []})
 
 
 OFF = {"gain": 0, "negative_gain": 0}
+GIVEN = {"layers": "all", "gain": 2.0}
 EXAMPLES = {
-    "": Example(
-        "llm", {"layers": "all", "gain": 2.0}, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile, operations=(2, 0)
-    ),
+    "": Example("llm", GIVEN, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile, operations=(2, 0)),
     "images": Example(
-        "lvlm", {"layers": "all", "gain": 2.0, "occurrence": -1}, {"text": WORDS_BESIDE_IMAGES}, OFF, acts=["prefill"],
-        text_too=True, profile=profile,
+        "lvlm",
+        {**GIVEN, "occurrence": -1},
+        {"text": WORDS_BESIDE_IMAGES},
+        OFF,
+        acts=["prefill"],
+        text_too=True,
+        refused=NOT_CAUSAL,
+        profile=profile,
     ),
-}  # fmt: skip
+}

@@ -1,11 +1,16 @@
 """spotlight: other passages in every row."""
 
-from example import HEADS, PASSAGES, WORDS_BESIDE_IMAGES, Example
+from example import HEADS, NOT_CAUSAL, PASSAGES, WORDS_BESIDE_IMAGES, Example
 
 EXAMPLES = {
     "": Example("llm", {"target": 0.6}, {"text": PASSAGES}, off={"target": 0}, operations=(34, 6)),
     "some heads": Example("llm", {"target": 0.6, "heads": HEADS}, {"text": PASSAGES}, off={"target": 0}, operations=(44, 6)),
     "images": Example(
-        "lvlm", {"target": 0.6, "occurrence": -1}, {"text": WORDS_BESIDE_IMAGES}, off={"target": 0}, text_too=True
+        "lvlm",
+        {"target": 0.6, "occurrence": -1},
+        {"text": WORDS_BESIDE_IMAGES},
+        off={"target": 0},
+        text_too=True,
+        refused=NOT_CAUSAL,
     ),
 }

@@ -1,10 +1,10 @@
 """visual-token-exit: images are hidden after layer 1, or leave the sequence there."""
 
-from example import Example
+from example import IN_THE_SEQUENCE, Example
 
 FIXED = "tokens cannot leave a sequence whose cache is a .* with fixed, quantised or windowed layers"
 EXAMPLES = {
-    "": Example("lvlm", {"exit_layer": 1}, off={"exit_layer": 3}, layers=2),
+    "": Example("lvlm", {"exit_layer": 1}, off={"exit_layer": 3}, layers=2, refused=IN_THE_SEQUENCE),
     "leaving": Example(
         "lvlm",
         {"exit_layer": 1, "mode": "leave"},
@@ -12,8 +12,11 @@ EXAMPLES = {
         layers=2,
         acts=["prefill"],  # at decode nothing more leaves
         refused={
+            **IN_THE_SEQUENCE,
             "gemma3": 'is not tested for language models of type .gemma3_text.*pass mode="hide"',
             "windowed mistral3": "has layers with a sliding window, whose caches keep keys by number",
+            "heads": "has taken tokens out of the sequence",
+            "together": "has taken tokens out of the sequence",
             **{f"llava, {cache}": FIXED for cache in ("static", "static, longer", "quantised")},
         },
     ),

@@ -143,7 +143,7 @@ class Focus:
     """What `refocus` needs of a prompt: learned at prefill, read at every step.
 
     groups [B, 4, n]: question, image, growth of the image (factor - 1), all; rows of the batch that are left alone have none of the
-    first three. acting: bool [B] on the CPU. end: the position behind the last image token that has a factor.
+    first three. acting: bool [B] on the CPU. end: the position after the last image token that has a factor.
     """
 
     groups: Tensor
@@ -219,7 +219,7 @@ def refocus_columns(focus: Focus, key_start: int, share: float, beta: float, wei
 
 
 def focused_rows(call: Call) -> Tensor:
-    """Bool [B, Tq] on the CPU: the last real row of each prompt, and the rows behind it."""
+    """Bool [B, Tq] on the CPU: the last real row of each prompt, and the rows after it."""
     tokens = call.tokens
     assert tokens is not None
     real = tokens.positions("prompt", 0, tokens.prompt_length)

@@ -21,10 +21,10 @@ from .gaze import image_columns
 
 @dataclass(eq=False)
 class TextAndImage:
-    """Which positions of a prompt are image tokens, and which are text behind an image, for all rows of the batch together.
+    """Which positions of a prompt are image tokens, and which are text after an image, for all rows of the batch together.
 
     image [I] and text [n] long: positions that are one in any row of the batch; is_image [B, I], is_text [B, n] bool: in which.
-    length: of the prompt. end: the position behind the last image token.
+    length: of the prompt. end: the position after the last image token.
     """
 
     image: Tensor
@@ -51,7 +51,7 @@ class TextAndImage:
         )
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Bool [B, stop - start]: the text rows behind an image among these positions; what is generated is text."""
+        """Bool [B, stop - start]: the text rows after an image among these positions; what is generated is text."""
         marked = torch.zeros(self.is_text.shape[0], max(stop, self.length), dtype=torch.bool, device=self.text.device)
         marked[:, self.text] = self.is_text
         marked[:, self.length :] = self.is_image.any(dim=1, keepdim=True)

@@ -49,8 +49,8 @@ class Layout:
         return self.spans[..., 1].amax(dim=1)
 
     @property
-    def behind(self) -> Tensor:
-        """Int32 [B, m]: tokens of the segments behind each one, by which its base position exceeds its own."""
+    def following(self) -> Tensor:
+        """Int32 [B, m]: tokens of the segments after each one, by which its base position exceeds its own."""
         return self.lengths.flip(1).cumsum(1, dtype=torch.int32).flip(1) - self.lengths
 
 
@@ -151,9 +151,9 @@ def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
             if bool((ids.diff() != 1).any()):
                 raise ReattendError(f"position_ids of prompt {row} must count up by one over its segments")
     padding = tokens.positions("padding", 0, call.num_keys, "cpu")
-    behind = padding & (torch.arange(call.num_keys) >= layout.first[:, None])
+    late = padding & (torch.arange(call.num_keys) >= layout.first[:, None])
     return {
-        "hidden": behind.to(call.query.device) if bool(behind.any()) else None,
+        "hidden": late.to(call.query.device) if bool(late.any()) else None,
         "inside": start < end,
         "rows": None if bool(real.all()) else real[:, None],
     }
@@ -182,7 +182,7 @@ def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor,
         lengths = [b - a for a, b in spans]
         own = [(a - start - low, b - start - low) if len(spans) > 2 else (0, 0) for a, b in spans]
         scores = segment_scores(query, keys, lengths, own, call.scaling, call.softcap)
-        found = segment_steps(scores, spans, layout.behind[rows[0]], start, order, call.num_queries)
+        found = segment_steps(scores, spans, layout.following[rows[0]], start, order, call.num_queries)
         steps[pick, :, :, : found.shape[-1]] = found
         for j, part in enumerate(keys.split(lengths, dim=2)):
             kept[pick, :, j, : part.shape[2]] = part
@@ -191,7 +191,7 @@ def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor,
 
 
 def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, order: Order, shared: dict) -> Tensor:
-    """Steps [B, H, Tq, m + 1] of rows behind the segments, from the keys that were remembered."""
+    """Steps [B, H, Tq, m + 1] of rows after the segments, from the keys that were remembered."""
     assert call.site is not None
     if order == "prompt":
         m = layout.spans.shape[1]
@@ -207,7 +207,7 @@ def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, 
         shared["empty"] = empty[:, None, None].to(device) if bool(empty.any()) else None
         shared["lengths"] = layout.lengths[:, None, None].to(device, keys.dtype)
         shared["log"] = shared["lengths"].clamp_min(1).log()
-        shared["behind"] = layout.behind[:, None, None].to(device, keys.dtype)
+        shared["following"] = layout.following[:, None, None].to(device, keys.dtype)
     back = shared.get(id(rotary.frequencies))
     if back is None:  # layers share their angles, or come in two kinds
         back = shared[id(rotary.frequencies)] = rotary.trigonometry(-positions[:, None], keys)
@@ -218,7 +218,7 @@ def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, 
     if shared["empty"] is not None:
         scores = scores.masked_fill(shared["empty"], float("-inf"))
     importance = scores.logsumexp(dim=-1) - shared["log"]
-    return pad(moves(importance, shared["lengths"], order) - shared["behind"], (1, 0)).int()
+    return pad(moves(importance, shared["lengths"], order) - shared["following"], (1, 0)).int()
 
 
 def alike(layout: Layout) -> list[list[int]]:
@@ -229,17 +229,17 @@ def alike(layout: Layout) -> list[list[int]]:
     return list(found.values())
 
 
-def segment_steps(scores: Tensor, spans: list[tuple[int, int]], behind: Tensor, start: int, order: Order, rows: int) -> Tensor:
+def segment_steps(scores: Tensor, spans: list[tuple[int, int]], following: Tensor, start: int, order: Order, rows: int) -> Tensor:
     """Int32 [B, H, rows, m + 1]: the steps of `Rearrange` for batch rows of one layout.
 
     scores [B, H, n, m]: `segment_scores` of the query rows from the first segment on (n = 0 without them). start: absolute position
-    of query row 0. behind [m] as in `Layout`.
+    of query row 0. following [m] as in `Layout`.
     """
     device, m = scores.device, len(spans)
     lengths = torch.tensor([b - a for a, b in spans], dtype=scores.dtype, device=device)
     batch, heads, known, _ = scores.shape
     steps = torch.zeros(batch, heads, rows, m + 1, dtype=torch.int32, device=device)
-    behind = behind[:m].to(device, scores.dtype)
+    following = following[:m].to(device, scores.dtype)
     offset = rows - known  # the query row that the first row of scores stands for
     for i, (a, b) in enumerate(spans):
         low, high = a - start, b - start
@@ -250,9 +250,9 @@ def segment_steps(scores: Tensor, spans: list[tuple[int, int]], behind: Tensor, 
         else:
             mass = scores.new_zeros(batch, heads, m)
         mass[..., i] = float("inf")
-        steps[:, :, low:high, 0] = behind[i]
-        steps[:, :, low:high, 1:] = (behind[i] + moves(mass, lengths, order) - behind)[:, :, None]
+        steps[:, :, low:high, 0] = following[i]
+        steps[:, :, low:high, 1:] = (following[i] + moves(mass, lengths, order) - following)[:, :, None]
     after = max(0, spans[-1][1] - start)
     importance = scores[:, :, after - offset :] - lengths.log()
-    steps[:, :, after:, 1:] = moves(importance, lengths, order) - behind
+    steps[:, :, after:, 1:] = moves(importance, lengths, order) - following
     return steps

@@ -1,4 +1,4 @@
-"""Over-trust: how much a column of the answer is looked at by all tokens behind it, one after the other (OPERA)."""
+"""Over-trust: how much a column of the answer is looked at by all tokens after it, one after the other (OPERA)."""
 
 from __future__ import annotations
 

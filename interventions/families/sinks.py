@@ -38,7 +38,7 @@ class VisualSinks:
     """Which prompt tokens are sinks at one layer, as the column groups that `give_back` needs: learned at prefill, read at decode.
 
     any: whether some sample has a sink on an image. on_first: whether some sample's first token is one, as it should be. end: the
-    position behind the last image token.
+    position after the last image token.
     """
 
     def __init__(self, sinks: Tensor, tokens: TokenMap) -> None:
@@ -110,13 +110,13 @@ class SoundMap(WeightMap):
 
 
 def rows_after(call: Call, role: str) -> Tensor:
-    """Bool [B, Tq]: query rows behind the last token of a role, in samples that have such tokens; padding is left out."""
+    """Bool [B, Tq]: query rows after the last token of a role, in samples that have such tokens; padding is left out."""
     tokens = call.tokens
     assert tokens is not None
     marked = tokens.positions(role, 0, call.total, call.query.device)
-    behind = marked.flip(1).cumsum(dim=1).flip(1) == 0
-    behind &= marked.any(dim=1, keepdim=True)
-    return (behind & ~tokens.positions("padding", 0, call.total, call.query.device))[:, call.total - call.num_queries :]
+    after = marked.flip(1).cumsum(dim=1).flip(1) == 0
+    after &= marked.any(dim=1, keepdim=True)
+    return (after & ~tokens.positions("padding", 0, call.total, call.query.device))[:, call.total - call.num_queries :]
 
 
 def give_back(weights: Tensor, groups: Tensor, limit: Tensor, *, move: float, rho: float, summ: float) -> Tensor:

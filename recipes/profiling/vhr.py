@@ -79,7 +79,7 @@ def vision_divergence(model: Any, table: SiteTable, inputs: Mapping[str, Any], a
 
 
 def _answered(inputs: Mapping[str, Any], answer: Tensor, model: Any) -> dict[str, Any]:
-    """The inputs with the answer behind the prompt; numbers per token go on as `generate` lets them go on."""
+    """The inputs with the answer after the prompt; numbers per token go on as `generate` lets them go on."""
     result = dict(inputs)
     result["input_ids"] = torch.cat([result["input_ids"], answer], dim=1)
     if isinstance(result.get("attention_mask"), Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,12 +17,15 @@ LARGEST_BIAS = 1e4
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoreEdit(Edit):
     level = "scores"
-    # whether it adds one number to each column, `bias` [B or 1, heads or 1, Tk], whatever the score
-    adds_per_key: ClassVar[bool] = False
 
     def on_scores(self, scores: Tensor, rows: Rows) -> Tensor:
         """scores [B, H, R, Tk] with masked pairs at -inf -> the same shape."""
         raise NotImplementedError
+
+    @property
+    def per_key(self) -> Tensor | None:
+        """[B or 1, heads or 1, Tk]: what the edit adds to each column, whatever row and score; None where it does something else."""
+        return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,11 +36,14 @@ class KeyBias(ScoreEdit):
     broadcast = {"bias": 1}
     per_column = ("bias",)
     reads_operands = False
-    adds_per_key = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("bias", self.bias, -LARGEST_BIAS, LARGEST_BIAS)
+
+    @property
+    def per_key(self) -> Tensor | None:
+        return self.bias
 
     def on_scores(self, scores: Tensor, rows: Rows) -> Tensor:
         return scores + rows.padded(self.bias)[:, :, None, :].to(scores.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit, Mix, Operands, Rows
+from ..edits import Edit, Mix, Operands, Rows, ScoreEdit
 from ..edits.base import key_heads, repeat_heads
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import as_wide, at_chosen, beside
@@ -153,7 +153,7 @@ def are_biases(task: Task) -> bool:
     call = task.call
     if not task.few or not task.names_heads or call.softcap is not None or call.sinks is not None or len(task.groups) == 1:
         return False
-    return all(edit.level == "scores" and edit.adds_per_key and edit.rows is None for edit in task.edits)
+    return all(isinstance(edit, ScoreEdit) and edit.per_key is not None and edit.rows is None for edit in task.edits)
 
 
 def biased(task: Task, _: object) -> Tensor:
@@ -161,7 +161,8 @@ def biased(task: Task, _: object) -> Tensor:
     call = task.call
     bias = None
     for edit in task.edits:
-        own = edit.bias.to(statistics_dtype(call.query))
+        assert isinstance(edit, ScoreEdit) and edit.per_key is not None
+        own = edit.per_key.to(statistics_dtype(call.query))
         if edit.heads is not None:
             spread = own.new_zeros(own.shape[0], call.num_heads, own.shape[2])
             own = spread.index_copy(1, heads_index(edit.heads, own.device), own.expand(-1, len(edit.heads), -1))

@@ -13,13 +13,14 @@ from .kernels import attend, statistics_dtype
 
 
 def sum_biases(biases: Sequence[ScoreEdit], x: Operands) -> Tensor | None:
-    """All edits that add a number per key, as one [B or 1, heads or 1, Tk] in statistics dtype."""
-    if not biases:
+    """What these edits add to each key, as one [B or 1, heads or 1, Tk] in statistics dtype; None without any."""
+    total = None
+    for edit in biases:
+        assert edit.per_key is not None
+        own = edit.per_key.to(statistics_dtype(x.query))
+        total = own if total is None else total + own
+    if total is None:
         return None
-    dtype = statistics_dtype(x.query)
-    total = biases[0].bias.to(dtype)
-    for edit in biases[1:]:
-        total = total + edit.bias.to(dtype)
     return torch.nn.functional.pad(total, (0, x.appended)) if x.appended else total
 
 

@@ -93,13 +93,13 @@ class Group:
         self.weights: list[WeightEdit] = []
         self.outputs: list[OutputEdit] = []
         for edit in self.edits:
-            if edit.level == "weights":
+            if isinstance(edit, WeightEdit):
                 self.weights.append(edit)
-            elif edit.level == "scores":
-                (self.biases if edit.adds_per_key and edit.rows is None else self.scores).append(edit)
-            elif edit.level == "output":
+            elif isinstance(edit, ScoreEdit):
+                (self.scores if edit.rows is not None or edit.per_key is None else self.biases).append(edit)
+            elif isinstance(edit, OutputEdit):
                 self.outputs.append(edit)
-            else:
+            elif isinstance(edit, OperandEdit):
                 operands.append(edit)
         self.pending = operands.pop() if operands and operands[-1].widens else None
         # as the call has them
@@ -192,11 +192,15 @@ def named_rows(edits: Sequence[Edit], query: Tensor) -> Tensor:
 
 def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:
     """Heads with the same edits: {indices of edits: heads}."""
+    return _grouped(num_heads, tuple(edit.heads for edit in edits))
+
+
+@functools.lru_cache(maxsize=1024)
+def _grouped(num_heads: int, named: tuple[Sequence[int] | None, ...]) -> dict[tuple[int, ...], list[int]]:
+    """Made once: every layer of every step asks for it. Not to be changed by those who get it."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    if all(edit.heads is None for edit in edits):
-        return {tuple(range(len(edits))): list(range(num_heads))}
     for head in range(num_heads):
-        groups.setdefault(tuple(i for i, e in enumerate(edits) if e.heads is None or head in e.heads), []).append(head)
+        groups.setdefault(tuple(i for i, heads in enumerate(named) if heads is None or head in heads), []).append(head)
     return groups
 
 

@@ -1,8 +1,8 @@
-"""Which recipe? Writes what answers that from the recorded figures: the README's table, docs/recipes.md and recipes/kit/measured.json.
+"""Which recipe? Writes what answers that: the README's table, docs/recipes.md, recipes/README.md and recipes/kit/measured.json.
 
     python benchmarks/which.py      # after docs/effects.json or docs/costs.json changed, or a recipe came
 
-A recipe says itself which problems it is a remedy for (`Info.problems`); what it did and what it costs is read by `figures` alone.
+A recipe says itself which problems it is a remedy for (`Info.problems`); what it did and what it costs was recorded: see `figures`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, get_args
 import reattend
 import summary
 from claims import believed
-from reattend.recipes.kit.base import Problem
+from reattend.recipes.kit.base import Family, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PAGE, SHIPPED = ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "recipes" / "kit" / "measured.json"
+README, PAGE, METHODS = ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "recipes" / "README.md"
+SHIPPED = ROOT / "recipes" / "kit" / "measured.json"
 BEGIN, END = "<!-- recipes: written by benchmarks/which.py -->\n", "<!-- end of recipes -->"
 
 
@@ -95,6 +96,34 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def methods() -> str:
+    """recipes/README.md: the files of recipes/ by problem and by family."""
+    every = reattend.list_recipes()
+
+    def link(slug: str) -> str:
+        status = every[slug].status
+        return f"[{slug}]({slug.replace('-', '_')}.py)" + ("" if status == "ready" else f" ({status})")
+
+    lines = [
+        "# Methods, by problem and by family",
+        "",
+        "Written by `python benchmarks/which.py`; do not edit. Every file here is one published method, named by its slug; `kit/` holds what",
+        "they are made with, `profiling/` how they learn about a model. What each did and costs: [docs/recipes.md](../docs/recipes.md).",
+    ]
+    lines += ["", "## By problem", "", "| problem | method | for | what it does |", "|---|---|---|---|"]
+    for problem in get_args(Problem):
+        chosen = [slug for slug, info in every.items() if problem in info.problems]
+        for slug in chosen:
+            info = every[slug]
+            lines.append(f"| {problem if slug == chosen[0] else ''} | {link(slug)} | {', '.join(info.kinds)} | {info.does} |")
+    lines += ["", "## By family", "", "| family | first of all | also |", "|---|---|---|"]
+    for family in get_args(Family):
+        first = [link(slug) for slug, info in every.items() if info.families[0] == family]
+        also = [link(slug) for slug, info in every.items() if family in info.families[1:]]
+        lines.append(f"| {family} | {', '.join(first)} | {', '.join(also)} |")
+    return "\n".join(lines) + "\n"
+
+
 def readme(found: dict[str, dict[str, Any]]) -> str:
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     return before + BEGIN + answers(found) + END + rest.split(END)[1]
@@ -106,7 +135,7 @@ def shipped(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     found = figures()
-    for file, text in ((README, readme(found)), (PAGE, page(found)), (SHIPPED, shipped(found))):
+    for file, text in ((README, readme(found)), (PAGE, page(found)), (METHODS, methods()), (SHIPPED, shipped(found))):
         file.write_text(text, encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # what recipes there are for, and their families: written out, so that help and completion import no torch; a test compares them
 KINDS = ("diffusion", "llm", "lvlm")
-FAMILIES = ("calibration", "decoding", "heads", "reweighting", "sinks", "sparsity")
+FAMILIES = ("calibration", "decoding", "guidance", "heads", "reweighting", "sinks", "sparsity")
 
 
 def _one_of(known: tuple[str, ...], name: str, help: str) -> typer.models.OptionInfo:

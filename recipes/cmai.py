@@ -4,7 +4,7 @@ Read this first: the paper's full text and code were not at hand. What follows w
 number and most choices are ours, it is not known whether the paper's results need fine-tuning, and none of them are claimed here.
 Fixes, by the abstract: much of an image is beside the point of an instruction and weakens its format, length and keyword demands.
 Text-to-image attention is passed through text-to-text attention, and pairs of text and image tokens with a low focus are blocked.
-Acts on: the weights of text rows behind an image, in prefill and decode, on image columns. For each row and layer the `gamma` of its
+Acts on: the weights of text rows after an image, in prefill and decode, on image columns. For each row and layer the `gamma` of its
 image tokens with the least focus get no weight; rows are renormalised, text keeps its ratios, one image token always stays.
 Choices, all ours: head means, one cut for all heads; F[i, j] = sum over text tokens k <= i of A[i, k] A[k, j], ranked within a row; text
 before the image is left out; with lag = 1 the focus comes from the layer before (after its own cut), with lag = 0 from the layer's own

@@ -5,7 +5,7 @@ rises on the right places of the image, and meaningless sink tokens hardly move.
 Acts on: the weights of the last prompt row and of every generated row, in the enhancement layers. In the half of the heads that look at
 the image most, image weights are multiplied by exp(alpha * saliency); in the half that read the question most, the question's weights
 grow by the same overall ratio r; rows are renormalised. The map comes from the saliency layers of the prompt's own pass where all
-enhancement layers lie behind them (LLaVA-1.5), else from a probe pass that stops there (Qwen2-VL).
+enhancement layers come after them (LLaVA-1.5), else from a probe pass that stops there (Qwen2-VL).
 The question is the user's last turn (or `question`, or `ranges`), without template, image and wrapper tokens. The official code takes
 fixed offsets from the image instead.
 Conventions: layers count from 0. `beta` is our reading of the paper's weight of r: the question's factor is 1 + beta (r - 1), so 1 is the

@@ -76,7 +76,7 @@ class PAI(ImageRecipe):
         return steps
 
     def strengthen(self, call: Call) -> ScoreGain | None:
-        """s_j += alpha |s_j| for image tokens j, on the last row of the prompt and the rows behind it."""
+        """s_j += alpha |s_j| for image tokens j, on the last row of the prompt and the rows after it."""
         tokens = call.tokens
         if tokens is not None and "image" not in tokens and not tokens.blind:
             return None

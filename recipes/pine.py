@@ -4,7 +4,7 @@ Fixes: causal masking and RoPE make a model prefer documents or options by where
 other in both directions, and every query meets them in the order of their importance to it - attention without positions, per token of a
 segment - nearest first, instead of the order of the prompt. What is written then no longer depends on that order.
 Acts on: every decoder layer and query head, prefill and decode. The tokens before the first segment are left as they are, the rows of a
-segment share one order of the other segments, each row behind the segments has its own.
+segment share one order of the other segments, each row after the segments has its own.
 Positions: keys keep the ones they have in the prompt; each query is turned once per segment by the difference, which gives the scores of
 keys at the positions of the paper. The order is exact in real numbers and is kept within rounding; in half precision a near tie may be
 ranked differently in two orders of the prompt. Keys without positions are kept beside the cache, in float32.

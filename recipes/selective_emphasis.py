@@ -92,7 +92,7 @@ class SelectiveEmphasis(ImageRecipe):
         ]
 
     def strengthen(self, patches: PatchReader, call: Call) -> ScoreGain | list[Edit] | None:
-        """s_j += alpha |s_j| for local tokens j, beta |s_j| for summary tokens, on the last row of the prompt and the rows behind it."""
+        """s_j += alpha |s_j| for local tokens j, beta |s_j| for summary tokens, on the last row of the prompt and the rows after it."""
         tokens = call.tokens
         if tokens is not None and "image" not in tokens and not tokens.blind:
             return None

@@ -3,7 +3,7 @@
 Fixes: some image tokens draw much attention although they show nothing of use. Like the first token they hold a huge value in a few
 fixed hidden dimensions. VAR finds these sinks, picks the heads that look at real image content, and there moves a part of what all
 sinks get to the other image tokens, in proportion to the weights these have already.
-Acts on: the weights of the rows behind the (last) image, from layer 2 on. Sinks are found at prefill from the state entering each
+Acts on: the weights of the rows after the (last) image, from layer 2 on. Sinks are found at prefill from the state entering each
 layer and stay the same for the whole answer; a layer without a sink on an image is left alone.
 Conventions: `move` is the fraction moved, the official code's p is what stays (move = 1 - p). `rho` is the largest share of a row's
 image weight on sinks; the paper's rho is 1 minus that. The official code also changes the last layer, the paper does not.
@@ -94,7 +94,7 @@ class VAR(ImageRecipe):
             return reason
         name = sites.model_name
         if not len(self.chosen(sites)):
-            return f"skip_last_layer leaves no layer of {name} behind first_layer={self.first_layer}"
+            return f"skip_last_layer leaves no layer of {name} after first_layer={self.first_layer}"
         width = sites.config.get_text_config().hidden_size
         if self.tau >= math.sqrt(width):
             return (
@@ -138,7 +138,7 @@ class VAR(ImageRecipe):
         return [images_told(sites, told), Observe(chosen, finder), Edits(chosen, self.redistribute)]
 
     def redistribute(self, call: Call) -> WeightMap | None:
-        """The edit of the rows behind the image, at layers where some sample has a sink on its image."""
+        """The edit of the rows after the image, at layers where some sample has a sink on its image."""
         if self.move == 0 or (call.tokens is not None and "image" not in call.tokens and not call.tokens.blind):
             return None
         assert call.site is not None
@@ -157,7 +157,7 @@ class VAR(ImageRecipe):
 
     @staticmethod
     def _rows(call: Call) -> torch.Tensor | None:
-        """Rows behind the image: the same at every layer of a pass, so worked out once. A single new row always is one."""
+        """Rows after the image: the same at every layer of a pass, so worked out once. A single new row always is one."""
         if call.num_queries == 1:
             return None
         key = (call.total, call.num_queries)

@@ -189,7 +189,7 @@ class VHR(Recipe):
         new = None if image is None else image[:, start:].any(dim=1)
         if new is not None and bool((new if rows is None else new.to(rows.device) & ~rows).any()):
             raise ReattendError(
-                "vhr found an image behind tokens that a cache already holds without reinforcement: pass the whole conversation "
+                "vhr found an image after tokens that a cache already holds without reinforcement: pass the whole conversation "
                 "without its cache"
             )
 

@@ -1,18 +1,18 @@
 """Static exit of image tokens: the training-free part of Dynamic Visual-Token Exit (DyVTE, arXiv 2411.19628, NeurIPS 2025).
 
 Fixes: most tokens of a vision-language prompt are image tokens, and after some layer the text has taken from them what it needs; the
-layers behind it could do without. DyVTE trains small routers that choose that layer for every prompt; here it is one fixed layer.
-Acts on: all decoder layers behind `exit_layer`, prefill and decode: no row sees image or video tokens any more (mode="hide", a key bias
+layers after it could do without. DyVTE trains small routers that choose that layer for every prompt; here it is one fixed layer.
+Acts on: all decoder layers after `exit_layer`, prefill and decode: no row sees image or video tokens any more (mode="hide", a key bias
 on any model), or they leave the sequence there, as in the official code, and later layers run on fewer tokens and cache fewer keys
 (mode="leave", the tokens door, on the families that it was tested with). Both give the same answers. All other tokens keep their
 positions. Separators and wrapper tokens that processors write around images are text, as in the official code.
 Conventions: layers count from 0, and `exit_layer` is the last one that sees the image, so the last layer of a model changes nothing. No
 table of layers is published: a profiling run takes the smallest one with which answers stay the same, by the rule that labels the
 official routers' training data. Between 0.5 and 0.6 of the layers is where to begin by hand.
-What becomes of the rows of image tokens is read by nobody: hidden, they go on without seeing each other; those that left come back
-behind the last layer as they entered the exit, so that outputs keep their length. Batches need no sorting: rows may hold different
+The rows of image tokens are read by nobody after the exit: hidden, they go on without seeing each other; those that left come back
+after the last layer as they entered the exit, so that outputs keep their length. Batches need no sorting: rows may hold different
 numbers of images. A cache that was filled under mode="leave" is of no use outside of its session.
-Recipes that change or read the weights of image columns (var, gift, pai, selective-emphasis, cmai, opera) find none behind the exit:
+Recipes that change or read the weights of image columns (var, gift, pai, selective-emphasis, cmai, opera) find none after the exit:
 together with this one they are refused unless their layers end at it.
 """
 
@@ -43,7 +43,7 @@ class VisualTokenExit(Recipe):
     slug = "visual-token-exit"
     hides = frozenset(VISUAL)
     info = Info(
-        does="Image tokens take no part in the layers behind an exit layer, where the text has already absorbed them.",
+        does="Image tokens take no part in the layers after an exit layer, where the text has already absorbed them.",
         paper="Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings",
         year=2025,
         arxiv="2411.19628",
@@ -66,7 +66,7 @@ class VisualTokenExit(Recipe):
     )
     mode: Literal["hide", "leave"] = Field(
         "hide",
-        description='"hide": no row sees the image behind the exit, with any model, cache and other recipe, and at full cost; "leave": '
+        description='"hide": no row sees the image after the exit, with any model, cache and other recipe, and at full cost; "leave": '
         "image tokens (and padding) leave the sequence there, for the same answers with less work and shorter caches",
     )
 
@@ -95,10 +95,10 @@ class VisualTokenExit(Recipe):
         return int(find_profile(self, self.profile_path, table).tensors["exit_layer"])
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        behind = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)
-        if not len(behind):
+        after = sites.stack("decoder").kind("self").layers(self.layer(sites) + 1)
+        if not len(after):
             return []
-        return [images_told(sites), Edits(behind, self.hide) if self.mode == "hide" else Exit(behind, VISUAL)]
+        return [images_told(sites), Edits(after, self.hide) if self.mode == "hide" else Exit(after, VISUAL)]
 
     def hide(self, call: Call) -> KeyBias | None:
         """No row sees a visual token; one edit per pass for all layers that hold the same keys."""
@@ -121,7 +121,7 @@ class VisualTokenExit(Recipe):
 
 
 def exit_misfit(table: SiteTable, layer: int) -> str:
-    """Why image tokens cannot leave the view of the layers behind this one; "" where they can."""
+    """Why image tokens cannot leave the view of the layers after this one; "" where they can."""
     decoder = table.stack("decoder").kind("self")
     total = table.config.get_text_config().num_hidden_layers
     if layer >= total:
@@ -132,8 +132,8 @@ def exit_misfit(table: SiteTable, layer: int) -> str:
             f"{table.model_name} adds image features to its image tokens up to layer {late - 1}'s output, which no later layer would "
             f"see: exit_layer must be {late} or more"
         )
-    behind = decoder.layers(layer + 1)
-    missing = set(range(layer + 1, total)) - {site.layer for site in behind}
+    after = decoder.layers(layer + 1)
+    missing = set(range(layer + 1, total)) - {site.layer for site in after}
     if missing:
         return f"layer {min(missing)} of {table.model_name} is no softmax attention: what it carries on from image tokens cannot be hidden"
-    return behind.refusal
+    return after.refusal

@@ -18,6 +18,7 @@ def test_what_answers_which_recipe_is_made_of_the_recorded_figures():
     for file, text in (
         (which.README, which.readme(found)),
         (which.PAGE, which.page(found)),
+        (which.METHODS, which.methods()),
         (which.SHIPPED, which.shipped(found)),
     ):
         assert file.read_text(encoding="utf-8") == text, "python benchmarks/which.py writes it"

@@ -34,8 +34,9 @@ Problem = Literal[
     "the image makes the model overlook the instruction",
     "an image's tokens cost too much",
     "the picture ignores a word",
+    "the picture lacks structure and detail",
 ]
-Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "decoding"]
+Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding"]
 
 
 @dataclass(frozen=True)

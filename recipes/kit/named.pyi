@@ -377,14 +377,14 @@ class VHRParameters(TypedDict, total=False):
     """for research: strengthen these heads of every sample, [[layer, head], ...] or {layer: [heads]}, without measuring"""
 
 class VisualTokenExitParameters(TypedDict, total=False):
-    """Image tokens take no part in the layers behind an exit layer, where the text has already absorbed them."""
+    """Image tokens take no part in the layers after an exit layer, where the text has already absorbed them."""
 
     exit_layer: int | None
     """the last layer that sees the image, from 0; smaller saves more and changes more"""
     profile_path: str | None
     """file with the exit layer that a profiling run chose; 'cached': the profile kept for this model"""
     mode: Literal["hide", "leave"]
-    """'hide': no row sees the image behind the exit, with any model, cache and other recipe, and at full cost; 'leave':
+    """'hide': no row sees the image after the exit, with any model, cache and other recipe, and at full cost; 'leave':
     image tokens (and padding) leave the sequence there, for the same answers with less work and shorter caches"""
 
 @overload

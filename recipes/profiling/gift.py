@@ -63,7 +63,7 @@ def gaze_layers(
     samples: (image, question) pairs, ready inputs of the model (mappings of tensors), or a JSON-lines file of {"image": path,
     "question": text}. enhance_layers: the layers to change, where they are known. Tensors of the profile: saliency_layers [1], the
     layer whose weights on the image rise most in sum while the question is read; enhance_layers [n], those given or those of
-    `moving_together`; shift, image_share and question_share [layers], the means behind them.
+    `moving_together`; shift, image_share and question_share [layers], the means that they come from.
     Raises ReattendError for a model that takes no images, samples that cannot be read, or shares that never move together.
     """
     if options:

@@ -444,7 +444,7 @@ def test_prompts_in_pieces_are_refused():
     inputs = inputs_of(tiny, PROMPTS[:1])
     for size in (10, 2):  # the image in the first piece, or in a later one
         with (
-            pytest.raises(ReattendError, match="comes in pieces|an image behind tokens that a cache already holds"),
+            pytest.raises(ReattendError, match="comes in pieces|an image after tokens that a cache already holds"),
             reattend.apply(tiny.model, "vhr"),
         ):
             tiny.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size)

@@ -52,5 +52,9 @@ def hooks_on(model) -> int:
 
 def traces(model) -> tuple:
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    names = [(str(c._attn_implementation), type(c._attn_implementation)) for c in configs.values()]
+    names = [
+        (str(c._attn_implementation), type(c._attn_implementation))
+        for c in configs.values()
+        if hasattr(c, "_attn_implementation")
+    ]
     return hooks_on(model), names, registered(), len(torch.overrides._get_current_function_mode_stack())

@@ -2,4 +2,12 @@
 
 from example import Example
 
-EXAMPLES = {"": Example("diffusion", {"scale": 3.0}, off={"strength": 0}, layers=1)}
+EXAMPLES = {
+    "": Example(
+        "diffusion",
+        {"scale": 3.0},
+        off={"strength": 0},
+        layers=1,
+        refused={"SanaTransformer2DModel": "linear attention has no softmax"},
+    )
+}

@@ -95,7 +95,7 @@ torch.set_num_threads(1)
 n, what = int(sys.argv[1]), sys.argv[2]
 q, k, v = (torch.randn(1, h, n, 64) for h in (9, 3, 3))
 call = Call(q, k, v, is_causal=True)
-edits = {"untouched SDPA": [], "key bias": [KeyBias(bias=torch.zeros(n))], "transfer of 3 columns": [Transfer(src=[0, 1, 2], fraction=0.5)],
+edits = {"untouched SDPA": [], "key bias": [KeyBias(bias=torch.zeros(n))], "transfer of 3 columns": [Transfer(source=[0, 1, 2], strength=0.5)],
          "identity mix": [Mix(target="identity", strength=0.3)]}
 edits["materialised"] = edits["transfer of 3 columns"]
 # what a first use loads is not counted

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from every_edit import a_call, rearrange
+from every_edit import a_call, rearrange, second, sharper
 from reattend.interventions import (
     Band,
+    Blocks,
     Call,
     Edit,
     Gain,
     HeadGain,
+    Instead,
     Keep,
     KeyBias,
+    LowRankBias,
     Mix,
     PairBias,
+    ReplaceKV,
     ScaleQuery,
     ScoreGain,
     Transfer,
@@ -44,6 +48,10 @@ def rows(call: Call) -> Tensor:
     return named
 
 
+def over_heads(output: Tensor, other: Tensor, rows: Rows) -> Tensor:
+    return output + other.mean(dim=1, keepdim=True)
+
+
 # name of a way -> (query rows of its example, edits that take it)
 EXAMPLES = {
     "untouched": (12, lambda call: []),
@@ -52,6 +60,17 @@ EXAMPLES = {
     "across heads": (12, lambda call: [WeightMap(function=lambda w, _: (w + w.mean(1, keepdim=True)) / 2, reads="heads")]),
     "key biases of heads": (1, lambda call: [bias(call, heads=[1]), bias(call, heads=[2])]),
     "few rows of all heads": (1, lambda call: [ScoreGain(factor=torch.rand(call.num_keys), heads=[1, 2])]),
+    "rows with operands of their own": (
+        12,
+        lambda call: [ReplaceKV(columns=FIRST, value=torch.randn(1, 2, 1, 8), rows=rows(call))],
+    ),
+    "outputs across heads": (
+        12,
+        lambda call: [second(call, 4, combine=over_heads, reads="heads")],
+    ),
+    "replaced": (12, lambda call: [Instead(compute=sharper)]),
+    "folded biases": (12, lambda call: [LowRankBias(U=torch.rand(12, 2), V=torch.rand(12, 2))]),
+    "gathered": (12, lambda call: [Keep(pattern=Blocks(torch.eye(3).bool(), 4))]),
     "heads": (12, lambda call: [HeadGain(factor=0.5, heads=[1])]),
     "rearranged blocks": (12, lambda call: [rearrange(call, call.num_heads)]),
     "kernel": (12, lambda call: [ScaleQuery(factor=0.5)]),

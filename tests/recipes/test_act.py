@@ -120,16 +120,17 @@ def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chu
 
 
 def test_the_executor_reuses_what_the_statistics_computed(monkeypatch):
-    import reattend.interventions.engine.tasks as engine
+    from reattend.interventions.engine import biases, kernels, tasks
 
     asked = []
-    original = engine.attend
+    original = kernels.attend
 
     def counted(query, *arguments):
         asked.append((query.shape[1], arguments[-1] is True))
         return original(query, *arguments)
 
-    monkeypatch.setattr(engine, "attend", counted)
+    for module in (biases, tasks):
+        monkeypatch.setattr(module, "attend", counted)
     call = random_call(n=300)
     edit = recipe("act", heads=[(2, 1), (2, 2)], threshold=0.02).calibrate({2: [1, 2]}, call)
     shared = fused(call, [edit])

@@ -125,7 +125,7 @@ def compare(
         before = _run(job, report, session, attention, tick)
         with session:
             after = _run(job, report, session, attention, tick, before)
-            report.stats = session.stats
+            report.stats, report.ways = session.stats, session.ways
     report.notes += around
     job.fill(report, before, after)
     for label, counts in report.stats.items():
@@ -146,8 +146,7 @@ def _run(job: Job, report: Report, session: Session, attention: bool, tick: Tick
     else:
         job.warm()
     tick()
-    for counts in session.counts.values():
-        counts.clear()
+    session.clear_counts()
     with Meter(job.device, job.module) as meter:
         result = job.run(lambda: (meter.tick(), tick())[1])
     side.cost = meter.cost

@@ -53,7 +53,7 @@ class Outcome:
     """Before and after of one comparison.
 
     metrics: numbers by name. kl: nats per token, up to and including the first difference. stats: how often each recipe's edits were
-    applied in the timed run, by site. notes: what a reader must know.
+    applied in the timed run, by site. ways: {site: {how its edited attention was computed: how often}}. notes: what a reader must know.
     """
 
     kind: str
@@ -70,6 +70,7 @@ class Outcome:
     difference: list[Any] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     stats: dict[str, dict[str, int]] = field(default_factory=dict)
+    ways: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     intro: str = ""
@@ -120,6 +121,7 @@ class Outcome:
             "attention_shares": self.attention_shares,
             "attention_on_prompt": self.looks.as_dict() if self.looks is not None else None,
             "stats": self.stats,
+            "ways": self.ways,
             "checks": [vars(check) for check in self.checks],
             "notes": self.notes,
             "environment": self.environment,

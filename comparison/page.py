@@ -13,7 +13,7 @@ from .forms import png
 from .looks import Cell
 from .outcome import Outcome, Side
 from .shares import marked, of_all, on_prompt
-from .words import attention_summary, count, duration, number, percent, points, role_words, size, summary, tiles
+from .words import attention_summary, computed_by, count, duration, number, percent, points, role_words, size, summary, tiles
 
 # A prompt longer than this is folded away; tokens beyond this many are counted, not shown.
 LONG_PROMPT = 600
@@ -53,6 +53,7 @@ def view(report: Outcome, place: int) -> dict[str, Any]:
         "inputs": [png(p) for p in report.inputs],
         "cost": _cost(report),
         "memory": report.before.cost.memory_kind == "accelerator",
+        "computed_by": computed_by(report),
         "stats": [(label, sum(sites.values()), len(sites)) for label, sites in report.stats.items()],
     }
 

@@ -58,8 +58,7 @@ def sweep(
             with naming(place, variant.label), session:
                 effects.look(session)
                 tick()
-                for counts in session.counts.values():
-                    counts.clear()
+                session.clear_counts()
                 result = job.run(tick)
                 column.stats = session.stats
             pair = Report(job.kind, variant.label)

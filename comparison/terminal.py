@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .outcome import Check, Outcome, Side
 from .shares import of_all, on_prompt
-from .words import attention_summary, count, number, percent, role_words, summary
+from .words import attention_summary, computed_by, count, number, percent, role_words, summary
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -107,6 +107,8 @@ def _cost(report: Outcome) -> Text:
         return f"{count(cost.passes)} forward pass{'es' if cost.passes != 1 else ''}{read}"
 
     line = f"before {one(report.before)}; after {one(report.after)}; edits applied {report.applied:,} times"
+    if report.ways:
+        line += f"; computed by: {computed_by(report)}"
     return Text(line, style="dim")
 
 

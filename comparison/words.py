@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from .outcome import Outcome
@@ -187,3 +188,11 @@ def tiles(report: Outcome) -> list[dict[str, str]]:
     sites = len({site for counts in report.stats.values() for site in counts})
     tile("Edits applied", f"{report.applied:,}", f"calls of attention changed, at {sites} of {report.model.get('sites')} sites")
     return found
+
+
+def computed_by(report: Outcome) -> str:
+    """How the engine computed attention where it was edited: each way with how often it was taken, the most frequent first."""
+    total: Counter[str] = Counter()
+    for counts in report.ways.values():
+        total.update(counts)
+    return ", ".join(f"{name} {count(times)} times" if times > 1 else f"{name} once" for name, times in total.most_common())

@@ -35,8 +35,9 @@ class Mark:
 class Session:
     """Recipes at work on one model. A context manager and a handle: `with apply(...) as session:` or `session.remove()`.
 
-    stats: {recipe label: {site name: how often its edits were applied}}. A recipe that never acted although the model ran
-    warns (ReattendWarning) when the session ends.
+    stats: {recipe label: {site name: how often its edits were applied}}. ways: {site name: {how attention was computed there: how often}};
+    a call that several sessions edit counts in the last one's. A recipe that never acted although the model ran warns (ReattendWarning)
+    when the session ends.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Session:
         self.number = -1
         self.tokenizer = tokenizer
         self.counts: dict[str, Counter[str]] = {}
+        self._ways: dict[str, Counter[str]] = {}
         self.forwards = 0
         self.active = self.ended = False
         # the steps that mark tokens of a prompt: what the user named, which is no part of the model
@@ -123,7 +125,7 @@ class Session:
     def nest(self, handles: Handles, plan: Plan) -> Session:
         """The steps of a plan as a session of its own, for passes of a door's own; never attached by itself. It counts with this one."""
         inner = Session(self.model, [plan], isolated=self.isolated)
-        inner.counts = self.counts
+        inner.counts, inner._ways = self.counts, self._ways
         handles.nested.append(inner)
         inner.attachment = self.attachment
         assert self.attachment is not None
@@ -237,6 +239,15 @@ class Session:
         return {label: dict(counter) for label, counter in self.counts.items()}
 
     @property
+    def ways(self) -> dict[str, dict[str, int]]:
+        return {name: dict(counter) for name, counter in self._ways.items() if counter}
+
+    def clear_counts(self) -> None:
+        """Starts `stats` and `ways` anew."""
+        for counter in (*self.counts.values(), *self._ways.values()):
+            counter.clear()
+
+    @property
     def applied(self) -> int:
         """How often edits were applied, over all recipes and sites."""
         return sum(sum(c.values()) for c in self.counts.values())
@@ -260,6 +271,8 @@ class Session:
             new = edit(call, forward)
             result += new
             call.edits += new
+        if result:
+            call.ways = self._ways.setdefault(self._sites[id(module)].name, Counter())
         return result
 
     def ready(self, call: RootCall) -> None:

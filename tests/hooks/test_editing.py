@@ -42,6 +42,21 @@ def test_a_function_acts_where_the_plan_of_a_recipe_would(model, inputs):
     assert torch.equal(logits(model, inputs), plain)
 
 
+def test_a_session_says_how_attention_was_computed(model, inputs):
+    first, second = (site.name for site in list(sites(model))[:2])
+    with reattend.edit(model, HeadGain(factor=1.5), sites=lambda table: table.layers(0, 0)) as session:
+        logits(model, inputs)
+        with reattend.edit(
+            model, lambda call: KeyBias(bias=torch.ones(call.num_keys)), sites=lambda table: table.layers(1, 1)
+        ) as inner:
+            logits(model, inputs)
+        assert session.ways == {first: {"kernel": 2}} and inner.ways == {second: {"key biases": 1}}
+        session.clear_counts()
+        assert session.ways == {} and session.applied == 0
+        logits(model, inputs)
+        assert session.ways == {first: {"kernel": 1}}
+
+
 def test_edits_that_are_the_same_at_every_call(model, inputs):
     with reattend.edit(reattend.wrap(model), [HeadGain(factor=1.5, heads=[1])], label="mine") as session:
         several = logits(model, inputs)

@@ -178,7 +178,7 @@ PICTURES = Section(
         "softpag:scale=2.5", "softpag", "softpag:strength=1",
         # every other layer of this UNet; 3 is the mid block, the published choice for larger pictures
         *(f"softpag:layers=[{n}]{more}" for n in (0, 2, 3, 4, 5, 6, 8, 9) for more in (":scale=2.5", "")),
-    ]},
+    ], "seg": ["seg:sigma=1", "seg:sigma=4", "seg"]},
     24, 400,
     baselines={"guidance scale 3 instead of 2": Baseline("guidance=3"), "guidance scale 4 instead of 2": Baseline("guidance=4")},
     paper={"softpag": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"},

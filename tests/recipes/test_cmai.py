@@ -11,10 +11,6 @@ from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import Call, ReattendError, ReattendWarning, TokenMap, UnsupportedError
 from reattend.interventions.families.inhibition import TextAndImage, focus_scores
 
-FAMILIES = [
-    "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma",
-    "pixtral", "mistral3",
-]  # fmt: skip
 FEW = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
 
 
@@ -91,32 +87,6 @@ def test_image_mass_falls_with_gamma_and_rows_stay_whole():
     assert masses[0] > masses[1] > masses[2] > masses[3] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family):
-    tiny = tiny_models.build(family)
-    inputs = tiny.inputs(PROMPTS)
-    base = tiny.model.generate(**inputs, **FEW)
-    with steer(tiny.model) as session:
-        out = tiny.model.generate(**inputs, **FEW)
-        assert list(session.stats["cmai"].values()) == [4, 4, 4]
-    change = (out.logits[0] - base.logits[0]).abs().amax(dim=1)
-    assert (change[:2] > 1e-5).all() and change[2] < 1e-5, change
-    assert torch.equal(tiny.model.generate(**inputs, **FEW).logits[0], base.logits[0])
-
-
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(
-    "options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 22}, {"prefill_chunk_size": 9}]
-)
-def test_ways_to_generate(options, lag):
-    tiny = tiny_models.llava()
-    inputs = tiny.inputs([ONE])
-    with steer(tiny.model, lag=lag):
-        wanted = tiny.model.generate(**inputs, **FEW)
-        found = tiny.model.generate(**inputs, **FEW, **options)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=3e-5, rtol=1e-4)
-
-
 def test_beams_padding_and_turns():
     tiny = tiny_models.llava()
     inputs = tiny.inputs(PROMPTS)
@@ -138,20 +108,6 @@ def test_beams_padding_and_turns():
     last = [int(row.nonzero()[-1]) for row in right["attention_mask"]]
     torch.testing.assert_close(logits[range(3), last], greedy.logits[0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(got.logits[:, -1], wanted, atol=2e-5, rtol=1e-4)
-
-
-def test_gamma_zero_and_half_precision():
-    tiny = tiny_models.llava()
-    inputs = tiny.inputs(PROMPTS)
-    with torch.no_grad():
-        base = tiny.model(**inputs).logits
-        with steer(tiny.model, gamma=0) as session:
-            assert torch.equal(tiny.model(**inputs).logits, base) and session.stats == {}
-        tiny.model.to(torch.bfloat16)
-        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-        with steer(tiny.model, gamma=0.9) as session:
-            assert tiny.model(**inputs).logits[inputs["attention_mask"].bool()].isfinite().all()
-            assert session.applied == 3
 
 
 def test_what_does_not_fit_is_refused():

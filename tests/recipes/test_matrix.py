@@ -118,16 +118,17 @@ def test_drafted_tokens_change_nothing(name, model, kind):
     assert torch.equal(tokens, drafted)
 
 
-@parametrize("bf16", **SOME)
-def test_half_precision_is_near(name, model, kind):
-    """Prompt and steps in bfloat16: finite, and no farther from float32 than the model itself is, three times over."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@parametrize("half", **SOME)
+def test_half_precision_is_near(name, model, kind, dtype):
+    """Prompt and steps in half precision: finite, and no farther from float32 than the model itself is, three times over."""
     case = Case(name, model, kind)
-    if case.refused("bf16"):
+    if case.refused("half"):
         return
     base = case.generate(logits_processor=[written])[1]
     with case.apply():
         wanted = case.generate(logits_processor=[written])[1]
-    case.model = copy.deepcopy(case.model).to(torch.bfloat16)
+    case.model = copy.deepcopy(case.model).to(dtype)
     half = case.generate(logits_processor=[written])[1]
     with case.apply():
         got = case.generate(logits_processor=[written])[1]

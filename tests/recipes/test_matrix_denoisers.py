@@ -95,7 +95,7 @@ def test_without_strength_no_bit_changes(name, place):
     end(session)
 
 
-@parametrize("bf16", SOME)
+@parametrize("half", SOME)
 def test_half_precision_is_near(name, place):
     model, inputs = build(place)
     base, half = predict(model, inputs), copy.deepcopy(model).bfloat16()

@@ -232,21 +232,6 @@ def test_masking_leaves_the_prefill_alone_and_acts_at_every_step():
     torch.testing.assert_close(earlier.logits[0], step, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["mask", "sharpen", "sink_down"])
-def test_left_padding_changes_nothing(mode):
-    torch.manual_seed(5)
-    model = tiny()
-    long, short = torch.randint(3, 64, (1, 14)), torch.randint(3, 64, (1, 9))
-    ids = torch.cat([long, torch.nn.functional.pad(short, (5, 0))])
-    options = dict(max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    with reattend.apply(model, "retrieval-heads", mode=mode, where="last_row", heads={0: [0, 3], 1: [2]}) as session:
-        both = model.generate(ids, attention_mask=(ids != 0).long(), **options)
-        alone = model.generate(short, **options)
-        assert session.applied == 2 * 2 * 5
-    for a, b in zip(both.logits, alone.logits):
-        torch.testing.assert_close(a[1:], b, atol=1e-4, rtol=1e-4)
-
-
 def test_chunked_prefill_is_the_whole_prefill():
     model, ids = tiny(), torch.randint(3, 64, (1, 20))
     for mode in ("sharpen", "sink_down", "gain"):

@@ -158,27 +158,6 @@ def test_nothing_to_mix_is_the_identity(tmp_path):
             assert torch.equal(model(ids).logits, plain) and session.applied == 0
 
 
-def test_decode_steps_are_untouched_and_cache_or_not_is_the_same(tmp_path):
-    model, ids = language_model(), torch.randint(5, 400, (2, 7), generator=torch.Generator().manual_seed(3))
-    path = profile_of(model, tmp_path)
-    options = dict(max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    plain = model.generate(ids, **options)
-    with reattend.apply(model, "soft-injection", profile_path=path) as session:
-        mixed = model.generate(ids, **options)
-        assert set(session.stats["soft-injection"].values()) == {1}
-        again = model.generate(ids, use_cache=False, **options)
-        assert set(session.stats["soft-injection"].values()) == {1 + 5}
-        beams = model.generate(ids, num_beams=2, **{**options, "max_new_tokens": 3})
-        # the same steps by hand
-        cache = cache_of(model(ids, use_cache=True))
-    assert beams.sequences.shape[0] == 2
-    assert not torch.equal(plain.logits[0], mixed.logits[0])
-    for a, b in zip(mixed.logits, again.logits):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-    step = model(mixed.sequences[:, 7:8], **{cache_name(model): cache}).logits[:, -1]
-    torch.testing.assert_close(step, mixed.logits[1], atol=2e-5, rtol=1e-4)
-
-
 def test_turns_have_a_last_token_each_and_a_prompt_in_pieces_is_refused(tmp_path):
     model, ids = language_model(), torch.randint(5, 400, (1, 12), generator=torch.Generator().manual_seed(4))
     path = profile_of(model, tmp_path)

@@ -133,14 +133,6 @@ def test_the_official_mask_shows_the_placeholder_again():
             model(**x, use_cache=False)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_beams_and_no_cache_agree(beams):
-    model, x = language_model(), inputs()
-    with reattend.apply(model, "spa", text=PASSAGES, strength=8, tokenizer=tokenizer()):
-        options = dict(max_new_tokens=6, num_beams=beams, do_sample=False)
-        assert torch.equal(model.generate(**x, **options), model.generate(**x, **options, use_cache=False))
-
-
 def test_one_changes_no_bit_and_neither_does_a_prompt_without_passage():
     model, x = language_model(), inputs()
     plain = model(**x).logits

@@ -185,17 +185,3 @@ def test_bad_input_is_refused(tmp_path):
         reattend.apply(model, "spotlight", text="a", heads={0: [4]})
     original = recipe("spotlight", text=[["a"], ["b"]], target=0.3, exact=True)
     assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original
-
-
-def test_an_image_model_reads_its_instruction():
-    import tiny_models
-    from asked_images import ONE
-    from asked_images import tokenizer as words
-
-    tiny = tiny_models.build("qwen2_5_vl")
-    x = tiny.inputs([ONE])
-    with torch.no_grad():
-        plain = tiny.model(**x).logits
-        with reattend.apply(tiny.model, "spotlight", text="red dog", tokenizer=words(), target=0.5) as session:
-            steered = tiny.model(**x).logits
-    assert session.applied == 4 and (plain - steered)[0, -1].abs().max() > 1e-3

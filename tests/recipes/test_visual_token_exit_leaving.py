@@ -132,19 +132,6 @@ def test_rows_without_padding_that_lose_different_numbers_of_tokens():
     torch.testing.assert_close(left, hidden, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}, {"num_beams": 3}]
-)
-def test_ways_to_generate(options):
-    tiny = build("llava")
-    inputs = tiny.inputs([[1, *turn("image", *WHAT, 8, 9)]] if options.keys() & {"prompt_lookup_num_tokens"} else PROMPTS)
-    hidden, left = both(tiny, lambda: tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False, **options))
-    assert torch.equal(hidden, left)
-    with steer(tiny.model, mode="leave") as session:
-        assert torch.equal(tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False, **options), hidden)
-        assert session.applied > 0
-
-
 def test_right_padding_and_the_next_turn():
     tiny = build("llava")
     for side in ("left", "right"):
@@ -283,18 +270,6 @@ def test_caches_that_tokens_cannot_leave():
         tiny.model(inputs_embeds=torch.randn(1, 8, 32))
     with pytest.raises(ReattendError, match="at least one role"):
         Exit(sites(tiny.model), ())
-
-
-def test_text_alone_keeps_its_bits():
-    tiny = build("llava")
-    inputs = tiny.inputs([NONE, [1, *turn(*HOW)]])
-    base = logits_of(tiny.model, inputs)
-    with pytest.warns(match="never acted"), steer(tiny.model, mode="leave") as session:
-        assert torch.equal(logits_of(tiny.model, inputs), base)
-        assert session.applied == 0
-    with steer(tiny.model, 3, mode="leave") as session:
-        assert torch.equal(logits_of(tiny.model, tiny.inputs([ONE])), logits_of(tiny.model, tiny.inputs([ONE])))
-        assert session.stats == {}
 
 
 def test_as_data():

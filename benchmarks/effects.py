@@ -21,6 +21,7 @@ import reattend
 import torch
 from claims import Row, table
 from effects_page import page
+from methods import profiled
 from reattend.comparison.loading import load
 from reattend.evaluation import evaluate
 from reattend.evaluation.cells import Cell
@@ -29,7 +30,7 @@ from reattend.evaluation.subject import Subject
 from reattend.evaluation.suites import Item, Suite
 from reattend.evaluation.variants import suites_of, variants_of
 from reattend.recipes import recipe_class
-from sections import PROFILES, SECTIONS, Section
+from sections import SECTIONS, Section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "effects"
 CHOSEN_ON, CONFIRMED_ON, PROFILED_ON = 0, 1, 99  # seeds
@@ -188,8 +189,8 @@ def profile(slug: str, task: str, pipe: Any, folder: Path) -> Path:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         processor = getattr(pipe, "processor", None) or pipe.tokenizer
-        options = {**PROFILES.get(slug, {}), **({"task": task} if task else {})}
-        if slug in ("gift", "visual-token-exit"):
+        options = {**profiled(slug), **({"task": task} if task else {})}
+        if options.get("samples") == "scenes":
             options["samples"] = questions_on_scenes(50)
         recipe_class(slug).profile(pipe.model, processor, **options).save(file)
     return file

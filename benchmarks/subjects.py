@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import methods
 import reattend
 import torch
 from reattend.comparison.loading import packaged_smollm2
@@ -20,23 +22,100 @@ SINK_DIM = 507  # in which SmolLM2's sinks show
 
 @dataclass
 class Subject:
-    """A model with one prompt. recipes: {label: parameters of the recipe(s)}. others: further ways to answer, for comparison.
+    """A model with one prompt, and what rows of the methods' examples ask of it (see `methods`).
 
-    floors: {label: (which passes the method needs by its definition, how the untouched model does them)}.
+    kind: of the methods that are timed on it. marks: {kind of passage: what is marked of the prompt}. var: parameters under which var
+    acts. together: {label: recipes that are timed together}. others: further ways to answer, for comparison.
     """
 
     title: str
+    kind: str
     model: Any
     tokenizer: Any
     inputs: dict[str, torch.Tensor]
-    recipes: dict[str, list[tuple[str, dict[str, Any]]]]
-    floors: dict[str, tuple[str, Variant]] = field(default_factory=dict)
+    layers: int
+    folder: Path
+    marks: dict[str, Any] = field(default_factory=dict)
+    question: str = ""
+    var: dict[str, Any] = field(default_factory=dict)
+    together: dict[str, list[str]] = field(default_factory=dict)
     others: dict[str, Variant] = field(default_factory=dict)
+
+    @property
+    def recipes(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        """{label: recipes with their parameters}, those of every method of this kind."""
+        alone = {
+            label: (slug, given(self) if callable(given) else given)
+            for label, (slug, given) in methods.timed(self.kind, self.marks).items()
+        }
+        together = {label: [alone[part] for part in parts] for label, parts in self.together.items()}
+        return {label: [choice] for label, choice in alone.items()} | together
+
+    @property
+    def floors(self) -> dict[str, tuple[str, Variant]]:
+        """{label: (which passes the method needs by its definition, how the untouched model does them)}"""
+        alone = {label: (why, FLOORS[name](self)) for label, (why, name) in methods.floors(self.kind).items()}
+        # together what one of them needs; two floors would be two further passes of their own, which no variant does
+        known = {label: [part for part in parts if part in alone] for label, parts in self.together.items()}
+        return alone | {label: (f"as {parts[0]}", alone[parts[0]][1]) for label, parts in known.items() if len(parts) == 1}
+
+    @property
+    def marked(self) -> dict[str, Any]:
+        return {"text": self.marks["highlight"]}
+
+    @property
+    def segments(self) -> list[str]:
+        return self.marks["segments"]
+
+    @property
+    def heads(self) -> list[list[int]]:
+        """Twenty of a model with 30 layers."""
+        return [[layer, head] for layer in range(5, 25, 2) for head in (1, 4)]
+
+    @property
+    def late(self) -> list[int]:
+        """The middle third of the layers."""
+        return list(range(self.layers // 3, self.layers * 2 // 3))
 
     def under(self, chosen: list[tuple[str, dict[str, Any]]]) -> Variant:
         return Variant(lambda model: reattend.apply(model, *chosen, tokenizer=self.tokenizer))
 
+    def learned(self, slug: str) -> str:
+        """The profile that a method's own run makes, once."""
+        file = self.folder / f"{slug}.safetensors"
+        if not file.is_file():
+            recipe_class(slug).profile(self.model, self.tokenizer).save(file)
+        return str(file)
 
+    def evenly(self, slug: str) -> str:
+        """A profile of soft-injection's form with shares of a half: what is mixed in does not matter for the time it takes."""
+        from reattend.recipes.kit.profile import fingerprint
+
+        text = self.model.config
+        shape = (text.num_hidden_layers, text.num_attention_heads)
+        tensors = {"task_embedding": torch.ones(1, *shape, text.head_dim), "alpha": torch.full(shape, 0.5)}
+        made = Profile(slug, fingerprint(self.model), tensors, {"tasks": ["timing"]})
+        return str(made.save(self.folder / f"{slug}.safetensors"))
+
+    def blind(self) -> Answer:
+        """The prompt without its image."""
+        ids = self.inputs["input_ids"]
+        text = ids[ids != self.model.config.image_token_id][None]
+        return Answer(self.model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
+
+    def half(self) -> Answer:
+        return PromptUpTo(self.model, self.inputs, self.model.model.language_model.layers, self.layers // 2)
+
+
+# how the untouched model does the passes that a method needs by its definition
+FLOORS: dict[str, Callable[[Subject], Variant]] = {
+    "twice": lambda subject: Variant(more=lambda model: [Answer(model, subject.inputs)], each=True),
+    "attended twice": lambda subject: Variant(lambda model: attended_twice(model)),
+    "blind prompt": lambda subject: Variant(more=lambda model: [subject.blind()]),
+    "blind answer": lambda subject: Variant(more=lambda model: [subject.blind()], each=True),
+    "read up to half": lambda subject: Variant(more=lambda model: [subject.half()]),
+    "five trials": lambda subject: Variant(lambda model: Trying(model, 5)),
+}
 EAGER = Variant(lambda model: switched(model, "eager"))
 
 
@@ -49,31 +128,12 @@ def smollm2(folder: Path, tokens: int = 512) -> Subject:
         paragraphs.append("".join(SENTENCE.format(n=n) for n in range(first, first + 5)))
     story, segments = "\n".join([MARKED, *paragraphs, "What was too bright?"]), paragraphs[:3]
     inputs = dict(tokenizer(story, return_tensors="pt"))
-    marked = {"text": MARKED}
-    heads = [[layer, head] for layer in range(5, 25, 2) for head in (1, 4)]
-    recipes = {
-        "act, all heads of layers 2 to 28": [("act", {"heads": "all"})],
-        "act, 20 heads": [("act", {"heads": heads})],
-        "emphasise, all heads": [("emphasise", marked)],
-        "emphasise, 20 heads": [("emphasise", {**marked, "heads": heads})],
-        "instaboost": [("instaboost", marked)],
-        "pine, 3 segments": [("pine", {"segments": segments})],
-        "retrieval-heads, 20 heads sharpened": [("retrieval-heads", {"heads": heads})],
-        "seka": [("seka", {**marked, "profile_path": str(seka_profile(model, tokenizer, folder))})],
-        "soft-injection": [("soft-injection", {"profile_path": str(injection_profile(model, folder))})],
-        "spa": [("spa", marked)],
-        "spotlight": [("spotlight", marked)],
-        "streaming, window 256": [("streaming", {"window": 252})],
-        "emphasise + instaboost": [("emphasise", marked), ("instaboost", marked)],
-    }
-    twice = Variant(more=lambda model: [Answer(model, inputs)], each=True)
-    again = Variant(attended_twice)
-    floors = {
-        "spa": ("every token is computed twice", twice),
-        "pine, 3 segments": ("a second attention, without positions, ranks the segments", again),
-    }
     title = f"SmolLM2-135M, prompt of {inputs['input_ids'].shape[1]} tokens"
-    return Subject(title, model, tokenizer, inputs, recipes, floors, {"untouched, eager attention": EAGER})
+    return Subject(
+        title, "llm", model, tokenizer, inputs, 30, folder, marks={"highlight": MARKED, "segments": segments},
+        together={"emphasise + instaboost": ["emphasise, all heads", "instaboost"]},
+        others={"untouched, eager attention": EAGER},
+    )  # fmt: skip
 
 
 def attended_twice(model: Any) -> switched:
@@ -91,23 +151,6 @@ def attended_twice(model: Any) -> switched:
     return switched(model, "sdpa_twice")
 
 
-def seka_profile(model: Any, tokenizer: Any, folder: Path) -> Path:
-    file = folder / "seka.safetensors"
-    if not file.is_file():
-        recipe_class("seka").profile(model, tokenizer).save(file)
-    return file
-
-
-def injection_profile(model: Any, folder: Path) -> Path:
-    """Shares of a half everywhere: what is mixed in does not matter for the time it takes."""
-    from reattend.recipes.kit.profile import fingerprint
-
-    text = model.config
-    shape = (text.num_hidden_layers, text.num_attention_heads)
-    tensors = {"task_embedding": torch.ones(1, *shape, text.head_dim), "alpha": torch.full(shape, 0.5)}
-    return Profile("soft-injection", fingerprint(model), tensors, {"tasks": ["timing"]}).save(folder / "soft.safetensors")
-
-
 def shapes_llava(folder: Path) -> Subject:
     """The zoo's model and one scene: so small that the operations around a kernel cost more than kernels do."""
     import numpy as np
@@ -121,7 +164,7 @@ def shapes_llava(folder: Path) -> Subject:
     text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     inputs = dict(processor(text=text, images=[scene], return_tensors="pt"))
     return vision(
-        "shapes-llava (6 layers of width 128), 36 image tokens", model, processor, inputs, question,
+        "shapes-llava (6 layers of width 128), 36 image tokens", model, processor, inputs, question, folder,
         var={"sink_dims": [0], "tau": 1.0, "first_layer": 1}, layers=6,
     )  # fmt: skip
 
@@ -144,14 +187,14 @@ def llava_around_smollm2(folder: Path, patches: int = 18) -> Subject:
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     question = "Which lamp in this picture is the brightest, and what stands beside it?"
-    before, after = (tokenizer(t).input_ids for t in ("<|im_start|>user\n", question + "<|im_end|>\n<|im_start|>assistant\n"))
-    ids = torch.tensor([before + [image] * patches**2 + after])
+    before, behind = (tokenizer(t).input_ids for t in ("<|im_start|>user\n", question + "<|im_end|>\n<|im_start|>assistant\n"))
+    ids = torch.tensor([before + [image] * patches**2 + behind])
     pixels = torch.randn(1, 3, 8 * patches, 8 * patches)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     # sinks on the first token and on three image tokens, as a trained LLaVA has them
     model.model.language_model.layers[1].register_forward_pre_hook(plant, with_kwargs=True)
     return vision(
-        f"LLaVA around SmolLM2 (30 layers of width 576), {patches**2} image tokens", model, tokenizer, inputs, question,
+        f"LLaVA around SmolLM2 (30 layers of width 576), {patches**2} image tokens", model, tokenizer, inputs, question, folder,
         var={"sink_dims": [SINK_DIM]}, layers=30,
     )  # fmt: skip
 
@@ -166,48 +209,23 @@ def plant(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def vision(
-    title: str, model: Any, processor: Any, inputs: dict[str, torch.Tensor], question: str, var: dict[str, Any], layers: int
+    title: str,
+    model: Any,
+    processor: Any,
+    inputs: dict[str, torch.Tensor],
+    question: str,
+    folder: Path,
+    var: dict[str, Any],
+    layers: int,
 ) -> Subject:
     """The vision-language recipes on a model of so many layers, with their published strengths."""
     from eager_var import EagerVAR
 
-    late = list(range(layers // 3, layers * 2 // 3))
-    gift = {"question": question, "saliency_layers": [late[0] - 1], "enhance_layers": late}
-    early = {"question": question, "saliency_layers": [layers // 2], "enhance_layers": late}
-    recipes = {
-        "var": [("var", var)],
-        "vhr": [("vhr", {})],
-        "gift, map from the prompt's own pass": [("gift", gift)],
-        "gift, map from a probe": [("gift", early)],
-        "selective-emphasis": [("selective-emphasis", {})],
-        "pai, attention part": [("pai", {"gamma": 1})],
-        "pai": [("pai", {})],
-        "cmai": [("cmai", {})],
-        "opera": [("opera", {})],
-        "visual-token-exit, hidden after half of the layers": [("visual-token-exit", {"exit_layer": layers // 2})],
-        "visual-token-exit, leaving": [("visual-token-exit", {"exit_layer": layers // 2, "mode": "leave"})],
-        "vhr + var": [("vhr", {}), ("var", var)],
-    }
     ids = inputs["input_ids"]
-    text = ids[ids != model.config.image_token_id][None]
-    blind = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-
-    def blind_answer(model: Any) -> list[Answer]:
-        return [Answer(model, blind)]
-
-    read_again = Variant(more=lambda model: [PromptUpTo(model, inputs, model.model.language_model.layers, layers // 2)])
-    floors = {
-        "vhr": ("the prompt's text is read once more without the image", Variant(more=blind_answer)),
-        "vhr + var": ("as vhr", Variant(more=blind_answer)),
-        "pai": ("every token is computed once more without the image", Variant(more=blind_answer, each=True)),
-        "gift, map from a probe": ("the prompt is read once more up to the saliency layer", read_again),
-        "opera": ("five next tokens are tried before one is chosen", Variant(lambda model: Trying(model, 5))),
-    }
-    others = {
-        "untouched, eager attention": EAGER,
-        "var, written eagerly": Variant(lambda model: EagerVAR(model, ids, var)),
-    }
-    return Subject(title, model, processor, inputs, recipes, floors, others)
+    return Subject(
+        title, "lvlm", model, processor, inputs, layers, folder, question=question, var=var, together={"vhr + var": ["vhr", "var"]},
+        others={"untouched, eager attention": EAGER, "var, written eagerly": Variant(lambda model: EagerVAR(model, ids, var))},
+    )  # fmt: skip
 
 
 class Trying:

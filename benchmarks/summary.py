@@ -14,6 +14,8 @@ import effect_attention
 import effect_sinks
 from claims import believed
 from effects_page import name_of
+from methods import shown
+from reattend.recipes import recipe_class
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- {name}: written by benchmarks/summary.py -->\n", "<!-- end of {name} -->"
@@ -26,27 +28,8 @@ ALSO = {
     "gemma-sentiment": ["auc"],
     "chair": ["recall"],
 }
-# slug -> where docs/costs.json has its time: (subject, row)
-COSTS = {
-    "emphasise": ("smollm2", "emphasise, all heads"),
-    "instaboost": ("smollm2", "instaboost"),
-    "spotlight": ("smollm2", "spotlight"),
-    "seka": ("smollm2", "seka"),
-    "spa": ("smollm2", "spa"),
-    "pine": ("smollm2", "pine, 3 segments"),
-    "act": ("smollm2", "act, all heads of layers 2 to 28"),
-    "retrieval-heads": ("smollm2", "retrieval-heads, 20 heads sharpened"),
-    "soft-injection": ("smollm2", "soft-injection"),
-    "streaming": ("smollm2", "streaming, window 256"),
-    "var": ("llava-smollm2", "var"),
-    "vhr": ("llava-smollm2", "vhr"),
-    "gift": ("llava-smollm2", "gift, map from the prompt's own pass"),
-    "selective-emphasis": ("llava-smollm2", "selective-emphasis"),
-    "pai": ("llava-smollm2", "pai"),
-    "cmai": ("llava-smollm2", "cmai"),
-    "opera": ("llava-smollm2", "opera"),
-    "visual-token-exit": ("llava-smollm2", "visual-token-exit, leaving"),
-}
+# on which model of docs/costs.json a method is timed, by the first kind that it is for
+TIMED_ON = {"llm": "smollm2", "lvlm": "llava-smollm2"}
 
 
 def effects() -> dict[str, dict[str, Any]]:
@@ -104,10 +87,10 @@ def best_attempt(found: dict[str, Any], metric: str) -> str:
 
 def cost(slug: str, costs: dict[str, Any]) -> str:
     """Prefill and decode as ratios to the untouched model, with the floor that the method's own passes set; "" where it was not timed."""
-    if slug not in COSTS:
+    subject = TIMED_ON.get(recipe_class(slug).info.kinds[0], "")
+    found = costs.get(subject, {}).get("rows", {}).get(shown(slug))
+    if found is None:
         return ""
-    subject, label = COSTS[slug]
-    found = costs[subject]["rows"][label]
     ratios = f"{found['prefill'][0]:.2f}, {found['decode'][0]:.2f}"
     return (
         f"{ratios} (floor {found['prefill floor'][0]:.2f}, {found['decode floor'][0]:.2f})"

@@ -146,6 +146,11 @@ class Case:
                 run() if run else self.generate(new=5)
         return bool(said)
 
+    def beside(self, apply: Callable[[], Any]) -> None:
+        """A generation beside another session, which refuses or is refused."""
+        with apply():
+            self.generate(new=5)
+
     @property
     def counts(self) -> list[int]:
         """How often each layer is counted in one pass over the prompt and two steps after it."""

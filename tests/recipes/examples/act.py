@@ -10,3 +10,10 @@ EXAMPLES = {
         layers=2,
     )
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {"act, all heads of layers 2 to 28": {"heads": "all"}, "act, 20 heads": lambda subject: {"heads": subject.heads}}
+TRIED = {"calibration": ["act:heads=all:beta=0.7", "act:heads=all", "act:heads=all:beta=0.1", "act:profile_path={act}"]}
+PAPER = {"calibration": "chosen heads: up to 7.3 points of mean accuracy over data sets on Llama-30B (abstract)"}
+PROFILED = {"max_heads": 60}

@@ -6,3 +6,7 @@ EXAMPLES = {
     "": Example("lvlm", {"first_layer": 1}, off={"gamma": 0}, layers=3, refused=IN_THE_SEQUENCE),
     "own layer": Example("lvlm", {"first_layer": 1, "lag": 0}, off={"gamma": 0}, layers=3, refused=IN_THE_SEQUENCE),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TRIED = {"images": ["cmai:gamma=0.25", "cmai", "cmai:gamma=0.9"]}

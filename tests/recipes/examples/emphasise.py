@@ -14,3 +14,20 @@ EXAMPLES = {
         refused=NOT_CAUSAL,
     ),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {
+    "emphasise, all heads": lambda subject: subject.marked,
+    "emphasise, 20 heads": lambda subject: {**subject.marked, "heads": subject.heads},
+}
+TRIED = {
+    "highlight": [
+        "emphasise:alpha=0.55",
+        "emphasise",
+        "emphasise:alpha=0.09",
+        "emphasise:alpha=0.09:keep_sink=true",
+        "emphasise:alpha=0.01",
+        "emphasise:profile_path={emphasise}",
+    ]
+}

@@ -9,3 +9,27 @@ EXAMPLES = {
     "": Example("lvlm", {**MERGED, **WORDS}, off={"alpha": 0}, layers=2, refused=IN_THE_SEQUENCE),
     "from a probe": Example("lvlm", {**PROBED, **WORDS}, off={"alpha": 0}, layers=3, refused=IN_THE_SEQUENCE),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+
+def timed(subject, layer):
+    return {"question": subject.question, "saliency_layers": [layer], "enhance_layers": subject.late}
+
+
+TIMED = {
+    "gift, map from the prompt's own pass": lambda subject: timed(subject, subject.late[0] - 1),
+    "gift, map from a probe": lambda subject: timed(subject, subject.layers // 2),
+}
+FLOORS = {"gift, map from a probe": ("the prompt is read once more up to the saliency layer", "read up to half")}
+TRIED = {
+    "images": [
+        "gift:profile_path={gift}:alpha=2.5",
+        "gift:profile_path={gift}",
+        "gift:profile_path={gift}:alpha=10",
+        "gift:saliency_layers=[2]:enhance_layers=[3,4]:alpha=2.5",
+        "gift:saliency_layers=[2]:enhance_layers=[3,4]",
+    ]
+}
+PAPER = {"images": "LLaVA-1.5-7B, CHAIR_i 15.4 to 10.6, POPE F1 82.4 to 83.8"}
+PROFILED = {"samples": "scenes"}

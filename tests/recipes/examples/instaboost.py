@@ -13,3 +13,8 @@ EXAMPLES = {
         refused=NOT_CAUSAL,
     ),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TRIED = {"highlight": ["instaboost:multiplier=1.7", "instaboost", "instaboost:multiplier=9", "instaboost:multiplier=20"]}
+PAPER = {"highlight": "matches or beats prompting and earlier steering of attention on 15 tasks (abstract)"}

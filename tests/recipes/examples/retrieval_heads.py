@@ -11,3 +11,11 @@ EXAMPLES = {
     "sink_down": Example("llm", {"mode": "sink_down", "heads": HEADS, "strength": 1.0}, off=OFF),
     "gain": Example("llm", {"mode": "gain", "heads": HEADS, "strength": 1.0}, off=OFF),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {"retrieval-heads, 20 heads sharpened": lambda subject: {"heads": subject.heads}}
+OWN = "retrieval-heads:profile_path={retrieval-heads}"
+TRIED = {"copying": [f"{OWN}:strength=0.1", OWN, f"{OWN}:strength=0.4", f"{OWN}:mode=gain:strength=0.2"]}
+PAPER = {"copying": "Llama-2-7B, masking 30 such heads ruins the search, 30 random ones barely matter (figures only)"}
+PROFILED = {"lengths": (150, 300, 600), "depths": (0.1, 0.5, 0.9), "needles": 3}

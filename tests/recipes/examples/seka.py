@@ -33,3 +33,19 @@ EXAMPLES = {
         profile=profile,
     ),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {"seka": lambda subject: {**subject.marked, "profile_path": subject.learned("seka")}}
+TRIED = {
+    "highlight": [
+        "seka:profile_path={seka}:gain=0.4",
+        "seka:profile_path={seka}",
+        "seka:profile_path={seka}:gain=1.6",
+        "seka:profile_path={seka}:adaptive=true",
+    ]
+}
+PAPER = {
+    "highlight": "Qwen3-4B, share of CounterFact prompts that follow the marked fact 45.0 to 99.0; in the same table `emphasise` (PASTA) "
+    "97.2, `spa` 65.2, adaptive `seka` 98.9 (the official routing, whose numbers are not reproduced here: decisions.md)"
+}

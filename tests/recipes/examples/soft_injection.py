@@ -13,3 +13,11 @@ def profile(model, tokenizer):
 
 
 EXAMPLES = {"": Example("llm", off={"scale": 0}, acts=["prefill"], profile=profile, operations=(0, 0))}
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {"soft-injection": lambda subject: {"profile_path": subject.evenly("soft-injection")}}
+OWN = "soft-injection:profile_path={soft-injection opposite}"
+TRIED = {"tasks": [f"{OWN}:scale=0.5", OWN, f"{OWN}:alpha=0.5"]}
+PAPER = {"tasks": "12 models of 4B to 70B, 57 tasks, 10.2 to 14.3 points over ten demonstrations (abstract)"}
+PROFILED = {"prompts": 12, "iterations": 40, "check_every": 20}

@@ -11,3 +11,16 @@ EXAMPLES = {
         refused=IN_THE_SEQUENCE,
     )
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {"var": lambda subject: subject.var}
+TRIED = {
+    "images": [
+        "var:tau=2:profile_path={var}:move=0.2",
+        "var",
+        "var:tau=2:profile_path={var}",
+        "var:tau=2:profile_path={var}:move=0.8",
+    ]
+}
+PROFILED = {"tau": 2.0, "text": "is there a circle in the image ?"}

@@ -21,3 +21,13 @@ EXAMPLES = {
         },
     ),
 }
+
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TIMED = {
+    "visual-token-exit, leaving": lambda subject: {"exit_layer": subject.layers // 2, "mode": "leave"},
+    "visual-token-exit, hidden after half of the layers": lambda subject: {"exit_layer": subject.layers // 2},
+}
+OWN = "visual-token-exit"
+TRIED = {"images": [f"{OWN}:profile_path={{visual-token-exit}}", *(f"{OWN}:exit_layer={layer}" for layer in (4, 3, 2))]}
+PROFILED = {"samples": "scenes"}

@@ -85,10 +85,15 @@ def best_attempt(found: dict[str, Any], metric: str) -> str:
     return f"{best['metrics'][metric]['value']:.3f}, {best['label']}"
 
 
+def timed_row(slug: str, costs: dict[str, Any]) -> dict[str, Any] | None:
+    """What docs/costs.json holds of a method; None where it was not timed."""
+    subject = TIMED_ON.get(recipe_class(slug).info.kinds[0], "")
+    return costs.get(subject, {}).get("rows", {}).get(shown(slug))
+
+
 def cost(slug: str, costs: dict[str, Any]) -> str:
     """Prefill and decode as ratios to the untouched model, with the floor that the method's own passes set; "" where it was not timed."""
-    subject = TIMED_ON.get(recipe_class(slug).info.kinds[0], "")
-    found = costs.get(subject, {}).get("rows", {}).get(shown(slug))
+    found = timed_row(slug, costs)
     if found is None:
         return ""
     ratios = f"{found['prefill'][0]:.2f}, {found['decode'][0]:.2f}"

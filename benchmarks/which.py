@@ -54,11 +54,8 @@ def did(section: dict[str, Any], slug: str) -> str:
 
 def cost(slug: str, costs: dict[str, Any]) -> str:
     """Prefill and decode, as times of the untouched model's; "" where it was not timed."""
-    if slug not in summary.COSTS:
-        return ""
-    subject, label = summary.COSTS[slug]
-    row = costs[subject]["rows"][label]
-    return f"prefill {row['prefill'][0]:.2f}x, decode {row['decode'][0]:.2f}x"
+    row = summary.timed_row(slug, costs)
+    return "" if row is None else f"prefill {row['prefill'][0]:.2f}x, decode {row['decode'][0]:.2f}x"
 
 
 def answers(found: dict[str, dict[str, Any]]) -> str:

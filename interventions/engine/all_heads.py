@@ -189,8 +189,7 @@ def crossing_rows(task: Task) -> Tensor:
 
 def crosses_in_outputs(task: Task) -> bool:
     """Whether heads are looked across in outputs alone, so that nothing need be materialised for it."""
-    crossing = [edit for edit in task.edits if edit.reads_heads]
-    if not crossing or any(edit.level != "output" for edit in crossing):
+    if not task.crosses or any(edit.reads_heads and edit.level != "output" for edit in task.edits):
         return False
     changed = any(edit.level == "operands" for edit in task.edits)
     return not (changed and any(edit.level == "output" and edit.reads_operands for edit in task.edits))

@@ -229,7 +229,9 @@ def alike(layout: Layout) -> list[list[int]]:
     return list(found.values())
 
 
-def segment_steps(scores: Tensor, spans: list[tuple[int, int]], following: Tensor, start: int, order: Order, rows: int) -> Tensor:
+def segment_steps(
+    scores: Tensor, spans: list[tuple[int, int]], following: Tensor, start: int, order: Order, rows: int
+) -> Tensor:
     """Int32 [B, H, rows, m + 1]: the steps of `Rearrange` for batch rows of one layout.
 
     scores [B, H, n, m]: `segment_scores` of the query rows from the first segment on (n = 0 without them). start: absolute position

@@ -39,6 +39,12 @@ def _wide(index: Tensor, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return index.to(key.device).expand(key.shape[0], key.shape[1], -1), key, value
 
 
+def _per_head(given: Tensor, own: Tensor) -> Tensor:
+    """Keys or values of an edit for the heads of the call's, which another edit may have given to each query head alone."""
+    given = repeat_heads(given, own.shape[1]) if given.shape[1] > 1 else given
+    return given.to(own.dtype).expand(*own.shape[:2], -1, -1)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReplaceKV(OperandEdit):
     """k_j = key, v_j = value for j in `columns`: other keys and/or values at some columns.
@@ -76,9 +82,8 @@ class ReplaceKV(OperandEdit):
         new = []
         for own, given in zip(old, (self.key, self.value), strict=True):
             if given is not None:
-                given = repeat_heads(given, own.shape[1]) if given.shape[1] > 1 else given
                 place = index[..., None].expand(-1, -1, -1, own.shape[3])
-                own = own.scatter(2, place, given.to(own.dtype).expand(*own.shape[:2], -1, -1))
+                own = own.scatter(2, place, _per_head(given, own))
             new.append(own)
         return dataclasses.replace(x, key=new[0], value=new[1])
 
@@ -133,8 +138,9 @@ class AppendKV(OperandEdit):
             if mask.dtype != torch.bool:
                 sight = torch.zeros(sight.shape, dtype=mask.dtype, device=mask.device).masked_fill_(~sight, float("-inf"))
             mask = torch.cat([mask.expand(*lead, x.key.shape[2]), sight], dim=3)
-        key = torch.cat([x.key, self.key.to(x.key.dtype).expand(*x.key.shape[:2], -1, -1)], dim=2)
-        value = torch.cat([x.value, self.value.to(x.value.dtype).expand(*x.value.shape[:2], -1, -1)], dim=2)
+        key, value = (
+            torch.cat([own, _per_head(given, own)], dim=2) for own, given in ((x.key, self.key), (x.value, self.value))
+        )
         return dataclasses.replace(x, key=key, value=value, mask=mask, is_causal=False, appended=x.appended + extra)
 
 

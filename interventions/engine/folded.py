@@ -28,7 +28,7 @@ def folded(group: Group) -> Group:
     """The same heads with the biases in their q and k, and without edits of outputs."""
     x, dim = group.x, group.x.query.shape[3]
     pairs = [_factors(edit, x, group.call.scaling) for edit in group.scores if isinstance(edit, LowRankBias)]
-    left, right = (torch.cat(sides, dim=3) for sides in zip(*pairs))
+    left, right = (torch.cat(_alike(sides), dim=3) for sides in zip(*pairs))
     extra = -(dim + left.shape[3]) % WIDTH
     left, right = (torch.nn.functional.pad(side, (0, extra)) for side in (left, right))
     query = torch.cat([x.query, left], dim=3)
@@ -41,6 +41,12 @@ def folded(group: Group) -> Group:
     inner.scores, inner.outputs, inner.original = [], [], False
     inner.edits = [edit for edit in group.edits if not isinstance(edit, LowRankBias) and edit.level != "output"]
     return inner
+
+
+def _alike(sides: tuple[Tensor, ...]) -> list[Tensor]:
+    """The same with as many batch rows and heads each."""
+    sizes = [max(size) for size in zip(*(side.shape[:2] for side in sides))]
+    return [side.expand(*sizes, -1, -1) for side in sides]
 
 
 def _factors(edit: LowRankBias, x: Operands, scale: float) -> tuple[Tensor, Tensor]:

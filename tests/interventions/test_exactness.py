@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from reattend.interventions import (
     AppendKV,
     Band,
+    Blocks,
     Call,
+    Chosen,
     Gain,
     HeadGain,
     HeadMix,
     Keep,
     KeyBias,
     Lift,
+    LowRankBias,
     Mix,
     MixValue,
     PairBias,
@@ -26,6 +29,9 @@ from reattend.interventions import (
     ReplaceKV,
     ScaleQuery,
     ScoreGain,
+    Second,
+    SetScores,
+    TakeOutput,
     Transfer,
     WeightMap,
     fused,
@@ -80,6 +86,24 @@ def some_columns(rng, call, heads):
     return ~columns if rng.random() < 0.15 else columns
 
 
+def some_rows(call):
+    """For each row one that sees a key, since nobody knows what the others give."""
+    alive = rows_with_a_key(call).expand(call.batch, 1, call.num_queries, 1)[:, 0, :, 0].all(dim=0).nonzero()[:, 0]
+    return alive[torch.randint(len(alive), (call.num_queries,))] if len(alive) else torch.arange(call.num_queries)
+
+
+def some_blocks(rng, call, heads, shared):
+    rows, columns = (rng.choice([1, 3, 5, 16]) for _ in range(2))
+    lists = rng.choice([1, heads, call.key.shape[1] if shared else 1])
+    keep = torch.rand(
+        rng.choice([1, call.batch]), lists, -(-call.num_queries // rows), -(-call.num_keys // columns)
+    ) > rng.choice([0.3, 0.7])
+    return Blocks(
+        keep, (rows, columns), rng.choice([None, [0], torch.rand(call.batch, call.num_keys) > 0.8]),
+        rng.choice([None, torch.rand(call.num_queries) > 0.8]),
+    )  # fmt: skip
+
+
 def make_edit(rng: random.Random, call: Call):
     n, t = call.num_keys, call.num_queries
     named = None if rng.random() < 0.5 else sorted(rng.sample(range(call.num_heads), rng.randint(1, call.num_heads)))
@@ -102,9 +126,26 @@ def make_edit(rng: random.Random, call: Call):
             **who,
         ),
         "keep": lambda: Keep(pattern=torch.rand(t, n) > 0.5, **who),
+        "blocks": lambda: Keep(pattern=some_blocks(rng, call, h, named is None), **who),
+        "chosen": lambda: Keep(
+            pattern=Chosen(torch.rand(rng.choice([1, call.batch]), rng.choice([1, h]), n).argsort(dim=-1)[..., : rng.randint(0, n)]), **who
+        ),
+        "lowrank": lambda: LowRankBias(
+            U=torch.randn(rng.choice([(t, 2), (call.batch, h, t, 2)])), V=torch.randn(rng.choice([(n, 2), (call.batch, n, 2), (1, h, n, 2)])),
+            **who,
+        ),
+        "setscores": lambda: SetScores(scores=torch.randn(t, 1), columns=some_columns(rng, call, h), **who),
+        "second": lambda: Second(
+            key=torch.randn(1, 1, 3, call.key.shape[3]), value=torch.randn(1, 1, 3, call.value.shape[3]),
+            mask=rng.choice([None, torch.rand(t, 3) > 0.4]), combine=rng.choice([0.5, torch.rand(call.batch, h, t)]), **who,
+        ),
+        "take": lambda: TakeOutput(source=some_rows(call), **who),
         "gain": lambda: Gain(
             columns=some_columns(rng, call, h), factor=rng.choice([0.0, 0.1, 0.7, 3.0, torch.rand(call.batch, h, t)]),
             renormalise=rng.choice(["row", None, some_columns(rng, call, h)]), **who,
+        ),
+        "gain below zero": lambda: Gain(
+            columns=some_columns(rng, call, h), factor=rng.choice([-0.5, -2.0, -torch.rand(call.batch, h, t)]), renormalise=None, **who
         ),
         "transfer": lambda: Transfer(
             source=some_columns(rng, call, h), target=rng.choice([None, some_columns(rng, call, h)]), strength=strength,
@@ -125,6 +166,15 @@ def make_edit(rng: random.Random, call: Call):
         ),
         "replace": lambda: ReplaceKV(columns=torch.tensor([rng.randrange(n)]), value=torch.randn(1, call.key.shape[1], 1, call.value.shape[3])),
         "reorder": lambda: Reorder(order=torch.randperm(n)),
+        "append for some": lambda: AppendKV(
+            key=torch.randn(1, call.key.shape[1], 2, call.key.shape[3]), value=torch.randn(1, call.key.shape[1], 2, call.value.shape[3]),
+            visible=rng.choice([None, torch.rand(t, 2) > 0.3]), **who,
+        ),
+        "replace per head": lambda: ReplaceKV(
+            columns=torch.rand(call.batch, h, n).argsort(dim=-1)[..., :1], value=torch.randn(1, call.key.shape[1], 1, call.value.shape[3]),
+            **who,
+        ),
+        "reorder per head": lambda: Reorder(order=torch.rand(call.batch, h, n).argsort(dim=-1), **who),
     }  # fmt: skip
     return kinds[rng.choice(list(kinds))]()
 

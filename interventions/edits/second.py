@@ -91,7 +91,10 @@ def extrapolated(output: Tensor, other: Tensor, factor: float, limit: float, str
     """z moved away from `other`, [B, H, R, Dv] each, all heads of a token together: see `Extrapolate`. What `Second` can combine with."""
     away = factor * output - (factor - 1) * other
     order = 1 if norm == "l1" else 2
-    size, grown = (torch.linalg.vector_norm(t.float(), order, dim=(1, 3), keepdim=True) for t in (output, away))
+    size, grown = (
+        torch.linalg.vector_norm(t.to(torch.promote_types(t.dtype, torch.float32)), order, dim=(1, 3), keepdim=True)
+        for t in (output, away)
+    )
     ratio = grown.clamp_min(SMALLEST_NORM) / size.clamp_min(SMALLEST_NORM)
     away = away * (ratio.clamp_max(limit) / ratio).to(output.dtype)
     return strength * away + (1 - strength) * output

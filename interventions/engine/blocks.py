@@ -215,7 +215,7 @@ def _over(
         seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         keep = seen if keep is None else _and(keep, seen)
         if part.dtype != torch.bool:
-            added = part.float() if added is None else sum(_alike(added, part.float()))
+            added = part.float() if added is None else torch.add(*_alike(added, part.float()))
     emptied = None
     if keep is not None:
         alive = keep.any(dim=-1)

@@ -137,12 +137,12 @@ class Sequence:
     def move(self, index: Tensor) -> None:
         """Its cache's rows come from these rows [new batch] now: beams that change places, rows that are selected or repeated."""
         tokens, before = self.tokens, self.tokens.batch
-        if self.groups is None:
+        groups = self.groups
+        if groups is None:
             prompt = [self.ids(tokens.prompt_length, "cpu"), *(marked.long().cpu() for marked in tokens.roles.values())]
-            self.groups = torch.cat(prompt, dim=1).unique(dim=0, return_inverse=True)[1]
-        groups = self.groups[index]
-        alike = torch.equal(groups, self.groups)
-        self.groups = groups
+            groups = torch.cat(prompt, dim=1).unique(dim=0, return_inverse=True)[1]
+        self.groups = groups[index]
+        alike = torch.equal(self.groups, groups)
         self.pieces = [piece[index.to(piece.device)] for piece in self.pieces]
         if not alike:
             tokens.move(index)

@@ -79,7 +79,7 @@ class Step:
 
 def sites_misfit(table: SiteTable) -> str:
     """Why a step cannot act or look at these sites, or ""."""
-    return table.refusal if len(table) else "its plan selects no attention site of this model"
+    return table.refusal if len(table) else table.missing or "its plan selects no attention site of this model"
 
 
 @dataclass

@@ -72,6 +72,11 @@ class Recording:
         self.dropped = 0
         self._session: Session | None = None
 
+    def __repr__(self) -> str:
+        mass = ", ".join(f"{role} {value:.2f}" for role, value in self.mass_by_role().items())
+        dropped = f", {self.dropped} calls not read" if self.dropped else ""
+        return f"<Recording of {len(self.table)} sites, {self.calls} calls read{dropped}{'; mass: ' + mass if mass else ''}>"
+
     def steps(self) -> list[Capture]:
         """The plan steps with which a session feeds this recording."""
         return [Capture(self.table, self.read)]
@@ -188,7 +193,7 @@ def capture(
         )
     table = sites(model).where(lambda s: s.supported) if where is None else where
     if not len(table):
-        raise ReattendError(f"no attention site of this {type(model).__name__} can be read")
+        raise ReattendError(table.missing or f"no attention site of this {type(model).__name__} can be read")
     recording = Recording(table, rows, top, maps, max_steps, spread)
     tokenizer = tokenizer or getattr(model, "processor", None) or getattr(model, "tokenizer", None)
 

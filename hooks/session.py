@@ -234,6 +234,14 @@ class Session:
         else:
             self.remove()
 
+    def __repr__(self) -> str:
+        recipes = ", ".join(repr(label) for label in dict.fromkeys([plan.recipe for plan in self.plans] or self.counts))
+        model = self.model
+        state = "active" if self.active else "ended" if self.ended else "not active"
+        alone = ", for this thread or task alone" if self.isolated else ""
+        name = "a model that is gone" if model is None else type(model).__name__
+        return f"<Session of {recipes or 'nothing'} on {name}: {state}{alone}, applied {self.applied} times>"
+
     @property
     def stats(self) -> dict[str, dict[str, int]]:
         return {label: dict(counter) for label, counter in self.counts.items()}

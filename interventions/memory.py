@@ -68,7 +68,7 @@ class Memory(dict):
             grows = hasattr(value, "move") and not isinstance(value, Tensor)
             if at <= length and not grows:
                 continue
-            if hasattr(value, "crop"):
+            if not isinstance(value, Tensor) and hasattr(value, "crop"):
                 value = value.crop(length)
             elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == at:
                 value = value[:, :length]

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
-from ..hooks.tokens.images import UNPADDED
+from ..hooks.tokens.image_grids import UNPADDED
 from ..interventions import Call, Edit, require_whole
 from ..interventions.families.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.families.sinks import SoundMap

@@ -25,7 +25,7 @@ from ..prompts.prompt import Prompt
 from ..prompts.text_only import PER_TOKEN
 from ..protocols import Steered
 from ..trackers.caches import cache_in, cache_name, cache_of
-from ..trackers.positions import install_positions, positions_misfit, with_positions
+from ..trackers.positions import install_positions, last_columns, positions_misfit, shown_at, with_positions
 from ..trackers.sides import Side, recording_cache, records_past, width_of
 from .probe import plain_arguments
 
@@ -200,10 +200,10 @@ class _Pair:
         count = 1 + tokens.length - tokens.prompt_length if forward.fresh else width
         if not forward.fresh and cache_of(output) is None:
             count = 1  # without a cache every pass holds the whole text again
-        columns = _columns(forward, width, count)
+        columns = last_columns(forward, width, count)
         others = [_advance(self.tracker, forward, given, output, store, side, self.own, columns) for side in store["sides"]]
         store["length"] = tokens.length
-        place = _place(logits, given, width, columns)
+        place = shown_at(logits, given, width, columns)
         real = logits if place is None else logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
         step = Fusion(real, others, forward.clock, tokens, forward.memory(plan.memory_key))
         fused = self.step.fuse(step).to(logits.dtype)
@@ -276,36 +276,3 @@ def _own_offsets(tracker: TokenTracker, side: Side) -> Iterator[None]:
         module.rope_deltas = value
     yield
     side.offsets = [module.rope_deltas for module in tracker.offset_modules]
-
-
-# -- which positions are fused -------------------------------------------------------------------------------------------
-
-
-def _columns(forward: Forward, width: int, count: int) -> Tensor:
-    """[B, count] long: columns of the pass whose logits are fused, the last real ones of each row."""
-    tokens = forward.tokens
-    assert tokens is not None
-    last = torch.full((tokens.batch,), width - count)
-    if forward.fresh and count == 1:
-        real = ~tokens.positions("padding", 0, width)
-        last = torch.where(real, torch.arange(width), 0).amax(dim=1)
-    return last[:, None] + torch.arange(count)
-
-
-def _place(logits: Tensor, given: dict[str, Any], width: int, columns: Tensor) -> Tensor | None:
-    """[B, count] long: where the columns lie in the returned logits; None where these are just all of them."""
-    shown = logits.shape[1]
-    keep = given.get("logits_to_keep")
-    if isinstance(keep, Tensor):
-        kept = keep.to(columns.device) % width
-    else:
-        kept = torch.arange(width - shown, width)
-    if shown == columns.shape[1] and bool((columns == kept).all()):
-        return None
-    place = (columns[..., None] == kept).long().argmax(dim=-1)
-    if not torch.equal(kept[place], columns):
-        raise ReattendError(
-            f"logits_to_keep leaves out the last token of a prompt, whose logits are fused with those of a branch: keep column "
-            f"{int(columns.max())} too"
-        )
-    return place.to(logits.device)

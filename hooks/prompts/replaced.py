@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import ReattendError
-from ..tokens.images import runs
+from ..tokens.image_grids import runs
 from .prompt import Prompt
 from .text_only import PER_TOKEN, placeholders
 

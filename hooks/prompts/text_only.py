@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import ReattendError
-from ..tokens.images import runs
+from ..tokens.image_grids import runs
 from .prompt import Prompt
 
 # Config names of the tokens that open and close an image; what lies between them is the image's too (llama4's tile separators).

@@ -25,54 +25,10 @@ from ..sites.rotary import rotary_at
 from ..steering import acting_at, edits_of
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
+from .names import NO_PAGES, PREFIX, SUPPORTED, Name, Switched, configs, original_name, register, release
 
-PREFIX = "reattend_"
-SUPPORTED = ("sdpa", "eager")
-NO_PAGES = "paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
-
-CONTINUOUS_BATCHING = "transformers.generation.continuous_batching"
-
-
-class Name(str):
-    """The name of our attention function for implementation `original`, as it stands in a config; a copy or a pickle names the original."""
-
-    original: str
-
-    def __new__(cls, original: str) -> Name:
-        self = super().__new__(cls, PREFIX + original)
-        self.original = original
-        return self
-
-    def __deepcopy__(self, memo: Any) -> str:
-        return self.original
-
-    def __reduce__(self) -> Any:
-        return str, (self.original,)
-
-    def __eq__(self, other: object) -> bool:
-        # continuous batching asks for these before it would refuse our name in words of its own
-        paged = isinstance(other, str) and other.startswith("paged|")
-        if paged and sys._getframe(1).f_globals.get("__name__", "").startswith(CONTINUOUS_BATCHING):
-            raise ReattendError(NO_PAGES)
-        return str.__eq__(self, other)
-
-    __hash__ = str.__hash__
-
-
-class Switched:
-    """A config that names our function. users: the attachments whose sessions need it; several models may share one config."""
-
-    def __init__(self, config: Any, original: str) -> None:
-        self.config, self.name = config, Name(original)
-        # an implementation that the user has switched to and that cannot be edited: recipes are off as long as it stands there
-        self.left_for: str | None = None
-        self.users: list[InterfaceRoute] = []
-
-
-# configs by id, the attachments of all models that a module belongs to, by its id, and who needs a name in the registries
-_configs: dict[int, Switched] = {}
+# the attachments of all models that a module belongs to, by its id
 _owners: dict[int, list[Host]] = {}
-_names: dict[str, list[InterfaceRoute]] = {}
 
 
 class InterfaceRoute:
@@ -88,7 +44,7 @@ class InterfaceRoute:
         """Switches the configs of the sites that this session edits. Raises UnsupportedError for kernels that cannot be edited."""
         modules: list[tuple[Site, Any]] = [pair for pair in session.acted if pair[0].route == "attention_interface"]
         for site, module in modules:
-            _original_name(site, module.config)
+            original_name(site, module.config)
         with lifecycle:
             for site, module in modules:
                 self._switch(site, module.config)
@@ -98,17 +54,17 @@ class InterfaceRoute:
                 self.modules[id(module)] = (site, vars(module), module.config)
 
     def _switch(self, site: Site, config: Any) -> None:
-        entry = _configs.get(id(config)) or Switched(config, _original_name(site, config))
+        entry = configs.get(id(config)) or Switched(config, original_name(site, config))
         # this route knows it before anybody else does, so that after an interrupt `uninstall` finds all of it
         if entry not in self.switched:
             self.switched.append(entry)
         if self not in entry.users:
             entry.users.append(self)
-        _configs[id(config)] = entry
+        configs[id(config)] = entry
         self._name(entry)
 
     def _name(self, entry: Switched) -> None:
-        _register(entry.name.original, self)
+        register(entry.name.original, self, _attention)
         entry.config._attn_implementation_internal = entry.name
 
     # -- passes --------------------------------------------------------------------------------------------------------
@@ -192,50 +148,14 @@ class InterfaceRoute:
                     now = entry.config._attn_implementation_internal
                     if now == entry.name:
                         entry.config._attn_implementation_internal = entry.name.original
-                    _configs.pop(id(entry.config), None)
+                    configs.pop(id(entry.config), None)
                 self.switched.pop()
             self.modules = {}
 
     def release(self) -> None:
         """Takes our names out of transformers' registries, if no other model needs them; safe to call twice."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-
         with lifecycle:
-            for name, users in list(_names.items()):
-                _names[name] = [user for user in users if user is not self]
-                if not _names[name]:
-                    AttentionInterface._global_mapping.pop(PREFIX + name, None)
-                    AttentionMaskInterface._global_mapping.pop(PREFIX + name, None)
-                    del _names[name]
-
-
-def _original_name(site: Site, config: Any) -> str:
-    """The implementation that a config names, by the name that it has outside of sessions."""
-    entry = _configs.get(id(config))
-    name: str = config._attn_implementation or "eager"
-    if entry is not None and name == entry.name:
-        return entry.name.original
-    return _supported(site, name.removeprefix(PREFIX) if name.startswith(PREFIX) else name)
-
-
-def _supported(site: Site, name: str) -> str:
-    if name not in SUPPORTED:
-        raise UnsupportedError(
-            f"{site.name} runs attention implementation {name!r}, which returns no statistics to edit: call "
-            f'model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
-        )
-    return name
-
-
-def _register(name: str, user: InterfaceRoute) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    users = _names.setdefault(name, [])
-    if user not in users:
-        users.append(user)
-    if PREFIX + name not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface._global_mapping[name])
-        AttentionInterface.register(PREFIX + name, functools.partial(_attention, name))
+            release(self)
 
 
 def _attention(

@@ -8,16 +8,34 @@ from typing import Any, overload
 
 from torch import nn
 
-from ...interventions import ReattendError, Site, UnsupportedError
+from ...interventions import ReattendError, Site
+from .denoisers import STACKS
+
+# what stacks and kinds are called, on whatever model
+NAMES = {
+    "stack": {
+        "decoder", "encoder", "vision", "audio", "connector", "text_encoder", "vae", "controlnet", *STACKS,
+    },
+    "kind": {"self", "cross", "joint", "temporal"},
+}  # fmt: skip
 
 
 class SiteTable(Sequence):
-    """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down."""
+    """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down.
+
+    missing: why nothing is in the table, "" where something is or where it was made empty.
+    """
 
     def __init__(
-        self, sites: Sequence[Site], modules: dict[str, nn.Module], model_name: str = "model", config: Any = None
+        self,
+        sites: Sequence[Site],
+        modules: dict[str, nn.Module],
+        model_name: str = "model",
+        config: Any = None,
+        missing: str = "",
     ) -> None:
         self.sites = list(sites)
+        self.missing = missing if not self.sites else ""
         self.modules = modules
         self.model_name = model_name
         self.config = config
@@ -40,18 +58,42 @@ class SiteTable(Sequence):
     def __add__(self, other: SiteTable) -> SiteTable:
         return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name, self.config)
 
-    def _with(self, sites: Sequence[Site]) -> SiteTable:
-        return SiteTable(sites, self.modules, self.model_name, self.config)
+    def _with(self, sites: Sequence[Site], asked: str = "") -> SiteTable:
+        missing = self.missing or (
+            f"{self.model_name} has no attention site in {asked}; {self._what_there_is()}" if asked else ""
+        )
+        return SiteTable(sites, self.modules, self.model_name, self.config, missing)
+
+    def _what_there_is(self) -> str:
+        parts: dict[tuple[str, str], list[int]] = {}
+        for site in self.sites:
+            parts.setdefault((site.stack, site.kind), []).append(site.layer)
+        found = [f"{stack!r} ({kind}, layers {min(n)} to {max(n)})" for (stack, kind), n in parts.items()]
+        return f"it has {', '.join(found)}" if found else "it has none at all"
+
+    def _check(self, what: str, given: Sequence[Any]) -> None:
+        """Raises ReattendError for a stack or kind that is on no model."""
+        own = {getattr(site, what) for site in self.sites}
+        for name in given:
+            if name not in NAMES[what] | own and not any(str(known).startswith(f"{name}.") for known in own):
+                raise ReattendError(
+                    f"{what}({name!r:.60}): there is no such {what}; {self.missing or self._what_there_is()}; on other models there "
+                    f"are {', '.join(sorted(NAMES[what]))}"
+                )
 
     def where(self, condition: Callable[[Site], bool]) -> SiteTable:
         return self._with([s for s in self.sites if condition(s)])
 
     def stack(self, *names: str) -> SiteTable:
-        """Sites of these stacks; "denoiser" also takes "denoiser.double" and the like."""
-        return self.where(lambda s: any(s.stack == n or s.stack.startswith(n + ".") for n in names))
+        """Sites of these stacks; "denoiser" also takes "denoiser.double" and the like. Raises ReattendError for a name on no model."""
+        self._check("stack", names)
+        inside = [s for s in self.sites if any(s.stack == n or s.stack.startswith(n + ".") for n in names)]
+        return self._with(inside, f"stack {' or '.join(map(repr, names))}")
 
     def kind(self, *kinds: str) -> SiteTable:
-        return self.where(lambda s: s.kind in kinds)
+        """Sites of these kinds: "self", "cross", "joint", "temporal". Raises ReattendError for any other."""
+        self._check("kind", kinds)
+        return self._with([s for s in self.sites if s.kind in kinds], f"kind {' or '.join(map(repr, kinds))}")
 
     def layers(self, first: int = 0, last: int | None = None) -> SiteTable:
         """Layers first..last inclusive; negative numbers count from the end of each stack, None = the last one.
@@ -72,14 +114,15 @@ class SiteTable(Sequence):
             high = n - 1 if last is None else last + n if last < 0 else last
             return low <= site.layer <= high
 
-        return self.where(inside)
+        asked = f"layers {first} to {'the last' if last is None else last}"
+        return self._with([s for s in self.sites if inside(s)], asked)
 
     def only(self, layers: Iterable[int]) -> SiteTable:
         """The sites of these layers, by number from 0; for a range there is `layers`."""
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             raise ReattendError(f"only([...]) takes a list of layers, got {layers!r:.60}; for a range use layers(first, last)")
-        wanted = set(layers)
-        return self.where(lambda s: s.layer in wanted)
+        wanted = list(layers)
+        return self._with([s for s in self.sites if s.layer in wanted], f"layers {wanted!r:.60}")
 
     @property
     def num_layers(self) -> int:
@@ -105,7 +148,9 @@ class SiteTable(Sequence):
         return [{k: getattr(s, k) for k in keys} for s in self.sites]
 
     def __str__(self) -> str:
-        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "")
+        if not self.sites:
+            return f"{self.model_name}: no attention site" + (f" ({self.missing})" if self.missing else "")
+        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "problem")
         lines: list[tuple[str, ...]] = [head]
         for s in self.sites:
             known = [("?" if v is None else str(v)) for v in (s.num_heads, s.num_kv_heads, s.head_dim)]
@@ -126,9 +171,3 @@ class Support:
 
     def __bool__(self) -> bool:
         return self.ok
-
-
-def require_supported(table: SiteTable) -> None:
-    """Raises UnsupportedError that names the first site which cannot be intercepted, and why."""
-    if table.refusal:
-        raise UnsupportedError(table.refusal)

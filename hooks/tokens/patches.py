@@ -21,7 +21,7 @@ from ...interventions import Call, ImageGrid, ReattendError, Site
 from ..doors.capture import Capture
 from ..passes import OUTSIDE
 from ..sites.table import SiteTable
-from .images import UNPADDED
+from .image_grids import UNPADDED
 
 # Runs of an encoder that are kept for a prompt to come.
 MOST_RUNS = 64

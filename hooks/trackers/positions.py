@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...interventions import ReattendError
 from ..handles import Handles
 from ..host import Host
+from ..passes import Forward
 from ..sites.discovery import layer_module
 
 NAME = "position_ids"
@@ -78,3 +80,33 @@ def next_position(positions: Tensor) -> Tensor:
         return last + 1
     text, planes = last[: last.shape[0] - 3], last[-3:]
     return torch.cat([text, planes.amax(dim=0, keepdim=True).expand_as(planes)], dim=0) + 1
+
+
+def last_columns(forward: Forward, width: int, count: int) -> Tensor:
+    """[B, count] long: columns of the pass whose logits are fused, the last real ones of each row."""
+    tokens = forward.tokens
+    assert tokens is not None
+    last = torch.full((tokens.batch,), width - count)
+    if forward.fresh and count == 1:
+        real = ~tokens.positions("padding", 0, width)
+        last = torch.where(real, torch.arange(width), 0).amax(dim=1)
+    return last[:, None] + torch.arange(count)
+
+
+def shown_at(logits: Tensor, given: dict[str, Any], width: int, columns: Tensor) -> Tensor | None:
+    """[B, count] long: where the columns lie in the returned logits; None where these are just all of them."""
+    shown = logits.shape[1]
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, Tensor):
+        kept = keep.to(columns.device) % width
+    else:
+        kept = torch.arange(width - shown, width)
+    if shown == columns.shape[1] and bool((columns == kept).all()):
+        return None
+    place = (columns[..., None] == kept).long().argmax(dim=-1)
+    if not torch.equal(kept[place], columns):
+        raise ReattendError(
+            f"logits_to_keep leaves out the last token of a prompt, whose logits are fused with those of a branch: keep column "
+            f"{int(columns.max())} too"
+        )
+    return place.to(logits.device)

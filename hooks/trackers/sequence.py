@@ -27,8 +27,9 @@ from ..sites.denoisers import denoiser_in
 from ..sites.discovery import pretrained_root, unwrapped_model
 from ..tokens.images import join_images
 from ..tokens.roles import add_text_roles, build_roles
-from .caches import NAMES, cache_in, cache_length, cache_of, rows_repeat, same_content, strange_cache, takes_cache, versions
+from .caches import NAMES, cache_in, cache_length, cache_of, strange_cache, versions
 from .caller import Caller, caller, virtual_tokens
+from .known import came_from, is_followed, known_sequence, uncached_sequence, uncountable
 from .rows import follow, unfollow
 
 
@@ -104,7 +105,7 @@ class SequenceTracker:
         forward = stack.pop() if stack else None
         cache = cache_of(output)
         if forward is not None and forward.sequence is not None:
-            if _is_followed(cache):
+            if is_followed(cache):
                 self.by_cache[cache] = forward.sequence
             self.local.returned = strange_cache(output) if cache is None and isinstance(output, Mapping) else ""
         self.local.call, changed = None, None
@@ -114,7 +115,7 @@ class SequenceTracker:
         except BaseException:
             self.host.land(None)
             raise
-        if forward is not None and forward.sequence is not None and forward.sequence.remembers and _is_followed(cache):
+        if forward is not None and forward.sequence is not None and forward.sequence.remembers and is_followed(cache):
             follow(cache, forward.sequence)
         self.host.land(output)
         return None if changed is output else changed
@@ -161,7 +162,7 @@ class SequenceTracker:
             raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
         cache = cache_in(given)
         past = cache_length(cache)
-        known = self._known(cache, past, batch)
+        known = known_sequence(self.by_cache, cache, past, batch)
         if known is not None and width == 1 and past >= known.planned:
             who, drafts = NOBODY, 0
         else:
@@ -169,7 +170,7 @@ class SequenceTracker:
             drafts = width - 1 if who.assistant and known is not None else who.drafts
             self._check_counter(given, cache, past, width, mask, who)
             if cache is None:
-                known = self._without_cache(ids, batch, width, who)
+                known = uncached_sequence(getattr(self.local, "uncached", []), self.root, ids, batch, width, who)
                 past = known.tokens.length if known is not None and width == 1 else 0
         if known is None:
             forward = self._begin(ids, embeds, mask, past, width, drafts, who, cache, given, sessions)
@@ -199,7 +200,7 @@ class SequenceTracker:
         )
         sequence = Sequence(tokens, [known], list(sessions), call=who.call, began=past, shuffled=who.beams)
         sequence.planned = 0 if later is None else prompt + later.shape[1]
-        if _is_followed(cache):
+        if is_followed(cache):
             self.by_cache[cache] = sequence
         if cache is None:
             # of the prompts in one call of generate each may go on (guidance by a second prompt)
@@ -224,7 +225,7 @@ class SequenceTracker:
                 self._join(known, sessions)
             known.step += 1
             if cache is None and width > 1 and ids is not None:
-                if known.remembers and (index := _came_from(known.ids(width - 1, ids.device), ids[:, :-1])) is not None:
+                if known.remembers and (index := came_from(known.ids(width - 1, ids.device), ids[:, :-1])) is not None:
                     known.move(index)
                 known.pieces = [ids]  # every pass holds the whole text
             else:
@@ -278,84 +279,12 @@ class SequenceTracker:
         can = getattr(self.root, "can_generate", None)
         return bool(can()) if callable(can) else True
 
-    # -- which sequence a pass belongs to ------------------------------------------------------------------------------
-
-    def _known(self, cache: Any, past: int, batch: int) -> Sequence | None:
-        """The sequence that a cache holds, as long as the cache is and no longer; None for one that nobody has read.
-
-        Raises ReattendError where rows were taken from the cache, so that nobody can tell which are left.
-        """
-        if not past or not _is_followed(cache):
-            return None
-        known = self.by_cache.get(cache)
-        if known is None:
-            known = self._copied(cache, past, batch)
-            if known is None:
-                return None
-            self.by_cache[cache] = known
-        if known.tokens.length != past:
-            known.moved_to(past)
-        if known.tokens.batch != batch:
-            times, rest = divmod(batch, known.tokens.batch)
-            if rest or not rows_repeat(cache, times):
-                raise ReattendError(
-                    f"this cache had {known.tokens.batch} rows when it was last read and has {batch} now, so that it cannot be told "
-                    f"which tokens its rows hold: pass whole prompts without it, or call session.reset(), after which its tokens "
-                    f"count as not read"
-                )
-            known.move(torch.arange(known.tokens.batch).repeat_interleave(times))
-        return known
-
-    def _copied(self, cache: Any, past: int, batch: int) -> Sequence | None:
-        """What is known of the cache of which this one is a copy, for the copy to go on with."""
-        for reference in self.by_cache.keyrefs():
-            other = reference()
-            sequence = None if other is None else self.by_cache.get(other)
-            if sequence is None:
-                continue
-            tokens = sequence.tokens
-            long_enough = tokens.length >= past and tokens.batch in (batch, 1) and cache_length(other) >= past
-            if long_enough and same_content(cache, other, past):
-                return sequence.fork(past)
-        return None
-
-    def _without_cache(self, ids: Tensor | None, batch: int, width: int, who: Caller) -> Sequence | None:
-        """The sequence that a pass without a cache goes on with, inside one call of generate; elsewhere each pass is a prompt."""
-        if who.call is None:
-            return None
-        for last in getattr(self.local, "uncached", []):
-            if last.call is not who.call or last.tokens.batch != batch:
-                continue
-            if width == 1 and last.tokens.length > 1 and not takes_cache(self.root):
-                return last  # the model keeps what it has read by itself
-            if width != last.tokens.length + 1:
-                continue
-            # beams may have changed places since the last step: only their prompts are sure to be the same
-            prompt = last.tokens.prompt_length
-            if ids is None or torch.equal(ids[:, :prompt], last.ids(prompt, ids.device)):
-                return last
-        return None
-
     def _check_counter(self, given: dict[str, Any], cache: Any, past: int, width: int, mask: Any, who: Caller) -> None:
         """Raises ReattendError where this pass goes on with tokens whose cache nobody here has seen: its steps would be miscounted."""
         if not self._generates():
             return
-        named = takes_cache(self.root)
         last, self.local.last = getattr(self.local, "last", None), (who.call, width, cache is not None)
-        returned = getattr(self.local, "returned", "")
-        strange = "" if named or cache is not None else strange_cache(given)
-        problem = ""
-        if strange:
-            problem = f"it was given a cache by the name {strange!r}"
-        elif not past and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width:
-            problem = f"its attention mask has {mask.shape[1]} columns for {width} tokens, and no cache holds the others"
-        elif past and who.virtual and not isinstance(given.get("input_ids"), Tensor):
-            problem = f"PEFT puts its {who.virtual} virtual tokens before every token, because it sees no cache"
-        elif width == 1 and cache is None and last is not None and last[1] > 1:
-            if returned:
-                problem = f"the pass before has returned a cache by the name {returned!r}"
-            elif named and who.call is not None and last[0] is who.call and not last[2] and given.get("use_cache") is not False:
-                problem = "generate passes one token after a longer prompt, and no cache is seen"
+        problem = uncountable(self.root, given, cache, past, width, mask, who, last, getattr(self.local, "returned", ""))
         if problem:
             raise ReattendError(
                 f"{type(self.root).__name__} goes on with tokens that cannot be counted: {problem}. Caches are read by the names "
@@ -390,15 +319,3 @@ class SequenceTracker:
 
 
 NOBODY = Caller()
-
-
-def _came_from(before: Tensor, now: Tensor) -> Tensor | None:
-    """[B] long: the row of `before` [B, n] that each row of `now` goes on with; None where all stay, or where it cannot be told."""
-    same = (now[:, None] == before[None]).all(dim=-1).cpu()
-    if bool(same.diagonal().all()) or not bool(same.any(dim=1).all()):
-        return None
-    return torch.where(same.diagonal(), torch.arange(len(now)), same.long().argmax(dim=1))
-
-
-def _is_followed(cache: Any) -> bool:
-    return cache is not None and not isinstance(cache, (tuple, list))

@@ -7,7 +7,8 @@ import reattend
 import tiny_models
 import torch
 from reattend.hooks import Observe, Plan, attach
-from reattend.hooks.tokens.images import join_images, place, runs
+from reattend.hooks.tokens.image_grids import place, runs
+from reattend.hooks.tokens.images import join_images
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import ImageGrid
 from tiny_models import BREAK, END, IMAGE, PINPOINTS, SIZES

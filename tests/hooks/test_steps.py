@@ -115,3 +115,28 @@ def test_rows_of_a_guide_are_conditional_unless_it_says_otherwise(conditional: b
     assert clock.branches["far"].tolist() == [*no, *no, *no, *yes]
     second = list(range(batch, 2 * batch))
     assert clock.source.tolist() == [*range(2 * batch), *second, *second]
+
+
+def test_edits_of_conditional_rows_and_a_guide_of_no_weight() -> None:
+    """The guide's rows are edited like the prompt's: what it adds is about nothing, and not the edit's own effect once more."""
+    denoiser, inputs = tiny_denoisers.build("SD3Transformer2DModel")
+    table = sites(denoiser).where(lambda s: s.supported)
+    doubled = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+    def weaken(call):
+        rows = call.clock.rows("conditional", call.batch)
+        return HeadGain(factor=torch.where(rows, 0.5, 1.0)[:, None].expand(-1, call.num_heads))
+
+    def predicted(*steps):
+        with (
+            attach(denoiser, [Plan("both", list(steps))]),
+            reattend.hooks.rows("unconditional", "conditional"),
+            torch.no_grad(),
+        ):
+            return denoiser(**doubled).sample
+
+    plain, edited = predicted(Edits(table, lambda call: HeadGain(factor=1 - 1e-9))), predicted(Edits(table, weaken))
+    both = predicted(Edits(table, weaken), Guide("near", 1e3))
+    apart = predicted(Edits(table, weaken), Guide("near", 1e3, conditional=False))
+    effect = (edited - plain).norm()
+    assert effect > 1e-3 and (both - edited).norm() < 1e-2 * effect < (apart - edited).norm()

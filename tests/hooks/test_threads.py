@@ -272,6 +272,7 @@ FILES = (
     "attachment.py",
     "session.py",
     "routes/interface.py",
+    "routes/names.py",
     "routes/sdpa.py",
     "module_hooks.py",
     "trackers/in_flight.py",

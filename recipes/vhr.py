@@ -204,9 +204,8 @@ class VHR(Recipe):
         from .profiling.vhr import vision_divergence
 
         table = sites(model)
-        support = cls.model_construct().supports(table)
-        if not support:
-            raise ReattendError(f"vhr cannot measure this model: {support.reason}")
+        if reason := cls.model_construct().misfit(table):
+            raise ReattendError(f"vhr cannot measure this model: {reason}")
         return vision_divergence(model, table.stack("decoder").kind("self"), inputs, answer, k)
 
 

@@ -52,7 +52,7 @@ def find_exit_layer(
     last = max((s.layer for s in table.stack("decoder").kind("self")), default=0)
     tried = list(range(last)) if layers is None else sorted(set(layers))
     settings = [recipe(exit_layer=layer) for layer in tried]
-    reasons = {layer: each.supports(table).reason for layer, each in zip(tried, settings, strict=True)}
+    reasons = {layer: each.misfit(table) for layer, each in zip(tried, settings, strict=True)}
     if layers is None:
         fitting = [layer for layer in tried if not reasons[layer]]
         tried, reasons = (fitting, {}) if fitting else (tried, reasons)

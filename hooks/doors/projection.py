@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from ...interventions import Clock, ProjectKey, ReattendError, Site, TokenMap
 from ..handles import Handles, Holder
 from ..host import Host
 from ..plan import Facts, Plan, Step, sites_misfit
+from ..sites.source import source_of
 from ..sites.table import SiteTable
 
 # Names of the projections, and of the norms that act on their outputs per head (or on all heads at once).
@@ -144,8 +143,7 @@ def last_module(attention: nn.Module, which: str) -> nn.Module | None:
 @functools.lru_cache(maxsize=1024)
 def _before_rotary(cls: type, norm: str) -> bool:
     """Whether a class's forward uses the norm before its last rotary embedding (some models rotate first and norm then)."""
-    code = inspect.unwrap(cls.forward).__code__  # type: ignore[attr-defined]
-    used = [str(i.argval) for i in dis.get_instructions(code) if isinstance(i.argval, str)]
+    used = source_of(cls.forward).order  # type: ignore[attr-defined]
     rotary = [place for place, name in enumerate(used) if name.startswith("apply_") and "rotary" in name]
     return norm in used and (not rotary or used.index(norm) < rotary[-1])
 

@@ -22,6 +22,7 @@ from ..passes import Forward
 from ..protocols import Steered
 from ..sites.discovery import uncompiled
 from ..sites.rotary import rotary_at
+from ..sites.source import source_of
 from ..steering import acting_at, edits_of
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
@@ -178,8 +179,8 @@ def _lookup(name: str, cls: type) -> Any:
     if interface is not None and name in interface:
         return interface[name]
     if name == "eager":
-        names = _forward_of(cls).__code__.co_names
-        for candidate in [n for n in names if n.endswith("eager_attention_forward")]:
+        used = source_of(cls.forward).order  # type: ignore[attr-defined]
+        for candidate in [n for n in used if n.endswith("eager_attention_forward")]:
             return getattr(home, candidate)
     raise UnsupportedError(f"{cls.__name__} has no attention function for implementation {name!r}")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from ...interventions import ReattendError, Site, UnsupportedError
 from .denoisers import STACKS, denoiser_in, stack_of
 from .denoisers import describe as describe_denoiser_site
+from .source import source_of
 from .table import SiteTable
 
 SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
@@ -122,7 +122,7 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
         return "sdpa", "nn.MultiheadAttention: its fast path calls a kernel that cannot be intercepted"
     processor = getattr(module, "processor", None)
     if processor is not None and not isinstance(processor, nn.Module) and callable(processor):
-        names = _names(type(processor).__call__)
+        names = source_of(type(processor).__call__).names
         if names & SDPA_NAMES:
             backend = getattr(processor, "_attention_backend", None)
             backend = getattr(backend, "value", backend)
@@ -134,13 +134,15 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
             reason = "linear attention has no softmax" if "Linear" in name else "it never calls torch's SDPA"
             return "sdpa", f"processor {name}: {reason}"
         return None
-    names = _names(type(module).forward)
+    names = source_of(type(module).forward).names
     if "ALL_ATTENTION_FUNCTIONS" in names:
         return "attention_interface", None
     if names & SDPA_NAMES:
         return "sdpa", None
     named = type(module).__name__
-    own = frozenset().union(*(_names(f) for f in vars(type(module)).values() if callable(f) and hasattr(f, "__code__")))
+    own = frozenset().union(
+        *(source_of(f).names for f in vars(type(module)).values() if callable(f) and hasattr(f, "__code__"))
+    )
     if "Attention" in named and "softmax" in own and not any(dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
@@ -155,20 +157,6 @@ def _knows_masks(function: Callable) -> bool:
     """Attention over tokens takes a mask; attention over what earlier layers gave (Inkling 2's residuals) has nothing to hide."""
     parameters = inspect.signature(function).parameters.values()
     return any("mask" in p.name or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(function: Callable) -> frozenset[str]:
-    """Global and attribute names that a function's code uses, nested functions included."""
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    names: set[str] = set()
-    todo = [code] if isinstance(code, CodeType) else []
-    while todo:
-        current = todo.pop()
-        names.update(current.co_names)
-        todo.extend(c for c in current.co_consts if isinstance(c, CodeType))
-    return frozenset(names)
 
 
 def _stack(root: nn.Module, path: str, component: str, module: nn.Module) -> str:

@@ -11,7 +11,6 @@ import ast
 import functools
 import inspect
 import sys
-import textwrap
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ...interventions import ReattendError, Site, UnsupportedError
 from ...interventions.rotary import Rotary
 from .discovery import pretrained_root, unwrapped_model
+from .source import source_of
 from .table import SiteTable
 
 FUNCTION = "apply_rotary_pos_emb"
@@ -163,14 +163,6 @@ def _width(module: nn.Module, site: Site, call: ast.Call) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _source(cls: type) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError):
-        return None
-
-
-@functools.lru_cache(maxsize=1024)
 def _rope_calls(cls: type) -> tuple[tuple[ast.Call, tuple[str, ...]], ...]:
     """Calls of the rotary function in a class's forward, with the conditions that they stand under."""
     found: list[tuple[ast.Call, tuple[str, ...]]] = []
@@ -182,9 +174,7 @@ def _rope_calls(cls: type) -> tuple[tuple[ast.Call, tuple[str, ...]], ...]:
                 found.append((child, conditions))
             walk(child, inner)
 
-    source = _source(cls)
-    if source is not None:
-        walk(source, ())
+    walk(source_of(cls.forward).tree, ())  # type: ignore[attr-defined]
     return tuple(found)
 
 
@@ -218,7 +208,7 @@ HARMLESS = ("update", "cat", "to", "contiguous")
 
 def _changed_after(cls: type, call: ast.Call) -> str:
     """What a class does to its queries and keys after they were turned (a norm there would not commute with turning), or ""."""
-    for node in ast.walk(_source(cls) or ast.Module([], [])):
+    for node in ast.walk(source_of(cls.forward).tree):  # type: ignore[attr-defined]
         if not isinstance(node, ast.Assign) or node.lineno <= call.lineno:
             continue
         names = {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}

@@ -20,7 +20,7 @@ class Family:
     """Facts of one denoiser class.
 
     order: which tokens come first in its joint streams ("image" | "text"), None where it has none or it is not known. joint: modules
-    whose name matches are joint although nothing on them says so. registers: parameter [1, n, width] put in front of the text.
+    whose name matches are joint although nothing on them says so. registers: parameter [1, n, width] put before the text.
     ragged: every sample has its own text length, and image tokens follow the sample's last text token. per_sample: one attention
     call per sample, with that sample's text only. separate_calls: its pipelines run the conditional and the unconditional half in
     two calls, conditional first.

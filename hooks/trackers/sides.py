@@ -24,7 +24,7 @@ class Side:
         self.position: Tensor | None = None if mirrored or positions is None else positions[..., -1:]
         self.cache: Any = None
         self.offsets: list[Any] | None = None
-        self.prompt = width_of(arguments)
+        self.batch, self.prompt = _shape_of(arguments)
 
     def move(self, index: Tensor) -> None:
         """The rows of the real cache come from these."""
@@ -36,7 +36,12 @@ class Side:
         if self.position is not None:
             self.position = self.position.index_select(-2, index.to(self.position.device))
         if self.offsets is not None:
-            self.offsets = [_rows(offset, index) if isinstance(offset, Tensor) else offset for offset in self.offsets]
+            self.offsets = [self._moved(offset, index) if isinstance(offset, Tensor) else offset for offset in self.offsets]
+        self.batch = index.numel()
+
+    def _moved(self, offset: Tensor, index: Tensor) -> Tensor:
+        """Offsets of rows; a model may hold one for each prompt, from before its rows became beams."""
+        return offset.repeat_interleave(self.batch // offset.shape[0], dim=0).index_select(0, index.to(offset.device))
 
     def grown(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of its prompt with further tokens [B, n] at the end."""
@@ -144,7 +149,12 @@ def _rows(x: Tensor | None, index: Tensor) -> Tensor | None:
 
 
 def width_of(arguments: dict[str, Any]) -> int:
+    return _shape_of(arguments)[1]
+
+
+def _shape_of(arguments: dict[str, Any]) -> tuple[int, int]:
+    """(rows, tokens) of a prompt."""
     source = arguments.get("input_ids")
     source = arguments.get("inputs_embeds") if source is None else source
     assert isinstance(source, Tensor)
-    return source.shape[1]
+    return source.shape[0], source.shape[1]

@@ -83,7 +83,7 @@ BEAMS, SAMPLES = {"num_beams": 2}, {"do_sample": True, "temperature": 1.5, "num_
 
 
 @pytest.mark.parametrize("way", [BEAMS, SAMPLES], ids=["beams", "samples"])
-@parametrize("beams", llm=["Llama", "Mistral", "Gemma3"], lvlm=["llava_next", "gemma3", "qwen2_vl"])
+@parametrize("beams", llm=["Llama", "Mistral", "Gemma3"], lvlm=["llava_next", "gemma3", "qwen2_vl", "qwen2_5_vl"])
 def test_beams_and_samples_with_and_without_a_cache(name, model, kind, way):
     """Without a cache nothing has to follow beams or to leave windows; with beams each row is what it is alone."""
     case = Case(name, model, kind)

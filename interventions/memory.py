@@ -12,7 +12,7 @@ from .errors import ReattendError
 
 
 class Memory(dict):
-    """What one recipe remembers of one sequence, and what becomes of it when rows change places or tokens are taken back.
+    """What one recipe remembers of one sequence, and what happens to it when rows change places or tokens are taken back.
 
     A tensor kept under a key has the batch axis first: it goes where the cache's rows go (beams, selected or repeated rows). So do values
     with a method `move(index)`. Other values are taken to hold for the prompt: they stay as long as every row keeps its prompt; where rows

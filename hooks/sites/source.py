@@ -12,7 +12,7 @@ from types import CodeType
 
 
 class Source:
-    """What stands behind all wrappers of a function; empty for one without Python code."""
+    """The function inside all wrappers; empty for one without Python code."""
 
     def __init__(self, function: Callable) -> None:
         self._function = inspect.unwrap(function)

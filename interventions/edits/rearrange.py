@@ -20,9 +20,9 @@ class Rearrange(OperandEdit):
 
     spans int32 [B, m, 2] on the CPU: segments 1..m as key columns [start, stop), adjoining, in ascending order; group 0 is every
     other column. steps int32 [B, heads, Tq, m + 1]: how far each row is turned on before it meets a group (position 0 of the last
-    axis: group 0); the rows of a segment share their steps, 0 for their own segment, and rows behind the segments have 0 for group 0.
+    axis: group 0); the rows of a segment share their steps, 0 for their own segment, and rows after the segments have 0 for group 0.
     Rows see what is causal, and rows of a segment the columns of all other segments too. first int32 [B] on the CPU: each sequence's
-    first real column. start: the key column of query row 0. hidden bool [B, Tk]: columns of padding behind `first`,
+    first real column. start: the key column of query row 0. hidden bool [B, Tk]: columns of padding after `first`,
     None where there are none. The call's own mask and causality are replaced. Name it after all other edits of operands.
     """
 

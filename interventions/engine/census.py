@@ -25,7 +25,7 @@ class Census:
 
     sums, counts [B, H, Tk]: weight that a column got from all real rows, and the number of rows that see it. distance [B, H, Tq]:
     sum over columns s <= t of weight * (t - s). near [B, H, Tq]: the same with the distance capped at the window. ahead [B, H, Tk]:
-    weight that a column got from the `rows` that lie within the horizon behind it; ahead_rows [B, Tk]: how many these are.
+    weight that a column got from the `rows` that lie within the horizon after it; ahead_rows [B, Tk]: how many these are.
     """
 
     sums: Tensor
@@ -57,7 +57,7 @@ def census(
     """Reads the weights of a call after these edits, all heads.
 
     rows: bool [B, Tq], the rows that distances and bands are read from, by default all real ones. window: distances beyond it count as
-    it in `near`. horizon: how far behind a column, in tokens, first to last, a row counts in `ahead`. Raises ReattendError where an
+    it in `near`. horizon: how far after a column, in tokens, first to last, a row counts in `ahead`. Raises ReattendError where an
     edit merges columns, because their weights have no position any more.
     """
     if not keeps_positions(edits):

@@ -1,7 +1,7 @@
 """Attention under `Rearrange`, block by block: each block runs in the fused kernel, and blocks are merged by their log-sum-exps.
 
-Rows in front of the segments are ordinary. Rows of a segment meet three blocks: their own segment causally, the others, the prefix. Rows
-behind the segments each have an order of their own, so they meet one block per segment with a query turned for it.
+Rows before the segments are ordinary. Rows of a segment meet three blocks: their own segment causally, the others, the prefix. Rows
+after the segments each have an order of their own, so they meet one block per segment with a query turned for it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def run(group: Group, _: object) -> Tensor:
 def rearranged_attention(x: Operands, edit: Rearrange, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """The output [B, H, Tq, Dv] of operands under `Rearrange` alone: the numbers of its `on_operands`, without its memory."""
     if x.query.shape[2] <= FEW_ROWS:
-        if "behind all" not in edit.shared:
-            edit.shared["behind all"] = int(edit.spans.max()) <= edit.start
+        if "after all" not in edit.shared:
+            edit.shared["after all"] = int(edit.spans.max()) <= edit.start
             edit.shared["same"], edit.shared["padded"] = len(alike_rows(edit)) == 1, int(edit.first.max()) > 0
-        if edit.shared["behind all"]:
+        if edit.shared["after all"]:
             return _few_rows(x, edit, scale, softcap, sinks)
     alike = alike_rows(edit)
     output = x.query.new_zeros(*x.query.shape[:3], x.value.shape[3])
@@ -96,7 +96,7 @@ class _Blocks:
                 output[:, :, a - self.start : b - self.start] = self._segment(i, a - self.start, b - self.start)
         after = max(0, end - self.start)
         if after < rows:
-            output[:, :, after:] = self._behind(after, begin, end)
+            output[:, :, after:] = self._after(after, begin, end)
         return output
 
     def _segment(self, i: int, low: int, high: int) -> Tensor:
@@ -131,8 +131,8 @@ class _Blocks:
             self.wide = repeat_heads(self.value, heads)
         return keys.flatten(1, 2).to(self.key.dtype), self.wide[:, :, begin:end]
 
-    def _behind(self, after: int, begin: int, end: int) -> Tensor:
-        """Rows behind the segments, each with an order of its own: one turn of the query per segment."""
+    def _after(self, after: int, begin: int, end: int) -> Tensor:
+        """Rows after the segments, each with an order of its own: one turn of the query per segment."""
         query, steps = self.query[:, :, after:], self.steps[:, :, after:]
         parts = [self._causal(after, self.query.shape[2], end)]
         if begin > self.first and self.spans:
@@ -181,7 +181,7 @@ class _Blocks:
 
 
 def _few_rows(x: Operands, edit: Rearrange, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Decode: one or few rows behind the segments, all batch rows at once."""
+    """Decode: one or few rows after the segments, all batch rows at once."""
     dtype = statistics_dtype(x.query)
     batch, heads, rows, dim = x.query.shape
     stop, m = edit.start + rows, edit.spans.shape[2]

@@ -1,1 +1,1 @@
-"""What profiling steps share and do: needle prompts, labelled prompts, progress, and the searches of single methods."""
+"""How methods learn about a model, one file per method; `material` is what they learn from."""

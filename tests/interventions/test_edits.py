@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_edit import a_call, examples
+from reattend import interventions
 from reattend.interventions import (
     AppendKV,
     Band,
     Call,
+    Edit,
     Gain,
     HeadGain,
     HeadMix,
@@ -269,3 +272,11 @@ def test_the_same_edit_for_other_heads():
     assert edit.on_heads(None) is edit and edit.heads is None
     with pytest.raises(ReattendError, match="axis of heads"):
         KeyBias(bias=torch.randn(2, 2, 5), heads=[0, 1]).on_heads([2, 3])
+
+
+def test_every_edit_has_an_example():
+    """The tests of all edits run the examples; `ProjectKey` acts at a projection, not in a call."""
+    shown = {type(make()) for make in examples(a_call(6)).values()}
+    exported = [getattr(interventions, name) for name in interventions.__all__]
+    edits = [c for c in exported if isinstance(c, type) and issubclass(c, Edit) and not c.__name__.endswith("Edit")]
+    assert [c.__name__ for c in edits if c not in shown] == ["ProjectKey"]

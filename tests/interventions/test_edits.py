@@ -38,8 +38,7 @@ from reattend.interventions.engine.correction import column_weights, correct_fac
 from reattend.interventions.engine.kernels import attend
 
 BAD = {
-    r"factor must be finite and in \[0, inf\], got -1": lambda: Gain(columns=[0], factor=-1.0),
-    r"factor must be finite and in \[0, inf\], got nan": lambda: Gain(columns=[0], factor=float("nan")),
+    r"factor must be finite and in \[-inf, inf\], got nan": lambda: Gain(columns=[0], factor=float("nan")),
     'renormalise must be "row"': lambda: Gain(columns=[0], factor=0.5, renormalise="rows"),
     r"strength must be finite and in \[0, 1\], got 1.5": lambda: Transfer(source=[0], strength=1.5),
     'how must be "proportional" or "even"': lambda: Transfer(source=[0], how="fair"),
@@ -59,7 +58,7 @@ BAD = {
     "factor must be finite and in": lambda: ScaleQuery(factor=float("nan")),
     "ReplaceKV needs key, value or both": lambda: ReplaceKV(columns=torch.tensor([0])),
     "key and value must be": lambda: AppendKV(key=torch.zeros(1, 1, 2, 4), value=torch.zeros(1, 1, 3, 4)),
-    "groups must be a 1-d long tensor": lambda: PoolKV(groups=torch.zeros(3)),
+    "groups must be a long tensor, one group number per key": lambda: PoolKV(groups=torch.zeros(3)),
     "order must be a long tensor": lambda: Reorder(order=torch.zeros(3)),
     "projection must be": lambda: ProjectKey(projection=torch.zeros(3, 4)),
     "columns must be a bool tensor": lambda: Gain(columns=torch.zeros(3), factor=0.5),

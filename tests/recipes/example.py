@@ -2,7 +2,8 @@
 
 Every method has one file `examples/<slug with underscores>.py` with `EXAMPLES = {variant: Example(...)}`, the variant "" being the usual one;
 the matrix (`test_matrix*.py`) runs each of them through every condition, `make matrix ARGS="-k <slug>"` those of one method. A file may
-also say what the benchmarks need: see `benchmarks/methods.py`.
+also say `BAD = [({parameters}, "what the error says"), ...]` (`test_recipe_arguments.py`), what official code gave, as `GOLDEN` and `golden`
+(`test_golden.py`), and what the benchmarks need (`benchmarks/methods.py`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import reattend
 import torch
+from example import modules
 from reattend.interventions import ReattendError
 from reattend.recipes import load_recipe, recipe, save_recipe
 from reattend.recipes.kit.registry import registry
@@ -81,6 +82,16 @@ def test_what_apply_takes(choice, words):
         with pytest.raises(ReattendError, match=words) as found:
             reattend.apply(language_model(), choice, **more)
         assert len(str(found.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("slug", "parameters", "words"),
+    [(slug, *bad) for slug, module in modules().items() for bad in getattr(module, "BAD", ())],
+)
+def test_bad_parameters_of_methods(slug, parameters, words):
+    """`BAD` of a method's example file: pairs (parameters, what the error says)."""
+    with pytest.raises(ReattendError, match=words):
+        recipe(slug, **parameters)
 
 
 @pytest.mark.parametrize("layers", [3, [[0]], [], [-1], [True], ["a"], "last0", {}, None])

@@ -254,22 +254,6 @@ def test_nothing_asked_for_is_bit_identical_and_warns(off: dict[str, float]) -> 
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"strength": 1.5}, "strength"),
-        ({"layers": [1], "heads": [(0, 1)]}, "layers or heads, not both"),
-        ({"heads": []}, "must not be empty"),
-        ({"scope": "masked", "perturbation": "uniform"}, "identity"),
-        ({"start": 0.6, "stop": 0.5}, "start 0.6 must lie below stop 0.5"),
-        ({"temperature": 0.0}, "temperature"),
-    ],
-)
-def test_bad_parameters(parameters: dict[str, Any], message: str) -> None:
-    with pytest.raises(ReattendError, match=message):
-        reattend.recipe("softpag", **parameters)
-
-
-@pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
         ("SD3Transformer2DModel", {"layers": [3]}, "layer 3 does not exist: .* has layers 0 to 2"),

@@ -4,6 +4,14 @@ from example import Example
 
 LINEAR = {"SanaTransformer2DModel": "linear attention has no softmax"}
 EXAMPLES = {"": Example("diffusion", {"scale": 3.0}, off={"strength": 0}, layers=1, refused=LINEAR)}
+BAD = [
+    ({"strength": 1.5}, "strength"),
+    ({"layers": [1], "heads": [(0, 1)]}, "layers or heads, not both"),
+    ({"heads": []}, "must not be empty"),
+    ({"scope": "masked", "perturbation": "uniform"}, "identity"),
+    ({"start": 0.6, "stop": 0.5}, "start 0.6 must lie below stop 0.5"),
+    ({"temperature": 0.0}, "temperature"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -29,6 +29,7 @@ METHODS = {
     "vhr": {"layers": (1, 2)},
     "gift": {"saliency_layers": [0], **GIFT},
     "gift, probe": {"saliency_layers": [2], **GIFT},
+    "gift, last layer": {"saliency_layers": [1], **GIFT, "enhance_layers": [3]},
     "visual-token-exit": {"exit_layer": 1},
     "visual-token-exit, leaving": {"exit_layer": 1, "mode": "leave"},
 }
@@ -86,12 +87,14 @@ def test_it_is_said_where_it_is_so(method, prompts, told):
     assert len(messages) == told, "once a prompt"
 
 
+@pytest.mark.filterwarnings("ignore:gift. this prompt comes in pieces")
 @pytest.mark.parametrize("size", [4, 7])
-def test_sinks_before_an_image_that_comes_later_count(size):
-    """The first piece holds no image, but its first token is a sink from which var moves weight."""
+@pytest.mark.parametrize("method", ["var", "gift, last layer", "visual-token-exit"])
+def test_pieces_add_up(method, size):
+    """The first piece holds no image, but its first token is a sink from which var moves weight; a question is cut in two."""
     tiny = tiny_models.build("llava")
     inputs = tiny.inputs([[1, 50, 12, 13, 5, 6, 7, "image", 8, 9, 51]])
-    with steer(tiny.model, "var"):
+    with steer(tiny.model, method):
         whole, parts = logits(tiny.model, inputs), logits(tiny.model, inputs, prefill_chunk_size=size)
     torch.testing.assert_close(parts, whole, atol=5e-5, rtol=1e-4)
 

@@ -8,7 +8,6 @@ import pytest
 import reattend
 import tiny_models
 import torch
-from reattend.interventions import ReattendError
 
 FEW = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 PROMPT = [[1, 50, "image", 5, 6, 7, 8, 9, 51]]
@@ -64,47 +63,3 @@ def test_shares_by_head_are_each_rows_own(options):
 
 
 # -- videos --------------------------------------------------------------------------------------------------------------
-
-
-def video():
-    frames, rows, cols = 2, 2, 3
-    ids = torch.tensor([[1, 50, 12, 94, *[tiny_models.VIDEO] * (frames * rows * cols), 95, 5, 6, 7, 8, 9, 51]])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": torch.randn(frames * 4 * rows * cols, 96, generator=torch.Generator().manual_seed(5)),
-        "video_grid_thw": torch.tensor([[frames, 2 * rows, 2 * cols]]),
-        "mm_token_type_ids": (ids == tiny_models.VIDEO).int() * 2,
-    }
-
-
-METHODS = {
-    "pai": {"first_layer": 1, "alpha": 0.5, "gamma": 1.0},
-    "pai, branch": {"alpha": 0, "gamma": 1.3},
-    "opera": {"candidates": 2},
-    "var": {"tau": 1.5, "sink_dims": list(range(8)), "first_layer": 1, "rho": 1.0, "summ": 0.0},
-    "cmai": {"first_layer": 1},
-    "vhr": {"layers": (1, 2)},
-    "gift": {"saliency_layers": [1], "enhance_layers": [2, 3], "words": "all", "alpha": 3.0, "ranges": [(17, 22)]},
-    "visual-token-exit": {"exit_layer": 1},
-}
-
-
-@pytest.mark.filterwarnings("ignore:var. no first token is a sink")
-@pytest.mark.parametrize("method", METHODS)
-def test_image_recipes_act_on_a_video(method):
-    model = tiny_models.build("qwen2_5_vl").model
-    plain = logits(model, video())
-    with reattend.apply(model, method.split(",")[0], **METHODS[method]) as session:
-        found = logits(model, video())
-        assert session.applied
-    both = (found > -900) & (plain > -900)
-    assert (found - plain)[both].abs().max() > 1e-4
-    assert torch.equal(logits(model, video()), plain)
-
-
-@pytest.mark.filterwarnings("ignore:recipe .selective-emphasis. never acted")
-def test_selective_emphasis_refuses_a_video():
-    model = tiny_models.build("qwen2_5_vl").model
-    with steer(model), pytest.raises(ReattendError, match="this prompt holds a video"):
-        logits(model, video())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from example import modules
-from reattend.recipes import recipe, recipe_class
+from reattend.recipes import load_recipe, recipe, recipe_class, save_recipe
 from reattend.recipes.kit.registry import registry
 
 
@@ -24,3 +24,17 @@ def test_an_example_covers_the_kinds_of_models_that_its_method_names(slug):
     for example in modules()[slug].EXAMPLES.values():
         recipe(slug, **example.given([0]))
         recipe(slug, **example.given([0], **(example.off or {})))
+
+
+@pytest.mark.parametrize(
+    ("slug", "parameters"),
+    [
+        *((slug, example.given([0])) for slug, module in modules().items() for example in module.EXAMPLES.values()),
+        ("softpag", {"heads": [(3, 1), (4, 0)], "strength": 0.25}),
+        ("opera", {"candidates": 3, "image_range": (2, 5)}),
+        ("gift", {"saliency_layers": [1], "enhance_layers": [2, 3], "ranges": [(3, 9)], "words": "all"}),
+    ],
+)
+def test_a_recipe_is_data(slug, parameters, tmp_path):
+    made = recipe(slug, **parameters)
+    assert made == load_recipe(made.as_dict()) == load_recipe(save_recipe(made, tmp_path / "mine.yaml"))

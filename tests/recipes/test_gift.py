@@ -6,14 +6,13 @@ import json
 import math
 
 import pytest
-import reattend
 import torch
-from asked_images import tiny_models, tokenizer
+from asked_images import tiny_models
 from golden_files import golden_file
 from reattend.hooks import SiteTable, sites
-from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, UnsupportedError, fused, reference
+from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, fused, reference
 from reattend.interventions.families.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
-from reattend.recipes import Profile, load_recipe, recipe
+from reattend.recipes import Profile, recipe
 from reattend.recipes.kit.profile import cached_path, table_fingerprint
 from reattend.recipes.kit.words import chooser, content_words
 
@@ -336,44 +335,3 @@ def test_a_kept_profile_serves_a_model_whose_layers_are_unknown(tmp_path, monkey
     Profile("gift", table_fingerprint(table), layers).save(cached_path("gift", table))
     for chosen in (recipe("gift"), recipe("gift", profile_path="cached")):
         assert chosen.layers(table) == ((1,), (2, 3), 5.0)
-
-
-def test_unknown_models_are_refused_before_anything_runs():
-    tiny = tiny_models.llava()
-    with pytest.raises(UnsupportedError, match=r"not known for LlavaForConditionalGeneration.*profile_path.*saliency_layers"):
-        reattend.apply(tiny.model, "gift", tokenizer=tokenizer())
-    layers = {"saliency_layers": [1], "enhance_layers": [2]}
-    with pytest.raises(UnsupportedError, match="cross-attention layers"):
-        reattend.apply(tiny_models.mllama().model, "gift", **layers)
-    with pytest.raises(UnsupportedError, match="no image_token_id"):
-        reattend.apply(tiny.model.model.language_model, "gift", **layers)
-    with pytest.raises(UnsupportedError, match=r"enhance_layers: there is no layer 4; .* has 0 to 3"):
-        reattend.apply(tiny.model, "gift", saliency_layers=[1], enhance_layers=[2, 4])
-    with pytest.raises(UnsupportedError, match="less than one head"):
-        reattend.apply(tiny.model, "gift", **layers, head_share=0.2)
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"alpha": -1}, "alpha"),
-        ({"alpha": 21}, "alpha"),
-        ({"beta": -0.5}, "beta"),
-        ({"head_share": 0}, "head_share"),
-        ({"clip": 0}, "clip"),
-        ({"words": "nouns"}, "words"),
-        ({"saliency_layers": [1]}, "go together"),
-        ({"saliency_layers": [], "enhance_layers": [1]}, "at least one layer"),
-        ({"saliency_layers": [1], "enhance_layers": [2], "profile_path": "x"}, "one of them"),
-        ({"question": "what", "ranges": [(1, 2)]}, "not both"),
-        ({"text": "what"}, "not a parameter"),
-    ],
-)
-def test_bad_parameters(given, message):
-    with pytest.raises(ReattendError, match=message):
-        recipe("gift", **given)
-
-
-def test_a_recipe_is_data():
-    chosen = recipe("gift", saliency_layers=[1], enhance_layers=[2, 3], ranges=[(3, 9)], words="all", alpha=2.5)
-    assert load_recipe(chosen.as_dict()) == chosen

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import pytest
 import reattend
 import torch
 from asked_images import HOW, NEWLINE, ONE, PROMPTS, WHAT, asked, tiny_models, tokenizer, turn
-from reattend.hooks import sites
-from reattend.hooks.trackers.caches import cache_name, cache_of
+from by_hand import attention_by_hand
+from reattend.hooks.trackers.caches import cache_of
 from reattend.interventions import ReattendError, ReattendWarning
 from reattend.recipes import Profile, recipe_class
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 # what is said of prompts in pieces is tested in test_chunked_prompts.py
 pytestmark = pytest.mark.filterwarnings("ignore:.*this prompt comes in pieces")
@@ -39,16 +36,15 @@ def logits_of(model, inputs, **options):
 
 
 class Naive:
-    """The card's algorithm with whole matrices, in float32, prompt by prompt: an attention function of transformers."""
+    """The card's algorithm with whole matrices, in float32, prompt by prompt: what it makes of the weights of each layer."""
 
     def __init__(self, model, inputs, prompts, saliency_layers, enhance_layers, alpha):
-        self.decoder = {id(m): s.layer for s, m in modules(model)}
         self.enhance, ids = enhance_layers, inputs["input_ids"]
         self.image = ids == tiny_models.IMAGE
         self.question = torch.stack([asked(p, row) for p, row in zip(prompts, ids, strict=True)])
-        self.attentions, self.factor = {}, None
-        model(**inputs)
-        self.factor = torch.ones(ids.shape)
+        self.attentions, self.factor = {}, torch.ones(ids.shape)
+        with attention_by_hand(model, weights=self.attentions.setdefault), torch.no_grad():
+            model(**inputs)
         for b, row in enumerate(ids):
             image = self.image[b]
             if image.any():
@@ -66,26 +62,12 @@ class Naive:
         m = m.clamp(m.mean() - 3 * m.std(), m.mean() + 3 * m.std())
         return (m - m.min()) / (m.max() - m.min())
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        times = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-        scores = query @ key.transpose(2, 3) * scaling
-        if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
-            attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            scores = scores + attention_mask  # Pixtral's vision tower
-        elif attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask[..., : key.shape[2]], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1)
-        layer = self.decoder.get(id(module))
-        if self.factor is None:
-            self.attentions[layer] = weights
-        elif layer in self.enhance:
+    def __call__(self, layer, weights):
+        if layer in self.enhance:
             for b in range(len(weights)):
                 if self.image[b].any():
                     self.change(weights[b, :, -1], b)
-        return (weights @ value).transpose(1, 2), weights
+        return weights
 
     def change(self, w, b):
         image, question = self.image[b].nonzero()[:, 0], self.question[b].nonzero()[:, 0]
@@ -97,29 +79,6 @@ class Naive:
         w /= w.sum(dim=1, keepdim=True)
 
 
-def modules(model):
-    table = sites(model).stack("decoder")
-    return [(site, table.module(site)) for site in table]
-
-
-@contextlib.contextmanager
-def naive(model, *given):
-    before = model.config._attn_implementation
-    AttentionMaskInterface.register("naive_gift", sdpa_mask)
-    AttentionInterface.register("naive_gift", lambda *args, **kwargs: function(*args, **kwargs))
-    function = None
-    try:
-        model.set_attn_implementation("naive_gift")
-        function = Naive.__new__(Naive)
-        with torch.no_grad():
-            function.__init__(model, *given)
-        yield function
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop("naive_gift", None)
-        AttentionMaskInterface._global_mapping.pop("naive_gift", None)
-
-
 @pytest.mark.parametrize("layers", [MERGED, PROBED], ids=["merged", "probed"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl", "smolvlm", "pixtral", "qwen3_vl", "paligemma"])
 def test_equals_a_naive_implementation(family, layers):
@@ -128,7 +87,8 @@ def test_equals_a_naive_implementation(family, layers):
     prompts = [ONE] if family == "paligemma" else PROMPTS
     inputs = tiny.inputs(prompts)
     base = logits_of(tiny.model, inputs)
-    with naive(tiny.model, inputs, prompts, layers["saliency_layers"], layers["enhance_layers"], 3.0):
+    by_card = Naive(tiny.model, inputs, prompts, layers["saliency_layers"], layers["enhance_layers"], 3.0)
+    with attention_by_hand(tiny.model, weights=by_card):
         expected = logits_of(tiny.model, inputs)
     with steer(tiny.model, **layers) as session:
         steered = logits_of(tiny.model, inputs)
@@ -155,51 +115,7 @@ def memory_of(session, cache):
     return session.attachment.tracker.by_cache[cache].memory[session.plans[0].memory_key]
 
 
-def test_only_the_last_row_changes():
-    tiny = tiny_models.llava()
-    inputs = tiny.inputs(PROMPTS)
-    with torch.no_grad():
-        base = tiny.model(**inputs).logits
-        with steer(tiny.model, **LAST):
-            steered = tiny.model(**inputs).logits
-    real = inputs["attention_mask"].bool()
-    real[:, -1] = False
-    assert torch.equal(steered[real], base[real])
-    assert ((steered - base)[:2, -1].abs().amax(dim=1) > 1e-5).all()
-
-
 # -- ways to run --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_next_turn_has_a_map_of_its_own():
-    """Two turns on one cache equal one pass over both, and the first turn's question is not strengthened any more."""
-    tiny = tiny_models.llava()
-    first, second = [1, *turn("image", *WHAT)], [30, *turn(*HOW)]
-    whole = tiny.inputs([first + second])
-    begun = tiny.inputs([first])
-    rest = whole["input_ids"][:, begun["input_ids"].shape[1] :]
-    with steer(tiny.model, **LAST) as session, torch.no_grad():
-        expected = tiny.model(**whole).logits[:, -1]
-        cache = cache_of(tiny.model(**begun))
-        assert memory_of(session, cache)["focus"][1].groups[0, 0].nonzero()[:, 0].tolist() == list(range(18, 25))
-        later = {"attention_mask": whole["attention_mask"], cache_name(tiny.model): cache}
-        got = tiny.model(input_ids=rest, **later).logits[:, -1]
-        assert memory_of(session, cache)["focus"][1].groups[0, 0].nonzero()[:, 0].tolist() == list(range(28, 32))
-        assert session.applied == 3
-        base = None
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    with torch.no_grad():
-        base = tiny.model(**whole).logits[:, -1]
-    assert (base - expected).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("size", [5, 20, 23])
-def test_chunked_prefill(size):
-    tiny = tiny_models.llava()
-    inputs = tiny.inputs([[1, *turn("image", *WHAT, 8, 9, 16)]])
-    with steer(tiny.model, **LAST, words="all"):
-        expected, got = (logits_of(tiny.model, inputs, **more) for more in ({}, {"prefill_chunk_size": size}))
-    torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -260,12 +176,6 @@ def test_a_question_before_its_image_is_reported():
                 assert torch.equal(tiny.model(**inputs).logits, base)
     with pytest.warns(ReattendWarning, match="never acted"), steer(tiny.model), torch.no_grad():
         tiny.model(**tiny.inputs([[1, *turn(*WHAT)]]))
-
-
-def test_embeddings_alone_are_refused():
-    tiny = tiny_models.llava()
-    with steer(tiny.model), pytest.raises(ReattendError, match="input_ids"):
-        tiny.model(inputs_embeds=torch.randn(1, 8, 32))
 
 
 # -- profiling ---------------------------------------------------------------------------------------------------------------

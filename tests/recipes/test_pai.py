@@ -8,11 +8,12 @@ import pytest
 import reattend
 import tiny_models
 import torch
+from by_hand import attention_by_hand
 from golden_files import golden_file
 from reattend.hooks import Fusion, capture
-from reattend.interventions import Call, Clock, ReattendError, Site, TokenMap, UnsupportedError, fused, reference
+from reattend.interventions import Call, Clock, Site, TokenMap, fused, reference
 from reattend.interventions.families.logits import contrasted
-from reattend.recipes import load_recipe, recipe, save_recipe
+from reattend.recipes import recipe
 
 # what is said of prompts in pieces is tested in test_chunked_prompts.py
 pytestmark = pytest.mark.filterwarnings("ignore:.*this prompt comes in pieces")
@@ -142,28 +143,8 @@ def test_logits_equal_those_of_a_text_only_run_at_its_side(family):
     assert all(torch.equal(a, b) for a, b in zip(again.logits, plain.logits))
 
 
-def eager_boost(monkeypatch, tiny, alpha, first):
-    """The attention part by hand: transformers' own eager function with the scores of the last row changed."""
-    from transformers.models.llama import modeling_llama
-
-    def forward(module, query, key, value, attention_mask, scaling, **kwargs):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        scores = query @ key.transpose(2, 3) * scaling
-        if attention_mask is not None:
-            scores = scores + attention_mask[..., : key.shape[2]]
-        if module.layer_idx >= first:
-            image = torch.nn.functional.pad(tiny.image, (0, key.shape[2] - tiny.image.shape[1]))
-            last = scores[:, :, -1]
-            grown = last + alpha * last.abs()
-            scores[:, :, -1] = torch.where(image[:, None] & (last > -1e30), grown, last)
-        weights = scores.softmax(-1)
-        return (weights @ value).transpose(1, 2).contiguous(), weights
-
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", forward)
-
-
 @pytest.mark.parametrize("gamma", [1.0, 1.3])
-def test_both_parts_against_eager_attention_by_hand(monkeypatch, gamma):
+def test_both_parts_against_attention_by_hand(gamma):
     """Left padding, two images: each step, with the second branch free of the attention part."""
     tiny = build("llava")
     x = tiny.inputs(PROMPTS[:2])
@@ -175,33 +156,21 @@ def test_both_parts_against_eager_attention_by_hand(monkeypatch, gamma):
     texts = [[piece for piece in prompt if piece != "image"] for prompt in PROMPTS[:2]]
     text = [forced(tiny.model, tiny.inputs([t]), [tail]) for t, tail in zip(texts, tails)]
     plain = forced(tiny.model, x, tails)
-    tiny.image = x["input_ids"] == tiny_models.IMAGE
-    tiny.model.set_attn_implementation("eager")
-    eager_boost(monkeypatch, tiny, 0.5, 2)
-    boosted = forced(tiny.model, x, tails)
+    image = x["input_ids"] == tiny_models.IMAGE
+
+    def boost(layer, scores, visible):
+        if layer >= 2:
+            here = torch.nn.functional.pad(image, (0, scores.shape[3] - image.shape[1]))
+            scores[:, :, -1] += 0.5 * here[:, None] * scores[:, :, -1].abs()
+        return scores
+
+    with attention_by_hand(tiny.model, scores=boost):
+        boosted = forced(tiny.model, x, tails)
     for step, found in enumerate(out.logits):
         other = torch.stack([text[row][step][0] for row in range(2)])
         wanted = boosted[step] if gamma == 1 else contrasted(boosted[step], other, gamma)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
         assert (boosted[step] - plain[step]).abs().amax(dim=1).min() > 1e-3
-
-
-def test_switched_off_it_changes_no_bit():
-    tiny = build("llava")
-    x = tiny.inputs(PROMPTS)
-    plain = tiny.model(**x).logits
-    with reattend.apply(tiny.model, "pai", alpha=0, gamma=1):
-        assert torch.equal(tiny.model(**x).logits, plain)
-    with reattend.apply(tiny.model, "pai", alpha=0.5, gamma=1.5) as session:
-        found = tiny.model(**x).logits
-        assert session.stats["pai"]["logits"] == 1 and session.applied == 3
-    assert torch.equal(found[:, :-1], plain[:, :-1]) and torch.equal(found[2], plain[2])
-    assert not torch.isclose(found[:2, -1], plain[:2, -1]).all(dim=-1).any()
-    text = tiny.inputs([[1, 5, 6]])
-    plain = tiny.model.generate(**text, **FEW).logits
-    with reattend.apply(tiny.model, "pai", alpha=0.5, gamma=1.5) as session:
-        assert all(torch.equal(a, b) for a, b in zip(tiny.model.generate(**text, **FEW).logits, plain))
-        session.counts.clear()
 
 
 def test_more_alpha_moves_more_weight_to_the_image():
@@ -213,31 +182,3 @@ def test_more_alpha_moves_more_weight_to_the_image():
             tiny.model(**x)
         masses.append(recording.mass_by_layer()[2]["image"])
     assert masses[0] < masses[1] < masses[2]
-
-
-def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
-    tiny = build("llava")
-    for parameters, problem in [
-        (dict(alpha=-0.1), "alpha"),
-        (dict(gamma=float("nan")), "gamma"),
-        (dict(cutoff=0), "cutoff"),
-        (dict(beta=1), "beta is not a parameter"),
-    ]:
-        with pytest.raises(ReattendError, match=problem):
-            reattend.apply(tiny.model, "pai", **parameters)
-    with pytest.raises(UnsupportedError, match="cross-attention"):
-        reattend.apply(tiny_models.mllama().model, "pai")
-    with pytest.raises(UnsupportedError, match="layers 9 to last"):
-        reattend.apply(tiny.model, "pai", first_layer=9)
-    ran = []
-    handle = tiny.model.model.language_model.layers[0].register_forward_hook(lambda *_: ran.append(1))
-    with reattend.apply(tiny.model, "pai"):
-        with pytest.raises(ReattendError, match="pass input_ids"):
-            tiny.model(inputs_embeds=torch.zeros(1, 3, 32))
-        with pytest.raises(ReattendError, match="nothing but images"):
-            tiny.model(**tiny.inputs([["image"]]))
-        assert not ran
-        tiny.model(**tiny.inputs(PROMPTS))
-    handle.remove()
-    original = recipe("pai", alpha=0.5, gamma=1.2)
-    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original

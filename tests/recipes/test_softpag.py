@@ -17,7 +17,6 @@ from reattend.interventions import (
     Call,
     Clock,
     ReattendError,
-    ReattendWarning,
     Site,
     TokenMap,
     UnsupportedError,
@@ -245,14 +244,6 @@ def test_difference_grows_with_the_scale() -> None:
     assert 0 < far[0] < far[1] < far[2]
 
 
-@pytest.mark.parametrize("off", [{"scale": 0.0}, {"strength": 0.0}])
-def test_nothing_asked_for_is_bit_identical_and_warns(off: dict[str, float]) -> None:
-    model, inputs = build("UNet2DConditionModel")
-    before = predict(model, inputs)
-    with pytest.warns(ReattendWarning, match="never acted"), reattend.apply(model, "softpag", **off):
-        assert torch.equal(predict(model, inputs), before)
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
@@ -274,11 +265,6 @@ def test_two_at_once_are_refused() -> None:
     with reattend.apply(model, "softpag", layers=[0]), pytest.raises(ReattendError, match="two guides are called 'softpag'"):
         reattend.apply(model, "softpag", layers=[1])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_round_trip_as_data() -> None:
-    chosen = reattend.recipe("softpag", heads=[(3, 1), (4, 0)], strength=0.25)
-    assert reattend.load_recipe(chosen.as_dict()) == chosen
 
 
 def test_read_forward_counts_registers_and_masks() -> None:

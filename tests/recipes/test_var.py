@@ -12,7 +12,7 @@ from golden_files import GOLDEN, golden_file
 from planted_sinks import DIM, OPEN, PROMPTS, planted, tiny_models
 from reattend.hooks import SiteTable, sites
 from reattend.hooks.trackers.caches import cache_of
-from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, UnsupportedError, fused
+from reattend.interventions import Call, Clock, ReattendError, ReattendWarning, TokenMap, fused
 from reattend.interventions.families.sinks import VisualSinks, give_back, sink_tokens
 from reattend.recipes import Profile, cached_profile, recipe, recipe_class
 
@@ -174,25 +174,6 @@ def test_sinks_are_found_in_front_of_the_norm():
 # -- what is refused, and what is said ------------------------------------------------------------------------------------
 
 
-def test_move_zero_and_text_only_prompts_change_nothing():
-    model, sinks = planted("llava")
-    inputs, text = sinks.inputs(PROMPTS), sinks.tiny.inputs([[1, 5, 6, 7], [1, 8]])
-    for options, given in (({**OPEN, "move": 0.0}, inputs), (OPEN, text)):
-        sinks.mark(given)
-        base = model(**given).logits
-        session = reattend.apply(model, "var", **options)
-        assert torch.equal(model(**given).logits, base)
-        with pytest.warns(ReattendWarning, match="never acted"):
-            session.remove()
-
-
-def test_embeddings_instead_of_ids():
-    model = tiny_models.llava().model
-    with pytest.raises(ReattendError, match="pass input_ids"), reattend.apply(model, "var", **OPEN):
-        model(inputs_embeds=torch.randn(1, 5, 32))
-    model(inputs_embeds=torch.randn(1, 5, 32))
-
-
 def test_warns_once_when_no_first_token_is_a_sink():
     model, sinks = planted("llava")
     inputs = sinks.inputs([[1, 5, "image", 7]])
@@ -205,36 +186,6 @@ def test_warns_once_when_no_first_token_is_a_sink():
     with warnings.catch_warnings(), reattend.apply(model, "var", **OPEN):
         warnings.simplefilter("error")
         model(**inputs)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tau": 20.0, "sink_dims": [5]}, "tau=20 can never be reached: with 32 hidden dimensions"),
-        ({"tau": 5.0}, "reattend profile var MODEL"),
-        ({"tau": 5.0, "sink_dims": [32]}, "sink_dims must lie in 0..31"),
-        ({"tau": 5.0, "sink_dims": [5], "first_layer": 7}, "no decoder self-attention in layers 7"),
-    ],
-)
-def test_refused_parameters(options, message):
-    with pytest.raises(UnsupportedError, match=message):
-        reattend.apply(tiny_models.llava().model, "var", **options)
-
-
-def test_refused_models():
-    import transformers
-
-    text = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in tiny_models.TEXT.items()}))
-    with pytest.raises(UnsupportedError, match="takes none"):
-        reattend.apply(text, "var", **OPEN)
-    with pytest.raises(UnsupportedError, match="cross-attention"):
-        reattend.apply(tiny_models.mllama().model, "var", **OPEN)
-
-
-@pytest.mark.parametrize("options", [{"move": 1.5}, {"rho": -0.1}, {"summ": 2}, {"tau": 0}, {"strength": 1}])
-def test_parameters_out_of_range(options):
-    with pytest.raises(ReattendError, match=next(iter(options))):
-        recipe("var", **options)
 
 
 def test_known_models_are_told_by_their_shape():

@@ -8,13 +8,12 @@ import pytest
 import reattend
 import torch
 from asked_images import HOW, NONE, ONE, PROMPTS, WHAT, tiny_models, turn
+from by_hand import attention_by_hand
 from reattend.hooks import sites
-from reattend.hooks.trackers.caches import cache_in, cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_in
 from reattend.interventions import Call, Clock, Keep, ReattendError, TokenMap, UnsupportedError, fused, reference
 from reattend.interventions.engine.bands import hide_columns
 from reattend.recipes import recipe, recipe_class
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 SLUG = "visual-token-exit"
 FEW = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -39,43 +38,24 @@ def logits_of(model, inputs, **options):
 @contextlib.contextmanager
 def blindfolded(model, image, exit_layer):
     """The model with whole matrices in which no row of a layer behind `exit_layer` sees the columns `image` [B, T]."""
-    behind = {id(m) for s, m in modules(model) if s.layer > exit_layer}
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        times = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-        scores = query @ key.transpose(2, 3) * scaling
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if attention_mask is None and causal and query.shape[2] > 1:
-            attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            scores = scores + attention_mask  # Pixtral's vision tower
-        elif attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask[..., : key.shape[2]], -torch.inf)
-        if id(module) in behind:
-            seen = torch.nn.functional.pad(image, (0, attention.total - image.shape[1]))[:, -key.shape[2] :]
-            hidden = scores.masked_fill(seen[:, None, None], -torch.inf)
-            scores = torch.where((hidden == -torch.inf).all(dim=-1, keepdim=True), scores, hidden)
-        return (scores.softmax(dim=-1).nan_to_num() @ value).transpose(1, 2), None
+    def hide(layer, scores, visible):
+        if layer <= exit_layer:
+            return scores
+        seen = torch.nn.functional.pad(image, (0, total[-1] - image.shape[1]))[:, -scores.shape[3] :][:, None, None]
+        return scores.masked_fill(seen & (visible & ~seen).any(dim=-1, keepdim=True), -torch.inf)
 
     def count(module, args, kwargs):
         cache = cache_in(kwargs)
-        attention.total = kwargs["input_ids"].shape[1] + (0 if cache is None else cache.get_seq_length())
+        total.append(kwargs["input_ids"].shape[1] + (0 if cache is None else cache.get_seq_length()))
 
-    before = model.config._attn_implementation
+    total = []
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    AttentionMaskInterface.register("naive_exit", sdpa_mask)
-    AttentionInterface.register("naive_exit", attention)
     try:
-        model.set_attn_implementation("naive_exit")
-        yield
+        with attention_by_hand(model, scores=hide):
+            yield
     finally:
         handle.remove()
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop("naive_exit", None)
-        AttentionMaskInterface._global_mapping.pop("naive_exit", None)
 
 
 def modules(model):
@@ -175,30 +155,6 @@ def test_videos_leave_too():
 # -- ways to run -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [5, 20])
-def test_chunked_prefill(size):
-    tiny = tiny_models.llava()
-    inputs = tiny.inputs([[1, *turn("image", *WHAT)]])
-    with steer(tiny.model) as session:
-        expected, got = (logits_of(tiny.model, inputs, **more) for more in ({}, {"prefill_chunk_size": size}))
-        assert session.applied > 2 * 2 * 4
-    torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
-
-
-def test_the_next_turn_brings_an_image():
-    tiny = tiny_models.llava()
-    whole = tiny.inputs([[1, *turn("image", *WHAT), 30, *turn("image", *HOW)]])
-    first = tiny.inputs([[1, *turn("image", *WHAT)]])
-    rest = whole["input_ids"][:, first["input_ids"].shape[1] :]
-    with steer(tiny.model) as session, torch.no_grad():
-        expected = tiny.model(**whole).logits[:, -1]
-        cache = cache_of(tiny.model(**first))
-        later = {"attention_mask": whole["attention_mask"], "pixel_values": whole["pixel_values"][1:]}
-        got = tiny.model(input_ids=rest, **{cache_name(tiny.model): cache}, **later).logits[:, -1]
-        assert session.applied == 3 * 2
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_hides_as_fully(dtype):
     tiny = tiny_models.llava()
@@ -215,16 +171,9 @@ def test_half_precision_hides_as_fully(dtype):
 # -- what is refused -----------------------------------------------------------------------------------------------------------
 
 
-def refused(model, match, **options):
-    with pytest.raises(UnsupportedError, match=match):
-        reattend.apply(model, SLUG, **options)
-
-
-def test_models_that_do_not_fit():
-    refused(tiny_models.mllama().model, "cross-attention", exit_layer=1)
-    refused(tiny_models.llava().model, "there is no layer 4", exit_layer=4)
-    refused(tiny_models.llava().model, "exit layer is not known .*profile", profile_path=None)
-    refused(tiny_models.build("qwen3_vl").model, "exit_layer must be 1 or more", exit_layer=0)
+def test_the_first_layer_of_a_model_that_adds_images_again():
+    with pytest.raises(UnsupportedError, match="exit_layer must be 1 or more"):
+        steer(tiny_models.build("qwen3_vl").model, exit_layer=0)
 
 
 def test_states_that_hold_the_image_cannot_be_hidden():
@@ -236,18 +185,9 @@ def test_states_that_hold_the_image_cannot_be_hidden():
     config = transformers.Qwen3_5Config(text_config=text, vision_config={"depth": 1, "hidden_size": 16, "out_hidden_size": 32})
     with torch.device("meta"):
         model = transformers.Qwen3_5ForConditionalGeneration(config)
-    refused(model, "layer 2 of .* no softmax attention", exit_layer=1)
+    with pytest.raises(UnsupportedError, match="layer 2 of .* no softmax attention"):
+        steer(model)
     assert recipe(SLUG, exit_layer=2).supports(sites(model)).ok
-
-
-def test_bad_parameters_and_inputs():
-    with pytest.raises(ReattendError, match="both name the layer"):
-        recipe(SLUG, exit_layer=1, profile_path="x")
-    with pytest.raises(ReattendError, match="exit_layer"):
-        recipe(SLUG, exit_layer=-1)
-    tiny = tiny_models.llava()
-    with pytest.raises(ReattendError, match="input_ids"), steer(tiny.model):
-        tiny.model(inputs_embeds=torch.randn(1, 8, 32))
 
 
 # -- profiling -----------------------------------------------------------------------------------------------------------------

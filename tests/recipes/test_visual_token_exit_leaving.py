@@ -6,7 +6,6 @@ import json
 import threading
 
 import pytest
-import reattend
 import torch
 import transformers
 from asked_images import HOW, NONE, ONE, PROMPTS, TWO, WHAT, tiny_models, turn
@@ -14,7 +13,6 @@ from golden_files import golden_file
 from reattend.hooks import Capture, Edits, Exit, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import KeyBias, ReattendError, UnsupportedError
-from reattend.recipes import recipe
 from test_visual_token_exit import SLUG, logits_of, prompts_of, steer, text_logits
 
 FAMILIES = sorted(set(tiny_models.BUILDERS) - {"gemma3", "llama4"})
@@ -132,33 +130,15 @@ def test_rows_without_padding_that_lose_different_numbers_of_tokens():
     torch.testing.assert_close(left, hidden, atol=1e-5, rtol=1e-5)
 
 
-def test_right_padding_and_the_next_turn():
+def test_images_of_the_next_turn_leave_too():
     tiny = build("llava")
-    for side in ("left", "right"):
-        inputs = tiny.inputs(PROMPTS, side=side)
-        hidden, left = both(tiny, lambda inputs=inputs: text_logits(tiny.model, inputs))
-        torch.testing.assert_close(left, hidden, atol=1e-5, rtol=1e-5)
-    whole = tiny.inputs([[1, *turn("image", *WHAT), 30, *turn("image", *HOW)]])
-    first = tiny.inputs([[1, *turn("image", *WHAT)]])
-    rest = whole["input_ids"][:, first["input_ids"].shape[1] :]
+    whole, first = tiny.inputs([[*ONE, 30, *turn("image", *HOW)]]), tiny.inputs([ONE])
+    width, begun = whole["input_ids"].shape[1], first["input_ids"].shape[1]
     later = {"attention_mask": whole["attention_mask"], "pixel_values": whole["pixel_values"][1:]}
-    with steer(tiny.model, mode="leave") as session, torch.no_grad():
-        expected = tiny.model(**whole).logits[:, -1]
+    with steer(tiny.model, mode="leave"), torch.no_grad():
         cache = cache_of(tiny.model(**first))
-        got = tiny.model(input_ids=rest, **{cache_name(tiny.model): cache}, **later).logits[:, -1]
-        assert session.applied == 3 * 2
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    assert lengths(cache) == [whole["input_ids"].shape[1]] * 2 + [whole["input_ids"].shape[1] - 32] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    tiny = build("llava")
-    inputs = tiny.inputs(PROMPTS)
-    tiny.model.to(dtype)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    hidden, left = both(tiny, lambda: text_logits(tiny.model, inputs))
-    torch.testing.assert_close(left, hidden, atol=3e-2 if dtype == torch.bfloat16 else 4e-3, rtol=0)
+        tiny.model(input_ids=whole["input_ids"][:, begun:], **{cache_name(tiny.model): cache}, **later)
+    assert lengths(cache) == [width] * 2 + [width - 32] * 2
 
 
 def test_gradients_flow_to_the_image():
@@ -254,8 +234,6 @@ def test_models_that_tokens_cannot_leave(family, reason):
 def test_caches_that_tokens_cannot_leave():
     tiny = build("llava")
     inputs = tiny.inputs([ONE])
-    with pytest.raises(ReattendError, match="StaticCache.*hiding"), steer(tiny.model, mode="leave"):
-        tiny.model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
     with steer(tiny.model, mode="leave") as session, torch.no_grad():
         cache = cache_of(tiny.model(**inputs))
         assert session.applied == 2
@@ -266,12 +244,5 @@ def test_caches_that_tokens_cannot_leave():
         cache = cache_of(tiny.model(input_ids=last))
     with pytest.raises(ReattendError, match="run the whole prompt again"), steer(tiny.model, mode="leave"):
         tiny.model(**inputs, **{cache_name(tiny.model): cache})
-    with pytest.raises(ReattendError, match="input_ids"), steer(tiny.model, mode="leave"):
-        tiny.model(inputs_embeds=torch.randn(1, 8, 32))
     with pytest.raises(ReattendError, match="at least one role"):
         Exit(sites(tiny.model), ())
-
-
-def test_as_data():
-    chosen = recipe(SLUG, exit_layer=2, mode="leave")
-    assert reattend.recipes.load_recipe(chosen.as_dict()) == chosen

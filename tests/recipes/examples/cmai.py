@@ -6,6 +6,7 @@ EXAMPLES = {
     "": Example("lvlm", {"first_layer": 1}, off={"gamma": 0}, layers=3, refused=IN_THE_SEQUENCE),
     "own layer": Example("lvlm", {"first_layer": 1, "lag": 0}, off={"gamma": 0}, layers=3, refused=IN_THE_SEQUENCE),
 }
+BAD = [({"gamma": 1}, "gamma.*less than or equal to 0.9")]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

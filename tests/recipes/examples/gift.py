@@ -9,6 +9,19 @@ EXAMPLES = {
     "": Example("lvlm", {**MERGED, **WORDS}, off={"alpha": 0}, layers=2, refused=IN_THE_SEQUENCE),
     "from a probe": Example("lvlm", {**PROBED, **WORDS}, off={"alpha": 0}, layers=3, refused=IN_THE_SEQUENCE),
 }
+BAD = [
+    ({"alpha": -1}, "alpha"),
+    ({"alpha": 21}, "alpha"),
+    ({"beta": -0.5}, "beta"),
+    ({"head_share": 0}, "head_share"),
+    ({"clip": 0}, "clip"),
+    ({"words": "nouns"}, "words"),
+    ({"saliency_layers": [1]}, "go together"),
+    ({"saliency_layers": [], "enhance_layers": [1]}, "at least one layer"),
+    ({"saliency_layers": [1], "enhance_layers": [2], "profile_path": "x"}, "one of them"),
+    ({"question": "what", "ranges": [(1, 2)]}, "not both"),
+    ({"text": "what"}, "not a parameter"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -22,6 +22,7 @@ EXAMPLES = {
         },
     )
 }
+BAD = [({"candidates": 0}, "candidates"), ({"scale": 0}, "scale"), ({"beta": 1}, "beta is not")]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

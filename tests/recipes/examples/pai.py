@@ -10,6 +10,12 @@ EXAMPLES = {
         "lvlm", {"first_layer": 1, "alpha": 0.5, "gamma": 1.0}, off={"alpha": 0}, layers=3, refused=IN_THE_SEQUENCE
     ),
 }
+BAD = [
+    ({"alpha": -0.1}, "alpha"),
+    ({"gamma": float("nan")}, "gamma"),
+    ({"cutoff": 0}, "cutoff"),
+    ({"beta": 1}, "beta is not a parameter"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

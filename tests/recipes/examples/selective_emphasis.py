@@ -3,8 +3,15 @@
 from example import IN_THE_SEQUENCE, Example
 
 EXAMPLES = {
-    "": Example("lvlm", {"first_layer": 1, "local_share": 0.5}, off={"alpha": 0, "beta": 0}, layers=3, refused=IN_THE_SEQUENCE)
+    "": Example(
+        "lvlm",
+        {"first_layer": 1, "local_share": 0.5},
+        off={"alpha": 0, "beta": 0},
+        layers=3,
+        refused={**IN_THE_SEQUENCE, "videos": "this prompt holds a video"},
+    )
 }
+BAD = [({"alpha": 3}, "alpha.*less than or equal to 2")]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -11,6 +11,13 @@ EXAMPLES = {
         refused=IN_THE_SEQUENCE,
     )
 }
+BAD = [
+    ({"move": 1.5}, "move"),
+    ({"rho": -0.1}, "rho"),
+    ({"summ": 2}, "summ"),
+    ({"tau": 0}, "tau"),
+    ({"strength": 1}, "strength"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -3,6 +3,14 @@
 from example import Example
 
 EXAMPLES = {"": Example("lvlm", off={"alpha": 1}, skips={"near": "heads are chosen by distances that lie close together"})}
+BAD = [
+    ({"alpha": -1}, "alpha"),
+    ({"alpha": 11}, "alpha"),
+    ({"layers": []}, "layers"),
+    ({"heads": []}, "heads"),
+    ({"heads": [[1, 0]], "layers": [1]}, "heads"),
+    ({"strength": 2}, "strength"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -21,6 +21,7 @@ EXAMPLES = {
         },
     ),
 }
+BAD = [({"exit_layer": 1, "profile_path": "x"}, "both name the layer"), ({"exit_layer": -1}, "exit_layer")]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

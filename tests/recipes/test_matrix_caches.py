@@ -85,24 +85,28 @@ class Counted(TorchDispatchMode):
 
 
 @torch.no_grad()
-def operations(case):
-    """Of the third decode step."""
-    inputs = case.inputs([0])
-    cache = cache_of(case.model(**inputs, use_cache=True))
-    for token in (7, 8):
-        case.model(torch.tensor([[token]]), **{cache_name(case.model): cache})
-    with Counted() as counted:
-        case.model(torch.tensor([[9]]), **{cache_name(case.model): cache})
-    return counted.total
+def operations(case, rows):
+    """Of a decode step; the second to the fourth cost the same."""
+    inputs, counts = case.inputs(rows), []
+    cache, mask = cache_of(case.model(**inputs, use_cache=True)), inputs["attention_mask"]
+    for token in (7, 8, 9, 10):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        with Counted() as counted:
+            case.model(torch.full((len(mask), 1), token), attention_mask=mask, **{cache_name(case.model): cache})
+        counts.append(counted.total)
+    assert len(set(counts[1:])) == 1, counts
+    return counts[1]
 
 
-@pytest.mark.parametrize(("name", "model", "kind"), cases("operations", llm=["Llama"]))
+@pytest.mark.parametrize(("name", "model", "kind"), cases("operations", llm=["Llama"], lvlm=["llava"]))
 def test_operations_added_to_a_decode_step(name, model, kind):
     """What follows from the prompt alone is done once, not per layer and step."""
     case = Case(name, model, kind)
     if case.example.operations is None:
         pytest.skip(f"the example of {name} promises no number of operations")
-    with case.apply([0]):
-        steered = operations(case)
     per_layer, per_step = case.example.operations
-    assert steered - operations(case) <= 4 * per_layer + per_step
+    for rows in ([0], case.models.rows) if kind == "lvlm" else ([0],):
+        with case.apply(rows):
+            steered = operations(case, rows)
+        layers = 4 if kind == "llm" else case.example.layers
+        assert steered - operations(case, rows) <= layers * per_layer + per_step

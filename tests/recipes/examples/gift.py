@@ -6,8 +6,10 @@ WORDS = {"words": "content", "alpha": 3.0}
 MERGED = {"saliency_layers": [1], "enhance_layers": [1, 3]}
 PROBED = {"saliency_layers": [0, 2], "enhance_layers": [0, 1, 3]}
 EXAMPLES = {
-    "": Example("lvlm", {**MERGED, **WORDS}, off={"alpha": 0}, layers=2, refused=IN_THE_SEQUENCE),
-    "from a probe": Example("lvlm", {**PROBED, **WORDS}, off={"alpha": 0}, layers=3, refused=IN_THE_SEQUENCE),
+    "": Example("lvlm", {**MERGED, **WORDS}, off={"alpha": 0}, layers=2, operations=(99, 0), refused=IN_THE_SEQUENCE),
+    "from a probe": Example(
+        "lvlm", {**PROBED, **WORDS}, off={"alpha": 0}, layers=3, operations=(99, 0), refused=IN_THE_SEQUENCE
+    ),
 }
 BAD = [
     ({"alpha": -1}, "alpha"),

@@ -7,7 +7,12 @@ EXAMPLES = {
         "lvlm", {"first_layer": 1, "alpha": 0.5, "gamma": 1.3}, off={"alpha": 0, "gamma": 1}, layers=4, refused=IN_THE_SEQUENCE
     ),
     "attention part": Example(
-        "lvlm", {"first_layer": 1, "alpha": 0.5, "gamma": 1.0}, off={"alpha": 0}, layers=3, refused=IN_THE_SEQUENCE
+        "lvlm",
+        {"first_layer": 1, "alpha": 0.5, "gamma": 1.0},
+        off={"alpha": 0},
+        layers=3,
+        operations=(23, 12),
+        refused=IN_THE_SEQUENCE,
     ),
 }
 BAD = [

@@ -8,6 +8,7 @@ EXAMPLES = {
         {"first_layer": 1, "local_share": 0.5},
         off={"alpha": 0, "beta": 0},
         layers=3,
+        operations=(23, 16),
         refused={**IN_THE_SEQUENCE, "videos": "this prompt holds a video"},
     )
 }

@@ -8,6 +8,7 @@ EXAMPLES = {
         {"tau": 1.5, "sink_dims": list(range(8)), "first_layer": 1, "rho": 1.0, "summ": 0.0},
         off={"move": 0},
         layers=3,
+        operations=(52, 0),
         refused=IN_THE_SEQUENCE,
     )
 }

@@ -2,7 +2,11 @@
 
 from example import Example
 
-EXAMPLES = {"": Example("lvlm", off={"alpha": 1}, skips={"near": "heads are chosen by distances that lie close together"})}
+EXAMPLES = {
+    "": Example(
+        "lvlm", off={"alpha": 1}, operations=(5, 0), skips={"near": "heads are chosen by distances that lie close together"}
+    )
+}
 BAD = [
     ({"alpha": -1}, "alpha"),
     ({"alpha": 11}, "alpha"),

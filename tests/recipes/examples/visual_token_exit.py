@@ -4,12 +4,13 @@ from example import IN_THE_SEQUENCE, Example
 
 FIXED = "tokens cannot leave a sequence whose cache is a .* with fixed, quantised or windowed layers"
 EXAMPLES = {
-    "": Example("lvlm", {"exit_layer": 1}, off={"exit_layer": 3}, layers=2, refused=IN_THE_SEQUENCE),
+    "": Example("lvlm", {"exit_layer": 1}, off={"exit_layer": 3}, layers=2, operations=(0, 23), refused=IN_THE_SEQUENCE),
     "leaving": Example(
         "lvlm",
         {"exit_layer": 1, "mode": "leave"},
         off={"exit_layer": 3},
         layers=2,
+        operations=(23, 10),
         acts=["prefill"],  # at decode nothing more leaves
         refused={
             **IN_THE_SEQUENCE,

@@ -161,14 +161,6 @@ def test_identity_without_sinks_and_with_beta_one():
     call = random_call()
     assert recipe("act", heads=[(2, 1)], threshold=0.99).calibrate({2: [1]}, call) is None
     assert recipe("act", heads=[(2, 1)], beta=1.0).calibrate({2: [1]}, call) is None
-    model = tiny()
-    ids = torch.randint(3, 64, (1, 20))
-    plain = model(ids).logits
-    session = reattend.apply(model, "act", heads="all", threshold=0.99)
-    assert torch.equal(model(ids).logits, plain)
-    assert session.applied == 0
-    with pytest.warns(reattend.ReattendWarning, match="never acted"):
-        session.remove()
 
 
 def test_rows_that_see_only_sinks_keep_their_weights():
@@ -179,22 +171,6 @@ def test_rows_that_see_only_sinks_keep_their_weights():
     edit = recipe("act", heads=[(2, 0)]).calibrate({2: [0]}, call)
     assert edit is not None and edit.source[0, 0].tolist() == [False, True, False, False, False, False]
     torch.testing.assert_close(fused(call, [edit]), weights, atol=1e-6, rtol=0)
-
-
-def test_padding_changes_nothing_for_the_real_tokens():
-    torch.manual_seed(3)
-    model = tiny()
-    long, short = torch.randint(3, 64, (1, 30)), torch.randint(3, 64, (1, 21))
-    ids = torch.cat([long, torch.nn.functional.pad(short, (9, 0))])
-    mask = (ids != 0).long()
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    for options in ({}, {"threshold_alpha": 3.0}, {"min_rows": 4}, {"official_exempt": True}):
-        with reattend.apply(model, "act", heads="all", beta=0.2, **options) as session:
-            alone = model(short).logits
-            both = model(ids, attention_mask=mask, position_ids=places).logits
-            assert session.applied > 0
-        torch.testing.assert_close(both[1:, 9:], alone, atol=1e-4, rtol=1e-4)
-    assert (model(short).logits - alone).abs().max() > 1e-3
 
 
 def test_the_alpha_rule_is_a_threshold_of_alpha_over_n():
@@ -213,7 +189,7 @@ def test_min_rows_spares_the_last_columns():
     assert every.source[..., -5:].any() and not edit.source[..., -5:].any()
 
 
-def test_sinks_stay_those_of_the_prompt_while_generating():
+def test_sinks_stay_those_of_the_prompt_while_generating(monkeypatch):
     model, ids = tiny(), torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(4))
     seen = []
     act = recipe("act", heads="all", beta=0.2)
@@ -225,21 +201,12 @@ def test_sinks_stay_those_of_the_prompt_while_generating():
             seen.append((call.clock.phase, edit.source))
         return edit
 
-    type(act).calibrate, restore = watched, original
-    try:
-        with reattend.apply(model, act) as session:
-            steered = model.generate(ids, max_new_tokens=6, do_sample=False)
-            assert session.stats["act"] and all(count == 6 for count in session.stats["act"].values())
-    finally:
-        type(act).calibrate = restore
+    monkeypatch.setattr(type(act), "calibrate", watched)
+    with reattend.apply(model, act):
+        model.generate(ids, max_new_tokens=6, do_sample=False)
     assert [phase for phase, _ in seen] == ["prefill"] + ["decode"] * 5
     for step, (_, columns) in enumerate(seen):
         assert torch.equal(columns[..., :20], seen[0][1]) and columns.shape[2] == 20 + step and not columns[..., 20:].any()
-    # the same without a cache, where every row is computed anew with the prompt's sinks
-    with reattend.apply(model, act):
-        again = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
-    assert torch.equal(steered, again)
-    assert not torch.equal(steered, model.generate(ids, max_new_tokens=6, do_sample=False))
 
 
 def test_parts_of_a_conversation_add_up():
@@ -288,12 +255,6 @@ def test_which_heads_and_what_is_refused(tmp_path):
         reattend.apply(model, "act", heads={2: [4]})
     with pytest.raises(ReattendError, match="no published list 'llama'.*llama-2-7b-chat/classification"):
         reattend.apply(model, "act", heads="llama")
-    with pytest.raises(ReattendError, match="twice"):
-        recipe("act", heads=[[2, 1], [2, 1]])
-    with pytest.raises(ReattendError, match=r"\[\[layer, head\], ...\] or"):
-        recipe("act", heads=[3, 4])
-    with pytest.raises(ReattendError, match="beta"):
-        recipe("act", heads="all", beta=1.5)
     with reattend.apply(model, "act", heads="all", threshold=0.05) as session:
         model(torch.randint(3, 64, (1, 30)))
         assert {int(name.split(".")[2]) for name in session.stats["act"]} == {2, 3}

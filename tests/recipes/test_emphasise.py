@@ -10,9 +10,9 @@ import reattend
 import torch
 import weighed
 from golden_files import golden_file
-from reattend.hooks.trackers.caches import cache_in, cache_name, cache_of
+from reattend.hooks.trackers.caches import cache_in
 from reattend.interventions import ReattendError, UnsupportedError, fused, reference
-from reattend.recipes import Profile, load_recipe, recipe, save_recipe
+from reattend.recipes import Profile
 from reattend.recipes.kit.profile import fingerprint
 from tiny_language import language_model, tokenizer
 from transformers import pipeline
@@ -147,14 +147,6 @@ def batch_and_bias(alpha, passages=PASSAGES, prompts=PROMPTS):
 
 HEADS = {0: [1, 2], 2: [0, 3], 3: [2]}
 ALL = {layer: [0, 1, 2, 3] for layer in range(4)}
-WAYS = {
-    "greedy": dict(do_sample=False),
-    "sampling": dict(do_sample=True, temperature=1.5),
-    "beams": dict(do_sample=False, num_beams=2),
-    "several": dict(do_sample=True, num_return_sequences=3),
-    "static": dict(do_sample=False, cache_implementation="static"),
-    "chunked": dict(do_sample=False, prefill_chunk_size=24),
-}
 KINDS = {
     "Llama": {},
     "Mistral": {"sliding_window": 8},
@@ -163,76 +155,30 @@ KINDS = {
 }
 
 
-def generate(model, x, way):
-    torch.manual_seed(3)
-    out = model.generate(
-        **x, max_new_tokens=8, return_dict_in_generate=True, output_logits=True, disable_compile=True, **WAYS[way]
-    )  # fmt: skip
+def generate(model, x):
+    out = model.generate(**x, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
     return out.sequences, torch.stack(out.logits)
 
 
-@pytest.mark.parametrize(
-    ("kind", "way", "heads"),
-    [
-        *[("Llama", way, HEADS) for way in WAYS],
-        *[(k, w, ALL) for k in ("Mistral", "Gemma2", "Gemma3") for w in ("greedy", "static")],
-    ],
-)
-def test_generation_equals_hooks_on_the_masks(kind, way, heads):
-    """Left padding, other passages in each row, GQA, beams and repeated rows, static and sliding caches."""
+@pytest.mark.parametrize(("kind", "heads"), [("Llama", HEADS), ("Mistral", ALL), ("Gemma2", ALL), ("Gemma3", ALL)])
+def test_generation_equals_hooks_on_the_masks(kind, heads):
+    """Left padding, other passages in each row, GQA and sliding caches."""
     alpha = 0.05
     x, bias, _ = batch_and_bias(alpha)
     model = language_model(kind, **KINDS[kind])
-    plain = generate(model, x, way)
+    plain = generate(model, x)
     with reattend.apply(model, "emphasise", text=PASSAGES, alpha=alpha, heads=heads, tokenizer=tokenizer()) as session:
-        found = generate(model, x, way)
+        found = generate(model, x)
     eager = language_model(kind, **KINDS[kind], attn_implementation="eager")
     with edited_masks(eager, bias, heads):
-        wanted = generate(eager, x, way)
+        wanted = generate(eager, x)
     assert torch.equal(found[0], wanted[0])
     torch.testing.assert_close(found[1], wanted[1], atol=2e-5, rtol=1e-4)
     assert (plain[1][0] - found[1][0]).abs().amax(dim=1).min() > 1e-3, "every row must be steered"
     # as many calls as forward passes at every steered site, none elsewhere
     counts = session.stats["emphasise"]
     assert set(counts) == {f"model.layers.{i}.self_attn" for i in heads} and set(counts.values()) == {session.forwards}
-    assert all(torch.equal(a, b) for a, b in zip(generate(model, x, way), plain))
-
-
-def test_only_the_chosen_layers_and_heads_change():
-    x, _, _ = batch_and_bias(0.01)
-    model = language_model()
-    outputs = {}
-
-    def keep(key):
-        return [
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args, i=i: outputs.setdefault((key, i), args[0].clone()))
-            for i, layer in enumerate(model.model.layers)
-        ]
-
-    for key, heads in (("plain", None), ("steered", {2: [1]})):
-        handles = keep(key)
-        if heads is None:
-            model(**x)
-        else:
-            with reattend.apply(model, "emphasise", text=PASSAGES, heads=heads, tokenizer=tokenizer()):
-                model(**x)
-        for handle in handles:
-            handle.remove()
-    for layer in (0, 1):
-        assert torch.equal(outputs["plain", layer], outputs["steered", layer])
-    real = x["attention_mask"].bool()
-    before, after = (outputs[key, 2].unflatten(2, (4, 8))[real] for key in ("plain", "steered"))
-    assert torch.equal(before[:, [0, 2, 3]], after[:, [0, 2, 3]])
-    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_factors_stay_finite(dtype):
-    x, _, _ = batch_and_bias(0.01)
-    model = language_model().to(dtype)
-    for alpha in (1e-30, 1e4):
-        with reattend.apply(model, "emphasise", text=PASSAGES, alpha=alpha, tokenizer=tokenizer()):
-            assert torch.isfinite(model(**x).logits[x["attention_mask"].bool()]).all()
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, x), plain))
 
 
 def test_sessions_with_different_passages_add_up():
@@ -252,18 +198,6 @@ def test_sessions_with_different_passages_add_up():
             torch.testing.assert_close(found[real], eager(**x).logits[real], atol=2e-5, rtol=1e-4)
 
 
-def test_a_conversation_goes_on_with_its_passages():
-    """A second turn after the cache: passages of the first turn keep their emphasis, new tokens join the prompt."""
-    chars, model = tokenizer(), language_model()
-    first, second = (chars(t, return_tensors="pt")["input_ids"] for t in ("Answer in French. The capital?", " And of Italy?"))
-    whole = torch.cat([first, second], dim=1)
-    with reattend.apply(model, "emphasise", text="Answer in French.", alpha=0.05, tokenizer=chars):
-        cache = cache_of(model(first, use_cache=True))
-        step = model(second, **{cache_name(model): cache}, use_cache=True).logits
-        together = model(whole).logits[:, first.shape[1] :]
-    torch.testing.assert_close(step, together, atol=2e-5, rtol=1e-4)
-
-
 def test_the_pipeline_brings_its_own_tokenizer():
     model, chars = language_model(), tokenizer()
     pipe = pipeline("text-generation", model=model, tokenizer=chars, device="cpu")
@@ -279,53 +213,6 @@ def test_the_pipeline_brings_its_own_tokenizer():
     assert session.applied == 4 * 6
 
 
-def test_errors_come_before_any_layer_runs_and_leave_the_pipeline_clean():
-    model = language_model()
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
-    before = pipe(PROMPTS[0], max_new_tokens=3, do_sample=False)
-    ran = []
-    handle = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
-    with reattend.apply(pipe, "emphasise", text="Berlin"), pytest.raises(ReattendError, match="'Berlin' is not in prompt 0"):
-        pipe(PROMPTS[0], max_new_tokens=3)
-    with reattend.apply(model, "emphasise", text="Paris") as session, pytest.raises(ReattendError, match="tokenizer"):
-        model(**tokenizer()(PROMPTS[:1], return_tensors="pt"))
-    handle.remove()
-    assert not ran and not session.active
-    assert pipe(PROMPTS[0], max_new_tokens=3, do_sample=False) == before
-
-
-@pytest.mark.parametrize(
-    ("parameters", "problem"),
-    [
-        (dict(), "text is required"),
-        (dict(text=[]), "names no passage"),
-        (dict(text=[[], []]), "names no passage"),
-        (dict(text=""), "not empty"),
-        (dict(text="a", ranges=[(0, 1)]), "not both"),
-        (dict(ranges=[(3, 2)]), "start < stop"),
-        (dict(text="a", alpha=0), "alpha.*greater than 0"),
-        (dict(text="a", alpha=float("nan")), "alpha"),
-        (dict(text="a", position="before"), "position"),
-        (dict(text="a", heads={}), "heads is empty"),
-        (dict(text="a", heads="best"), "heads must be"),
-        (dict(text="a", heads=[(0, 1), (0, 1)]), "twice"),
-        (dict(text="a", heads=[0], profile_path="p"), "not both"),
-        (dict(text="a", top=3), "profile_path"),
-        (dict(text="a", profile_path="nowhere.safetensors"), "no profile file"),
-        (dict(text=[["a"], ["b", "c"]], official_multi=True), "as many passages"),
-    ],
-)
-def test_bad_parameters_are_named(parameters, problem):
-    with pytest.raises(ReattendError, match=problem):
-        reattend.apply(language_model(), "emphasise", **parameters)
-
-
-@pytest.mark.parametrize(("heads", "problem"), [([4], "layers 0 to 3"), ({0: [4]}, "heads 0 to 3"), ([(9, 0)], "layer 9")])
-def test_heads_that_the_model_lacks_are_refused(heads, problem):
-    with pytest.raises(UnsupportedError, match=problem):
-        reattend.apply(language_model(), "emphasise", text="a", heads=heads)
-
-
 def test_models_that_do_not_read_their_prompt_with_a_decoder_are_refused():
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -337,7 +224,7 @@ def test_models_that_do_not_read_their_prompt_with_a_decoder_are_refused():
         reattend.apply(BartForConditionalGeneration(config), "emphasise", text="a")
 
 
-def test_the_three_forms_of_heads_agree_and_the_default_alpha_follows_them():
+def test_the_default_alpha_follows_the_heads():
     x, _, _ = batch_and_bias(0.01)
     model = language_model()
 
@@ -345,7 +232,6 @@ def test_the_three_forms_of_heads_agree_and_the_default_alpha_follows_them():
         with reattend.apply(model, "emphasise", text=PASSAGES, tokenizer=tokenizer(), **parameters):
             return model(**x).logits
 
-    assert torch.equal(logits(heads={1: [0, 1, 2, 3]}), logits(heads=[1]))
     assert torch.equal(logits(heads={1: [2], 3: [0]}), logits(heads=[(1, 2), (3, 0)], alpha=0.01))
     assert torch.equal(logits(), logits(heads=[0, 1, 2, 3], alpha=0.3))
 
@@ -375,19 +261,6 @@ def test_a_profiles_best_heads_are_steered(tmp_path):
     Profile("retrieval-heads", fingerprint(model), {"score": torch.zeros(4, 4)}).save(path)
     with pytest.raises(ReattendError, match="profile_path: no head of this profile"):
         reattend.apply(model, "emphasise", text="a", profile_path=str(path))
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        dict(text="a b", heads={1: [0, 2]}),
-        dict(text=[["a"], ["b"]], heads=[2]),
-        dict(ranges=[[(0, 2)], [(1, 3), (4, 5)]], alpha=0.5),
-    ],
-)
-def test_a_recipe_file_keeps_the_parameters(tmp_path, parameters):
-    original = recipe("emphasise", **parameters)
-    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original
 
 
 # -- a real model ----------------------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ def test_every_method_has_an_example_and_every_example_a_method():
 
 
 @pytest.mark.parametrize("slug", registry())
-def test_an_example_covers_the_kinds_of_models_that_its_method_names(slug):
+def test_an_example_covers_the_kinds_of_models_that_its_method_names_and_a_file_keeps_its_parameters(slug, tmp_path):
     kinds = {example.kind for example in modules()[slug].EXAMPLES.values()}
     assert kinds == set(recipe_class(slug).info.kinds), slug
     for example in modules()[slug].EXAMPLES.values():
-        recipe(slug, **example.given([0]))
+        made = recipe(slug, **example.given([0, 1]))
+        assert load_recipe(save_recipe(made, tmp_path / "r.yaml", overwrite=True)) == made
         recipe(slug, **example.given([0], **(example.off or {})))
 
 

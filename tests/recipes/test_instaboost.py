@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import reattend
 import torch
 from golden_files import golden_file
-from reattend.interventions import ReattendError, UnsupportedError, fused, reference
-from reattend.recipes import load_recipe, recipe, save_recipe
-from tiny_language import language_model, tokenizer
+from reattend.interventions import fused, reference
 from weighed import random_call, weights_of
-
-PROMPTS = ["Answer in French. The capital of Italy is Rome. What is the capital?", "Anna has a red house. Answer in one word."]
-PASSAGES = [["Answer in French."], ["red house", "one word"]]
 
 
 @pytest.mark.parametrize("execute", [fused, reference])
@@ -74,81 +68,3 @@ def test_prompts_without_a_passage_and_padding_are_left_alone():
     ratio = (found / plain)[0, :, -1]
     torch.testing.assert_close(ratio[:, [2, 3, 4]] / ratio[:, :1], torch.full((4, 3), 5.0))  # first real token, passage
     torch.testing.assert_close(ratio[:, 1] / ratio[:, 0], torch.ones(4))  # padding is no first token
-
-
-# -- whole models ----------------------------------------------------------------------------------------------------
-
-
-def inputs():
-    return tokenizer()(PROMPTS, return_tensors="pt", padding=True)
-
-
-@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
-def test_generation_equals_whole_passes(kind):
-    """Left padding, other passages per row, sliding windows: each step with a cache as a pass over the whole text, and ends restored."""
-    sliding = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    model, x = language_model(kind, **(sliding if kind == "Gemma3" else {})), inputs()
-    plain = model(**x).logits
-    options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=20, tokenizer=tokenizer()) as session:
-        out = model.generate(**x, **options)
-        assert session.stats["instaboost"] == {f"model.layers.{i}.self_attn": 6 for i in range(4)}
-    x = dict(x)
-    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=20, tokenizer=tokenizer()):
-        for logits in out.logits:
-            torch.testing.assert_close(model(**x, use_cache=False).logits[:, -1], logits, atol=3e-5, rtol=1e-4)
-            x["input_ids"] = out.sequences[:, : x["input_ids"].shape[1] + 1]
-            x["attention_mask"] = torch.nn.functional.pad(x["attention_mask"], (0, 1), value=1)
-    assert ((out.logits[0] - plain[:, -1]).abs().amax(dim=1) > 1e-3).all()
-    assert torch.equal(model(**inputs()).logits, plain)
-
-
-def test_only_the_named_heads_are_boosted():
-    model, x = language_model(), inputs()
-
-    def logits(**parameters):
-        with reattend.apply(model, "instaboost", text=PASSAGES, tokenizer=tokenizer(), **parameters) as session:
-            return model(**x).logits, set(session.stats["instaboost"])
-
-    one, where = logits(heads={2: [1]})
-    assert where == {"model.layers.2.self_attn"}
-    whole, where = logits(heads=[2])
-    assert where == {"model.layers.2.self_attn"}
-    same, _ = logits(heads=[(2, 0), (2, 1), (2, 2), (2, 3)])
-    assert not torch.equal(one, whole)
-    torch.testing.assert_close(whole, same, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_largest_multiplier_stays_finite(dtype):
-    model, x = language_model().to(dtype), inputs()
-    with reattend.apply(model, "instaboost", text=PASSAGES, multiplier=100, tokenizer=tokenizer()) as session:
-        assert torch.isfinite(model(**x).logits[x["attention_mask"].bool()]).all()
-        assert session.applied == 4
-
-
-def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
-    model = language_model()
-    for parameters, problem in [
-        (dict(), "text is required"),
-        (dict(text="a", multiplier=0.5), "multiplier.*greater than or equal to 1"),
-        (dict(text="a", multiplier=float("nan")), "multiplier"),
-        (dict(text="a", ranges=[(0, 1)]), "not both"),
-        (dict(text="a", heads={}), "heads is empty"),
-        (dict(text="a", strength=2), "strength is not a parameter"),
-    ]:
-        with pytest.raises(ReattendError, match=problem):
-            reattend.apply(model, "instaboost", **parameters)
-    with pytest.raises(UnsupportedError, match="layers 0 to 3"):
-        reattend.apply(model, "instaboost", text="a", heads=[4])
-    ran = []
-    handle = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
-    with (
-        reattend.apply(model, "instaboost", text="Berlin", tokenizer=tokenizer()),
-        pytest.raises(ReattendError, match="'Berlin' is not in prompt 0"),
-    ):
-        model(**inputs())
-    handle.remove()
-    assert not ran
-    original = recipe("instaboost", ranges=[[(0, 2)], [(1, 3)]], multiplier=9, heads={1: [0]})
-    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original

@@ -177,54 +177,6 @@ def test_numbers_of_segments(count):
         torch.testing.assert_close(*found, atol=2e-5, rtol=0)
 
 
-def generated(model, inputs, **options):
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8, **options)
-    return out if options.get("output_logits") else out[:, inputs["input_ids"].shape[1] :]
-
-
-def test_generation_with_a_cache_equals_generation_without():
-    model = wide()
-    texts = set()
-    for order in ((0, 1, 2), (1, 2, 0)):
-        inputs, ranges = prompt(order)
-        with reattend.apply(model, "pine", ranges=ranges) as session:
-            runs = [generated(model, inputs, **o) for o in ({}, {"use_cache": False}, {"cache_implementation": "static"})]
-            beams = generated(model, inputs, num_beams=3)
-        assert all(torch.equal(run, runs[0]) for run in runs)
-        texts.add((tuple(runs[0][0].tolist()), tuple(beams[0].tolist())))
-        assert session.stats["pine"]["model.layers.3.self_attn"] == 32
-    assert len(texts) == 1, "one text in both orders"
-
-
-@pytest.mark.filterwarnings("ignore:recipe 'pine' never acted")
-def test_batch_with_other_segments_in_every_row_and_padding():
-    """Each row answers as it does alone; a row without segments is left to the model."""
-    model = wide()
-    prompts = [
-        prompt((0, 1, 2)),
-        prompt((3, 1), before="Paul: "),
-        prompt((1,), after="the garden? "),
-        prompt((2, 0, 1), after="Paul? "),
-    ]
-    longest = max(x["input_ids"].shape[1] for x, _ in prompts)
-    pads = [longest - x["input_ids"].shape[1] for x, _ in prompts]
-    ids = torch.cat([torch.nn.functional.pad(x["input_ids"], (n, 0)) for (x, _), n in zip(prompts, pads, strict=True)])
-    mask = torch.stack([(torch.arange(longest) >= n).long() for n in pads])
-    with reattend.apply(model, "pine", ranges=[ranges for _, ranges in prompts]):
-        together = generated(
-            model, {"input_ids": ids, "attention_mask": mask}, output_logits=True, return_dict_in_generate=True
-        )
-    alone = []
-    for inputs, ranges in prompts:
-        with reattend.apply(model, "pine", ranges=ranges) as session:
-            alone.append(generated(model, inputs, output_logits=True, return_dict_in_generate=True))
-        if len(ranges) == 1:
-            assert session.applied == 0
-    for row, single in enumerate(alone):
-        for ours, wanted in zip(together.logits, single.logits, strict=True):
-            torch.testing.assert_close(ours[row], wanted[0], atol=5e-5, rtol=0)
-
-
 @pytest.mark.slow
 def test_six_orders_of_smollm2_give_one_text():
     from reattend.comparison.loading import packaged_smollm2
@@ -336,20 +288,6 @@ def test_prompts_that_cannot_be_divided(text, segments, message):
     inputs = WORDS(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=False)
     with reattend.apply(model, "pine", segments=segments, tokenizer=WORDS), pytest.raises(ReattendError, match=message):
         model(**inputs)
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({}, "not both"),
-        ({"segments": ["a"], "ranges": [(1, 2)]}, "not both"),
-        ({"segments": []}, "names no segment"),
-        ({"ranges": [(1, 3)], "order": "random"}, "order"),
-    ],
-)
-def test_bad_parameters(given, message):
-    with pytest.raises(ReattendError, match=message):
-        recipe("pine", **given)
 
 
 @pytest.mark.filterwarnings("ignore:recipe 'pine' never acted")

@@ -232,25 +232,6 @@ def test_masking_leaves_the_prefill_alone_and_acts_at_every_step():
     torch.testing.assert_close(earlier.logits[0], step, atol=1e-4, rtol=1e-4)
 
 
-def test_chunked_prefill_is_the_whole_prefill():
-    model, ids = tiny(), torch.randint(3, 64, (1, 20))
-    for mode in ("sharpen", "sink_down", "gain"):
-        with reattend.apply(model, "retrieval-heads", mode=mode, heads={0: [0, 1], 1: [3]}) as session:
-            whole = model(ids).logits
-            cache = cache_of(model(ids[:, :13], use_cache=True))
-            rest = model(ids[:, 13:], **{cache_name(model): cache}).logits
-            assert session.applied == 6
-        torch.testing.assert_close(rest, whole[:, 13:], atol=1e-4, rtol=1e-4)
-
-
-def test_the_last_row_of_a_prompt_in_pieces_is_not_guessed():
-    model, ids = tiny(), torch.randint(3, 64, (1, 12))
-    with reattend.apply(model, "retrieval-heads", mode="mask", where="last_row", heads=[(0, 0)]):
-        cache = cache_of(model(ids[:, :7], use_cache=True))
-        with pytest.raises(ReattendError, match="retrieval-heads acts at the last token.*comes in pieces"):
-            model(ids[:, 7:], **{cache_name(model): cache})
-
-
 def make_profile(model, tmp_path, scores):
     profile = Profile("retrieval-heads", fingerprint(model), {"score": scores, "count": torch.full_like(scores, 9)})
     return str(profile.save(tmp_path / "profile.safetensors"))
@@ -347,20 +328,6 @@ def test_random_controls_avoid_the_best_heads():
     assert len(set(random_control(ranking, 30, 0))) == 30 and random_control(ranking, 30, 0) != random_control(ranking, 30, 1)
     with pytest.raises(ReattendError, match="random control"):
         random_control(ranking[:12], 8, 0)
-
-
-def test_what_is_refused(tmp_path):
-    model = tiny()
-    with pytest.raises(UnsupportedError, match="profile_path"):
-        reattend.apply(model, "retrieval-heads")
-    with pytest.raises(UnsupportedError, match="head 9"):
-        reattend.apply(model, "retrieval-heads", heads=[(0, 9)])
-    with pytest.raises(ReattendError, match="at most 1"):
-        recipe("retrieval-heads", mode="mask", strength=2.0, heads=[(0, 1)])
-    with pytest.raises(ReattendError, match="not both"):
-        recipe("retrieval-heads", heads=[(0, 1)], profile_path="x")
-    with pytest.raises(ReattendError, match="mode"):
-        recipe("retrieval-heads", mode="louder", heads=[(0, 1)])
 
 
 # -- profiling ---------------------------------------------------------------------------------------------------------

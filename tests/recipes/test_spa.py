@@ -9,7 +9,7 @@ from golden_files import golden_file
 from reattend.hooks import Fusion
 from reattend.interventions import Clock, ReattendError, TokenMap, UnsupportedError
 from reattend.interventions.families.logits import anchored
-from reattend.recipes import load_recipe, recipe, save_recipe
+from reattend.recipes import recipe
 from tiny_language import language_model, tokenizer
 from torch.nn.functional import pad
 
@@ -133,18 +133,6 @@ def test_the_official_mask_shows_the_placeholder_again():
             model(**x, use_cache=False)
 
 
-def test_one_changes_no_bit_and_neither_does_a_prompt_without_passage():
-    model, x = language_model(), inputs()
-    plain = model(**x).logits
-    with reattend.apply(model, "spa", text=PASSAGES, strength=1, tokenizer=tokenizer()):
-        assert torch.equal(model(**x).logits, plain)
-    with reattend.apply(model, "spa", ranges=[[(0, 3)], []], strength=5) as session:
-        steered = model(**x).logits
-        assert session.applied == 1
-    assert torch.equal(steered[1], plain[1]) and torch.equal(steered[:, :-1], plain[:, :-1])
-    assert not torch.equal(steered[0, -1], plain[0, -1])
-
-
 def test_more_strength_makes_what_the_passage_says_likelier():
     """A token that the passage makes likelier becomes likelier still; without the passage's share it falls back."""
     model, x = language_model(), inputs(PROMPTS[:1])
@@ -156,15 +144,6 @@ def test_more_strength_makes_what_the_passage_says_likelier():
     without, full, more = (logprobs(s) for s in (0.0, 1.0, 2.0))
     word = (full - without).argmax()
     assert more[word] > full[word] > without[word]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_extreme_strengths_stay_finite_in_half_precision(dtype):
-    model, x = language_model().to(dtype), inputs()
-    for strength in (-50, 50):
-        with reattend.apply(model, "spa", text=PASSAGES, strength=strength, tokenizer=tokenizer()):
-            logits = model(**x).logits[:, -1]
-            assert logits.dtype == dtype and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("other", [("instaboost", {"multiplier": 20}), ("spotlight", {"target": 0.6})], ids=lambda o: o[0])
@@ -221,34 +200,12 @@ def test_the_highlight_suite_drives_it():
     assert [r["logprobs"] for r in plain] != [r["logprobs"] for r in steered]
 
 
-def test_bad_input_is_refused_before_any_layer_runs(tmp_path):
+def test_what_does_not_fit_the_model_or_the_prompt_is_refused():
     model = language_model()
-    for parameters, problem in [
-        (dict(), "text is required"),
-        (dict(text="a", strength=float("inf")), "strength"),
-        (dict(text="a", ranges=[(0, 1)]), "not both"),
-        (dict(text="a", hide=False), "hide=False needs a placeholder"),
-        (dict(text="a", placeholder=[]), "at least one token id"),
-        (dict(text="a", official_mask=True), "official_mask needs"),
-        (dict(text="a", alpha=2), "alpha is not a parameter"),
-    ]:
-        with pytest.raises(ReattendError, match=problem):
-            reattend.apply(model, "spa", **parameters)
     with pytest.raises(UnsupportedError, match="placeholder names token 400.*0 to 399"):
         reattend.apply(model, "spa", text="a", placeholder=[3, 400])
     with pytest.raises(UnsupportedError, match="language head"):
         reattend.apply(model.model, "spa", text="a")
-    ran = []
-    handle = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
-    berlin = reattend.apply(model, "spa", text="Berlin", tokenizer=tokenizer())
-    with berlin, pytest.raises(ReattendError, match="'Berlin' is not in prompt 0"):
+    whole = reattend.apply(model, "spa", ranges=[(0, len(tokens_of(1, [])[0]))])
+    with whole, pytest.raises(ReattendError, match="all of prompt 1"):
         model(**inputs())
-    with (
-        reattend.apply(model, "spa", ranges=[(0, len(tokens_of(1, [])[0]))]),
-        pytest.raises(ReattendError, match="all of prompt 1"),
-    ):
-        model(**inputs())
-    handle.remove()
-    assert not ran
-    original = recipe("spa", ranges=[[(0, 2)], [(1, 3)]], strength=9, placeholder=[4, 5])
-    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original

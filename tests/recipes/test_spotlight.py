@@ -7,8 +7,7 @@ import math
 import pytest
 import reattend
 import torch
-from reattend.interventions import ReattendError, UnsupportedError, fused, reference
-from reattend.recipes import load_recipe, recipe, save_recipe
+from reattend.interventions import fused, reference
 from tiny_language import language_model, tokenizer
 from weighed import random_call, weights_of
 
@@ -98,30 +97,6 @@ def test_the_factor_is_bounded():
 # -- whole models ----------------------------------------------------------------------------------------------------
 
 
-def inputs():
-    return tokenizer()(PROMPTS, return_tensors="pt", padding=True)
-
-
-@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
-def test_generation_equals_whole_passes(kind):
-    """Left padding, other passages per row, sliding windows: each step with a cache as a pass over the whole text, and ends restored."""
-    sliding = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    model, x = language_model(kind, **(sliding if kind == "Gemma3" else {})), inputs()
-    plain = model(**x).logits
-    options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    with reattend.apply(model, "spotlight", text=PASSAGES, target=0.6, tokenizer=tokenizer()) as session:
-        out = model.generate(**x, **options)
-        assert session.stats["spotlight"] == {f"model.layers.{i}.self_attn": 6 for i in range(4)}
-    x = dict(x)
-    with reattend.apply(model, "spotlight", text=PASSAGES, target=0.6, tokenizer=tokenizer()):
-        for logits in out.logits:
-            torch.testing.assert_close(model(**x, use_cache=False).logits[:, -1], logits, atol=3e-5, rtol=1e-4)
-            x["input_ids"] = out.sequences[:, : x["input_ids"].shape[1] + 1]
-            x["attention_mask"] = torch.nn.functional.pad(x["attention_mask"], (0, 1), value=1)
-    assert ((out.logits[0] - plain[:, -1]).abs().amax(dim=1) > 1e-3).all()
-    assert torch.equal(model(**inputs()).logits, plain)
-
-
 def test_shares_of_a_model_land_on_the_exact_target_also_after_another_recipe():
     model = language_model(attn_implementation="eager")
     x = tokenizer()(PROMPTS[:1], return_tensors="pt", return_offsets_mapping=True)
@@ -144,44 +119,3 @@ def test_shares_of_a_model_land_on_the_exact_target_also_after_another_recipe():
     # shares are measured after the recipes that come before
     torch.testing.assert_close(both[0], boosted[0].clamp_min(0.4), atol=1e-4, rtol=0)
     assert ((boosted[0] > 0.4) & (before[0] < 0.4)).any() or ((boosted[0] > before[0] + 0.01) & (boosted[0] > 0.4)).any()
-
-
-def test_heads_and_a_target_of_zero():
-    model, x = language_model(), inputs()
-    plain = model(**x).logits
-
-    def logits(*choices):
-        with reattend.apply(model, *choices, tokenizer=tokenizer()) as session:
-            return model(**x).logits, session.stats
-
-    lift = {"text": PASSAGES, "target": 0.3, "exact": True}
-    zero, stats = logits(("spotlight", {**lift, "target": 0}))
-    assert torch.equal(zero, plain) and stats == {}
-    some, stats = logits(("spotlight", {**lift, "heads": {1: [0, 3]}}))
-    assert set(stats["spotlight"]) == {"model.layers.1.self_attn"} and not torch.equal(some, plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_highest_target_stays_finite(dtype):
-    model, x = language_model().to(dtype), inputs()
-    with reattend.apply(model, "spotlight", text=PASSAGES, target=0.9, exact=True, tokenizer=tokenizer()) as session:
-        assert torch.isfinite(model(**x).logits[x["attention_mask"].bool()]).all()
-        assert session.applied == 4
-
-
-def test_bad_input_is_refused(tmp_path):
-    model = language_model()
-    for parameters, problem in [
-        (dict(), "text is required"),
-        (dict(text="a", target=1), "target.*less than or equal to 0.9"),
-        (dict(text="a", target=float("nan")), "target"),
-        (dict(text="a", largest_factor=0.5), "largest_factor"),
-        (dict(text=[[], []]), "names no passage"),
-        (dict(text="a", target=0.2, min_share=0.2), "min_share must be below target"),
-    ]:
-        with pytest.raises(ReattendError, match=problem):
-            reattend.apply(model, "spotlight", **parameters)
-    with pytest.raises(UnsupportedError, match="heads 0 to 3"):
-        reattend.apply(model, "spotlight", text="a", heads={0: [4]})
-    original = recipe("spotlight", text=[["a"], ["b"]], target=0.3, exact=True)
-    assert load_recipe(save_recipe(original, tmp_path / "r.yaml")) == original

@@ -2,14 +2,19 @@
 
 from example import Example
 
+GIVEN = {"heads": [[layer, head] for layer in (0, 2) for head in range(4)], "threshold": 0.05, "beta": 0.1}
+FACTS = {"off": {"beta": 1.0}, "layers": 2, "refused": {"in pieces": "prefill_chunk_size=None"}}
 EXAMPLES = {
-    "": Example(
-        "llm",
-        {"heads": [[layer, head] for layer in (0, 2) for head in range(4)], "threshold": 0.05, "beta": 0.1},
-        off={"beta": 1.0},
-        layers=2,
-    )
+    "": Example("llm", GIVEN, **FACTS),
+    "threshold by length": Example("llm", {**GIVEN, "threshold_alpha": 1.5}, **FACTS),
+    "columns of four rows": Example("llm", {**GIVEN, "min_rows": 4}, **FACTS),
+    "official": Example("llm", {**GIVEN, "official_exempt": True}, **FACTS),
 }
+BAD = [
+    ({"heads": [[2, 1], [2, 1]]}, "twice"),
+    ({"heads": [3, 4]}, r"\[\[layer, head\], ...\] or"),
+    ({"heads": "all", "beta": 1.5}, "beta"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

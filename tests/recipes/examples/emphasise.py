@@ -2,9 +2,12 @@
 
 from example import HEADS, NOT_CAUSAL, PASSAGES, WORDS_BESIDE_IMAGES, Example
 
+SKIPS = {"bits": "a bias on any row of a batch puts all of them through another kernel"}
 EXAMPLES = {
-    "": Example("llm", {"alpha": 0.05, "heads": HEADS}, {"text": PASSAGES}, off={"alpha": 1.0}, operations=(12, 8)),
-    "all heads": Example("llm", {"alpha": 0.05}, {"text": PASSAGES}, off={"alpha": 1.0}, operations=(2, 8)),
+    "": Example(
+        "llm", {"alpha": 0.05, "heads": HEADS}, {"text": PASSAGES}, off={"alpha": 1.0}, operations=(12, 8), skips=SKIPS
+    ),
+    "all heads": Example("llm", {"alpha": 0.05}, {"text": PASSAGES}, off={"alpha": 1.0}, operations=(2, 8), skips=SKIPS),
     "images": Example(
         "lvlm",
         {"alpha": 0.05, "occurrence": -1},
@@ -14,6 +17,18 @@ EXAMPLES = {
         refused=NOT_CAUSAL,
     ),
 }
+EXTREME = [{"alpha": 1e-30}, {"alpha": 1e4}]
+BAD = [
+    ({"text": "a", "alpha": 0}, "alpha.*greater than 0"),
+    ({"text": "a", "alpha": float("nan")}, "alpha"),
+    ({"text": "a", "position": "before"}, "position"),
+    ({"text": "a", "heads": {}}, "heads is empty"),
+    ({"text": "a", "heads": "best"}, "heads must be"),
+    ({"text": "a", "heads": [(0, 1), (0, 1)]}, "twice"),
+    ({"text": "a", "heads": [0], "profile_path": "p"}, "not both"),
+    ({"text": "a", "top": 3}, "profile_path"),
+    ({"text": [["a"], ["b", "c"]], "official_multi": True}, "as many passages"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -2,8 +2,9 @@
 
 from example import NOT_CAUSAL, PASSAGES, WORDS_BESIDE_IMAGES, Example
 
+SKIPS = {"bits": "a bias on any row of a batch puts all of them through another kernel"}
 EXAMPLES = {
-    "": Example("llm", {"multiplier": 20}, {"text": PASSAGES}, off={"multiplier": 1}, operations=(2, 8)),
+    "": Example("llm", {"multiplier": 20}, {"text": PASSAGES}, off={"multiplier": 1}, operations=(2, 8), skips=SKIPS),
     "images": Example(
         "lvlm",
         {"multiplier": 20, "occurrence": -1},
@@ -13,6 +14,13 @@ EXAMPLES = {
         refused=NOT_CAUSAL,
     ),
 }
+EXTREME = [{"multiplier": 100}]
+BAD = [
+    ({"text": "a", "multiplier": 0.5}, "multiplier.*greater than or equal to 1"),
+    ({"text": "a", "multiplier": float("nan")}, "multiplier"),
+    ({"text": "a", "heads": {}}, "heads is empty"),
+    ({"text": "a", "strength": 2}, "strength is not a parameter"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

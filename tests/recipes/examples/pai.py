@@ -4,7 +4,11 @@ from example import IN_THE_SEQUENCE, Example
 
 EXAMPLES = {
     "": Example(
-        "lvlm", {"first_layer": 1, "alpha": 0.5, "gamma": 1.3}, off={"alpha": 0, "gamma": 1}, layers=4, refused=IN_THE_SEQUENCE
+        "lvlm",
+        {"first_layer": 1, "alpha": 0.5, "gamma": 1.3},
+        off={"alpha": 0, "gamma": 1},
+        layers=4,
+        refused={**IN_THE_SEQUENCE, "in pieces": "prefill_chunk_size=None"},
     ),
     "attention part": Example(
         "lvlm",

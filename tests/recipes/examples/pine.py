@@ -8,9 +8,21 @@ EXAMPLES = {
         "llm",
         rows={"segments": SEGMENTS},
         skips={"near": "segments are ranked by weights that lie close together"},
-        refused={"Mistral": WINDOW, "Mistral, filling": WINDOW, "Gemma3": WINDOW},
+        refused={
+            "in pieces": "must be in one forward pass, .* without prefill_chunk_size",
+            "holes inside them": "attention_mask hides token 4 of prompt 0, which stands inside",
+            "Mistral": WINDOW,
+            "Mistral, filling": WINDOW,
+            "Gemma3": WINDOW,
+        },
     )
 }
+BAD = [
+    ({}, "not both"),
+    ({"segments": ["a"], "ranges": [(1, 2)]}, "not both"),
+    ({"segments": []}, "names no segment"),
+    ({"ranges": [(1, 3)], "order": "random"}, "order"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

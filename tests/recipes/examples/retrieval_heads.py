@@ -6,11 +6,21 @@ OFF = {"strength": 0}
 EXAMPLES = {
     "sharpen": Example("llm", {"heads": HEADS, "strength": 1.0}, off=OFF),
     "mask": Example("llm", {"mode": "mask", "heads": HEADS}, off=OFF, acts=["decode"]),
-    "mask from the last row on": Example("llm", {"mode": "mask", "heads": HEADS, "where": "last_row"}, off=OFF),
+    "mask from the last row on": Example(
+        "llm",
+        {"mode": "mask", "heads": HEADS, "where": "last_row"},
+        off=OFF,
+        refused={"in pieces": "retrieval-heads acts at the last token.*comes in pieces"},
+    ),
     "zero": Example("llm", {"mode": "zero", "heads": HEADS}, off=OFF, acts=["decode"]),
     "sink_down": Example("llm", {"mode": "sink_down", "heads": HEADS, "strength": 1.0}, off=OFF),
     "gain": Example("llm", {"mode": "gain", "heads": HEADS, "strength": 1.0}, off=OFF),
 }
+BAD = [
+    ({"mode": "mask", "strength": 2.0, "heads": [(0, 1)]}, "at most 1"),
+    ({"heads": [(0, 1)], "profile_path": "x"}, "not both"),
+    ({"mode": "louder", "heads": [(0, 1)]}, "mode"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -33,6 +33,14 @@ EXAMPLES = {
         profile=profile,
     ),
 }
+BAD = [
+    ({"text": "a", "gain": float("nan")}, "gain"),
+    ({"text": "a", "top_pct": 0}, "top_pct"),
+    ({"text": "a", "layers": "most"}, "layers must be"),
+    ({"text": "a", "layers": [1, 1]}, "layers must be"),
+    ({"text": "a", "feature": "squared-exponential"}, "feature"),
+    ({"text": "a", "feature": "tanh", "adaptive": True}, "does not go with adaptive"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

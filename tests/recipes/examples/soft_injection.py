@@ -12,7 +12,12 @@ def profile(model, tokenizer):
     return Profile("soft-injection", fingerprint(model), tensors, {"tasks": ["made up"]})
 
 
-EXAMPLES = {"": Example("llm", off={"scale": 0}, acts=["prefill"], profile=profile, operations=(0, 0))}
+EXAMPLES = {
+    "": Example(
+        "llm", off={"scale": 0}, acts=["prefill"], refused={"in pieces": "comes in pieces"}, profile=profile, operations=(0, 0)
+    )
+}
+BAD = [({"scale": 1.5}, "scale"), ({"top_k": 0}, "top_k")]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

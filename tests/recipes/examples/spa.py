@@ -2,8 +2,9 @@
 
 from example import NOT_CAUSAL, PASSAGES, WORDS_BESIDE_IMAGES, Example
 
+PIECES = {"in pieces": "prefill_chunk_size=None"}
 EXAMPLES = {
-    "": Example("llm", {"strength": 3.0}, {"text": PASSAGES}, off={"strength": 1}, layers=1),
+    "": Example("llm", {"strength": 3.0}, {"text": PASSAGES}, off={"strength": 1}, layers=1, refused=PIECES),
     "images": Example(
         "lvlm",
         {"strength": 3.0, "occurrence": -1},
@@ -11,9 +12,17 @@ EXAMPLES = {
         off={"strength": 1},
         layers=1,
         text_too=True,
-        refused=NOT_CAUSAL,
+        refused={**NOT_CAUSAL, **PIECES},
     ),
 }
+EXTREME = [{"strength": -50}, {"strength": 50}]
+BAD = [
+    ({"text": "a", "strength": float("inf")}, "strength"),
+    ({"text": "a", "hide": False}, "hide=False needs a placeholder"),
+    ({"text": "a", "placeholder": []}, "at least one token id"),
+    ({"text": "a", "official_mask": True}, "official_mask needs"),
+    ({"text": "a", "alpha": 2}, "alpha is not a parameter"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

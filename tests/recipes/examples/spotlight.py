@@ -14,6 +14,13 @@ EXAMPLES = {
         refused=NOT_CAUSAL,
     ),
 }
+EXTREME = [{"target": 0.9, "exact": True}]
+BAD = [
+    ({"text": "a", "target": 1}, "target.*less than or equal to 0.9"),
+    ({"text": "a", "target": float("nan")}, "target"),
+    ({"text": "a", "largest_factor": 0.5}, "largest_factor"),
+    ({"text": "a", "target": 0.2, "min_share": 0.2}, "min_share must be below target"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -2,10 +2,23 @@
 
 from example import Example
 
+SKIPS = {"holes": "its window counts columns, hidden ones too"}
 EXAMPLES = {
-    "": Example("llm", {"sinks": 2, "window": 5}, off={"window": 200}),
-    "last rows": Example("llm", {"sinks": 2, "window": 8, "last_rows": 4, "start_layer": 1}, off={"window": 200}, layers=3),
+    "": Example("llm", {"sinks": 2, "window": 5}, off={"window": 200}, skips=SKIPS),
+    "last rows": Example(
+        "llm",
+        {"sinks": 2, "window": 8, "last_rows": 4, "start_layer": 1},
+        off={"window": 200},
+        layers=3,
+        skips=SKIPS,
+        refused={"in pieces": "comes in pieces"},
+    ),
 }
+BAD = [
+    ({"window": 0}, "window: .*greater than or equal to 1"),
+    ({"sinks": -1}, "sinks: .*got -1"),
+    ({"x": 1}, "x is not a parameter of 'streaming'; its parameters are: sinks, window"),
+]
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 

@@ -4,7 +4,11 @@ from example import Example
 
 EXAMPLES = {
     "": Example(
-        "lvlm", off={"alpha": 1}, operations=(5, 0), skips={"near": "heads are chosen by distances that lie close together"}
+        "lvlm",
+        refused={"in pieces": "prefill_chunk_size=None"},
+        off={"alpha": 1},
+        operations=(5, 0),
+        skips={"near": "heads are chosen by distances that lie close together"}
     )
 }
 BAD = [

@@ -41,7 +41,8 @@ def test_never_other_numbers_without_a_word(name, model, kind):
     for row in (0, 1):
         with case.apply([row]):
             whole = case.generate([row])[1]
-        for size in (7, 12):
+        length = case.inputs([row])["input_ids"].shape[1]
+        for size in (size for size in (7, 12) if size < length):
             with case.apply([row]):
                 found = in_pieces(case, lambda: case.generate([row], prefill_chunk_size=size)[1])  # noqa: B023
             if found is not None:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import reattend
 import torch
+from example import modules
 from reattend.interventions import ReattendWarning
 from tiny_language import language_model
 
 N = 18
-WHOLE, PART = [(0, N)], [(3, 6)]
 HEADS = [[0, 1], [1, 0], [2, 2]]
-# settings at which a prompt's rows can tell no two of its columns apart, or at which there is nothing to act on
-NOTHING = {
-    "spotlight on the whole prompt": ("spotlight", dict(ranges=WHOLE)),
-    "spotlight on the whole prompt, exactly": ("spotlight", dict(ranges=WHOLE, target=0.6, exact=True)),
-    "instaboost of the whole prompt": ("instaboost", dict(ranges=WHOLE, multiplier=20)),
-    "instaboost of all but the first token": ("instaboost", dict(ranges=[(1, N)], multiplier=20)),
-    "emphasise all of it, excluding nothing": ("emphasise", dict(ranges=WHOLE, alpha=0.05)),
-    "emphasise all of it, including all": ("emphasise", dict(ranges=WHOLE, alpha=20, position="include")),
-    "emphasise against what is generated": ("emphasise", dict(position="generation", alpha=0.1)),
-    "act without a sink": ("act", dict(heads=HEADS, threshold=0.99)),
-    "pine with one segment": ("pine", dict(ranges=PART)),
-    "streaming of a short prompt": ("streaming", dict(sinks=2, window=64)),
-}
+NOTHING = [(slug, *item) for slug, module in modules().items() for item in getattr(module, "NOTHING", ())]
 
 
 def prompt(batch: int = 1) -> torch.Tensor:
@@ -31,44 +21,37 @@ def prompt(batch: int = 1) -> torch.Tensor:
     return torch.randint(3, 400, (batch, N))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", NOTHING)
-def test_what_changes_nothing_is_not_counted_and_is_told(case, implementation):
-    model, (name, options) = language_model(), NOTHING[case]
+@pytest.mark.parametrize(("slug", "options", "steps"), NOTHING)
+def test_what_changes_nothing_is_not_counted_and_is_told(slug, options, steps, implementation):
+    """`NOTHING` of a method's example file: (parameters that change nothing of a prompt of 18 tokens, whether they change steps after it)."""
+    model = language_model()
     model.set_attn_implementation(implementation)
-    with torch.no_grad():
-        plain = model(input_ids=prompt()).logits
-        session = reattend.apply(model, name, **options)
-        steered = model(input_ids=prompt()).logits
+    plain = model(input_ids=prompt()).logits
+    session = reattend.apply(model, slug, **options)
+    steered = model(input_ids=prompt()).logits
     assert session.applied == 0
     assert torch.equal(steered, plain)
     with pytest.warns(ReattendWarning, match="never acted in 1 forward passes"):
         session.remove()
+    session = reattend.apply(model, slug, **options)
+    model.generate(prompt(), attention_mask=torch.ones(1, N, dtype=torch.long), max_new_tokens=4, do_sample=False)
+    assert set(session.stats.get(slug, {}).values()) == ({3} if steps else set())
+    with contextlib.nullcontext() if steps else pytest.warns(ReattendWarning, match="never acted"):
+        session.remove()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
-    "name, options",
-    [("spotlight", {}), ("instaboost", dict(multiplier=20)), ("emphasise", dict(position="generation", alpha=0.1))],
+    ("slug", "options"), [(slug, options) for slug, options, _ in NOTHING if options.get("ranges") == [(0, N)]]
 )
-def test_against_what_is_generated_the_whole_prompt_counts(name, options):
+def test_one_row_that_can_be_changed_is_enough(slug, options):
     model = language_model()
-    more = {} if "position" in options else {"ranges": WHOLE}
-    with torch.no_grad(), reattend.apply(model, name, **options, **more) as session:
-        model.generate(prompt(), attention_mask=torch.ones(1, N, dtype=torch.long), max_new_tokens=4, do_sample=False)
-    # the prompt's pass changes nothing, the three steps after it do
-    assert set(session.stats[name].values()) == {3}
-
-
-@pytest.mark.parametrize(
-    "name, options", [("spotlight", {}), ("instaboost", dict(multiplier=20)), ("emphasise", dict(alpha=0.05))]
-)
-def test_one_row_that_can_be_changed_is_enough(name, options):
-    model = language_model()
-    with torch.no_grad():
-        plain = model(input_ids=prompt(2)).logits
-        with reattend.apply(model, name, ranges=[WHOLE, PART], **options) as session:
-            steered = model(input_ids=prompt(2)).logits
-    assert set(session.stats[name].values()) == {1}
+    plain = model(input_ids=prompt(2)).logits
+    with reattend.apply(model, slug, **{**options, "ranges": [[(0, N)], [(3, 6)]]}) as session:
+        steered = model(input_ids=prompt(2)).logits
+    assert set(session.stats[slug].values()) == {1}
     torch.testing.assert_close(steered[0], plain[0], atol=1e-5, rtol=1e-5)
     assert (steered[1] - plain[1]).abs().max() > 1e-3
 

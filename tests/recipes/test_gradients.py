@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import reattend
 import tiny_models
 import torch
 from asked_images import ONE
 from asked_images import tokenizer as image_tokenizer
-from tiny_language import language_model
+from matrix_models import Case, cases
 
 # Norms and angles of the models are float32 also in float64 models: smaller steps show their rounding.
 STEP = 2e-5
-HEADS = [[0, 1], [1, 0], [1, 3], [2, 2], [3, 1]]
-RECIPES = {
-    "act": dict(heads=[[layer, head] for layer in (0, 2) for head in range(4)], threshold=0.03, beta=0.1),
-    "emphasise": dict(ranges=[(3, 6)], alpha=0.05, heads=HEADS),
-    "instaboost": dict(ranges=[(3, 6)], multiplier=20),
-    "spotlight": dict(ranges=[(3, 6)], target=0.6),
-    "pine": dict(ranges=[(3, 6), (6, 9), (9, 11)]),
-    "streaming": dict(sinks=2, window=4),
-    **{mode: dict(mode=mode, heads=HEADS, where="all") for mode in ("mask", "zero", "sharpen", "gain", "sink_down")},
-}
 
 
 def slopes(model, inputs, attach) -> tuple[float, float]:
@@ -47,17 +39,17 @@ def slopes(model, inputs, attach) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", RECIPES)
-def test_language_recipes(name, implementation):
-    model = language_model().double()
-    for layer in model.model.layers:  # differences want slopes that do not turn at once
+@pytest.mark.parametrize(("name", "model", "kind"), cases("gradients", llm=["Llama"]))
+def test_language_methods(name, model, kind, implementation):
+    case = Case(name, model, kind)
+    if "prefill" not in case.example.acts:
+        return
+    case.model = copy.deepcopy(case.model).double()
+    for layer in case.model.model.layers:  # differences want slopes that do not turn at once
         layer.self_attn.q_proj.weight.data /= 30
-    model.set_attn_implementation(implementation)
-    torch.manual_seed(0)
-    inputs = {"input_ids": torch.randint(3, 400, (2, 18))}
-    slug = "retrieval-heads" if "mode" in RECIPES[name] else name
+    case.model.set_attn_implementation(implementation)
     for more in ({}, {"output_attentions": True}) if implementation == "eager" else ({},):
-        got, wanted = slopes(model, inputs | more, lambda: reattend.apply(model, slug, **RECIPES[name]))
+        got, wanted = slopes(case.model, case.inputs([0]) | more, lambda: case.apply([0]))
         assert got == pytest.approx(wanted, rel=5e-3, abs=0.05)
 
 

@@ -10,6 +10,7 @@ EXAMPLES = {
     "columns of four rows": Example("llm", {**GIVEN, "min_rows": 4}, **FACTS),
     "official": Example("llm", {**GIVEN, "official_exempt": True}, **FACTS),
 }
+NOTHING = [({"heads": [[0, 1], [1, 0], [2, 2]], "threshold": 0.99}, False)]
 BAD = [
     ({"heads": [[2, 1], [2, 1]]}, "twice"),
     ({"heads": [3, 4]}, r"\[\[layer, head\], ...\] or"),

@@ -18,6 +18,11 @@ EXAMPLES = {
     ),
 }
 EXTREME = [{"alpha": 1e-30}, {"alpha": 1e4}]
+NOTHING = [
+    ({"ranges": [(0, 18)], "alpha": 0.05}, False),
+    ({"ranges": [(0, 18)], "alpha": 20, "position": "include"}, True),
+    ({"position": "generation", "alpha": 0.1}, True),
+]
 BAD = [
     ({"text": "a", "alpha": 0}, "alpha.*greater than 0"),
     ({"text": "a", "alpha": float("nan")}, "alpha"),

@@ -15,6 +15,7 @@ EXAMPLES = {
     ),
 }
 EXTREME = [{"multiplier": 100}]
+NOTHING = [({"ranges": [(0, 18)], "multiplier": 20}, True), ({"ranges": [(1, 18)], "multiplier": 20}, True)]
 BAD = [
     ({"text": "a", "multiplier": 0.5}, "multiplier.*greater than or equal to 1"),
     ({"text": "a", "multiplier": float("nan")}, "multiplier"),

@@ -17,6 +17,7 @@ EXAMPLES = {
         },
     )
 }
+NOTHING = [({"ranges": [(3, 6)]}, False)]
 BAD = [
     ({}, "not both"),
     ({"segments": ["a"], "ranges": [(1, 2)]}, "not both"),

@@ -15,6 +15,10 @@ def profile(model, tokenizer):
             tensors[f"{layer}.{kind}.vectors"] = torch.linalg.qr(torch.randn(2, 8, 8)).Q
             tensors[f"{layer}.{kind}.values"] = torch.rand(2, 8).sort(descending=True).values
         tensors[f"{layer}.distance"] = tensors[f"{layer}.mean_distance"] = torch.rand(2)
+    for layer in range(4):
+        tensors[f"{layer}.experts.vectors"] = torch.linalg.qr(torch.randn(4, 2, 8, 8)).Q
+        tensors[f"{layer}.experts.values"] = torch.rand(4, 2, 8).sort(descending=True).values
+        tensors[f"{layer}.experts.mean_distance"] = torch.ones(4, 2)
     return Profile("seka", fingerprint(model), tensors, {"kinds": []})
 
 
@@ -22,6 +26,7 @@ OFF = {"gain": 0, "negative_gain": 0}
 GIVEN = {"layers": "all", "gain": 2.0}
 EXAMPLES = {
     "": Example("llm", GIVEN, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile, operations=(2, 0)),
+    "adaptive": Example("llm", {**GIVEN, "adaptive": True}, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile),
     "images": Example(
         "lvlm",
         {**GIVEN, "occurrence": -1},

@@ -15,6 +15,7 @@ EXAMPLES = {
     ),
 }
 EXTREME = [{"target": 0.9, "exact": True}]
+NOTHING = [({"ranges": [(0, 18)]}, True), ({"ranges": [(0, 18)], "target": 0.6, "exact": True}, True)]
 BAD = [
     ({"text": "a", "target": 1}, "target.*less than or equal to 0.9"),
     ({"text": "a", "target": float("nan")}, "target"),

@@ -14,6 +14,7 @@ EXAMPLES = {
         refused={"in pieces": "comes in pieces"},
     ),
 }
+NOTHING = [({"sinks": 2, "window": 64}, False)]
 BAD = [
     ({"window": 0}, "window: .*greater than or equal to 1"),
     ({"sinks": -1}, "sinks: .*got -1"),

@@ -20,7 +20,7 @@ EXAMPLES = {
 EXTREME = [{"alpha": 1e-30}, {"alpha": 1e4}]
 NOTHING = [
     ({"ranges": [(0, 18)], "alpha": 0.05}, False),
-    ({"ranges": [(0, 18)], "alpha": 20, "position": "include"}, True),
+    ({"ranges": [(0, 18)], "alpha": 20, "position": "include"}, False),
     ({"position": "generation", "alpha": 0.1}, True),
 ]
 BAD = [

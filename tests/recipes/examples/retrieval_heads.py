@@ -16,7 +16,6 @@ EXAMPLES = {
     "sink_down": Example("llm", {"mode": "sink_down", "heads": HEADS, "strength": 1.0}, off=OFF),
     "gain": Example("llm", {"mode": "gain", "heads": HEADS, "strength": 1.0}, off=OFF),
 }
-NOTHING = [({"heads": []}, False)]
 BAD = [
     ({"mode": "mask", "strength": 2.0, "heads": [(0, 1)]}, "at most 1"),
     ({"heads": [(0, 1)], "profile_path": "x"}, "not both"),

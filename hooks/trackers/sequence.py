@@ -89,14 +89,14 @@ class SequenceTracker:
             self.local.stack.append(forward)
             del given[next(iter(self.signature.parameters))]
             call.given = given
-            # a pass that a door refuses counts too: a recipe that has not acted in it says so
-            for session in sessions:
-                session.forwards += 1
             return forward
 
         changed = call.enter(read)
         if call.actions:
             self.local.call = call
+        # a pass that a door has refused is no pass: the error says what was wrong
+        for session in sessions:
+            session.forwards += 1
         return changed
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -16,7 +16,10 @@ from reattend.interventions import ReattendError, ReattendWarning
 from transformers import DynamicCache
 
 FEW = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:var. no first token is a sink", "ignore:the borders of the segments"),
+    pytest.mark.filterwarnings("ignore:recipe .* never acted"),
+]
     "ignore:var. no first token is a sink", "ignore:the borders of the segments", "ignore:recipe .* never acted"
 )
 

@@ -20,8 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:var. no first token is a sink", "ignore:the borders of the segments"),
     pytest.mark.filterwarnings("ignore:recipe .* never acted"),
 ]
-    "ignore:var. no first token is a sink", "ignore:the borders of the segments", "ignore:recipe .* never acted"
-)
 
 
 def parametrize(**models):

@@ -118,6 +118,15 @@ def memory_of(session, cache):
 # -- ways to run --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [5, 20, 23])
+def test_chunked_prefill(size):
+    tiny = tiny_models.llava()
+    inputs = tiny.inputs([[1, *turn("image", *WHAT, 8, 9, 16)]])
+    with steer(tiny.model, **LAST, words="all"):
+        expected, got = (logits_of(tiny.model, inputs, **more) for more in ({}, {"prefill_chunk_size": size}))
+    torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     tiny = tiny_models.llava()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import tiny_models
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+FAMILIES = [
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",
+    "paligemma", "pixtral", "mistral3",
+]  # fmt: skip
 USER, ASSISTANT, NEWLINE = 50, 51, 52
 WORDS = {
     "what": 5,
@@ -70,3 +77,22 @@ def asked(prompt: list[int | str], ids: torch.Tensor) -> torch.Tensor:
         found[place] = piece not in (USER, ASSISTANT)
         place -= 1
     return found
+
+
+def build(family: str, **text: object) -> tiny_models.Tiny:
+    """A tiny model whose text branch can be cut out of its prompts: Gemma 3 is told which tokens wrap an image."""
+    tiny = getattr(tiny_models, family)(**text)
+    if family == "gemma3":
+        tiny.model.config.boi_token_id, tiny.model.config.eoi_token_id = 94, 95
+    return tiny
+
+
+def inputs_of(tiny: tiny_models.Tiny, prompts: Sequence[Sequence[int | str]], side: str = "left") -> dict[str, Any]:
+    """As processors make them."""
+    inputs = tiny.inputs(prompts, side)
+    if "aspect_ratio_ids" in inputs:  # mllama: one row of pixels per sample, and who sees them
+        sees = torch.tensor([[("image" in prompt)] * inputs["input_ids"].shape[1] for prompt in prompts])
+        inputs["cross_attention_mask"] = sees.long()[:, :, None, None]
+    if type(tiny.model).__name__.startswith("PaliGemma"):  # all of the prompt sees all of it
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return inputs

@@ -50,10 +50,7 @@ class WithImages:
     """Vision-language models of every family: a prompt with one image, with two, and with none."""
 
     kind, rows = "lvlm", (0, 1, 2)
-    families = [
-        "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3",
-        "gemma3", "paligemma", "pixtral", "mistral3",
-    ]  # fmt: skip
+    families = asked_images.FAMILIES
     first_image = (0, 1, 3)  # of each prompt, among all images of the batch
     tokenizer = staticmethod(asked_images.tokenizer)
 
@@ -64,10 +61,7 @@ class WithImages:
         """As the processor makes them; pictures are those that the prompts have in the whole batch."""
         tiny, first = with_images(name), self.first_image[rows[0]]
         prompts = [asked_images.PROMPTS[row] for row in rows]
-        inputs = replace(tiny, expand=lambda n: tiny.expand(n + first)).inputs(prompts, side)
-        if name == "paligemma":  # its processor's: all of the prompt sees all of it
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        return inputs
+        return asked_images.inputs_of(replace(tiny, expand=lambda n: tiny.expand(n + first)), prompts, side)
 
     def moves(self, example: Example) -> list[int]:
         return [0, 1, 2] if example.text_too else [0, 1]
@@ -81,9 +75,7 @@ def language_model(name: str) -> Any:
 @functools.cache
 def with_images(name: str) -> tiny_models.Tiny:
     family = name.removeprefix("windowed ")
-    tiny = tiny_models.build(family)
-    if family == "gemma3":
-        tiny.model.config.boi_token_id, tiny.model.config.eoi_token_id = 94, 95
+    tiny = asked_images.build(family)
     if family in (
         "pixtral",
         "mistral3",

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from asked_images import FAMILIES
 from matrix_models import Case, cases, differs
 from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import HeadGain, reference
@@ -27,12 +28,6 @@ ONE = {"llm": ["Llama"], "lvlm": ["llava"]}
 
 def parametrize(condition: str, **models: list[str]):
     return pytest.mark.parametrize(("name", "model", "kind"), cases(condition, **models))
-
-
-FAMILIES = [
-    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",
-    "paligemma", "pixtral", "mistral3",
-]  # fmt: skip
 
 
 @parametrize("rows", llm=["Llama", "Mistral", "Gemma3"], lvlm=FAMILIES)

@@ -8,6 +8,7 @@ import pytest
 import reattend
 import tiny_models
 import torch
+from asked_images import FAMILIES, build, inputs_of
 from by_hand import attention_by_hand
 from golden_files import golden_file
 from reattend.hooks import Fusion, capture
@@ -19,20 +20,9 @@ from reattend.recipes import recipe
 pytestmark = pytest.mark.filterwarnings("ignore:.*this prompt comes in pieces")
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
-FAMILIES = [
-    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "gemma3",
-    "paligemma", "pixtral", "mistral3",
-]  # fmt: skip
 # the tiny models' logits are so even that the usual cutoff takes nothing out
 CUTOFF = 0.75
 FEW = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
-
-
-def build(family):
-    tiny = tiny_models.build(family)
-    if family == "gemma3":
-        tiny.model.config.boi_token_id, tiny.model.config.eoi_token_id = 94, 95
-    return tiny
 
 
 golden = functools.partial(golden_file, "pai")
@@ -104,20 +94,13 @@ def forced(model, inputs, tails):
     return out.logits
 
 
-def inputs_of(family, tiny, prompts):
-    x = tiny.inputs(prompts)
-    if family == "paligemma":  # its processor's: all of the prompt sees all of it
-        x["token_type_ids"] = torch.zeros_like(x["input_ids"])
-    return x
-
-
-def naive(family, tiny, sequences, prompts, gamma):
+def naive(tiny, sequences, prompts, gamma):
     """Per step the fused logits [B, V], from runs of the plain model: the batch, and the text of each prompt alone."""
-    x = inputs_of(family, tiny, prompts)
+    x = inputs_of(tiny, prompts)
     tails = [row.tolist() for row in sequences[:, x["input_ids"].shape[1] :]]
     real, rows = forced(tiny.model, x, tails), []
     for prompt, tail in zip(prompts, tails, strict=True):
-        text = inputs_of(family, tiny, [[piece for piece in prompt if piece != "image"]])
+        text = inputs_of(tiny, [[piece for piece in prompt if piece != "image"]])
         rows.append(forced(tiny.model, text, [tail]) if "image" in prompt else None)
     return [
         torch.stack([c if rows[n] is None else contrasted(c, rows[n][step][0], gamma, CUTOFF) for n, c in enumerate(logits)])
@@ -129,12 +112,12 @@ def naive(family, tiny, sequences, prompts, gamma):
 def test_logits_equal_those_of_a_text_only_run_at_its_side(family):
     """Every step of a batch with one, two and no images: the branch is what the text of each prompt alone would be."""
     tiny = build(family)
-    x = inputs_of(family, tiny, PROMPTS)
+    x = inputs_of(tiny, PROMPTS)
     plain = tiny.model.generate(**x, **FEW)
     with reattend.apply(tiny.model, "pai", alpha=0, gamma=1.5, cutoff=CUTOFF) as session:
         out = tiny.model.generate(**x, **FEW)
         assert session.stats == {"pai": {"logits": 3}}
-    wanted = naive(family, tiny, out.sequences, PROMPTS, 1.5)
+    wanted = naive(tiny, out.sequences, PROMPTS, 1.5)
     for found, logits in zip(out.logits, wanted, strict=True):
         assert torch.equal(found == -torch.inf, logits == -torch.inf) and (found[:2] == -torch.inf).any()
         torch.testing.assert_close(found, logits, atol=1e-3, rtol=1e-3)

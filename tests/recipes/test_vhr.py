@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import reattend
-import tiny_models
 import torch
+from asked_images import FAMILIES, build, inputs_of
 from reattend.hooks import Edits, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import HeadGain, KeyBias, ReattendError, ReattendWarning, UnsupportedError
@@ -17,28 +17,7 @@ from reattend.interventions.families.heads import divergence, vision_aware_heads
 from reattend.recipes import recipe, recipe_class
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, "image", 9, "image", 11, 12, 13], [1, 21, 22]]
-FAMILIES = [
-    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "paligemma",
-    "mistral3", "pixtral", "mllama",
-]  # fmt: skip
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-
-
-def build(family, **text):
-    tiny = tiny_models.mllama() if family == "mllama" else getattr(tiny_models, family)(**text)
-    if family == "gemma3":
-        tiny.model.config.boi_token_id, tiny.model.config.eoi_token_id = 94, 95
-    return tiny
-
-
-def inputs_of(tiny, prompts, side="left"):
-    inputs = tiny.inputs(prompts, side)
-    if "aspect_ratio_ids" in inputs:  # mllama: one row of pixels per sample, and who sees them
-        sees = torch.tensor([[("image" in prompt)] * inputs["input_ids"].shape[1] for prompt in prompts])
-        inputs["cross_attention_mask"] = sees.long()[:, :, None, None]
-    if type(tiny.model).__name__.startswith("PaliGemma"):  # its processor's: all of the prompt sees all of it
-        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    return inputs
 
 
 # -- the rule --------------------------------------------------------------------------------------------------------------
@@ -154,7 +133,7 @@ def steered(model, inputs, options=GREEDY, **parameters):
     return torch.stack(out.logits, dim=1), session
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mllama"])
 def test_equals_hooks_by_hand(family):
     """Left-padded prompts with one image, two images and none, through prefill and decoding."""
     prompts = [[1, 5, 6, "image", 7, 8], [1, "image", 9, 11, 12, 13]] if family == "mllama" else PROMPTS

@@ -27,7 +27,8 @@ from ..interventions import Call, Edit, require_whole
 from ..interventions.families.inhibition import Inhibited, TextAndImage, focus_scores, least_focused
 from ..interventions.families.sinks import SoundMap
 from .kit.base import Info
-from .kit.images import ImageRecipe, decoder_layers, image_before, image_now, images_told, pieces_told
+from .kit.images import ImageRecipe, decoder_layers, image_before, image_now, images_told
+from .kit.language import pieces_told
 
 
 class CMAI(ImageRecipe):

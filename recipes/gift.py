@@ -42,7 +42,8 @@ from ..interventions.families.gaze import (
 from ..interventions.families.sinks import SoundMap
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
-from .kit.images import image_before, image_misfit, image_now, images_told, pieces_told
+from .kit.images import image_before, image_misfit, image_now, images_told
+from .kit.language import pieces_told
 from .kit.profile import CACHED, KnownModel, Profile, cached_path, find_profile
 from .kit.words import chooser
 

@@ -29,7 +29,8 @@ from ..interventions.families.gaze import focused_rows
 from ..interventions.families.logits import at_least_float, contrasted
 from ..interventions.families.reweighting import marked_columns, shared_by_layers
 from .kit.base import Info
-from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told, pieces_told
+from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told
+from .kit.language import pieces_told
 
 
 class PAI(ImageRecipe):

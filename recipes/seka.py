@@ -29,14 +29,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ..hooks import Projected, Projection, SiteTable
+from ..hooks import Projected, Projection, Prompt, SiteTable
 from ..hooks.doors.projection import projection_misfit
 from ..hooks.plan import Step
 from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
 from .kit.base import Info
 from .kit.contents import Contents, Numbers
-from .kit.language import Marked, decoder_sites, marked_role
+from .kit.language import Marked, decoder_sites, marked_role, pieces_told, prompt_told
 from .kit.profile import CACHED, Profile, find_profile
 
 
@@ -171,6 +171,11 @@ class SEKA(Marked):
         chosen, role = self.chosen_sites(sites), marked_role(self)
         profile = find_profile(self, self.profile_path, sites)
         steps: list[Step] = [self.spans("inside" if self.official_span else False)]
+        if self.adaptive:
+            changes = "the experts of each piece follow that piece's last token"
+            steps.append(
+                prompt_told(sites, lambda prompt: None, pieces_told(self.slug, changes, functools.partial(is_marked, role)))
+            )
         for site, entry in zip(chosen, self.entries(profile, chosen), strict=True):
             if entry is None or (self.strength == 0 and (self.adaptive or not self.negative_gain)):
                 continue
@@ -290,6 +295,11 @@ def marked_rows(role: str, seen: Projected) -> Tensor | None:
         known = (made_for, rows.to(device) if bool(rows.any()) else None)
         seen.memory["marked"] = known
     return known[1]
+
+
+def is_marked(role: str, prompt: Prompt) -> bool:
+    """Whether a prompt has a marked token."""
+    return role in prompt.tokens and bool(prompt.tokens.anywhere(role).any())
 
 
 def last_queries(seen: Projected) -> Tensor:

@@ -30,7 +30,8 @@ from ..interventions.families.gaze import focused_rows
 from ..interventions.families.reweighting import of_call, shared_by_layers
 from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
 from .kit.base import Info
-from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told, pieces_told
+from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told
+from .kit.language import pieces_told
 
 
 class SelectiveEmphasis(ImageRecipe):

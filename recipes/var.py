@@ -30,7 +30,8 @@ from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, req
 from ..interventions.families.sinks import SoundMap, VisualSinks, rows_after, sink_scores
 from .kit.base import Info
 from .kit.contents import Contents, Numbers
-from .kit.images import ImageRecipe, images_told, pieces_told, rows_between_images
+from .kit.images import ImageRecipe, images_told, rows_between_images
+from .kit.language import pieces_told
 from .kit.profile import CACHED, KnownModel, Profile, cached_path, find_profile, fingerprint
 
 # Sink dimensions of published language models. LLaMA-2: the official code. Qwen2-VL and InternVL2: figures of the paper as public

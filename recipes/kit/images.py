@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import partial
 
 from pydantic import Field
 
-from ...hooks import Capture, Probe, Prompt, SiteTable
+from ...hooks import Probe, Prompt, SiteTable
 from ...hooks.tokens.images import CROSS_ATTENTION, RESAMPLED
-from ...interventions import ReattendWarning
 from .base import Recipe
+from .language import prompt_told
 
 # What happens to a prompt in pieces under methods that change its last row.
 EACH_LAST_ROW = "the last row of each piece was changed like that of the whole"
@@ -74,26 +72,9 @@ def layers_misfit(table: SiteTable, first: int, last: int | None) -> str:
 def images_told(table: SiteTable, in_pieces: Callable[[Prompt], None] | None = None) -> Probe:
     """A step for plans that read the role "image": a prompt whose images cannot be told is refused before any layer runs.
 
-    It looks at the prompt alone and never asks for a pass. in_pieces: see `Probe` and `pieces_told`.
+    It looks at the prompt alone and never asks for a pass. in_pieces: see `Probe` and `language.pieces_told`.
     """
-    decoder = table.stack("decoder").kind("self")
-    return Probe([Capture(decoder.where(lambda s: s is decoder[0]), _unread)], _check_images, in_pieces=in_pieces)
-
-
-def pieces_told(slug: str, changes: str, matters: Callable[[Prompt], bool]) -> Callable[[Prompt], None]:
-    """What says, once a prompt, that a prompt in pieces gives other numbers than at once. changes: in what; matters: whether it does."""
-    return partial(_tell, slug, changes, matters)
-
-
-def _tell(slug: str, changes: str, matters: Callable[[Prompt], bool], prompt: Prompt) -> None:
-    if not prompt.memory.get("told in pieces") and matters(prompt):
-        prompt.memory["told in pieces"] = True
-        warnings.warn(
-            f"{slug}: this prompt comes in pieces (chunked prefill, or a cache of its first tokens), and {changes}: the answer is not "
-            "quite that to the whole prompt; pass it at once (prefill_chunk_size=None) where that matters",
-            ReattendWarning,
-            stacklevel=2,
-        )
+    return prompt_told(table, _check_images, in_pieces)
 
 
 def image_before(prompt: Prompt) -> bool:
@@ -122,7 +103,3 @@ def _check_images(prompt: Prompt) -> None:
     tokens = prompt.tokens
     if "image" not in tokens and (tokens.blind or tokens.unknown):
         tokens.positions("image", 0, tokens.prompt_length)  # says why
-
-
-def _unread(call: object, edits: object) -> None:
-    """No pass is asked for, so there is nothing to read."""

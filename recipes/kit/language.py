@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...hooks import Edits, SiteTable, Spans
+from ...hooks import Capture, Edits, Probe, Prompt, SiteTable, Spans
 from ...hooks.plan import Step
-from ...interventions import Call, Edit
+from ...interventions import Call, Edit, ReattendWarning
 from ...interventions.families.reweighting import shared_by_layers
 from .base import Recipe
 from .heads import as_heads, at_layers, missing_heads
@@ -171,3 +172,32 @@ class Highlighter(Marked):
         if self.heads is None:
             return [(site.layer, None) for site in sites]
         return [(item, None) if isinstance(item, int) else item for item in self.heads]
+
+
+def prompt_told(table: SiteTable, look: Callable[[Prompt], Any], in_pieces: Callable[[Prompt], None] | None = None) -> Probe:
+    """A step that looks at prompts before any layer runs, to refuse one or to say something, and never asks for a pass.
+
+    look: returns None. in_pieces: see `Probe` and `pieces_told`.
+    """
+    decoder = table.stack("decoder").kind("self")
+    return Probe([Capture(decoder.where(lambda s: s is decoder[0]), _unread)], look, in_pieces=in_pieces)
+
+
+def _unread(call: object, edits: object) -> None:
+    """No pass is asked for."""
+
+
+def pieces_told(slug: str, changes: str, matters: Callable[[Prompt], bool]) -> Callable[[Prompt], None]:
+    """What says, once a prompt, that a prompt in pieces gives other numbers than at once. changes: in what; matters: whether it does."""
+    return partial(_tell, slug, changes, matters)
+
+
+def _tell(slug: str, changes: str, matters: Callable[[Prompt], bool], prompt: Prompt) -> None:
+    if not prompt.memory.get("told in pieces") and matters(prompt):
+        prompt.memory["told in pieces"] = True
+        warnings.warn(
+            f"{slug}: this prompt comes in pieces (chunked prefill, or a cache of its first tokens), and {changes}: the answer is not "
+            "quite that to the whole prompt; pass it at once (prefill_chunk_size=None) where that matters",
+            ReattendWarning,
+            stacklevel=2,
+        )

@@ -24,12 +24,9 @@ def profile(model, tokenizer):
 
 OFF = {"gain": 0, "negative_gain": 0}
 GIVEN = {"layers": "all", "gain": 2.0}
-UNTOLD = {"in pieces": "its numbers differ from those of the prompt at once, and nothing says so: to be mended"}
 EXAMPLES = {
     "": Example("llm", GIVEN, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile, operations=(2, 0)),
-    "adaptive": Example(
-        "llm", {**GIVEN, "adaptive": True}, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile, skips=UNTOLD
-    ),
+    "adaptive": Example("llm", {**GIVEN, "adaptive": True}, {"text": PASSAGES}, OFF, acts=["prefill"], profile=profile),
     "images": Example(
         "lvlm",
         {**GIVEN, "occurrence": -1},

@@ -8,7 +8,7 @@ EXAMPLES = {
         refused={"in pieces": "prefill_chunk_size=None"},
         off={"alpha": 1},
         operations=(5, 0),
-        skips={"near": "heads are chosen by distances that lie close together"}
+        skips={"near": "heads are chosen by distances that lie close together"},
     )
 }
 BAD = [

@@ -39,14 +39,21 @@ class Second(OutputEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.key.shape[:3] != self.value.shape[:3]:
-            raise ReattendError(
-                f"key and value must be [batch, key heads, m, dim] with the same m, got {list(self.key.shape)} and {list(self.value.shape)}"
-            )
+        self._check_pair(0, 2)
         if self.mask is not None and self.mask.shape[3] not in (1, self.key.shape[2]):
             raise ReattendError(f"mask is for {self.mask.shape[3]} keys, the second attention has {self.key.shape[2]}")
         if not callable(self.combine):
             check_number("combine", self.combine)
+
+    def _check_pair(self, *axes: int) -> None:
+        if any(self.key.shape[axis] != self.value.shape[axis] for axis in axes):
+            raise ReattendError(
+                f"key and value must be [batch, key heads, m, dim] with the same m, got {list(self.key.shape)} and {list(self.value.shape)}"
+            )
+
+    def _check_shapes(self, shape: Shape) -> None:
+        super()._check_shapes(shape)
+        self._check_pair(1)  # after their heads were held against the call's, which says more
 
     @property
     def splits_batch(self) -> bool:  # type: ignore[override]

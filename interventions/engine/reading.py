@@ -40,7 +40,8 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
         chosen = chosen_pairs(call, apart[0])
         return torch.where(chosen if chosen.shape[2] == 1 else chosen[:, :, index], new, old)
     if any(edit.reads_heads for edit in edits):
-        return rows_of_all_heads(call, edits, index)[0]
+        # edits of outputs say nothing of weights, and some ask for all rows
+        return rows_of_all_heads(call, [edit for edit in edits if edit.level != "output"], index)[0]
     return _by_heads(call, edits, lambda group, x: edited_weights(x, index, group.edits, call, group.sinks))
 
 

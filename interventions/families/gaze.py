@@ -192,7 +192,7 @@ def refocus(weights: Tensor, groups: Tensor, *, share: float = 0.5, beta: float 
         flat = weights[:, :, 0]
     else:
         flat, groups = weights.transpose(1, 2).flatten(0, 1), groups.repeat_interleave(rows, dim=0)
-    tiny = torch.finfo(weights.dtype).tiny
+    tiny = torch.finfo(weights.dtype).tiny  # makes 0 of 0 / 0, and leaves sums below 0 as they are, which a Gain below 0 gives
     sums = flat @ groups.transpose(1, 2)
     # which of the groups a head adds to: question, nothing, growth of the image, the row as it is
     chosen = torch.zeros_like(sums)
@@ -201,12 +201,10 @@ def refocus(weights: Tensor, groups: Tensor, *, share: float = 0.5, beta: float 
     image, growth = (chosen[..., 2:3].transpose(1, 2) @ sums[..., 1:3]).unbind(dim=2)
     # how much it adds
     amount = torch.ones_like(sums[:, :1])
-    amount = torch.cat(
-        [(growth * beta / image.clamp_min(tiny))[..., None], amount[..., 1:].expand(-1, growth.shape[1], -1)], dim=2
-    )
+    amount = torch.cat([(growth * beta / (image + tiny))[..., None], amount[..., 1:].expand(-1, growth.shape[1], -1)], dim=2)
     added = chosen * amount
     total = (sums * added).sum(dim=2)
-    new = flat * ((added * (sums[..., 3] / total.clamp_min(tiny))[..., None]) @ groups)
+    new = flat * ((added * (sums[..., 3] / (total + tiny))[..., None]) @ groups)
     return new[:, :, None] if rows == 1 else new.unflatten(0, (batch, rows)).transpose(1, 2)
 
 

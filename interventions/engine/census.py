@@ -107,7 +107,7 @@ def at_positions(weights: Tensor, edits: Sequence[Edit], keys: int) -> Tensor:
     for edit in reversed(edits):
         if isinstance(edit, Reorder):
             order = edit.order.to(weights.device).view(-1, *[1] * (weights.dim() - 2), keys)
-            weights = torch.zeros_like(weights).scatter(-1, order.expand_as(weights), weights)
+            weights = torch.zeros_like(weights).scatter_add(-1, order.expand_as(weights), weights)
     return weights
 
 

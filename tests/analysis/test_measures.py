@@ -185,6 +185,8 @@ def test_columns_are_counted_where_their_tokens_are():
     call.is_causal = False
     order = torch.randperm(12)
     torch.testing.assert_close(census(call, [Reorder(order=order)]).means, census(call).means, atol=1e-6, rtol=1e-5)
+    order[1] = order[0]  # what a token gets where it stands twice is its own
+    torch.testing.assert_close(census(call, [Reorder(order=order)]).sums.sum(dim=2), torch.full((1, call.num_heads), 12.0))
     with pytest.raises(ReattendError, match="merged"):
         census(call, [PoolKV(groups=torch.arange(12) // 2)])
 

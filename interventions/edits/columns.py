@@ -119,6 +119,19 @@ class AppendKV(OperandEdit):
     def is_identity(self) -> bool:
         return super().is_identity or self.key.shape[2] == 0
 
+    def for_all_heads(self, count: int) -> AppendKV:
+        """The same for all heads of a call, `count` of them: those that are not named have the columns too, and see none of them."""
+        if self.heads is None:
+            return self
+
+        def widened() -> AppendKV:
+            own = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.key.device) if self.visible is None else self.visible
+            sight = own.new_zeros(own.shape[0], count, *own.shape[2:])
+            sight[:, list(self.heads or ())] = own
+            return self._copy(heads=None, visible=sight)
+
+        return self.remember(("for all heads", count), widened)
+
     def _sight(self) -> Tensor | None:
         """Bool [B or 1, heads or 1, Tq or 1, m or 1]: who sees the new columns; None where all do."""
         sight = self.visible
@@ -218,7 +231,7 @@ class PoolKV(OperandEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reorder(OperandEdit):
-    """k_j, v_j = k, v of column order[j]; the mask stays where it is.
+    """k_j, v_j = k, v of column order[j] (one may stand at several places); the mask stays where it is.
 
     order long [Tk], [B, Tk] or [B, heads, Tk] (of query heads, or of key heads where the edit names no heads).
     """

@@ -14,12 +14,13 @@ from ..call import Call
 from ..edits import Edit, Mix, Operands, Rows, ScoreEdit
 from ..edits.base import key_heads, repeat_heads
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
-from .reference_executor import as_wide, at_chosen, beside
+from .reference_executor import as_wide, at_chosen, beside, with_columns_alike
 from .tasks import Group, Task, all_rows, group_heads, heads_index, named_rows, plain, take_heads
 
 
 def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple[Tensor, Tensor]:
     """(weights [B, H, R, Tk], outputs [B, H, R, Dv]) of the query rows `index` after all edits, in statistics dtype."""
+    edits = with_columns_alike(call, edits)
     parts = _parts(call, edits)
     scores = []
     for part in parts:

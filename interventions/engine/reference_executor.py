@@ -6,12 +6,26 @@ Edits act level by level - operands, scores, weights, output - and inside a leve
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit, Keep, OperandEdit, Operands, OutputEdit, PoolKV, Rearrange, Rows, ScoreEdit, Shape, WeightEdit
+from ..edits import (
+    AppendKV,
+    Edit,
+    Keep,
+    OperandEdit,
+    Operands,
+    OutputEdit,
+    PoolKV,
+    Rearrange,
+    Rows,
+    ScoreEdit,
+    Shape,
+    WeightEdit,
+)
 from ..edits.base import repeat_heads
 from ..errors import ReattendError
 from .kernels import score_rows, softmax_rows
@@ -56,6 +70,7 @@ def reference_with_weights(call: Call, edits: list[Edit]) -> tuple[Tensor, Tenso
         chosen = chosen_pairs(call, apart[0])
         new, old = as_wide([with_it[1], without[1]])
         return torch.where(chosen, with_it[0], without[0]), torch.where(chosen, new, old)
+    edits = list(with_columns_alike(call, edits))
     # one head at a time, each with the edits that name it: no grouping, so nothing to get wrong
     operands = [_operands(call, head, edits) for head in range(call.num_heads)]
     index = torch.arange(call.num_queries, device=call.query.device)
@@ -80,6 +95,17 @@ def rows_apart(edits: list[Edit]) -> tuple[OperandEdit, tuple[list[Edit], list[E
             others = edits[:i], edits[i + 1 :]
             return edit, ([*others[0], edit.on_all_rows(), *others[1]], [*others[0], *others[1]])
     return None
+
+
+def with_columns_alike(call: Call, edits: Sequence[Edit]) -> Sequence[Edit]:
+    """The edits where heads stand side by side: what is appended for some of these is there for all heads, hidden from the others."""
+    some = [edit for edit in edits if isinstance(edit, AppendKV) and edit.heads is not None]
+    if not some:
+        return edits
+    every = range(call.num_heads)
+    crossing = [set(every if edit.heads is None else edit.heads) for edit in edits if edit.reads_heads]
+    apart = [e for e in some if any(together & set(e.heads or ()) and together - set(e.heads or ()) for together in crossing)]
+    return [edit.for_all_heads(call.num_heads) if isinstance(edit, AppendKV) and edit in apart else edit for edit in edits]
 
 
 def chosen_pairs(call: Call, edit: Edit) -> Tensor:
@@ -141,7 +167,7 @@ def beside(rows: list[Rows], heads: list[int]) -> Rows:
     chosen = [rows[head] for head in heads]
     if len({(part.query.shape[3], part.key.shape[2], part.mask is None) for part in chosen}) > 1:
         raise ReattendError(
-            "an edit that reads several heads needs their q, k and v alike: rearrange, append to or merge all of them or none"
+            "an edit that reads several heads needs their q, k and v alike: merge or rearrange all of them or none"
         )
     names = ("query", "key", "value", "visible", "mask")
     whole = {

@@ -113,7 +113,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "second across heads": lambda: second(
             call, h, combine=lambda o, other, rows: extrapolated(o, other, 3.0, 2.5, 0.5), reads="heads", **who
         ),
-        "take output": lambda: TakeOutput(source=torch.randint(t, (b, t)), **who),
+        "take output": lambda: TakeOutput(**taken(b, t), **who),
         "take output of batch rows": lambda: TakeOutput(batch=torch.arange(b).roll(1), **who),
         "instead": lambda: Instead(compute=sharper, **who),
         "instead across heads": lambda: Instead(compute=sharper, reads="heads", **who),
@@ -130,7 +130,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
             columns=chosen(b, h, n), key=rand(b, kv, 4, d), value=rand(1, kv, 4, call.value.shape[3]), **who
         ),
         "pool for some": lambda: PoolKV(groups=merged(b, h, n), **who),
-        "reorder per head": lambda: Reorder(order=torch.rand(b, h, n).argsort(dim=-1), **who),
+        "reorder per head": lambda: Reorder(order=shuffled(b, h, n), **who),
         "reorder": lambda: Reorder(order=torch.stack([torch.randperm(n) for _ in range(b)])),
     }  # fmt: skip
 
@@ -140,6 +140,21 @@ def second(call: Call, count: int, **options: Any) -> Second:
     b, d, dtype = call.batch, call.query.shape[3], call.query.dtype
     key, value = torch.randn(b, count, 5, d).to(dtype), torch.randn(1, count, 5, call.value.shape[3]).to(dtype)
     return Second(key=key, value=value.expand(b, -1, -1, -1), mask=torch.arange(5).expand(call.num_queries, -1) > 0, **options)
+
+
+def taken(batch: int, queries: int) -> dict[str, Tensor]:
+    """Where `TakeOutput` takes from: for every row another one of its batch row; a row that has none beside it takes another batch row's."""
+    if queries == 1:
+        return {"batch": torch.arange(batch).roll(1)}
+    away = 1 + torch.arange(batch)[:, None] % (queries - 1)
+    return {"source": (torch.arange(queries) + away) % queries}
+
+
+def shuffled(batch: int, heads: int, keys: int) -> Tensor:
+    """Another order for each head in which one column stands twice and one is missing: without that, rows that see all keys stay the same."""
+    order = torch.rand(batch, heads, keys).argsort(dim=-1)
+    order[..., 1] = order[..., 0]
+    return order
 
 
 def sharper(x: Operands, scale: float) -> Tensor:

@@ -25,7 +25,9 @@ PARTIAL = [name for name in NAMES if name not in WHOLE]
 
 def crossing(kind: str, call, **who) -> Edit:
     if kind == "refocus":  # what gift asks for: the heads with the most weight on some columns
-        image = (torch.arange(call.num_keys) < 4).expand(call.batch, -1)
+        # not the first column, which every row sees: where all of a row were image, rounding would choose between the heads
+        places = torch.arange(call.num_keys)
+        image = ((places > 1) & (places < 6)).expand(call.batch, -1)
         focus = Focus.of(torch.rand(call.batch, call.num_keys) * image, image, ~image, 3.0)
         return SoundMap(function=lambda w, r: refocus_columns(focus, 0, 0.5, 1.0, w, r), reads="heads", **who)
     return WeightMap(function={"heads": loudest, "batch": shared_by_batch}[kind], reads=kind, **who)

@@ -87,6 +87,7 @@ CALLED = {
     "scores of SetScores has values for 9 keys": lambda: SetScores(scores=torch.ones(T, 9)),
     "bias of KeyBias has values for 9 keys": lambda: KeyBias(bias=torch.ones(9)),
     "key of Second has values for 3 heads": lambda: Second(key=torch.ones(1, 3, 4, D), value=torch.ones(1, 3, 4, D)),
+    "key and value must be .* with the same m, got": lambda: Second(key=torch.ones(1, H, 4, D), value=torch.ones(1, 1, 4, D)),
     "mask of Second has values for 9 query rows": lambda: Second(
         key=torch.ones(1, 1, 4, D), value=torch.ones(1, 1, 4, D), mask=torch.ones(9, 4).bool()
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..interventions import Call, Edit, PoolKV, ReattendError, Reorder, TokenMap, row_weights
+from ..interventions import Call, Edit, ReattendError, Reorder, TokenMap, row_weights
 from ..interventions.engine.census import at_positions, keeps_positions
 from ..interventions.engine.kernels import rows_per_chunk
 from .doors.capture import Capture
@@ -255,8 +255,8 @@ def _reading(
 
 
 def _membership(call: Call, edits: Sequence[Edit]) -> tuple[list[str], Tensor | None]:
-    """(role names, long [B, Tk] the role of each column); None where the call knows no tokens or its columns were merged."""
-    if call.tokens is None or any(isinstance(e, PoolKV) for e in edits):
+    """(role names, long [B, Tk] the role of each column); None where the call knows no tokens, or its columns stand for others."""
+    if call.tokens is None or not keeps_positions(edits):
         return [], None
     known = list(call.tokens.roles)
     spans = [name for name in known if name not in ROLE_ORDER and name != "padding"]

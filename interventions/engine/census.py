@@ -58,10 +58,12 @@ def census(
 
     rows: bool [B, Tq], the rows that distances and bands are read from, by default all real ones. window: distances beyond it count as
     it in `near`. horizon: how far after a column, in tokens, first to last, a row counts in `ahead`. Raises ReattendError where an
-    edit merges columns, because their weights have no position any more.
+    edit merges columns, or has an order per head, because their weights have no position any more.
     """
     if not keeps_positions(edits):
-        raise ReattendError("weights of merged columns belong to no position, so they cannot be counted per token")
+        raise ReattendError(
+            "weights of columns that are merged, or that heads or rows put elsewhere, belong to no position: not counted"
+        )
     dtype, device, batch = statistics_dtype(call.query), call.query.device, call.batch
     real = torch.ones(batch, call.num_queries, dtype=torch.bool, device=device)
     if call.tokens is not None:
@@ -97,8 +99,14 @@ def census(
 
 
 def keeps_positions(edits: Sequence[Edit]) -> bool:
-    """Whether every column still stands for one token after these edits, so that `at_positions` can say which."""
-    return not any(isinstance(edit, PoolKV) for edit in edits)
+    """Whether every column still stands for one token after these edits, the same for all rows and heads, so that `at_positions` can
+    say which."""
+    return not any(isinstance(edit, PoolKV) or (isinstance(edit, Reorder) and _is_partial(edit)) for edit in edits)
+
+
+def _is_partial(edit: Reorder) -> bool:
+    """Whether heads or rows have orders of their own."""
+    return edit.heads is not None or edit.rows is not None or edit.order.shape[1] > 1
 
 
 def at_positions(weights: Tensor, edits: Sequence[Edit], keys: int) -> Tensor:

@@ -134,7 +134,9 @@ def test_reordered_and_merged_columns_keep_or_lose_their_roles():
     assert [names[i] for i in plain[0]] == ["bos", "prompt", "prompt", "prompt"]
     _, moved = _membership(call, [Reorder(order=torch.tensor([1, 2, 3, 0]))])
     assert [names[i] for i in moved[0]] == ["prompt", "prompt", "prompt", "bos"]
-    assert _membership(call, [PoolKV(groups=torch.tensor([0, 0, 1, 1]))])[1] is None
+    own = torch.rand(1, 2, 4).argsort(dim=-1)
+    for edit in (PoolKV(groups=torch.tensor([0, 0, 1, 1])), Reorder(order=own), Reorder(order=own[:, :1], heads=[0])):
+        assert _membership(call, [edit])[1] is None, "a column is no longer one token for all heads"
 
 
 def test_bad_arguments(model):

@@ -100,8 +100,9 @@ class PatchReader:
         runs = [run for run in inside or self._outside() if len(run) == len(self.readings)]
         if not runs:
             raise ReattendError(
-                "the image tokens of this prompt come from an image that the vision encoder has read before the session began, or "
-                "elsewhere: pass pixel_values to the model inside the session"
+                "the image tokens of this prompt come from an image that the vision encoder has read before the session began, with an "
+                "earlier piece of the prompt, or elsewhere: pass pixel_values to the model inside the session, and the whole prompt at "
+                "once (prefill_chunk_size=None)"
             )
         new.sort(key=lambda g: (g.row, int(g.index.min())))
         for count in [len(runs)] if inside else range(1, len(runs) + 1):

@@ -12,6 +12,8 @@ from asked_images import ONE
 from asked_images import tokenizer as image_tokenizer
 from matrix_models import Case, cases
 
+pytestmark = pytest.mark.filterwarnings("ignore:the borders of the segments")
+
 # Norms and angles of the models are float32 also in float64 models: smaller steps show their rounding.
 STEP = 2e-5
 

@@ -13,6 +13,8 @@ EXAMPLES = {
         refused={"in pieces": "retrieval-heads acts at the last token.*comes in pieces"},
     ),
     "zero": Example("llm", {"mode": "zero", "heads": HEADS}, off=OFF, acts=["decode"]),
+    "mask, in every row": Example("llm", {"mode": "mask", "heads": HEADS, "where": "all"}, off=OFF),
+    "zero, in every row": Example("llm", {"mode": "zero", "heads": HEADS, "where": "all"}, off=OFF),
     "sink_down": Example("llm", {"mode": "sink_down", "heads": HEADS, "strength": 1.0}, off=OFF),
     "gain": Example("llm", {"mode": "gain", "heads": HEADS, "strength": 1.0}, off=OFF),
 }

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from ...hooks import Session
 from ..act import ACT
+from ..block_topk import BlockTopK
 from ..cmai import CMAI
 from ..emphasise import Emphasise
 from ..gift import GIFT
@@ -13,6 +14,7 @@ from ..opera import OPERA
 from ..pai import PAI
 from ..pine import Pine
 from ..retrieval_heads import RetrievalHeads
+from ..seg import SEG
 from ..seka import SEKA
 from ..selective_emphasis import SelectiveEmphasis
 from ..soft_injection import SoftInjection
@@ -43,6 +45,20 @@ class ACTParameters(TypedDict, total=False):
     """spare the first column over the threshold, as the official code does, instead of the first token"""
     min_rows: int
     """rows that must see a column before it can be a sink; 4 to 8 spares the prompt's last tokens"""
+
+class BlockTopKParameters(TypedDict, total=False):
+    """Each written token reads only the best blocks of a long context, its first tokens and the recent ones."""
+
+    block_size: int
+    """tokens per block"""
+    dense_layers: Sequence[int]
+    """layers that read everything, counted from 0"""
+    blocks: int
+    """how many blocks each step reads besides the first and the recent tokens"""
+    local: int
+    """how many recent tokens are read, the current one included"""
+    sinks: int
+    """how many first tokens are read"""
 
 class CMAIParameters(TypedDict, total=False):
     """Blocks the image tokens that a text token's context does not look at. A reconstruction from the paper's abstract."""
@@ -187,6 +203,25 @@ class RetrievalHeadsParameters(TypedDict, total=False):
     """control: as many heads drawn outside the best 100, with the same strengths"""
     seed: int
     """which random heads"""
+
+class SEGParameters(TypedDict, total=False):
+    """Pushes an image away from a copy whose attention was blurred over the image: clearer structure, few side effects."""
+
+    scale: float
+    """how far the image is pushed away from the perturbed branch; 0 = not"""
+    layers: Sequence[int] | None
+    """layers that are perturbed in all heads, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
+    double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
+    places, the last layer of the first block after it that sees as many), layer 9 of SD3-medium, the middle layer of
+    other models"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None
+    """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+    sigma: float
+    """width of the blur in places of the image as a layer sees it; 0 = none, above 9999 all places share one query"""
 
 class SEKAParameters(TypedDict, total=False):
     """Stretches the keys of marked passages of the prompt along directions that questions make relevant."""
@@ -400,6 +435,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["block-topk"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[BlockTopKParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["cmai"],
     /,
     *,
@@ -476,6 +521,16 @@ def apply(
     isolated: bool = False,
     tokenizer: Any = None,
     **parameters: Unpack[RetrievalHeadsParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["seg"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[SEGParameters],
 ) -> Session: ...
 @overload
 def apply(
@@ -587,6 +642,12 @@ def recipe(
 ) -> ACT: ...
 @overload
 def recipe(
+    name: Literal["block-topk"],
+    /,
+    **parameters: Unpack[BlockTopKParameters],
+) -> BlockTopK: ...
+@overload
+def recipe(
     name: Literal["cmai"],
     /,
     **parameters: Unpack[CMAIParameters],
@@ -633,6 +694,12 @@ def recipe(
     /,
     **parameters: Unpack[RetrievalHeadsParameters],
 ) -> RetrievalHeads: ...
+@overload
+def recipe(
+    name: Literal["seg"],
+    /,
+    **parameters: Unpack[SEGParameters],
+) -> SEG: ...
 @overload
 def recipe(
     name: Literal["seka"],
@@ -706,6 +773,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[ACTParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["block-topk"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[BlockTopKParameters],
     ) -> Session: ...
     @overload
     def use(
@@ -786,6 +863,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[RetrievalHeadsParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["seg"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[SEGParameters],
     ) -> Session: ...
     @overload
     def use(

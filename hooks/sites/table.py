@@ -150,7 +150,7 @@ class SiteTable(Sequence):
     def __str__(self) -> str:
         if not self.sites:
             return f"{self.model_name}: no attention site" + (f" ({self.missing})" if self.missing else "")
-        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "problem")
+        head = ("site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "problem" if self.problems else "")
         lines: list[tuple[str, ...]] = [head]
         for s in self.sites:
             known = [("?" if v is None else str(v)) for v in (s.num_heads, s.num_kv_heads, s.head_dim)]

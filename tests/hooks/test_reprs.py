@@ -1,5 +1,7 @@
 """What a session, a recording and a table of sites say of themselves, and tables in which nothing is."""
 
+import dataclasses
+
 import pytest
 import torch
 from reattend.hooks import Edits, Plan, SiteTable, attach, capture, sites
@@ -29,7 +31,10 @@ def test_a_recording_says_what_it_has_read(model) -> None:
 def test_a_table_prints_as_one(model) -> None:
     lines = repr(sites(model)).splitlines()
     assert lines[0] == "LlamaForCausalLM: 3 attention sites" and len(lines) == 5
-    assert lines[1].split() == ["site", "stack", "layer", "kind", "heads", "kv", "dim", "causal", "problem"]
+    assert lines[1].split() == ["site", "stack", "layer", "kind", "heads", "kv", "dim", "causal"]
+    ill = dataclasses.replace(sites(model)[0], problem="it computes its softmax itself")
+    lines = repr(SiteTable([ill], {})).splitlines()
+    assert lines[1].endswith("problem") and lines[2].endswith("it computes its softmax itself")
 
 
 @pytest.mark.parametrize("choose", [lambda t: t.stack("foo"), lambda t: t.kind("foo"), lambda t: t.stack("denoisers")])

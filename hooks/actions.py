@@ -84,12 +84,15 @@ class RootCall:
         for action in self.actions:
             if action.before is not None and action.rank > Rank.FACTS:
                 action.before(self)
+        # a pass that a door has refused is no pass: the error says what was wrong
+        for session in self.sessions:
+            session.forwards += 1
         return (self.args, self.kwargs) if self.changed else None
 
     def leave(self, output: Any) -> Any:
-        """After the pass: the same in the opposite order; within a rank in the order of the sessions. Returns the output."""
+        """After the pass: the same in the opposite order; within a rank in the order of the sessions. Returns an output that is another."""
         self.output = output
         for action in sorted(self.actions, key=lambda action: -action.rank):
             if action.after is not None:
                 action.after(self)
-        return self.output
+        return None if self.output is output else self.output

@@ -115,18 +115,13 @@ class DenoiseTracker:
         changed = call.enter(read)
         if call.actions:
             self.local.call = call
-        for session in sessions:
-            session.forwards += 1
         return changed
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         call = getattr(self.local, "call", None)
         self.local.forward = self.local.call = None
         self.host.land(output)
-        if call is None or output is None:
-            return None
-        changed = call.leave(output)
-        return None if changed is output else changed
+        return None if call is None or output is None else call.leave(output)
 
     # -- where the run stands ------------------------------------------------------------------------------------------
 

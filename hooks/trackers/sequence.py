@@ -94,9 +94,6 @@ class SequenceTracker:
         changed = call.enter(read)
         if call.actions:
             self.local.call = call
-        # a pass that a door has refused is no pass: the error says what was wrong
-        for session in sessions:
-            session.forwards += 1
         return changed
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -119,7 +116,7 @@ class SequenceTracker:
         if forward is not None and forward.sequence is not None and forward.sequence.remembers and is_followed(cache):
             follow(cache, forward.sequence)
         self.host.land(output)
-        return None if changed is output else changed
+        return changed
 
     @contextlib.contextmanager
     def aside(self, forward: Forward) -> Iterator[None]:

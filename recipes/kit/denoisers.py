@@ -126,9 +126,8 @@ def default_layers(sites: SiteTable) -> list[int]:
         side = middle_side(sites)
         if side is None or side >= LEAST_SIDE:
             return mid
-        block = (
-            ceil(log2(LEAST_SIDE / side)) - 1
-        )  # the first block after the mid block works at its size, each further one at twice that
+        # the first block after the mid block works at its size, each further one at twice that
+        block = ceil(log2(LEAST_SIDE / side)) - 1
         return [n for n, table in layers.items() if f"up_blocks.{block + 1}." in table[0].name][-1:] or mid
     return [9] if sites.model_name.startswith(("SD3", "StableDiffusion3")) and len(layers) == 24 else [len(layers) // 2]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
+from one_call import KV, B, D, H, T, both, call, way
 from reattend.interventions import (
     Blocks,
     Call,
     Chosen,
-    Edit,
     Gain,
     Keep,
     KeyBias,
@@ -23,26 +21,6 @@ from reattend.interventions import (
     reference,
     reference_with_weights,
 )
-
-B, H, KV, T, D = 2, 4, 2, 20, 8
-
-
-def call(queries: int = T, causal: bool = True, dtype: torch.dtype = torch.float32, **options) -> Call:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(B, h, n, D, dtype=dtype) for h, n in ((H, queries), (KV, T), (KV, T)))
-    return Call(query, key, value, is_causal=causal, **options)
-
-
-def both(here: Call, edits: list[Edit]) -> torch.Tensor:
-    found = fused(here, edits)
-    torch.testing.assert_close(found, reference(here, edits), atol=1e-5, rtol=1e-5)
-    return found
-
-
-def way(here: Call, edits: list[Edit]) -> list[str]:
-    here.ways = Counter()
-    fused(here, edits)
-    return list(here.ways)
 
 
 def test_blocks_are_the_tensor_of_their_pairs():

@@ -4,7 +4,7 @@
 # make style  formats and checks the code
 # make newest runs a subset of the tests on the newest of everything, beyond the caps of pyproject.toml (TORCH=torch==2.13.0 keeps torch)
 # make floors makes one environment at every floor of pyproject.toml and one per Python, runs the subset, and writes docs/support.md
-# make pages  writes what is written by commands: tables of recipes, docs/edits.md, signatures for editors
+# make pages  writes what is written by commands: tables of recipes, docs/edits.md, docs/doors.md, signatures for editors
 # make bench  prints the cost tables of docs/performance.md
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ style: $(VENV)/.test
 	$(BIN)/ruff format .
 
 pages: $(VENV)/.test
-	for page in stubs which summary edits_page; do $(BIN)/python benchmarks/$$page.py || exit 1; done
+	for page in stubs which summary edits_page doors_page; do $(BIN)/python benchmarks/$$page.py || exit 1; done
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/overhead.py

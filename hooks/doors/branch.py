@@ -1,8 +1,14 @@
 """The branch door: the same tokens continue other prompts beside the real one, and the logits of all sides become one.
 
-A branch's prompt is made before the real pass; its own pass runs nested in the forward hook after it, so that the fused logits leave the
-model in the place of its own, and `generate` with all of its processors, beams and drafts needs no change. While a branch runs,
+Gives: for each branch the logits [B, n, V] of the same model with another prompt, at every step, and a function that fuses them with the real
+ones. A branch's prompt is made before the real pass; its own pass runs nested in the forward hook after it, so that the fused logits leave
+the model in the place of its own, and `generate` with all of its processors, beams and drafts needs no change. While a branch runs,
 the model's hooks answer with the branch's own edits alone, as for a probe.
+
+Costs: one more pass per branch and step, and a cache per branch.
+
+Refuses: encoder-decoder models and models without a language head, a loss from labels, prompts that come in pieces, and tokens given as
+embeddings after the prompt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""The edits door: interventions at calls of attention."""
+"""The edits door: interventions at calls of attention.
+
+Gives: at every call of the selected sites a function of the call (query, key, value, mask, clock, tokens, memory) that returns edits;
+the call's attention is then computed with them, exactly, in the cheapest way that is exact.
+
+Costs: one Python call per site and pass, and what the edits cost (docs/edits.md, docs/costs.md); a call without edits runs the model's own
+attention, bit for bit.
+
+Refuses: sites whose attention cannot be intercepted, with their reason, and a plan that selects none.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,17 @@
-"""The tokens door: tokens of some roles leave the sequence after a layer, so that the layers there run on fewer rows and keep fewer keys.
+"""The exit door: tokens of some roles leave the sequence after a layer, so that the layers there run on fewer rows and keep fewer keys.
 
 At the first layer after the exit a pass over a prompt is shortened to the tokens that stay, with their own positions and their part of
 the mask; after the last layer it gets its old length back, where tokens that left keep the state in which they entered the exit. The
 layers after have shorter caches of their own; which position each of their keys has is kept with the sequence, and every later pass
 gets its mask for these keys. Padding leaves with the rest. Where rows of a batch keep different numbers of tokens, some that should
 have left fill the shorter rows and are seen by nobody.
+
+Gives: layers that run without tokens of these roles, with the numbers that hiding the tokens from them would give.
+
+Costs: less than the untouched model: the layers after the exit compute and keep fewer tokens; each pass indexes its hidden states once.
+
+Refuses: types of language models whose layers were not tested with it, sliding windows, sites that are not all layers from one on, other
+steps at these sites, and a cache that was filled under another session.
 """
 
 from __future__ import annotations

@@ -1,6 +1,12 @@
 """The lookahead door: after each pass the likeliest next tokens are tried on the cache, read, and taken back again.
 
-Trials are passes of their own, nested in the forward hook like those of branches, edited by nobody.
+Gives: for each of the likeliest next tokens what a function reads at one site when the model goes on with it, and a score that turns
+logits and readings into the logits [B, V] that leave the model. Trials are passes of their own, nested in the forward hook like those of
+branches, edited by nobody.
+
+Costs: one pass of one token per candidate and step.
+
+Refuses: models whose logits cannot be replaced, caches whose last token cannot be taken back, and more or less than one site.
 """
 
 from __future__ import annotations

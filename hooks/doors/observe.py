@@ -1,4 +1,11 @@
-"""The observe door: read-only taps on a layer's input."""
+"""The observe door: read-only taps on a layer's input.
+
+Gives: the hidden state [B, T, width] that enters the layer of each selected site, detached, with clock, tokens and memory.
+
+Costs: one Python call per layer and pass; nothing is copied or kept.
+
+Refuses: sites that cannot be intercepted, and a layer that is called without hidden states.
+"""
 
 from __future__ import annotations
 

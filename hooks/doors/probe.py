@@ -1,7 +1,12 @@
 """The probe door: before a prefill, the same or changed inputs run through the model once more, without edits and without a cache.
 
-The pass is nested in the forward pre-hook of the real one, in the same thread. While it runs, the model's hooks answer with the probe's
-own readers alone, so that no recipe edits it and no probe starts inside it.
+Gives: readers of what the plain model does with a prompt (or with another one made from it), before the real pass runs; what they keep in
+`memory`, the recipe's other steps find there. The pass is nested in the forward pre-hook of the real one, in the same thread; while it runs,
+the model's hooks answer with the probe's own readers alone, so that no recipe edits it and no probe starts inside it.
+
+Costs: one more pass over the prompt, which stops after the last decoder site that is read; nothing at decode.
+
+Refuses: denoisers and pipelines of several models, a probe without readers, and (if the recipe says so) prompts that come in pieces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""The spans door: token sets of the user's, found in every prompt (how: `tokens`)."""
+"""The spans door: token sets of the user's, found in every prompt (how: `tokens`).
+
+Gives: roles of the token map by name: passages of a prompt, the question in it, or numbered segments; whoever reads `call.columns(name)` then
+has their columns, per batch row, through padding, chunks, turns and caches.
+
+Costs: one search per prompt, on the CPU; nothing at decode.
+
+Refuses: models that read no tokens, empty passages and ranges, and (before the first layer) passages that do not occur in a prompt or occur
+more than once where no occurrence is named.
+"""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def add_side(looks: Looks | None, seen: Recording, pieces: list[str], after: boo
         return None
     if looks is None:
         marks = tokens.positions("image", 0, tokens.prompt_length)[0].tolist() if "image" in tokens else [False] * len(pieces)
-        looks = Looks(pieces, marks, [g.index.cpu() for g in tokens.images if g.row == 0], cropped)
+        looks = Looks(pieces, marks, [g.image.cpu() for g in tokens.grids if g.row == 0], cropped)
     steps = max(map(len, seen.readings.values()), default=0)
     if after:
         looks.after, looks.answer = spread, (looks.answer[0], steps)

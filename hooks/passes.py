@@ -114,7 +114,7 @@ class Sequence:
         for role in OPTIONAL:
             if role in tokens.roles and not bool(tokens.roles[role].any()):
                 del tokens.roles[role]
-        tokens.images = [grid for grid in tokens.images if int(grid.index.max()) < length]
+        tokens.grids = [grid for grid in tokens.grids if int(grid.index.max()) < length]
         self.step = -1
         for store in self.memory.values():
             store.crop(length)
@@ -122,7 +122,7 @@ class Sequence:
     def fork(self, length: int) -> Sequence:
         """The same for a copy of its cache, as far as that reaches: the two go on apart."""
         tokens = copy.copy(self.tokens)
-        tokens.roles, tokens.images = dict(tokens.roles), list(tokens.images)
+        tokens.roles, tokens.grids = dict(tokens.roles), list(tokens.grids)
         memory = {key: store.fork({id(self.tokens): tokens}) for key, store in self.memory.items()}
         other = Sequence(tokens, list(self.pieces), list(self.sessions), step=self.step, memory=memory, shuffled=self.shuffled)
         if length < tokens.length:

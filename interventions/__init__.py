@@ -1,6 +1,6 @@
 """WHAT: the edits of attention and the engine that executes them. Pure tensors; knows no model."""
 
-from .call import Call, Clock, ImageGrid, Site, TokenMap
+from .call import Call, Clock, Site, TokenGrid, TokenMap
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
 from .engine.reading import row_outputs, row_weights
@@ -12,11 +12,11 @@ from .memory import Memory, require_whole
 __all__ = [
     "Call",
     "Clock",
-    "ImageGrid",
     "ReattendError",
     "ReattendWarning",
     "Memory",
     "Site",
+    "TokenGrid",
     "TokenMap",
     "UnsupportedError",
     "fused",

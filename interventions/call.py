@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,15 +69,48 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class ImageGrid:
-    """Where one image's tokens lie: `index` [rows, cols] long, positions in row `row` of the batch, in raster order."""
+class TokenGrid:
+    """Where the tokens of one image or video lie: `index` [frames, rows, cols] long, positions in row `row` of the batch.
+
+    An image has one frame. role: which tokens these are, "image" or "reference" (an image that the one being made looks at).
+    """
 
     row: int
     index: Tensor
+    role: str = "image"
+
+    def __post_init__(self) -> None:
+        if self.index.dim() != 3 or not self.index.numel():
+            raise ReattendError(f"a grid's index must be [frames, rows, cols], none of them 0; got {tuple(self.index.shape)}")
+
+    @classmethod
+    def of_image(cls, row: int, index: Tensor, role: str = "image") -> TokenGrid:
+        """The grid of one image from its index [rows, cols]."""
+        return cls(row, index[None], role)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.index.shape[0], self.index.shape[1]
+    def frames(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.index.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(frames, height, width)."""
+        return self.frames, self.height, self.width
+
+    @property
+    def image(self) -> Tensor:
+        """[rows, cols]: the index of a grid that has one frame. Raises ReattendError for a video's."""
+        if self.frames != 1:
+            raise ReattendError(f"these tokens are {self.frames} frames of {self.height} x {self.width}, no single image")
+        return self.index[0]
 
 
 @dataclass
@@ -95,7 +128,7 @@ class TokenMap:
     prompt_length: int
     length: int
     roles: dict[str, Tensor] = field(default_factory=dict)
-    images: list[ImageGrid] = field(default_factory=list)
+    grids: list[TokenGrid] = field(default_factory=list)
     blind: bool = False
     unknown: str = ""
     unread: int = 0
@@ -114,7 +147,7 @@ class TokenMap:
         """Rows come from these rows [new batch] now: rows of the cache were selected, repeated, or have changed places."""
         self.batch = len(index)
         self.roles = {role: marked[index.to(marked.device)] for role, marked in self.roles.items()}
-        self.images = [ImageGrid(i, g.index) for i, row in enumerate(index.tolist()) for g in self.images if g.row == row]
+        self.grids = [replace(g, row=i) for i, row in enumerate(index.tolist()) for g in self.grids if g.row == row]
 
     def positions(self, role: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """Bool [batch, stop - start]: which of the absolute positions start..stop-1 carry the role."""

@@ -25,7 +25,7 @@ from pydantic import Field
 from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..hooks.tokens.patches import PatchReader, encoder_sites
-from ..interventions import Call, Edit, ImageGrid, ReattendError, ScoreGain, require_whole
+from ..interventions import Call, Edit, ReattendError, ScoreGain, TokenGrid, require_whole
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.reweighting import of_call, shared_by_layers
 from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
@@ -134,7 +134,7 @@ class SelectiveEmphasis(ImageRecipe):
                 require_whole(memory, self.slug)
             # what a pass that failed has found in the place of this one is no image of this prompt
             start = call.total - call.num_queries
-            known: list[ImageGrid] = [grid for grid in memory.get("known", ()) if int(grid.index.max()) < start]
+            known: list[TokenGrid] = [grid for grid in memory.get("known", ()) if int(grid.index.max()) < start]
             gain = torch.zeros(tokens.batch, tokens.prompt_length, device=call.query.device)
             before = memory.get("gain", gain)[:, :start]
             gain[:, : before.shape[1]] = before
@@ -146,7 +146,7 @@ class SelectiveEmphasis(ImageRecipe):
                 )
                 gain[grid.row, grid.index.flatten().to(gain.device)] = self.alpha * local + self.beta * summary
             memory.update(gain=gain, known=known, read=call.clock)
-        if call.clock.phase == "decode" and (not memory.get("known") or len(memory["known"]) < len(tokens.images)):
+        if call.clock.phase == "decode" and (not memory.get("known") or len(memory["known"]) < len(tokens.grids)):
             raise ReattendError(
                 "selective-emphasis cannot tell which places of the image the image tokens of this prompt are: pass the images "
                 "as the model's processor makes them, and the whole prompt at once (prefill_chunk_size=None)"

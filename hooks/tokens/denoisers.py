@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Call, Clock, ImageGrid, Site, TokenMap
+from ...interventions import Call, Clock, Site, TokenGrid, TokenMap
 from ..passes import Forward
 from ..sites.denoisers import family_of
 
@@ -167,4 +167,4 @@ def _add_grids(tokens: TokenMap, forward: DenoiserForward) -> None:
         return
     for row in range(tokens.batch):
         index = tokens.roles["image"][row].nonzero()[:, 0]
-        tokens.images.append(ImageGrid(row, index.view(height, width)))
+        tokens.grids.append(TokenGrid.of_image(row, index.view(height, width)))

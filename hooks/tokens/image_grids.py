@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...interventions import ImageGrid
+from ...interventions import TokenGrid
 
 UNPADDED = {"llava_next", "llava_next_video", "llava_onevision"}
 # Features and pixels come per sample here, all tiles of it together.
@@ -24,7 +24,7 @@ TILED = {"idefics3", "smolvlm"}
 Layout = tuple[int, list[Tensor]]
 
 
-def find_grids(model: Any, config: Any, family: str, mask: Tensor, ids: Tensor, given: dict[str, Any]) -> list[ImageGrid]:
+def find_grids(model: Any, config: Any, family: str, mask: Tensor, ids: Tensor, given: dict[str, Any]) -> list[TokenGrid]:
     """Grids of all images, from the surest source that accounts for every image token; bool mask and ids [B, T]."""
     for layouts in _candidates(model, config, family, mask, ids, given):
         grids = place(mask, layouts)
@@ -33,7 +33,7 @@ def find_grids(model: Any, config: Any, family: str, mask: Tensor, ids: Tensor, 
     return []
 
 
-def place(mask: Tensor, layouts: list[Layout] | None) -> list[ImageGrid] | None:
+def place(mask: Tensor, layouts: list[Layout] | None) -> list[TokenGrid] | None:
     """Layouts laid onto the image tokens in reading order; None unless they cover them exactly and no image crosses a row.
 
     Fewer layouts than images are taken to be the last ones: in a conversation a pass brings only its own images.
@@ -50,7 +50,7 @@ def place(mask: Tensor, layouts: list[Layout] | None) -> list[ImageGrid] | None:
         start += count
         if count == 0 or bool((own[:, 0] != own[0, 0]).any()):
             return None
-        result += [ImageGrid(int(own[0, 0]), own[:, 1][piece]) for piece in pieces]
+        result += [TokenGrid.of_image(int(own[0, 0]), own[:, 1][piece]) for piece in pieces]
     return result
 
 

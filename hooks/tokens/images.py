@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...interventions import ImageGrid, TokenMap
+from ...interventions import TokenGrid, TokenMap
 from .image_grids import find_grids
 
 # Pixels enter these through cross-attention: their placeholders are ordinary text positions, so there is no image role.
@@ -20,7 +20,7 @@ RESAMPLED = {"idefics2", "blip-2", "instructblip", "instructblipvideo", "kosmos-
 
 
 def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any]) -> None:
-    """Fills the roles "image" and "video" and `tokens.images` from ids [B, T] and the arguments of the forward pass.
+    """Fills the roles "image" and "video" and `tokens.grids` from ids [B, T] and the arguments of the forward pass.
 
     "image" holds all visual tokens, those of videos among them; "video" tells these apart. Roles are absent where no row of the batch has
     such tokens. Grids are those of images alone; of tiled images they come per tile, in the order of the prompt.
@@ -32,7 +32,7 @@ def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any])
     token = getattr(config, "image_token_id", None)
     image = ids == token if isinstance(token, int) else ids.new_zeros(ids.shape, dtype=torch.bool)
     if family not in RESAMPLED and bool(image.any()):
-        tokens.images = find_grids(model, config, family, image.cpu(), ids.cpu(), given)
+        tokens.grids = find_grids(model, config, family, image.cpu(), ids.cpu(), given)
     tokens.roles.update(image_roles(model, ids))
 
 
@@ -52,7 +52,7 @@ def image_roles(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def join_images(known: list[ImageGrid], found: list[ImageGrid], past: int, image: Tensor | None = None) -> list[ImageGrid]:
+def join_images(known: list[TokenGrid], found: list[TokenGrid], past: int, image: Tensor | None = None) -> list[TokenGrid]:
     """Grids after a further chunk or turn: the known ones, and those found that reach beyond the `past` tokens of before.
 
     image: bool [B, T], the image tokens of the whole prompt. Where an image was cut there, what looked like a grid in one part of it is none.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ...interventions import Call, ImageGrid, ReattendError, Site
+from ...interventions import Call, ReattendError, Site, TokenGrid
 from ..doors.capture import Capture
 from ..passes import OUTSIDE
 from ..sites.table import SiteTable
@@ -85,15 +85,15 @@ class PatchReader:
             call.memory["encoder"] = (call.clock, [])
         return call.memory["encoder"][1]
 
-    def per_image(self, call: Call, known: list[ImageGrid]) -> list[tuple[ImageGrid, dict[str, Tensor]]] | None:
+    def per_image(self, call: Call, known: list[TokenGrid]) -> list[tuple[TokenGrid, dict[str, Tensor]]] | None:
         """(grid, {reading: [rows, cols]}) of the images that are not `known` yet; None while not all of their tokens are in the prompt.
 
         Raises ReattendError where image tokens are there and the encoder has not run under this session.
         """
         tokens = call.tokens
         assert tokens is not None
-        old = {(g.row, int(g.index[0, 0])) for g in known}
-        new = [g for g in tokens.images if (g.row, int(g.index[0, 0])) not in old]
+        old = {(g.row, int(g.image[0, 0])) for g in known}
+        new = [g for g in tokens.grids if (g.row, int(g.image[0, 0])) not in old]
         if not new:
             return []
         inside = self._of_pass(call)
@@ -113,8 +113,8 @@ class PatchReader:
         return None
 
     def _fitted(
-        self, runs: list[dict[str, Tensor]], batch: int, new: list[ImageGrid]
-    ) -> list[tuple[ImageGrid, dict[str, Tensor]]] | None:
+        self, runs: list[dict[str, Tensor]], batch: int, new: list[TokenGrid]
+    ) -> list[tuple[TokenGrid, dict[str, Tensor]]] | None:
         """These runs laid out on the grids; None where they do not fit."""
         # beams and several answers repeat the prompts, not the images
         for times in range(1, batch + 1):
@@ -123,12 +123,12 @@ class PatchReader:
             own = [g for g in new if g.row % times == 0]
             values = {name: lay_out(self.config, [run[name] for run in runs], own) for name in self.readings}
             if len(own) * times == len(new) and all(v is not None for v in values.values()):
-                found = {(g.row, int(g.index[0, 0])): {k: v[i] for k, v in values.items() if v} for i, g in enumerate(own)}
-                return [(g, found[g.row - g.row % times, int(g.index[0, 0])]) for g in new]
+                found = {(g.row, int(g.image[0, 0])): {k: v[i] for k, v in values.items() if v} for i, g in enumerate(own)}
+                return [(g, found[g.row - g.row % times, int(g.image[0, 0])]) for g in new]
         return None
 
 
-def lay_out(config: Any, parts: list[Tensor], grids: Sequence[ImageGrid]) -> list[Tensor] | None:
+def lay_out(config: Any, parts: list[Tensor], grids: Sequence[TokenGrid]) -> list[Tensor] | None:
     """Values of patches, call by call [units, patches], summed to image tokens: one [rows, cols] per grid; None where they do not fit."""
     vision = config.vision_config
     if hasattr(vision, "temporal_patch_size"):
@@ -141,7 +141,7 @@ def lay_out(config: Any, parts: list[Tensor], grids: Sequence[ImageGrid]) -> lis
     maps = [u.view(math.isqrt(u.numel()), -1) for u in units]
     if config.model_type in UNPADDED:
         return _from_tiles(config, maps, grids)
-    return [pooled(m, g.shape) for m, g in zip(maps, grids)] if len(maps) == len(grids) else None
+    return [pooled(m, tuple(g.image.shape)) for m, g in zip(maps, grids)] if len(maps) == len(grids) else None
 
 
 def pooled(values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -151,7 +151,7 @@ def pooled(values: Tensor, shape: tuple[int, int]) -> Tensor:
     return adaptive_avg_pool2d(values[None], shape)[0] * (values.numel() / (shape[0] * shape[1]))
 
 
-def _in_blocks(vision: Any, flat: Tensor, grids: Sequence[ImageGrid]) -> list[Tensor] | None:
+def _in_blocks(vision: Any, flat: Tensor, grids: Sequence[TokenGrid]) -> list[Tensor] | None:
     """Qwen-VL and GLM: merge x merge patches of a token follow each other; where layers have windows, tokens come window by window."""
     merge = getattr(vision, "spatial_merge_size", 2)
     sizes = [g.index.numel() for g in grids]
@@ -161,9 +161,9 @@ def _in_blocks(vision: Any, flat: Tensor, grids: Sequence[ImageGrid]) -> list[Te
     windows = getattr(vision, "fullatt_block_indexes", None) is not None
     for grid, part in zip(grids, flat.view(-1, merge**2).sum(dim=1).split(sizes), strict=True):
         if windows:
-            order = _window_order(*grid.shape, vision.window_size // merge // vision.patch_size)
+            order = _window_order(grid.height, grid.width, vision.window_size // merge // vision.patch_size)
             part = part[order.argsort().to(part.device)]
-        found.append(part.view(grid.shape))
+        found.append(part.view(grid.image.shape))
     return found
 
 
@@ -175,34 +175,34 @@ def _window_order(rows: int, cols: int, width: int) -> Tensor:
     )
 
 
-def _in_rows(merge: int, flat: Tensor, grids: Sequence[ImageGrid]) -> list[Tensor] | None:
+def _in_rows(merge: int, flat: Tensor, grids: Sequence[TokenGrid]) -> list[Tensor] | None:
     """Pixtral and Mistral 3: all images in one sequence, each row by row."""
     sizes = [g.index.numel() * merge**2 for g in grids]
     if flat.numel() != sum(sizes):
         return None
-    parts = zip(flat.split(sizes), (g.shape for g in grids), strict=True)
+    parts = zip(flat.split(sizes), (g.image.shape for g in grids), strict=True)
     return [pooled(part.view(rows * merge, cols * merge), (rows, cols)) for part, (rows, cols) in parts]
 
 
-def _from_tiles(config: Any, maps: list[Tensor], grids: Sequence[ImageGrid]) -> list[Tensor] | None:
+def _from_tiles(config: Any, maps: list[Tensor], grids: Sequence[TokenGrid]) -> list[Tensor] | None:
     """LLaVA-NeXT and OneVision: each image as one map, and, where a finer grid follows, its tiles, put together and cropped."""
     if not grids:
         return None if maps else []
     if not maps:
         return None
     side, (first, *others) = maps[0].shape[0], grids
-    if first.shape != (side, side):
+    if first.image.shape != (side, side):
         return None
     fine = others[0] if others and others[0].row == first.row else None
     if fine is None or int(fine.index.min()) != int(first.index.max()) + 1:
         rest = _from_tiles(config, maps[1:], others)
         return None if rest is None else [maps[0], *rest]
-    for high, wide in _tilings(config, *fine.shape, side):
+    for high, wide in _tilings(config, fine.height, fine.width, side):
         tiles = maps[1 : 1 + high * wide]
         rest = _from_tiles(config, maps[1 + high * wide :], others[1:]) if len(tiles) == high * wide else None
         if rest is not None:
             rows = [torch.cat(tiles[r * wide : (r + 1) * wide], dim=1) for r in range(high)]
-            return [maps[0], _cropped(torch.cat(rows, dim=0), fine.shape), *rest]
+            return [maps[0], _cropped(torch.cat(rows, dim=0), tuple(fine.image.shape)), *rest]
     return None
 
 

@@ -27,7 +27,7 @@ def build_roles(
     later: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> None:
-    """Fills tokens.roles and tokens.images. Raises ReattendError when a span that a session asked for is not in the prompt.
+    """Fills tokens.roles and tokens.grids. Raises ReattendError when a span that a session asked for is not in the prompt.
 
     later [B, n]: ids of the prompt that come in further chunks, where passages may lie. padding [B, m] bool: what is known of the
     tokens that a mask of new tokens alone does not speak of.

@@ -255,7 +255,7 @@ class SequenceTracker:
             known.reached(past)
             raise
         tokens.roles, tokens.blind, tokens.unknown, tokens.unread = new.roles, new.blind, new.unknown, unread
-        tokens.images = [] if unread else join_images(tokens.images, new.images, past, new.roles.get("image"))
+        tokens.grids = [] if unread else join_images(tokens.grids, new.grids, past, new.roles.get("image"))
         tokens.prompt_length, known.sessions, known.step = prompt, readers, -1
         known.asked, known.groups = set(), None
         known.planned = 0 if later is None else prompt + later.shape[1]

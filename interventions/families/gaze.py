@@ -31,7 +31,7 @@ def image_columns(tokens: TokenMap) -> Tensor:
     """Bool [B, prompt] on the CPU: image tokens without separators (newline features between rows), as far as grids are known."""
     image = tokens.positions("image", 0, tokens.prompt_length)
     placed = torch.zeros_like(image)
-    for grid in tokens.images:
+    for grid in tokens.grids:
         index = grid.index.flatten()
         placed[grid.row, index[index < tokens.prompt_length]] = True
     placed &= image

@@ -146,12 +146,12 @@ def rotary_misfit(sites: SiteTable, slug: str) -> str:
 def image_grid(call: Call, slug: str) -> Tensor:
     """Long [height, width]: the query rows of the image's places. Raises ReattendError where the raster is not known."""
     tokens = call.tokens if call.query_tokens is None else call.query_tokens
-    if tokens is None or not tokens.images:
+    if tokens is None or not tokens.grids:
         where = "this call" if call.site is None else call.site.name
         raise ReattendError(
             f"{slug}: which image token lies where is not known at {where}: its tokens are no raster of the latents"
         )
-    return tokens.images[0].index
+    return tokens.grids[0].image
 
 
 def middle_side(sites: SiteTable) -> int | None:

@@ -15,7 +15,7 @@ from reattend.comparison.pictures import heat_picture, level, moved_picture, str
 from reattend.comparison.text import prompt_pieces
 from reattend.comparison.words import points
 from reattend.hooks import Edits, Support
-from reattend.interventions import ImageGrid, KeyBias, TokenMap
+from reattend.interventions import KeyBias, TokenGrid, TokenMap
 from reattend.recipes import Info, Recipe
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
@@ -241,7 +241,7 @@ def test_grids_of_other_rows_are_left_out():
     class Fake:
         table = ()
         readings = {}
-        tokens = TokenMap(2, 3, 3, {}, [ImageGrid(1, torch.zeros(1, 1, dtype=torch.long))])
+        tokens = TokenMap(2, 3, 3, {}, [TokenGrid.of_image(1, torch.zeros(1, 1, dtype=torch.long))])
 
         def spread_by_layer(self, length, stack):
             return {0: torch.zeros(length)}

@@ -229,7 +229,7 @@ def test_token_roles(name: str) -> None:
                     assert starts == [TEXT + registers] * 2
                 else:
                     assert starts == [count] * 2
-            for grid in call.tokens.images:
+            for grid in call.tokens.grids:
                 assert grid.index.flatten().tolist() == image[grid.row].nonzero()[:, 0].tolist()
 
 

@@ -10,7 +10,7 @@ from reattend.hooks import Observe, Plan, attach
 from reattend.hooks.tokens.image_grids import place, runs
 from reattend.hooks.tokens.images import join_images
 from reattend.hooks.trackers.caches import cache_name, cache_of
-from reattend.interventions import ImageGrid
+from reattend.interventions import ReattendError, TokenGrid, TokenMap
 from tiny_models import BREAK, END, IMAGE, PINPOINTS, SIZES
 from torch.overrides import TorchFunctionMode
 
@@ -71,8 +71,8 @@ def test_generate_finds_the_same_grids(family, beams):
     options = {"max_new_tokens": 2, "do_sample": False, "num_beams": beams}
     generated, _ = watch(tiny.model, lambda: tiny.model.generate(**inputs, **options))
     assert generated.batch == 2 * beams
-    expected = [(g.row * beams + beam, g.index.tolist()) for g in direct.images for beam in range(beams)]
-    assert sorted((g.row, g.index.tolist()) for g in generated.images) == sorted(expected)
+    expected = [(g.row * beams + beam, g.index.tolist()) for g in direct.grids for beam in range(beams)]
+    assert sorted((g.row, g.index.tolist()) for g in generated.grids) == sorted(expected)
     assert len(expected) > 0
 
 
@@ -92,7 +92,7 @@ def probes(family, inputs, grids):
     pixels = inputs["pixel_values"]
     start = 0
     for number, grid in enumerate(grids):
-        rows, cols = grid.shape
+        rows, cols = grid.image.shape
         for r, c in {(0, 0), (0, cols - 1), (rows - 1, 0), (rows - 1, cols - 1), (rows // 2, cols // 2)}:
             if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"):
                 token = start + r * cols + c
@@ -131,16 +131,16 @@ def test_each_cell_of_a_grid_is_that_part_of_the_picture(family):
     mask, features = seen[0]
     features = features.reshape(-1, features.shape[-1])
     places = mask.nonzero()
-    assert len(tokens.images) >= 3
-    pictured = {(g.row, p) for g in tokens.images for p in g.index.flatten().tolist()}
-    assert len(pictured) == sum(g.index.numel() for g in tokens.images), "grids overlap"
-    for where, number, r, c in probes(family, inputs, tokens.images):
+    assert len(tokens.grids) >= 3
+    pictured = {(g.row, p) for g in tokens.grids for p in g.index.flatten().tolist()}
+    assert len(pictured) == sum(g.index.numel() for g in tokens.grids), "grids overlap"
+    for where, number, r, c in probes(family, inputs, tokens.grids):
         changed = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
         changed["pixel_values"][where] += 1.0 + torch.rand_like(changed["pixel_values"][where])
         again = watch(tiny.model, lambda changed=changed: tiny.model(**changed))[1][0][1].reshape(features.shape)
         moved = places[(again - features).abs().amax(dim=1) > 1e-6].tolist()
-        grid = tokens.images[number]
-        assert moved == [[grid.row, int(grid.index[r, c])]], (number, r, c)
+        grid = tokens.grids[number]
+        assert moved == [[grid.row, int(grid.image[r, c])]], (number, r, c)
 
 
 def test_a_large_onevision_picture_is_shrunk():
@@ -148,12 +148,12 @@ def test_a_large_onevision_picture_is_shrunk():
     inputs = tiny.inputs([[1, "image", 7], [1, "image", 5, "image", 8]])
     tokens, _ = watch(tiny.model, lambda: tiny.model(**inputs))
     generated, _ = watch(tiny.model, lambda: tiny.model.generate(**inputs, max_new_tokens=1))
-    shapes = [g.shape for g in tokens.images]
-    assert shapes == [g.shape for g in generated.images] and shapes[0::2] == [(4, 4)] * 3
+    shapes = [g.shape for g in tokens.grids]
+    assert shapes == [g.shape for g in generated.grids] and shapes[0::2] == [(1, 4, 4)] * 3
     # one tile's area at most, up to the tolerance of 1.1 on each side
-    assert all(rows * cols <= 16 * 1.1**2 for rows, cols in shapes[1::2])
-    for grid in tokens.images[1::2]:
-        assert (grid.index.diff(dim=0) == grid.shape[1] + 1).all(), "each row is followed by a newline feature"
+    assert all(rows * cols <= 16 * 1.1**2 for _, rows, cols in shapes[1::2])
+    for grid in tokens.grids[1::2]:
+        assert (grid.image.diff(dim=0) == grid.width + 1).all(), "each row is followed by a newline feature"
 
 
 def test_onevision_samples_of_several_images_have_base_grids_only():
@@ -165,7 +165,7 @@ def test_onevision_samples_of_several_images_have_base_grids_only():
     }  # fmt: skip
     for run in (lambda: tiny.model(**inputs), lambda: tiny.model.generate(**inputs, max_new_tokens=1)):
         tokens, _ = watch(tiny.model, run)
-        assert [g.index.flatten().tolist() for g in tokens.images] == [list(range(1, 17)), list(range(19, 35))]
+        assert [g.index.flatten().tolist() for g in tokens.grids] == [list(range(1, 17)), list(range(19, 35))]
         assert tokens.positions("image", 0, 37).sum() == 34, "the newline features belong to the role"
 
 
@@ -178,20 +178,20 @@ def test_break_tokens_tell_two_adjacent_pictures_apart():
         "image_sizes": torch.tensor([[8, 8], [4, 8]]),
     }  # fmt: skip
     tokens, _ = watch(tiny.model, lambda: tiny.model(**inputs))
-    assert [g.index.tolist() for g in tokens.images] == [[[1, 2], [4, 5]], [[7, 8]]]
+    assert [g.image.tolist() for g in tokens.grids] == [[[1, 2], [4, 5]], [[7, 8]]]
 
 
 def test_mllama_has_no_image_role():
     tiny = tiny_models.mllama()
     inputs = tiny.inputs([[1, "image", 5, 6]])
     tokens, _ = watch(tiny.model, lambda: tiny.model(**inputs))
-    assert "image" not in tokens and tokens.images == []
+    assert "image" not in tokens and tokens.grids == []
 
 
 def test_text_only_prompt_has_no_image_role():
     tiny = tiny_models.llava()
     tokens, _ = watch(tiny.model, lambda: tiny.model(**tiny.inputs([[1, 5, 6, 7]])))
-    assert "image" not in tokens and tokens.images == [] and not tokens.blind
+    assert "image" not in tokens and tokens.grids == [] and not tokens.blind
 
 
 def test_embeddings_alone_leave_the_image_unknown():
@@ -211,7 +211,7 @@ def test_second_turn_keeps_the_first_picture_and_adds_its_own(family):
     sites = reattend.sites(tiny.model).stack("decoder").kind("self")[:1]
     with attach(tiny.model, [Plan("watch", [Observe(sites, lambda o: maps.append(o.tokens))])]), torch.no_grad():
         out = tiny.model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-        before = [g.index.tolist() for g in maps[0].images]
+        before = [g.index.tolist() for g in maps[0].grids]
         second = tiny.inputs([[7, 8, "image", 9]])
         ids = torch.cat([out.sequences, second["input_ids"]], dim=1)
         later = {k: v for k, v in second.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
@@ -226,8 +226,8 @@ def test_second_turn_keeps_the_first_picture_and_adds_its_own(family):
             later["mm_token_type_ids"] = (ids[:, past:] == IMAGE).int()
         tiny.model(input_ids=ids[:, past:], **{cache_name(tiny.model): cache_of(out)}, **later)
     tokens = maps[-1]
-    assert [g.index.tolist() for g in tokens.images[: len(before)]] == before
-    assert len(tokens.images) == 2 * len(before)
+    assert [g.index.tolist() for g in tokens.grids[: len(before)]] == before
+    assert len(tokens.grids) == 2 * len(before)
     shown = ids == IMAGE
     shown[:, first["input_ids"].shape[1] : past + 1] = False  # a generated token may have the placeholder's id
     assert torch.equal(tokens.positions("image", 0, ids.shape[1]), shown)
@@ -243,7 +243,7 @@ def test_chunks_that_cut_a_picture_in_two():
         tiny.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=6)
     width = inputs["input_ids"].shape[1]
     assert torch.equal(maps[-1].positions("image", 0, width), whole.positions("image", 0, width))
-    assert [g.index.tolist() for g in maps[-1].images] == [g.index.tolist() for g in whole.images]
+    assert [g.index.tolist() for g in maps[-1].grids] == [g.index.tolist() for g in whole.grids]
 
 
 def test_layouts_that_do_not_account_for_the_tokens_are_refused():
@@ -251,11 +251,25 @@ def test_layouts_that_do_not_account_for_the_tokens_are_refused():
     one = (1, [torch.zeros(1, 1, dtype=torch.long)])
     assert place(mask, [one]) is None
     assert place(mask, [one, (2, [])]) is None, "an image cannot lie in two rows"
-    assert [g.index.tolist() for g in place(mask, [one, one, one]) or []] == [[[1]], [[2]], [[1]]]
+    assert [g.image.tolist() for g in place(mask, [one, one, one]) or []] == [[[1]], [[2]], [[1]]]
     assert runs(mask) == [(0, 1, 2), (1, 1, 1)]
 
 
 def test_join_replaces_a_cut_picture():
-    cut, whole = ImageGrid(0, torch.tensor([[1, 2]])), ImageGrid(0, torch.tensor([[1, 2], [3, 4]]))
-    other = ImageGrid(0, torch.tensor([[0]]))
+    cut, whole = TokenGrid.of_image(0, torch.tensor([[1, 2]])), TokenGrid.of_image(0, torch.tensor([[1, 2], [3, 4]]))
+    other = TokenGrid.of_image(0, torch.tensor([[0]]))
     assert join_images([other, cut], [other, whole], past=3) == [other, whole]
+
+
+def test_a_grid_has_frames_rows_and_columns():
+    video = TokenGrid(1, torch.arange(12).view(2, 2, 3), "reference")
+    assert video.shape == (video.frames, video.height, video.width) == (2, 2, 3)
+    with pytest.raises(ReattendError, match="2 frames of 2 x 3, no single image"):
+        _ = video.image
+    assert TokenGrid.of_image(0, torch.arange(6).view(2, 3)).image.tolist() == [[0, 1, 2], [3, 4, 5]]
+    for index in (torch.arange(6).view(2, 3), torch.zeros(1, 0, 3, dtype=torch.long)):
+        with pytest.raises(ReattendError, match="frames, rows, cols"):
+            TokenGrid(0, index)
+    tokens = TokenMap(2, 12, 12, grids=[video])
+    tokens.move(torch.tensor([1, 0, 1]))
+    assert [(g.row, g.role, g.shape) for g in tokens.grids] == [(0, "reference", (2, 2, 3)), (2, "reference", (2, 2, 3))]

@@ -10,7 +10,7 @@ import torch
 from asked_images import tiny_models
 from golden_files import golden_file
 from reattend.hooks import SiteTable, sites
-from reattend.interventions import Call, Clock, ImageGrid, ReattendError, TokenMap, fused, reference
+from reattend.interventions import Call, Clock, ReattendError, TokenGrid, TokenMap, fused, reference
 from reattend.interventions.families.gaze import Focus, focused_rows, image_columns, positive_shift, refocus, saliency_map
 from reattend.recipes import Profile, recipe
 from reattend.recipes.kit.profile import cached_path, table_fingerprint
@@ -163,7 +163,7 @@ def test_separators_are_no_image():
     """Newline features lie inside a run of image tokens; an image without a known grid stays whole."""
     image = torch.zeros(2, 16, dtype=torch.bool)
     image[0, 2:8] = image[0, 10:14] = image[1, 3:6] = True
-    grid = ImageGrid(0, torch.tensor([[2, 3], [5, 6]]))
+    grid = TokenGrid.of_image(0, torch.tensor([[2, 3], [5, 6]]))
     found = image_columns(TokenMap(2, 16, 16, {"image": image}, [grid]))
     assert found[0].nonzero()[:, 0].tolist() == [2, 3, 5, 6, 10, 11, 12, 13]
     assert torch.equal(found[1], image[1])

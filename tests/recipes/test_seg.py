@@ -35,7 +35,7 @@ def test_equal_to_two_calls(name: str, sigma: float) -> None:
     def blurred(call: Call) -> BlurQuery:
         assert call.tokens is not None
         rows = call.query_rows("image") if call.site is not None and call.site.kind == "joint" else None
-        return BlurQuery(grid=call.tokens.images[0].index, sigma=math.inf if sigma > 9999 else sigma, rows=rows)
+        return BlurQuery(grid=call.tokens.grids[0].image, sigma=math.inf if sigma > 9999 else sigma, rows=rows)
 
     chosen = [layer for number, layer in image_layers(table).items() if number in default_layers(table)]
     with attach(model, [Plan("by hand", [Edits(layer, blurred) for layer in chosen])]):

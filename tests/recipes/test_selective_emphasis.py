@@ -18,11 +18,11 @@ from reattend.hooks.trackers.caches import cache_of
 from reattend.interventions import (
     Call,
     Clock,
-    ImageGrid,
     ReattendError,
     ReattendWarning,
     ScoreGain,
     Site,
+    TokenGrid,
     TokenMap,
     fused,
     reference,
@@ -44,15 +44,15 @@ class Read:
         self.readings = readings
 
     def per_image(self, call, known):
-        return [(grid, self.readings) for grid in call.tokens.images if grid not in known]
+        return [(grid, self.readings) for grid in call.tokens.grids if grid not in known]
 
 
 def strengthened(call, start, count, readings, **parameters):
     """What the recipe asks for at a call whose image is the columns from start on."""
     places = torch.arange(call.num_keys)[None]
-    grid = ImageGrid(0, torch.arange(start, start + count)[None])
+    grid = TokenGrid.of_image(0, torch.arange(start, start + count)[None])
     call.tokens = TokenMap(
-        1, call.num_keys, call.num_keys, {"image": (places >= start) & (places < start + count)}, images=[grid]
+        1, call.num_keys, call.num_keys, {"image": (places >= start) & (places < start + count)}, grids=[grid]
     )
     call.tokens.roles["padding"] = torch.zeros_like(places, dtype=torch.bool)
     call.clock = Clock("prefill" if call.num_queries > 1 else "decode")
@@ -147,7 +147,7 @@ def grids_of(tiny, prompts=PROMPTS):
     inputs = tiny.inputs(prompts)
     tokens = TokenMap(*inputs["input_ids"].shape, inputs["input_ids"].shape[1])
     add_images(tokens, tiny.model, inputs["input_ids"], inputs)
-    return inputs, tokens.images
+    return inputs, tokens.grids
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
@@ -167,11 +167,11 @@ def test_tiles_become_tokens_as_the_model_packs_them(family):
     found = lay_out(tiny.model.config, [torch.cat(values)], grids)
     assert len(found) == len(grids) == 6
     for grid, value in zip(grids, found):
-        torch.testing.assert_close(value, wanted[grid.row, grid.index])
+        torch.testing.assert_close(value, wanted[grid.row, grid.image])
 
 
 def test_patches_become_tokens_as_other_models_merge_them():
-    grid = [ImageGrid(0, torch.arange(4).view(2, 2))] * 3
+    grid = [TokenGrid.of_image(0, torch.arange(4).view(2, 2))] * 3
     for family, shuffle in (("internvl", {"scale_factor": 0.5}), ("idefics3", {"scale_factor": 2})):
         tiny, values = tiny_models.build(family), torch.rand(3, 16)
         if family == "internvl":
@@ -184,7 +184,7 @@ def test_patches_become_tokens_as_other_models_merge_them():
     torch.testing.assert_close(torch.stack(lay_out(config, [values], grid)), pooled)
     mistral = tiny_models.build("mistral3")
     _, grids = grids_of(mistral)
-    maps = [torch.rand(2 * r, 2 * c) for r, c in (g.shape for g in grids)]
+    maps = [torch.rand(2 * r, 2 * c) for r, c in (g.image.shape for g in grids)]
     for value, whole in zip(lay_out(mistral.model.config, [torch.cat([m.flatten() for m in maps])[None]], grids), maps):
         torch.testing.assert_close(value, 4 * torch.nn.functional.avg_pool2d(whole[None], 2)[0])
 

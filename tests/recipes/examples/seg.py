@@ -6,7 +6,7 @@ import reattend
 import torch
 from example import Example
 from golden_files import golden_file
-from reattend.interventions import Call, Clock, ImageGrid, Site, TokenMap
+from reattend.interventions import Call, Clock, Site, TokenGrid, TokenMap
 from reattend.interventions.families.guidance import blur_matrix
 
 TURNED = "turns its queries by position .RoPE. before its scores"
@@ -50,7 +50,7 @@ def golden(name, run):
     q, k, v = (linear(data["x"], f"to_{n}").unflatten(2, (int(facts["heads"]), -1)).transpose(1, 2) for n in "qkv")
     batch, n = len(q), q.shape[2]
     branch = torch.arange(batch) >= batch - batch // int(facts["chunks"])
-    grids = [ImageGrid(row, torch.arange(n).view(math.isqrt(n), -1)) for row in range(batch)]
+    grids = [TokenGrid.of_image(row, torch.arange(n).view(math.isqrt(n), -1)) for row in range(batch)]
     tokens = TokenMap(batch, n, n, {"image": torch.ones(batch, n, dtype=torch.bool)}, grids)
     call = Call(q, k, v, site=SELF, clock=Clock("denoise", branches={"seg": branch}), tokens=tokens)
     edit = reattend.recipe("seg", sigma=sigma).weaken(None, call)

@@ -6,6 +6,7 @@ from .doors.capture import Capture
 from .doors.edits import Edits
 from .doors.exit import Exit
 from .doors.guide import Guide
+from .doors.inject import Entering, Inject
 from .doors.lookahead import Lookahead, Trials
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
@@ -24,9 +25,11 @@ __all__ = [
     "Branch",
     "Capture",
     "Edits",
+    "Entering",
     "Exit",
     "Fusion",
     "Guide",
+    "Inject",
     "Lookahead",
     "Observation",
     "Observe",

@@ -11,6 +11,7 @@ from .doors.lookahead import Lookahead, Trials
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
 from .doors.projection import Projected, Projection
+from .doors.share import Share, Shared
 from .doors.spans import Question, Segments, Spans
 from .editing import edit
 from .plan import Plan, Step
@@ -43,6 +44,8 @@ __all__ = [
     "Recording",
     "Segments",
     "Session",
+    "Share",
+    "Shared",
     "SiteTable",
     "Spans",
     "Step",

@@ -206,6 +206,8 @@ class Call:
     attended: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     # what the recipes before the one that looks at this call have asked for here
     edits: list[Any] = field(default_factory=list, repr=False)
+    # what is given the output [B, H, Tq, Dv] once it is there, to look at it
+    then: list[Callable[[Tensor], None]] = field(default_factory=list, repr=False)
     # name of a way -> how often the executor took it for this site, where somebody counts
     ways: Counter[str] | None = field(default=None, repr=False)
 

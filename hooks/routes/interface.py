@@ -233,9 +233,12 @@ def _edited(
     call = _call(name, module, query, key, value, mask, kwargs)
     call.original = run
     edits = edits_of(acting, module, call, place)
-    if not edits:
+    if not edits and not call.then:
         return None
-    output = fused(call, edits).transpose(1, 2).contiguous()
+    output = fused(call, edits)
+    for look in call.then:
+        look(output)
+    output = output.transpose(1, 2).contiguous()
     if name != "eager" or not _weights_are_read(module, kwargs):
         return output, None
     weights = row_weights(call, edits, torch.arange(call.num_queries, device=query.device))

@@ -180,4 +180,7 @@ class _Interception(TorchFunctionMode):
 
         call = Call(query, key, value, mask, is_causal_here, scale, site=site, original=run)
         edits = edits_of(acting, self.module, call, place)
-        return fused(call, edits) if edits else run()
+        output = fused(call, edits) if edits else run()
+        for look in call.then:
+            look(output)
+        return output

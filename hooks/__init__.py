@@ -4,6 +4,7 @@ from .attachment import running
 from .doors.branch import Branch, Fusion
 from .doors.capture import Capture
 from .doors.edits import Edits
+from .doors.evict import Evict, Held
 from .doors.exit import Exit
 from .doors.guide import Guide
 from .doors.inject import Entering, Inject
@@ -27,9 +28,11 @@ __all__ = [
     "Capture",
     "Edits",
     "Entering",
+    "Evict",
     "Exit",
     "Fusion",
     "Guide",
+    "Held",
     "Inject",
     "Lookahead",
     "Observation",

@@ -25,6 +25,7 @@ class Rank(IntEnum):
     BRANCHES = 5
     PROBES = 6
     REUSE = 7
+    CACHES = 8  # after a pass first: what comes of its cache
 
 
 @dataclass(frozen=True)

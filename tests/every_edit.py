@@ -17,6 +17,7 @@ from reattend.interventions import (
     Gain,
     HeadGain,
     HeadMix,
+    HeldKV,
     Instead,
     Keep,
     KeyBias,
@@ -132,6 +133,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "pool for some": lambda: PoolKV(groups=merged(b, h, n), **who),
         "reorder per head": lambda: Reorder(order=shuffled(b, h, n), **who),
         "reorder": lambda: Reorder(order=torch.stack([torch.randperm(n) for _ in range(b)])),
+        "held": lambda: held(call),
     }  # fmt: skip
 
 
@@ -181,12 +183,21 @@ def chosen(batch: int, heads: int, keys: int) -> Tensor:
     return torch.stack(drawn).view(batch, heads, -1)
 
 
+def held(call: Call) -> HeldKV:
+    """Four columns of each key head, some of which are not used, with keys and values of their own."""
+    columns, (b, kv, n, d) = chosen(call.batch, call.key.shape[1], call.num_keys).sort(dim=-1).values, call.key.shape
+    valid = (torch.rand(b, kv, 4) > 0.2) | (columns == 0)
+    key, value = (torch.rand(b, kv, 4, width, dtype=call.query.dtype) for width in (d, call.value.shape[3]))
+    return HeldKV(columns=columns, key=key, value=value, valid=valid)
+
+
 # what acts on the operands of whole calls, or (for `Rearrange`) is cut to heads and rows in ways of its own, or needs several rows
 WHOLE = (
     "append",
     "replace",
     "pool",
     "reorder",
+    "held",
     "pool for some",
     "rearrange",
     "extrapolate",

@@ -2,6 +2,7 @@
 
 from .base import Edit, Rows, Shape
 from .columns import AppendKV, PoolKV, Reorder, ReplaceKV
+from .held import HeldKV
 from .keep import Band, Blocks, Chosen, Keep, Pattern
 from .operands import OperandEdit, Operands, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
@@ -21,6 +22,7 @@ __all__ = [
     "Gain",
     "HeadGain",
     "HeadMix",
+    "HeldKV",
     "Instead",
     "Keep",
     "KeyBias",

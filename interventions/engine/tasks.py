@@ -215,4 +215,6 @@ def take_heads(x: Tensor, heads: list[int]) -> Tensor:
     """Key heads [B, len(heads), ...] as a view where they are neighbours."""
     if heads == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1]
+    if x.stride(1) == 0:
+        return x[:, :1].expand(-1, len(heads), *x.shape[2:])  # all heads are one
     return x[:, heads]

@@ -118,10 +118,12 @@ class TokenMap:
     """Named sets of token positions, bool [batch, length] each, over the whole sequence so far.
 
     Roles found on a model are "image", "bos", "padding", "prompt", "generated", with a chat template also "system", "user",
-    "assistant"; a user's spans have their own names ("emphasis"). `length` grows with every decode step: roles are stored
-    for the prompt and read as False (generated: True) beyond it. blind: only embeddings were given, so roles that are found by
-    token id are unknown, which is not the same as absent. unknown: why roles could not be found at all, "" where they could. unread: how
-    many of its tokens nobody saw pass by. virtual: how many at its start are learned vectors (prefix and prompt tuning), no tokens.
+    "assistant"; on a denoiser "image", "text", "padding", "reference", "register", "frame"; a user's spans have their own names
+    ("emphasis"). `length` grows with every decode step: roles are stored for the prompt and read as False (generated: True) beyond it.
+    grids: the images and videos whose raster is known; gridless: why one is not, where that was found out. blind: only embeddings were
+    given, so roles that are found by token id are unknown, which is not the same as absent. unknown: why roles could not be found at all,
+    "" where they could. unread: how many of its tokens nobody saw pass by. virtual: how many at its start are learned vectors (prefix and
+    prompt tuning), no tokens.
     """
 
     batch: int
@@ -131,6 +133,7 @@ class TokenMap:
     grids: list[TokenGrid] = field(default_factory=list)
     blind: bool = False
     unknown: str = ""
+    gridless: str = ""
     unread: int = 0
     virtual: int = 0
 

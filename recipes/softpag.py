@@ -70,7 +70,10 @@ class SoftPAG(PerturbedGuidance):
         named: dict[str, Any] = {"heads": heads, "rows": rows}
         if self.perturbation == "identity":
             if self.scope == "masked" and call.site is not None and call.site.kind == "joint":
-                return MixOwnAnd(columns=call.columns("text"), strength=self.strength, **named)
+                text = call.columns("text")
+                if call.tokens is not None and "register" in call.tokens:  # AuraFlow's come with its text
+                    text = text | call.columns("register")
+                return MixOwnAnd(columns=text, strength=self.strength, **named)
             return MixValue(strength=self.strength, **named)
         if self.perturbation != "temperature":
             return Mix(target=self.perturbation, strength=self.strength, **named)

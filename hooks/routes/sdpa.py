@@ -173,7 +173,7 @@ class _Interception(TorchFunctionMode):
         def place(call: Call, site: Site, owner: Host) -> Forward:
             forward = owner.current()
             call.clock, call.tokens = forward.clock, None
-            locate(call, forward, number)
+            locate(call, forward, number, self.module)
             if site.stack == "decoder" and site.kind == "self":
                 call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
             return forward

@@ -1,58 +1,28 @@
-"""What must be known, not read, about diffusers' denoisers: stacks, kinds, token order at joint attention, layout of guidance.
+"""What the modules of diffusers' denoisers say about their attention: stacks, kinds, heads.
 
-Everything that follows from module names and attributes is inferred, so a new class mostly works without an entry here; what cannot be
-inferred (which tokens come first in a joint stream) is an entry of `FAMILIES`, and unknown for classes without one.
+Everything here follows from module names and attributes, so a new class mostly works as it is. What cannot be read from a model (which
+tokens come first in a joint stream) stands in `families`.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
 from ...interventions import Site
-
-
-@dataclass(frozen=True)
-class Family:
-    """Facts of one denoiser class.
-
-    order: which tokens come first in its joint streams ("image" | "text"), None where it has none or it is not known. joint: modules
-    whose name matches are joint although nothing on them says so. registers: parameter [1, n, width] put before the text.
-    ragged: every sample has its own text length, and image tokens follow the sample's last text token. per_sample: one attention
-    call per sample, with that sample's text only. separate_calls: its pipelines run the conditional and the unconditional half in
-    two calls, conditional first.
-    """
-
-    order: str | None = None
-    joint: str | None = None
-    registers: str | None = None
-    ragged: bool = False
-    per_sample: bool = False
-    separate_calls: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "SD3Transformer2DModel": Family("image"),
-    "FluxTransformer2DModel": Family("text", separate_calls=True),
-    "AuraFlowTransformer2DModel": Family("text", registers="register_tokens"),
-    "CogVideoXTransformer3DModel": Family("text", joint=r"attn1$"),
-    "HunyuanVideoTransformer3DModel": Family("image", separate_calls=True),
-    "MochiTransformer3DModel": Family("image", per_sample=True),
-    "QwenImageTransformer2DModel": Family("text", separate_calls=True),
-    "Lumina2Transformer2DModel": Family("text", joint=r"(^|\.)layers\.", ragged=True, separate_calls=True),
-    "WanTransformer3DModel": Family(separate_calls=True),
-    "ChromaTransformer2DModel": Family("text", separate_calls=True),
-    "ZImageTransformer2DModel": Family(separate_calls=True),
-}
+from .families import family_of
 
 # stacks in the order in which they run; refiners prepare the tokens, motion modules sit between the layers of their block
 STACKS = (
-    "denoiser.pool", "denoiser.text_refiner", "denoiser.image_refiner", "denoiser.down", "denoiser.down.motion", "denoiser.mid",
-    "denoiser.mid.motion", "denoiser.up", "denoiser.up.motion", "denoiser", "denoiser.double", "denoiser.single", "denoiser.dual",
+    "denoiser.pool", "denoiser.text_refiner", "denoiser.image_refiner", "denoiser.motion", "denoiser.down", "denoiser.down.motion",
+    "denoiser.mid", "denoiser.mid.motion", "denoiser.up", "denoiser.up.motion", "denoiser", "denoiser.double", "denoiser.single",
+    "denoiser.dual",
 )  # fmt: skip
+# modules whose tokens are frames: AnimateDiff, text-to-video UNets, Stable Video Diffusion, Latte
+OVER_FRAMES = re.compile(r"(^|\.)(motion_modules|temp_attentions|transformer_in|temporal_transformer_blocks)\.")
 
 
 def denoiser_in(root: nn.Module) -> nn.Module | None:
@@ -64,25 +34,26 @@ def denoiser_in(root: nn.Module) -> nn.Module | None:
     return root if home.startswith(("diffusers.models.transformers.", "diffusers.models.unets.")) else None
 
 
-def family_of(denoiser: nn.Module) -> Family:
-    return FAMILIES.get(type(denoiser).__name__, Family())
-
-
 def stack_of(denoiser: nn.Module, path: str) -> str:
     """The stack of an attention module of a denoiser; `path` may lead through wrappers."""
     parts = f".{path}"
     if not re.search(r"blocks?\.|layers\.|refiner", parts):
         return "denoiser.pool"
     if "refiner" in parts:
-        return "denoiser.image_refiner" if ".noise_refiner" in parts else "denoiser.text_refiner"
+        images = any(f".{name}_refiner" in parts for name in ("noise", "siglip", "ref_image"))
+        return "denoiser.image_refiner" if images else "denoiser.text_refiner"
+    over_frames = OVER_FRAMES.search(path) is not None
     for part in ("down", "mid", "up"):
         if f".{part}_block" in parts:
-            return f"denoiser.{part}.motion" if ".motion_modules." in parts else f"denoiser.{part}"
+            return f"denoiser.{part}.motion" if over_frames else f"denoiser.{part}"
+    if over_frames:
+        return "denoiser.motion"
     if ".single_" in parts:
         return "denoiser.single"
     if type(denoiser).__name__ == "SD3Transformer2DModel" and parts.endswith(".attn2"):
         return "denoiser.dual"
-    return "denoiser.double" if len(getattr(denoiser, "single_transformer_blocks", ())) else "denoiser"
+    single = any(name.startswith("single_") and len(list(part.children())) for name, part in denoiser.named_children())
+    return "denoiser.double" if single else "denoiser"
 
 
 def turned_by_position(module: nn.Module) -> bool:
@@ -111,12 +82,14 @@ def _width(module: nn.Module, name: str) -> int | None:
 
 def _kind(denoiser: nn.Module, module: nn.Module, site: Site) -> str:
     if site.stack.endswith(".motion") or "temporal" in site.name:
-        return "temporal"
+        return "cross" if getattr(module, "is_cross_attention", False) else "temporal"
     if site.stack.endswith("_refiner") or site.stack == "denoiser.dual":
         return "self"
     pattern = family_of(denoiser).joint
     if pattern and re.search(pattern, site.name):
         return "joint"
+    if getattr(module, "add_k_proj", None) is not None and "AddedKV" in type(getattr(module, "processor", None)).__name__:
+        return "cross" if getattr(module, "only_cross_attention", False) else "joint"
     if getattr(module, "is_cross_attention", False):
         return "cross"
     if site.stack == "denoiser.single" or getattr(module, "add_q_proj", None) is not None:

@@ -1,4 +1,8 @@
-"""The token map of a denoiser's calls, from the arguments of its forward and the facts of its class."""
+"""The token map of a denoiser's calls, from the arguments of its forward and the facts of its class.
+
+Every map is tried against the number of tokens that the call really has: where the latents and the text that the model was given do not
+make that number, the roles are unknown, and whoever asks for one is told the numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Call, Clock, Site, TokenGrid, TokenMap
+from ...interventions import Call, Clock, TokenMap
 from ..passes import Forward
-from ..sites.denoisers import family_of
+from ..sites.families import Family, family_of
+from .rasters import Latents, Piece, Raster, read_latents
+from .streams import joint_stream, laid_out, raster_of, unknown
 
 
 @dataclass
 class DenoiserForward(Forward):
     """One forward pass of a denoiser: its clock, and what its arguments tell about tokens.
 
-    batch: rows of the pass, guide branches included. text_length: tokens of encoder_hidden_states (registers included), None where
-    there are none. text_lengths [batch]: valid ones per sample, where a text mask was given. text_mask: bool [batch, text_length],
-    True = real. latent: (height, width) of the latents where they are images.
+    batch: rows of the pass, guide branches included. text_length: tokens of the text arguments, None where there are none. samples: the
+    text tokens of each sample, where they are given apart. text_mask: bool [batch, text_length], True = real. reference_length: tokens of
+    `encoder_hidden_states_image`, None where there are none.
     """
 
     denoiser: nn.Module | None = None
+    family: Family = field(default_factory=Family)
     batch: int = 1
     text_length: int | None = None
+    samples: tuple[int, ...] = ()
     text_mask: Tensor | None = None
-    latent: tuple[int, int] | None = None
+    reference_length: int | None = None
+    latents: Latents = field(default_factory=Latents)
     maps: dict[Any, tuple[TokenMap, TokenMap | None]] = field(default_factory=dict)
 
 
@@ -36,135 +45,152 @@ def read_forward(
 ) -> DenoiserForward:
     """What the arguments of a denoiser's forward, by name, tell about its tokens. maps: a run's own, for passes without a text mask,
     whose maps follow from their shapes."""
-    hidden = given.get("hidden_states", given.get("sample"))
-    batch = hidden.shape[0] if isinstance(hidden, Tensor) else 1
-    forward = DenoiserForward(clock, loose_memory=memory, denoiser=denoiser, batch=batch)
-    if isinstance(hidden, Tensor) and hidden.dim() in (4, 5):
-        forward.latent = (hidden.shape[-2], hidden.shape[-1])
-    text = given.get("encoder_hidden_states")
-    if isinstance(text, Tensor) and text.dim() == 3:
-        length = text.shape[1]
-        mask = given.get("encoder_attention_mask", given.get("encoder_hidden_states_mask"))
-        second = given.get("encoder_hidden_states_t5")
-        if isinstance(second, Tensor):
-            length += second.shape[1]
-        if isinstance(mask, Tensor) and mask.shape == (batch, length):
-            forward.text_mask = mask.bool()
-        registers = family_of(denoiser).registers
-        if registers is not None:
-            length += getattr(denoiser, registers).shape[1]
-        forward.text_length = length
+    family = family_of(denoiser)
+    hidden = given.get(family.latents) if family.latents else given.get("hidden_states", given.get("sample"))
+    batch = hidden.shape[0] if isinstance(hidden, Tensor) else len(hidden) if isinstance(hidden, (list, tuple)) else 1
+    forward = DenoiserForward(clock, loose_memory=memory, denoiser=denoiser, family=family, batch=batch)
+    forward.latents = read_latents(denoiser, family, hidden, given, {} if maps is None else maps)
+    _read_text(forward, given)
+    images = given.get("encoder_hidden_states_image")
+    if isinstance(images, Tensor) and images.dim() == 3:
+        forward.reference_length = images.shape[1]
     if maps is not None and forward.text_mask is None:
-        forward.maps = maps.setdefault((id(denoiser), batch, forward.text_length, forward.latent), {})
+        told = (forward.text_length, forward.samples, forward.reference_length, forward.latents)
+        forward.maps = maps.setdefault((id(denoiser), batch, *told), {})
     return forward
 
 
-def locate(call: Call, forward: Forward, index: int) -> None:
-    """Fills in the tokens and the clock of a site's call; `index` counts the calls of this site in this pass.
+def _read_text(forward: DenoiserForward, given: Mapping[str, Any]) -> None:
+    """Fills in what is said of the text."""
+    texts = [given.get(name) for name in forward.family.text]
+    texts = [text for text in texts if text is not None]
+    if texts and all(isinstance(text, Tensor) and text.dim() in (3, 4) for text in texts):
+        forward.text_length = sum(text.shape[-2] for text in texts)
+    elif len(texts) == 1 and isinstance(texts[0], (list, tuple)) and all(isinstance(t, Tensor) for t in texts[0]):
+        forward.samples = tuple(len(text) for text in texts[0])
+        forward.text_length = max(forward.samples, default=None)
+    mask = given.get("encoder_attention_mask", given.get("encoder_hidden_states_mask"))
+    lengths = given.get(forward.family.lengths)
+    if isinstance(lengths, Tensor) and forward.text_length is not None:
+        mask = torch.arange(forward.text_length, device=lengths.device) < lengths[:, None]
+    if isinstance(mask, Tensor) and mask.shape == (forward.batch, forward.text_length):
+        forward.text_mask = mask.bool()
 
-    The keys' map has the roles "image", "text" and "padding"; `query_tokens` is set where the queries are other tokens than the keys.
+
+def locate(call: Call, forward: Forward, index: int, module: nn.Module) -> None:
+    """Fills in the tokens and the clock of a site's call; `index` counts the calls of this site, the module, in this pass.
+
+    The keys' map has the roles "image", "text" and "padding", and, where there are such tokens, "reference" (images that the one being made
+    looks at), "register", "frame" (each token is a frame of one place) and "condition"; `query_tokens` is set where the queries are other
+    tokens than the keys.
     """
     call.tokens, call.clock = forward.tokens, forward.clock
     if not isinstance(forward, DenoiserForward) or forward.denoiser is None or call.site is None:
         return
     sample = None
-    if call.batch < forward.batch and family_of(forward.denoiser).per_sample:
+    if call.batch < forward.batch and forward.family.per_sample:
         sample = index
         branches = {name: rows[index : index + 1] for name, rows in call.clock.branches.items()}
         source = call.clock.source
         call.clock = replace(call.clock, branches=branches, source=None if source is None else source[index : index + 1])
-    key = (call.site.kind, call.site.stack, call.batch, call.num_queries, call.num_keys, call.query.device, sample)
+    processor = type(getattr(module, "processor", None)).__name__
+    # an IP-Adapter's processor looks at its images in further calls, after the site's own
+    prompted = index > 0 and "IPAdapter" in processor
+    shape = (call.batch, call.num_queries, call.num_keys, call.query.device)
+    key = (call.site.kind, call.site.stack, *shape, sample, prompted)
     if key not in forward.maps:
-        forward.maps[key] = _maps(call, forward, sample)
+        forward.maps[key] = _prompted(call, forward, processor) if prompted else _maps(call, forward, sample, processor)
     call.tokens, call.query_tokens = forward.maps[key]
 
 
-def _maps(call: Call, forward: DenoiserForward, sample: int | None) -> tuple[TokenMap, TokenMap | None]:
-    assert call.site is not None and forward.denoiser is not None
-    site, batch, keys, device = call.site, call.batch, call.num_keys, call.query.device
+def _maps(call: Call, forward: DenoiserForward, sample: int | None, processor: str) -> tuple[TokenMap, TokenMap | None]:
+    """The maps of the keys and, where these are other tokens, of the queries."""
+    assert call.site is not None
+    site, batch, keys, queries, device = call.site, call.batch, call.num_keys, call.num_queries, call.query.device
     if site.stack == "denoiser.pool":
-        return _one_role(batch, keys, "text", device), _one_role(batch, call.num_queries, "text", device)
-    if site.kind == "cross" or keys != call.num_queries:
-        queries = _one_role(batch, call.num_queries, "image", device)
-        is_text = forward.text_length in (None, keys) and site.kind == "cross"
-        tokens = _one_role(batch, keys, "text" if is_text else "reference", device)
-        if is_text:
-            _mark_padding(tokens, forward)
-        _add_grids(queries, forward)
-        return tokens, queries
-    if site.kind in ("self", "temporal"):
-        tokens = _one_role(batch, keys, "text" if site.stack == "denoiser.text_refiner" else "image", device)
-        if site.stack == "denoiser.text_refiner":
-            _mark_padding(tokens, forward)
-        elif site.kind == "self":
-            _add_grids(tokens, forward)
-        return tokens, None
-    return _joint_map(site, batch, keys, device, forward, sample), None
+        return _text(batch, keys, forward, device), _text(batch, queries, forward, device)
+    if site.kind == "joint":
+        if keys == queries:
+            return joint_stream(call, forward, sample), None
+        return _added(call, forward, processor), _latents(call, forward, queries)
+    if site.kind == "cross" or keys != queries:
+        return _context(call, forward), _latents(call, forward, queries)
+    if site.stack == "denoiser.text_refiner":
+        if forward.samples or keys == forward.text_length:
+            return _text(batch, keys, forward, device), None
+        return unknown(call, f"its {keys} tokens are not the {forward.text_length} of the text"), None
+    return _latents(call, forward, keys), None
 
 
-def _one_role(batch: int, length: int, role: str, device: torch.device) -> TokenMap:
-    roles = {name: torch.zeros(batch, length, dtype=torch.bool, device=device) for name in ("image", "text", "padding")}
-    roles[role] = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return TokenMap(batch, length, length, roles)
-
-
-def _joint_map(
-    site: Site, batch: int, length: int, device: torch.device, forward: DenoiserForward, sample: int | None
-) -> TokenMap:
-    family = family_of(forward.denoiser)  # type: ignore[arg-type]
-    tokens = TokenMap(batch, length, length)
-    name = type(forward.denoiser).__name__
-    if family.order is None:
-        tokens.unknown = f"{site.name}: the order of image and text tokens in {name} is not known"
-        return tokens
-    if forward.text_length is None:
-        tokens.unknown = f"{site.name}: {name} was called without encoder_hidden_states, so its text tokens are not known"
-        return tokens
-    valid = None if forward.text_mask is None else forward.text_mask.to(device)
-    places = torch.arange(length, device=device)[None]
-    padding = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    if sample is not None:
-        text_length = torch.full((1, 1), forward.text_length, device=device)
-        if valid is not None:
-            text_length = valid[sample].sum().view(1, 1)
-        text = places >= length - text_length
-    elif family.ragged and valid is not None:
-        text_length = valid.sum(dim=1, keepdim=True)
-        text = places < text_length
-        padding = places >= length - text_length.max() + text_length
-    elif family.order == "text":
-        text = places < forward.text_length
-    else:
-        text = places >= length - forward.text_length
-    text = text.expand(batch, length)
-    if valid is not None and sample is None and not family.ragged and batch == valid.shape[0]:
-        start = 0 if family.order == "text" else length - forward.text_length
-        start += forward.text_length - valid.shape[1]
-        padding[:, start : start + valid.shape[1]] = ~valid
-    tokens.roles = {"image": ~text & ~padding, "text": text & ~padding, "padding": padding}
-    _add_grids(tokens, forward)
+def _text(batch: int, length: int, forward: DenoiserForward, device: torch.device) -> TokenMap:
+    """Text alone, less its padding; rows repeat where a site folds frames into the batch."""
+    tokens = laid_out(batch, [Piece("text", length)], device)
+    mask = forward.text_mask
+    if forward.samples and len(forward.samples) == batch:
+        mask = torch.arange(length)[None] < torch.tensor(forward.samples)[:, None]
+    if mask is not None and mask.shape[1] == length and batch % mask.shape[0] == 0:
+        mask = mask.to(device).repeat_interleave(batch // mask.shape[0], dim=0)
+        tokens.roles["text"], tokens.roles["padding"] = mask, ~mask
     return tokens
 
 
-def _mark_padding(tokens: TokenMap, forward: DenoiserForward) -> None:
-    """Takes the padding out of the text of a map whose columns are the text tokens; rows repeat where a site folds frames."""
-    mask = forward.text_mask
-    if mask is None or mask.shape[1] != tokens.length or tokens.batch % mask.shape[0]:
-        return
-    mask = mask.to(tokens.roles["text"].device).repeat_interleave(tokens.batch // mask.shape[0], dim=0)
-    tokens.roles["text"], tokens.roles["padding"] = mask, ~mask
+def _latents(call: Call, forward: DenoiserForward, length: int) -> TokenMap:
+    """The latents alone: all of them, or, folded into the batch, the places of one frame or the frames of one place."""
+    assert call.site is not None
+    latents, batch, device = forward.latents, call.batch, call.query.device
+    if call.site.kind == "temporal" or call.site.stack.endswith(".motion"):
+        for raster in latents.sizes():
+            if length == raster.frames and batch == forward.batch * raster.height * raster.width:
+                frames = Raster(raster.frames, 1, 1)
+                tokens = laid_out(batch, [Piece("image", length, frames)], device)
+                tokens.roles["frame"] = tokens.roles["image"]
+                return tokens
+        return unknown(call, f"{batch} rows of {length} tokens are not the frames of {latents.told}")
+    if latents.mixed:
+        return unknown(call, latents.reason)
+    if batch == forward.batch and length == latents.count and not latents.levels:
+        return laid_out(batch, latents.pieces, device, latents.reason)
+    for raster in latents.sizes():
+        if length == raster.count and batch == forward.batch:
+            return laid_out(batch, [Piece("image", length, raster)], device)
+        if length == raster.height * raster.width and batch == forward.batch * raster.frames:
+            return laid_out(batch, [Piece("image", length, replace(raster, frames=1))], device)
+    return unknown(call, f"{batch} rows of {length} tokens are not {latents.told} in {forward.batch} rows")
 
 
-def _add_grids(tokens: TokenMap, forward: DenoiserForward) -> None:
-    """The raster of each row's image tokens, where one image's latents, halved some times, account for them all."""
-    if forward.latent is None:
-        return
-    count = int(tokens.roles["image"][0].sum())
-    height, width = forward.latent
-    while height * width > count and height * width > 1:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    if height * width != count:
-        return
-    for row in range(tokens.batch):
-        index = tokens.roles["image"][row].nonzero()[:, 0]
-        tokens.grids.append(TokenGrid.of_image(row, index.view(height, width)))
+def _context(call: Call, forward: DenoiserForward) -> TokenMap:
+    """The keys of cross-attention."""
+    keys = call.num_keys
+    lengths = {"text": forward.text_length, "reference": forward.reference_length}
+    roles = [role for role, length in lengths.items() if length == keys]
+    if len(roles) == 1:
+        if roles == ["text"] and forward.family.context == "text":
+            return _text(call.batch, keys, forward, call.query.device)
+        role = forward.family.context if roles == ["text"] else roles[0]
+        return laid_out(call.batch, [Piece(role, keys)], call.query.device)
+    said = " and ".join(f"{length} of {role}" for role, length in lengths.items() if length is not None)
+    return unknown(call, f"its {keys} keys are not told apart by what the model was given: {said or 'no text'}")
+
+
+def _added(call: Call, forward: DenoiserForward, processor: str) -> TokenMap:
+    """Keys of a text beside those of the latents, for queries of the latents alone."""
+    more, length = call.num_keys - call.num_queries, forward.text_length
+    own = _latents(call, forward, call.num_queries)
+    if own.unknown or more < 0:
+        return own if own.unknown else unknown(call, f"{call.num_keys} keys for {call.num_queries} queries")
+    image = Piece("image", call.num_queries, raster_of(own))
+    if "AddedKV" in processor and length in (None, more):
+        return laid_out(call.batch, [Piece("text", more), image], call.query.device)
+    if forward.family.order == "image" and not forward.family.text:
+        return laid_out(call.batch, [image, Piece("condition", more)], call.query.device)
+    return unknown(call, f"{more} of its {call.num_keys} keys are no latents, and the text has {length} tokens")
+
+
+def _prompted(call: Call, forward: DenoiserForward, processor: str) -> tuple[TokenMap, TokenMap | None]:
+    """A call of an IP-Adapter: its images alone, or (SD3) after the latents."""
+    more = call.num_keys - (call.num_queries if processor.startswith("SD3") else 0)
+    queries = _latents(call, forward, call.num_queries)
+    pieces = [Piece("reference", more)]
+    if more < call.num_keys:
+        pieces = [Piece("image", call.num_queries, raster_of(queries)), *pieces]
+    return laid_out(call.batch, pieces, call.query.device), queries

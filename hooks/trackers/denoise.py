@@ -23,8 +23,9 @@ from ..host import Host
 from ..module_hooks import Hooks
 from ..routes.compiled import inside, run_compiled, run_uncompiled
 from ..routes.sdpa import clear_marks
-from ..sites.denoisers import denoiser_in, family_of
+from ..sites.denoisers import denoiser_in
 from ..sites.discovery import original_of
+from ..sites.families import family_of
 from ..tokens.denoisers import DenoiserForward, read_forward
 from .denoising_run import First, Run, Running, advance, running_pipeline, timestep_of
 from .guidance_rows import Layout, branches_of, conditioning, halves_differ, layout_of_pipeline, parts_equal, said_rows, same

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from math import ceil, log2
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -95,11 +96,26 @@ class PerturbedGuidance(Recipe):
     def weaken(self, heads: list[int] | None, call: Call) -> Edit | None:
         """`perturbed` on the branch's rows. Attention to other tokens (an image prompt's) is left alone."""
         branch = call.clock.rows(self.slug, call.batch)
-        if branch is None or call.num_keys != call.num_queries:
+        if branch is None or (call.query_tokens is not None and not _sees_itself(call)):
             return None
         joint = call.site is not None and call.site.kind == "joint"
         rows = branch[:, None]
-        return self.perturbed(call, heads, rows & call.query_rows("image") if joint and self.image_only else rows)
+        if (joint and self.image_only) or (call.tokens is not None and call.tokens.unknown):
+            rows = rows & call.query_rows("image")  # where the tokens cannot be told apart, this says so
+        return self.perturbed(call, heads, rows)
+
+
+def _sees_itself(call: Call) -> bool:
+    """Whether the queries of a call are its last keys too, after those of a text (Kandinsky 2.2, DeepFloyd IF). Raises ReattendError where
+    they are keys, but not the last ones."""
+    tokens = call.tokens
+    if call.site is None or call.site.kind != "joint" or tokens is None or "image" not in tokens:
+        return False
+    if "condition" in tokens:
+        raise ReattendError(
+            f"{call.site.name}: the image's own keys come before those of its conditions, and this is not served yet"
+        )
+    return "reference" not in tokens
 
 
 def image_layers(sites: SiteTable) -> dict[int, SiteTable]:
@@ -146,12 +162,16 @@ def rotary_misfit(sites: SiteTable, slug: str) -> str:
 def image_grid(call: Call, slug: str) -> Tensor:
     """Long [height, width]: the query rows of the image's places. Raises ReattendError where the raster is not known."""
     tokens = call.tokens if call.query_tokens is None else call.query_tokens
-    if tokens is None or not tokens.grids:
-        where = "this call" if call.site is None else call.site.name
+    grids = [] if tokens is None else [grid for grid in tokens.grids if grid.role == "image"]
+    where = "this call" if call.site is None else call.site.name
+    if tokens is None or not grids:
+        why = "its tokens are no raster of the latents" if tokens is None or not tokens.gridless else tokens.gridless
+        raise ReattendError(f"{slug}: which image token lies where is not known at {where}: {why}")
+    if any(grid.index is not grids[0].index and not torch.equal(grid.index, grids[0].index) for grid in grids):
         raise ReattendError(
-            f"{slug}: which image token lies where is not known at {where}: its tokens are no raster of the latents"
+            f"{slug}: the rows of the batch have their image tokens at different places at {where}: draw them one by one"
         )
-    return tokens.grids[0].image
+    return grids[0].image
 
 
 def middle_side(sites: SiteTable) -> int | None:

@@ -1,0 +1,76 @@
+"""Facts of diffusers' denoiser classes that must be known because nothing in a model says them.
+
+Each entry was tried on the class itself (tests/hooks/test_roles.py): one text token, then one patch of the latents is changed, and the key
+columns that change with it are compared. Classes without an entry are served as far as names, attributes and numbers of tokens go; a role
+that would have to be guessed there is unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts of one denoiser class.
+
+    order: which tokens come first in its joint streams ("image" | "text"), None where it has none or it is not known. joint: modules
+    whose name matches are joint although nothing on them says so. text: the arguments that hold the text, as often and in the order in which
+    their tokens stand. lengths: an argument [batch] with the number of each sample's real text tokens. registers: parameter
+    [1, n, width] put before the text. ragged: every sample has its own text length, and image tokens follow the sample's last text token.
+    per_sample: one attention call per sample, with that sample's text only. block: image and text of each sample are filled up to a
+    multiple of so many tokens. separate_calls: its pipelines run the conditional and the unconditional half in two calls, conditional
+    first. latents: the argument that holds the latents, where it is neither hidden_states nor sample. axes: their axes, where these are
+    not "bchw" or "bcfhw". made: the first of the img_ids of the image that is made, where an editing pipeline puts others beside it.
+    context: what its `text` is, where that is no text.
+    """
+
+    order: str | None = None
+    joint: str | None = None
+    text: tuple[str, ...] = ("encoder_hidden_states",)
+    lengths: str = ""
+    registers: str | None = None
+    ragged: bool = False
+    per_sample: bool = False
+    block: int = 1
+    separate_calls: bool = False
+    latents: str = ""
+    axes: str = ""
+    made: int = 0
+    context: str = "text"
+
+
+FAMILIES: dict[str, Family] = {
+    "SD3Transformer2DModel": Family("image"),
+    "FluxTransformer2DModel": Family("text", separate_calls=True),
+    "Flux2Transformer2DModel": Family("text"),
+    "AuraFlowTransformer2DModel": Family("text", registers="register_tokens"),
+    "CogVideoXTransformer3DModel": Family("text", joint=r"attn1$", axes="bfchw"),
+    "ConsisIDTransformer3DModel": Family("text", joint=r"attn1$", axes="bfchw"),
+    "CogView3PlusTransformer2DModel": Family("text", joint=r"attn1$"),
+    "CogView4Transformer2DModel": Family("text", joint=r"attn1$"),
+    "ErnieImageTransformer2DModel": Family("image", joint=r"self_attention$", text=("text_bth",), lengths="text_lens"),
+    "HiDreamImageTransformer2DModel": Family(
+        "image",
+        joint=r"attn1$",
+        text=("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "encoder_hidden_states_llama3"),
+    ),
+    "HunyuanDiT2DModel": Family(text=("encoder_hidden_states", "encoder_hidden_states_t5")),
+    "HunyuanVideoTransformer3DModel": Family("image", separate_calls=True),
+    "MochiTransformer3DModel": Family("image", per_sample=True),
+    "QwenImageTransformer2DModel": Family("text", separate_calls=True),
+    "Lumina2Transformer2DModel": Family("text", joint=r"(^|\.)layers\.", ragged=True, separate_calls=True),
+    "UNetSpatioTemporalConditionModel": Family(axes="bfchw", context="reference"),
+    "WanTransformer3DModel": Family(separate_calls=True),
+    "ChromaTransformer2DModel": Family("text", separate_calls=True),
+    "StableCascadeUNet": Family("image", joint=r"attention$", text=()),
+    "ZImageTransformer2DModel": Family(
+        "image", joint=r"(^|\.)layers\.", text=("cap_feats",), block=32, latents="x", axes="bcfhw", separate_calls=True
+    ),
+}
+
+
+def family_of(denoiser: nn.Module) -> Family:
+    return FAMILIES.get(type(denoiser).__name__, Family())

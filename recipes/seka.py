@@ -30,8 +30,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ..hooks import Projected, Projection, Prompt, SiteTable
-from ..hooks.doors.projection import projection_misfit
 from ..hooks.plan import Step
+from ..hooks.sites.projections import projection_misfit
 from ..interventions import ProjectKey, ReattendError, require_whole
 from ..interventions.families.subspaces import Rule, Subspaces, expert_weights, group_query, mixed_projection
 from .kit.base import Info
@@ -144,6 +144,11 @@ class SEKA(Marked):
         """g+, or its default for the mode."""
         return self.gain if self.gain is not None else 1.0 if self.adaptive else 0.8
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """What has to be known before RoPE: experts are mixed by queries."""
+        return ("query", "key") if self.adaptive else ("key",)
+
     def misfit(self, sites: SiteTable) -> str:
         if reason := super().misfit(sites):
             return reason
@@ -151,7 +156,7 @@ class SEKA(Marked):
             chosen = self.chosen_sites(sites)
         except ReattendError as error:
             return str(error)
-        if reason := projection_misfit(chosen, query=self.adaptive):
+        if reason := projection_misfit(chosen, self.read):
             return reason
         profile = find_profile(self, self.profile_path, sites)
         learned = profile.facts.get("feature")
@@ -182,12 +187,12 @@ class SEKA(Marked):
             stretch = self.adapting(profile, entry) if self.adaptive else self.fixed(profile, entry)
             if stretch is not None:
                 here = chosen.where(lambda s, site=site: s is site)
-                steps.append(Projection(here, functools.partial(self.edit, role, stretch), query=self.adaptive))
+                steps.append(Projection(here, functools.partial(self.edit, role, stretch), of=self.read))
         return steps
 
     def edit(self, role: str, stretch: Any, seen: Projected) -> ProjectKey | None:
         """k += (change of k) on the marked tokens of this pass; nothing where there is none, so nothing at decode."""
-        rows = marked_rows(role, seen)
+        rows = marked_rows(role, seen) if seen.which == "key" else None
         return None if rows is None else stretch(rows, seen)
 
     def fixed(self, profile: Profile, layer: int) -> Any:
@@ -291,8 +296,8 @@ def marked_rows(role: str, seen: Projected) -> Tensor | None:
     made_for = (tokens and tokens.roles.get(role), seen.start, width, device)
     known = seen.memory.get("marked")
     if known is None or known[0][0] is not made_for[0] or known[0][1:] != made_for[1:]:
-        rows = seen.rows(role)
-        known = (made_for, rows.to(device) if bool(rows.any()) else None)
+        rows = seen.places(role)
+        known = (made_for, rows if bool(rows.any()) else None)
         seen.memory["marked"] = known
     return known[1]
 
@@ -304,8 +309,7 @@ def is_marked(role: str, prompt: Prompt) -> bool:
 
 def last_queries(seen: Projected) -> Tensor:
     """Float32 [B, Hkv, D]: the unit query of the last prompt token of each row in this pass, mean over the heads of a group."""
-    assert seen.query is not None
-    real = seen.rows("prompt")
-    last = (real * torch.arange(1, real.shape[1] + 1)).argmax(dim=1).to(seen.query.device)
+    real = seen.places("prompt")
+    last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(dim=1)
     query = seen.query[torch.arange(len(last), device=last.device), :, last]
     return group_query(query, seen.key.shape[1])

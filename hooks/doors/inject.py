@@ -29,7 +29,7 @@ from ..passes import Forward
 from ..plan import Facts, Plan, Step
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
-from ..tokens.entering import parameters_of, rows_entering, tokens_entering
+from ..tokens.states import parameters_of, rows_of, tokens_of
 
 Written = Tensor | Mapping[str, Tensor] | None
 
@@ -138,7 +138,7 @@ class Inject(Step):
                 return None
 
             def find() -> TokenMap | None:
-                return tokens_entering(forward, site, hidden, given.get("encoder_hidden_states"))
+                return tokens_of(forward, site, hidden, beside="encoder_hidden_states" in given)
 
             seen = Entering(hidden, given, rows, site, forward.clock, forward.memory(plan.memory_key), find)
             written = self._written(seen, names[0])
@@ -164,7 +164,7 @@ class Inject(Step):
                 )
             rows = clock.rows(self.rows, batch)
             return None if rows is None else rows.to(hidden.device)
-        source = rows_entering(forward, batch).to(hidden.device)
+        source = rows_of(forward, batch).to(hidden.device)
         if clock.source is None and max(self.rows) > int(source[-1]):
             raise ReattendError(
                 f"Inject: batch row {max(self.rows)} does not exist at {site.name}: there are rows 0 to {int(source[-1])}"

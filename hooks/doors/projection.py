@@ -1,11 +1,20 @@
-"""The projection door: keys (and queries) of new tokens between their projection and RoPE, to be changed or read."""
+"""The projection door: queries, keys and values of new tokens between their projection and RoPE, to be changed or read.
+
+Gives: the outputs of the q, k and v projections of a pass's new tokens, per head, after the model's own norms of them and before RoPE and the
+cache, to a function that may return others; in joint blocks of denoisers those of the text's own projections too. What is changed in a
+key or value stays in the cache, so later steps of a generation cost nothing. With normed=False the output before the norm is given.
+
+Costs: one hook per projection and pass and what the function computes; no attention matrix, no copy of what is not changed.
+
+Refuses: projections that are fused into one (unfuse them where the model can), sites whose norm cannot be placed before or after RoPE,
+models without projections of their own (multi-head latent attention); new states of another shape.
+"""
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,70 +22,108 @@ from torch import Tensor, nn
 from ...interventions import Clock, ProjectKey, ReattendError, Site, TokenMap
 from ..handles import Handles, Holder
 from ..host import Host
+from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
-from ..sites.source import source_of
+from ..sites.projections import WHICH, Split, heads_of, last_module, projection_misfit, projection_of
 from ..sites.table import SiteTable
-
-# Names of the projections, and of the norms that act on their outputs per head (or on all heads at once).
-NORMS = {"key": ("k_norm", "k_layernorm", "key_layernorm"), "query": ("q_norm", "q_layernorm", "query_layernorm")}
-PROJECTIONS = {"key": "k_proj", "query": "q_proj"}
+from ..tokens.states import tokens_of
 
 
 @dataclass
 class Projected:
-    """What the projection door sees of one pass at one site: the new tokens before RoPE and cache, after norms per head.
+    """What the projection door sees at one projection of one pass: its new tokens before RoPE and cache.
 
-    key [B, Hkv, T, D]; query [B, H, T, D], where the step asked for it; clock, tokens and memory as in a Call.
+    states [B, heads, T, D]: what was projected (key heads for keys and values). which: "query", "key" or "value". added: by the text
+    stream's own projection in a joint block. clock and memory as in a Call.
     """
 
-    key: Tensor
-    query: Tensor | None
+    states: Tensor
+    which: str
+    added: bool
     site: Site
     clock: Clock
-    tokens: TokenMap | None
     memory: dict[Any, Any]
+    known: dict[str, Tensor] = field(repr=False)
+    find: Callable[[], TokenMap | None] = field(repr=False)
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, T, D] of the same tokens. Raises ReattendError where it is projected later, or the step did not ask for it."""
+        return self._of("query")
+
+    @property
+    def key(self) -> Tensor:
+        """[B, Hkv, T, D] of the same tokens, or ReattendError."""
+        return self._of("key")
+
+    @property
+    def value(self) -> Tensor:
+        """[B, Hkv, T, D] of the same tokens, or ReattendError."""
+        return self._of("value")
+
+    def _of(self, which: str) -> Tensor:
+        if which not in self.known:
+            raise ReattendError(
+                f"{self.site.name}: its {which} is not known when its {self.which} is projected; name it in `of`, and wait for the last"
+            )
+        return self.known[which]
+
+    @property
+    def tokens(self) -> TokenMap | None:
+        """The map of the sequence that these tokens end, or of these tokens on a denoiser; None where nothing is known of them."""
+        return self.find()
 
     @property
     def start(self) -> int:
-        """Absolute position of the first of these tokens."""
-        return self._map.length - self.key.shape[2]
+        """Absolute position of the first of these tokens. Raises ReattendError where the pass has no token map."""
+        return self._map.length - self.states.shape[2]
 
-    def rows(self, role: str) -> Tensor:
-        """Bool [B, T] on the CPU: which of these tokens carry a role. Raises ReattendError where the pass has no token map."""
-        return self._map.positions(role, self.start, self._map.length)
+    def places(self, role: str) -> Tensor:
+        """Bool [B, T]: which of these tokens carry a role. Raises ReattendError where the pass has no token map."""
+        found = self._map
+        return found.positions(role, found.length - self.states.shape[2], found.length, self.states.device)
 
     @property
     def _map(self) -> TokenMap:
-        if self.tokens is None:
+        found = self.tokens
+        if found is None:
             raise ReattendError(
                 f"no token map at {self.site.name}: call the whole model with input_ids, so that tokens have roles"
             )
-        return self.tokens
+        return found
+
+
+Projecting = Callable[[Projected], ProjectKey | Tensor | None]
 
 
 @dataclass
 class Projection(Step):
-    """edit(Projected) -> ProjectKey | None: a change of the key projection's output of new tokens, before RoPE and cache.
+    """edit(Projected) -> other states [B, heads, T, D], ProjectKey (of keys), or None, before RoPE and cache.
 
-    What is changed stays in the cache, so that later steps cost nothing. reader(Projected): read-only, after all edits of the sessions
-    before. A step has one of the two. query: it gets the queries of the same tokens too. label: its name in the session's counters, for
-    an edit. Raises ReattendError for both or neither.
+    of: which of "query", "key" and "value" it is called for, each when it is projected, in the model's order (where
+    queries and keys have norms, values are mostly the first).
+    reader(Projected): read-only, after all edits of the sessions before. A step has one of the two. normed: after the norms that the model
+    puts on queries and keys before RoPE, else before them. label: its name in the session's counters, for an edit. Raises
+    ReattendError for both functions or neither, and for an `of` that names nothing.
     """
 
     sites: SiteTable
-    edit: Callable[[Projected], ProjectKey | None] | None = None
+    edit: Projecting | None = None
     reader: Callable[[Projected], None] | None = None
     label: str = ""
-    query: bool = False
+    of: Sequence[str] = ("key",)
+    normed: bool = True
 
     def __post_init__(self) -> None:
         if (self.edit is None) == (self.reader is None):
             raise ReattendError(
-                "a Projection step takes either edit=..., which changes keys, or reader=..., which looks at them"
+                "a Projection step takes either edit=..., which changes states, or reader=..., which looks at them"
             )
+        if isinstance(self.of, str) or not self.of or set(self.of) - set(WHICH) or len(set(self.of)) < len(self.of):
+            raise ReattendError(f'Projection: of must name some of "query", "key" and "value" once each, got {self.of!r:.60}')
 
     def check(self, facts: Facts) -> str:
-        return sites_misfit(self.sites) or projection_misfit(self.sites, self.query)
+        return sites_misfit(self.sites) or projection_misfit(self.sites, self.of)
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles = session.handles()
@@ -84,98 +131,77 @@ class Projection(Step):
             session.counter(self.label or plan.recipe)
         for site in self.sites:
             module = self.sites.module(site)
-            # queries wait here for the keys of the same pass, per thread
-            waiting: dict[int, Tensor] = {}
-            if self.query:
-                handles.after(_target(module, "query"), _keep_query(host, session, site, waiting))
-            handles.after(_target(module, "key"), self._on_keys(host, session, plan, site, waiting))
+            for added in (False, True):
+                waiting = Waiting(len(self.of))
+                for which in self.of:
+                    target = (last_module if self.normed else projection_of)(module, which, added=added)
+                    if target is not None:
+                        handles.after(target, self._at(host, session, plan, site, which, added, waiting))
         return handles
 
-    def _on_keys(
-        self, host: Host, session: Holder, plan: Plan, site: Site, waiting: dict[int, Tensor]
+    def _at(
+        self, host: Host, session: Holder, plan: Plan, site: Site, which: str, added: bool, waiting: Waiting
     ) -> Callable[..., Tensor | None]:
         def project(_: nn.Module, args: tuple, output: Tensor | None) -> Tensor | None:
             if output is None or session not in host.active():
                 return None
             forward = host.current()
-            key, back = _heads_first(output, args, site, site.num_kv_heads)
-            query = waiting.pop(threading.get_ident(), None)
-            if self.query and query is None:
-                raise ReattendError(f"{site.name} projects its keys before its queries, which a recipe wants to read first")
-            seen = Projected(key, query, site, forward.clock, forward.tokens, forward.memory(plan.memory_key))
+            split = Split(output, args, site, heads_of(site, which))
+            known = waiting.met(forward, which, split.states)
+
+            def find() -> TokenMap | None:
+                beside = projection_of(self.sites.module(site), "key", added=True) is not None
+                return tokens_of(forward, site, split.states, keys=which != "query", text=added, beside=beside)
+
+            memory = forward.memory(plan.memory_key)
+            seen = Projected(split.states, which, added, site, forward.clock, memory, known, find)
             if self.reader is not None:
                 self.reader(seen)
+                if forward.probe is not None and len(known) == len(self.of) and not added:
+                    forward.probe.read(self, self.sites.module(site))
                 return None
             assert self.edit is not None
-            edit = self.edit(seen)
-            if edit is None or edit.is_identity:
+            states = _changed(self.edit(seen), seen)
+            if states is None:
                 return None
-            session.counts[self.label or plan.recipe][site.name] += 1
-            return back(edit.on_key(key))
+            known[which] = states
+            session.counter(self.label or plan.recipe)[site.name] += 1
+            return split.back(states)
 
         return project
 
 
-def projection_misfit(table: SiteTable, query: bool = False) -> str:
-    """Why the keys (and queries) of one of these sites cannot be reached before RoPE, or ""."""
-    for site in table:
-        for which in ("key", "query") if query else ("key",):
-            if last_module(table.module(site), which) is None or not site.head_dim:
-                return (
-                    f"{site.name} has no {PROJECTIONS[which]} of its own (it may be fused with others), so its {which}s cannot be "
-                    f"reached before RoPE"
-                )
-    return ""
+class Waiting:
+    """What one pass has projected at one site so far, per thread: queries wait here for the keys of the same tokens."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.passes: dict[int, tuple[Forward, dict[str, Tensor]]] = {}
+
+    def met(self, forward: Forward, which: str, states: Tensor) -> dict[str, Tensor]:
+        """{"query": ...} of this pass, with what has just been projected; forgotten here once it is complete."""
+        thread = threading.get_ident()
+        began, known = self.passes.pop(thread, (None, {}))
+        if began is not forward or which in known:
+            known = {}
+        known[which] = states
+        if len(known) < self.parts:
+            self.passes[thread] = (forward, known)
+        return known
 
 
-def last_module(attention: nn.Module, which: str) -> nn.Module | None:
-    """The module whose output is the site's keys or queries just before RoPE: the norm, where one comes before RoPE, or the projection."""
-    projection = getattr(attention, PROJECTIONS[which], None)
-    if not isinstance(projection, nn.Module):
+def _changed(edit: ProjectKey | Tensor | None, seen: Projected) -> Tensor | None:
+    """The new states; None where nothing changes. Raises ReattendError for what does not fit."""
+    if edit is None:
         return None
-    for name in NORMS[which]:
-        norm = getattr(attention, name, None)
-        if isinstance(norm, nn.Module) and _before_rotary(type(attention), name):
-            return norm
-    return projection
-
-
-@functools.lru_cache(maxsize=1024)
-def _before_rotary(cls: type, norm: str) -> bool:
-    """Whether a class's forward uses the norm before its last rotary embedding (some models rotate first and norm then)."""
-    used = source_of(cls.forward).order  # type: ignore[attr-defined]
-    rotary = [place for place, name in enumerate(used) if name.startswith("apply_") and "rotary" in name]
-    return norm in used and (not rotary or used.index(norm) < rotary[-1])
-
-
-def _target(attention: nn.Module, which: str) -> nn.Module:
-    target = last_module(attention, which)
-    assert target is not None
-    return target
-
-
-def _keep_query(host: Host, session: Holder, site: Site, waiting: dict[int, Tensor]) -> Callable[..., None]:
-    def keep(_: nn.Module, args: tuple, output: Tensor | None) -> None:
-        if output is not None and session in host.active():
-            waiting[threading.get_ident()] = _heads_first(output, args, site, site.num_heads)[0]
-
-    return keep
-
-
-def _heads_first(output: Tensor, args: tuple, site: Site, heads: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """([B, heads, T, D], the way back) of what a projection [B, T, heads * D] or a norm per head returns."""
-    if output.dim() == 3:
-        wide = output.unflatten(2, (-1, site.head_dim or 1))
-        if heads is None or wide.shape[2] == heads:
-            return wide.transpose(1, 2), lambda key: key.transpose(1, 2).flatten(2)
-    elif output.dim() == 4 and heads in output.shape[1:3]:
-        tokens_first = output.shape[2] == heads
-        if tokens_first and output.shape[1] == heads and args and isinstance(args[0], Tensor):
-            # as many tokens as heads: in a view of the projection's output the step from token to token is the longer one
-            tokens_first = args[0].stride(1) > args[0].stride(2)
-        if tokens_first:
-            return output.transpose(1, 2), lambda key: key.transpose(1, 2)
-        return output, lambda key: key
-    raise ReattendError(
-        f"{site.name}: an output of shape {tuple(output.shape)} cannot be split into {heads} heads of {site.head_dim}"
-    )
+    if isinstance(edit, Tensor):
+        if edit.shape != seen.states.shape:
+            raise ReattendError(
+                f"Projection at {seen.site.name}: a {seen.which} must keep its shape {tuple(seen.states.shape)}, got {tuple(edit.shape)}"
+            )
+        return edit.to(seen.states.device, seen.states.dtype)
+    if edit.is_identity:
+        return None
+    if seen.which != "key":
+        raise ReattendError(f"Projection at {seen.site.name}: ProjectKey changes keys, and this is its {seen.which}")
+    return edit.on_key(seen.states)

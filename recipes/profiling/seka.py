@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...hooks import Capture, Plan, Projected, Projection, attach
-from ...hooks.doors.projection import projection_misfit
+from ...hooks.sites.projections import projection_misfit
 from ...hooks.tokens.spans import inside_range, tokenizer_of
 from ...hooks.tokens.transcript import Offsets, read
 from ...interventions import Call, ReattendError

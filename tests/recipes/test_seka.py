@@ -146,9 +146,11 @@ def read_keys(model, x, query=False):
     seen = {}
 
     def reader(p: Projected):
-        seen[p.site.layer] = (p.key.clone(), None if p.query is None else p.query.clone())
+        if p.which == "key":
+            seen[p.site.layer] = (p.key.clone(), p.query.clone() if query else None)
 
-    with attach(model, [Plan("reader", [Projection(sites(model), reader=reader, query=query)])]):
+    of = ("query", "key") if query else ("key",)
+    with attach(model, [Plan("reader", [Projection(sites(model), reader=reader, of=of)])]):
         model(**x)
     return seen
 

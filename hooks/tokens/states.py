@@ -1,4 +1,4 @@
-"""What enters a layer: which tokens (those of its attention, or in a block of two streams the image's alone), of which rows."""
+"""What hidden states stand for that enter a layer, or come out of a projection: which tokens, of which rows of the batch."""
 
 from __future__ import annotations
 
@@ -25,23 +25,32 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))[1:]
 
 
-def rows_entering(forward: Forward, batch: int) -> Tensor:
+def rows_of(forward: Forward, batch: int) -> Tensor:
     """Long [batch]: of which of the user's rows each row of a layer is; sites that fold frames or places have several of each."""
     rows = forward.batch if isinstance(forward, DenoiserForward) else batch
     source = torch.arange(rows) if forward.clock.source is None else forward.clock.source
     return source.repeat_interleave(batch // len(source)) if batch % len(source) == 0 else torch.arange(batch)
 
 
-def tokens_entering(forward: Forward, site: Site, hidden: Tensor, text: Tensor | None) -> TokenMap | None:
-    """The map of the tokens in hidden [B, T, width], which enter the layer of a site; text: the stream beside them, where there is one."""
+def tokens_of(
+    forward: Forward, site: Site, states: Tensor, *, keys: bool = False, text: bool = False, beside: bool = False
+) -> TokenMap | None:
+    """The map of the tokens in states [B, ..., T, width] at a site.
+
+    keys: they are the tokens that the site looks at, where these are others than those that look. text: they are a joint block's own
+    stream of text. beside: there is such a stream beside them, so that they are the image alone. None where it is not known.
+    """
     if not isinstance(forward, DenoiserForward):
         return forward.tokens_at(site)
-    if hidden.dim() != 3:
+    if states.dim() not in (3, 4):
         return None
-    # tokens are found for calls of attention: this is one whose tokens are those that enter
-    states = hidden[:, None]
-    keys = text[:, None, :, :1] if site.kind == "cross" and text is not None else states
-    joint = site.kind == "joint" and text is not None
-    call = Call(states, keys, keys, site=replace(site, kind="self") if joint else site)
+    if text:
+        site = replace(site, kind="self", stack="denoiser.text_refiner")
+    elif beside and site.kind == "joint":
+        site = replace(site, kind="self")
+    # tokens are found for calls of attention: this is one whose tokens are these
+    these, one = (states.new_empty(states.shape[0], 1, length, 0) for length in (states.shape[-2], 0))
+    crossed = site.kind == "cross"
+    call = Call(one if crossed and keys else these, one if crossed and not keys else these, these, site=site)
     locate(call, forward, 0)
-    return call.tokens if call.query_tokens is None else call.query_tokens
+    return call.tokens if keys or call.query_tokens is None else call.query_tokens

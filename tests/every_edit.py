@@ -185,7 +185,7 @@ def chosen(batch: int, heads: int, keys: int) -> Tensor:
 
 def held(call: Call) -> HeldKV:
     """Four columns of each key head, some of which are not used, with keys and values of their own."""
-    columns, (b, kv, n, d) = chosen(call.batch, call.key.shape[1], call.num_keys).sort(dim=-1).values, call.key.shape
+    columns, (b, kv, _, d) = chosen(call.batch, call.key.shape[1], call.num_keys).sort(dim=-1).values, call.key.shape
     valid = (torch.rand(b, kv, 4) > 0.2) | (columns == 0)
     key, value = (torch.rand(b, kv, 4, width, dtype=call.query.dtype) for width in (d, call.value.shape[3]))
     return HeldKV(columns=columns, key=key, value=value, valid=valid)

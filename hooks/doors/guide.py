@@ -1,16 +1,28 @@
-"""The guide door: further branches of the conditional rows in a denoiser's batch, and what comes of their predictions.
+"""The guide door: further branches of a denoiser's batch, with edits, prompt, formula and scale of their own.
 
-With branches p_g of scales w_g the prediction of every conditional row becomes eps_c + sum w_g (eps_c - p_g), and the
-unconditional row of the same sample gets the same shift, so that a pipeline's own eps_u + s (eps_c - eps_u) ends as
-eps_u + s (eps_c - eps_u) + sum w_g (eps_c - p_g). Where the two halves are separate calls, the shift is remembered from the
-conditional one. What a pipeline derives from the conditional prediction alone (guidance_rescale, the norms of Lumina 2 and
-QwenImage) sees it shifted.
+Gives: each branch is a copy of the conditional rows at the end of the batch, found by edits in `clock.branches` under its name, with
+`clock.source` saying which row each was copied from, and with arguments of its own where it has a prompt of its own. What a pipeline
+makes of its two halves, u + s (c - u), ends with the shifts of all guides added: without a formula scale * (c - branch), else what
+the formula returns of the predictions of one step. Under classifier-free guidance the unconditional half takes all of it, u' = u -
+shift / (s - 1), also where it is computed in a later call, so that what a pipeline makes of the conditional prediction
+(guidance_rescale, norms) is made of the true one; s is read from the pipeline that runs. Both halves take the shift where s is within
+0.1 of 1 or not known (a loop of your own), and the conditional one takes shift / s where it comes second. Learned variances are left
+as they are.
+
+Costs: as many further rows per step as there are conditional ones, for each guide (under classifier-free guidance in one batch 1.5 times
+the denoiser's time); nothing at steps where its scale is 0 or outside start and stop. Between the two calls of one step the predictions of the
+branches are kept.
+
+Refuses: a model without a denoiser; a part of the schedule on a bare denoiser; a batch of which nobody says which rows are
+conditional; arguments of which it is not known whether they have an entry for each row; a second text that is longer or shorter than
+the rows'; a cache of diffusers' (`enable_cache`), which keeps what it computed for the rows of another step; a pipeline with a perturbed
+part of its own; two guides of one name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,40 +34,61 @@ from ..actions import Action, Rank, RootCall
 from ..handles import Handles, Holder
 from ..host import Host
 from ..plan import Facts, Plan, Step
-from ..trackers.denoising_run import Run
+from ..prompts.copied_rows import Copies, grown
+from ..sites.denoisers import denoiser_in, learned_variance
+from ..sites.step_caches import step_cache
+from ..trackers.combination import combination_of
+from ..trackers.guided_pass import Formula, GuidedPass, Part, Predictions, settle
 
-# Arguments that are shared by all rows, whatever their first dimension happens to be.
-SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "ip_adapter_masks"}
-# Arguments that hold several rows per sample (AnimateDiff: one text per frame).
-FOLDED = {"encoder_hidden_states", "encoder_attention_mask", "image_embeds", "ip_hidden_states"}
-# Lists with one entry per sample that are not tensors.
-PER_SAMPLE = {"img_shapes", "txt_seq_lens"}
+Arguments = Mapping[str, Any]
+
+
+def away(seen: Predictions) -> Tensor:
+    """The formula of perturbed-attention guidance: scale * (conditional - branch)."""
+    return seen.scale * (seen.conditional - seen.branch)
 
 
 @dataclass
 class Guide(Step):
-    """One more denoiser branch per conditional row, in the same batch, with the edits that name its rows.
+    """One more branch of a denoiser's batch, and what becomes of its prediction.
 
-    prediction' = prediction + scale * (conditional - branch), added to both halves under classifier-free guidance, so that the
-    pipeline's own formula gives eps_u + s (eps_c - eps_u) + scale (eps_c - branch). Interventions find the branch's rows in
-    `call.clock` under `name`. start, stop: the part of the schedule it acts in, start <= step / steps < stop. conditional: the branch's rows
-    count as conditional rows too, so that what recipes do to the prompt's rows they do to them.
-    Raises ReattendError for a name that is taken or a part that is empty.
+    name: what its rows are called in `call.clock.branches`. scale: a number, or what gives one for the clock of a step (timestep,
+    step / steps); at 0 the branch is not computed. start, stop: the part of the schedule it acts in, start <= step / steps < stop.
+    formula(Predictions) -> Tensor: the shift of the pipeline's guided prediction; None: the branch runs and its output is dropped, for
+    edits that read its rows. arguments: arguments of the denoiser that are others in its rows, {name: tensor} with groups such as
+    added_cond_kwargs by name again, or what gives these for a RootCall: one row per row of the branch, or fewer of which each stands
+    for the same number, in the shape of the call's own. of: the rows that are copied, "conditional", or "all" for a branch that is dropped.
+    conditional: its rows count as rows of the half that they were copied from, so that what recipes do to the prompt's rows they do to
+    them. Raises ReattendError for a name that is taken, a part that is empty, a scale that is no number, or a formula for all rows.
     """
 
     name: str
-    scale: float
+    scale: float | Callable[[Clock], float] = 1.0
     start: float = 0.0
     stop: float = 1.0
     conditional: bool = True
+    formula: Formula | None = field(default=away)
+    arguments: Arguments | Callable[[RootCall], Arguments] | None = None
+    of: str = "conditional"
 
     def __post_init__(self) -> None:
         if not self.name or self.name in ("conditional", "unconditional"):
             raise ReattendError(f"a guide's name must not be empty, 'conditional' or 'unconditional', got {self.name!r}")
-        if not math.isfinite(self.scale):
+        if not callable(self.scale) and not math.isfinite(self.scale):
             raise ReattendError(f"guide {self.name!r}: scale must be a finite number, got {self.scale}")
         if not 0 <= self.start < self.stop <= 1:
             raise ReattendError(f"guide {self.name!r}: 0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
+        if self.of not in ("conditional", "all"):
+            raise ReattendError(f"guide {self.name!r}: of must be 'conditional' or 'all', got {self.of!r}")
+        if self.of == "all" and self.formula is not None:
+            raise ReattendError(
+                f"guide {self.name!r}: a branch of all rows has no formula: pass formula=None, or of='conditional'"
+            )
+
+    @property
+    def acts(self) -> bool:
+        """Whether it may do something at some step."""
+        return callable(self.scale) or self.scale != 0
 
     def check(self, facts: Facts) -> str:
         if not facts.denoisers:
@@ -65,7 +98,10 @@ class Guide(Step):
                 f"guide {self.name!r} acts from {self.start} to {self.stop} of the schedule, but a bare denoiser has none: apply the recipe "
                 "to the pipeline, or leave start at 0 and stop at 1"
             )
-        return ""
+        return next((reason for denoiser in facts.denoisers if (reason := self._cached(denoiser))), "")
+
+    def ready(self, call: RootCall) -> str:
+        return self._cached(call.root)
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
         if any(isinstance(other, Guide) and other is not self and other.name == self.name for _, other in others):
@@ -74,171 +110,166 @@ class Guide(Step):
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles = session.handles()
-        handles.act(Action(Rank.ROWS, _branch_off, _come_together, certain=f"guide {self.name!r}" if self.scale else ""))
+        certain = f"guide {self.name!r}" if self.acts and self.of == "conditional" else ""
+        handles.act(Action(Rank.ROWS, _branch_off, _come_together, certain=certain))
         return handles
 
+    def scale_at(self, clock: Clock) -> float:
+        """Its scale at a step, 0 outside its part of the schedule. Raises ReattendError where that part or the scale is not known."""
+        if not self.acts:
+            return 0.0
+        if (self.start, self.stop) != (0, 1):
+            if clock.steps is None:
+                raise ReattendError(f"guide {self.name!r}: the number of steps is not known, so start must be 0 and stop 1")
+            if not self.start <= clock.step / clock.steps < self.stop:
+                return 0.0
+        scale = self.scale(clock) if callable(self.scale) else self.scale
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ReattendError(
+                f"guide {self.name!r}: its scale must give a finite number for a clock, got {scale!r} at step {clock.step}"
+            )
+        return float(scale)
 
-@dataclass
-class Guided:
-    """A denoiser pass that guides take part in. rows [n]: its conditional rows; grown: whether branches were added."""
+    def own_arguments(self, call: RootCall) -> Arguments:
+        """The arguments that are others in its rows."""
+        given = self.arguments(call) if callable(self.arguments) else self.arguments
+        return {} if given is None else given
 
-    clock: Clock
-    guides: Sequence[Guide]
-    batch: int
-    run: Run
-    grown: bool = False
-    rows: list[int] = field(default_factory=list)
+    def _cached(self, root: nn.Module, *, deep: bool = True) -> str:
+        denoiser = denoiser_in(root)
+        cache = "" if denoiser is None or not self.acts else step_cache(denoiser, deep=deep)
+        if not cache:
+            return ""
+        return (
+            f"guide {self.name!r} adds rows to the batch of {type(denoiser).__name__}, but {cache} gives its blocks what was computed for "
+            "the rows of another step: call disable_cache() on the denoiser (or remove the hooks of the cache) first"
+        )
 
 
 def _branch_off(call: RootCall) -> None:
     """Before a pass, once for all guides: adds their rows to its batch, or remembers that the other half is to be shifted."""
-    if Guided in call.kept:
+    if GuidedPass in call.kept:
         return
-    call.kept[Guided] = None
-    guides, branches, run = active_guides(call), call.clock.branches, call.run
-    if guides and not branches:
-        raise UnsupportedError(
-            f"guide {guides[0].name!r}: which rows of this batch of {type(call.root).__name__} are conditional is not known; "
-            "say it around the call: with reattend.rows(...)"
+    call.kept[GuidedPass] = None
+    run, branches = call.run, call.clock.branches
+    if run.shift is not None and run.shift.step != run.step:
+        _missed(call)
+    found = active_guides(call)
+    if found:
+        _serves(call, [guide for guide, _ in found])
+    batch = _batch_of(call)
+    conditional, unconditional = (_rows(branches.get(half)) for half in ("conditional", "unconditional"))
+    if any(guide.of == "conditional" for guide, _ in found):
+        if run.unshifted and conditional and any(guide.formula for guide, _ in found):
+            _second(call, found[0][0])
+        elif unconditional and not conditional:
+            run.unshifted = run.shift is None
+    parts, copies, at = [], [], batch
+    for guide, scale in found:
+        rows = conditional if guide.of == "conditional" else list(range(batch))
+        if not rows:
+            continue
+        parts.append(Part(guide.name, rows, scale, guide.formula, at))
+        copies.append(Copies(guide.name, rows, guide.own_arguments(call)))
+        at += len(rows)
+    if not parts and not (run.shift is not None and unconditional):
+        return
+    denoiser = denoiser_in(call.root)
+    assert denoiser is not None
+    variance = learned_variance(denoiser, getattr(call.pipeline, "scheduler", None))
+    needed = any(part.formula is not None for part in parts)
+    combination = combination_of(call.pipeline) if needed else None
+    call.kept[GuidedPass] = GuidedPass(call.clock, parts, batch, run, combination, variance)
+    if parts:
+        call.replace(*grown(type(denoiser).__name__, call.args, call.kwargs, call.names, batch, copies))
+        call.clock = _named(
+            call.clock, batch, [(guide, part.rows) for part in parts for guide, _ in found if guide.name == part.name]
         )
-    if guides and getattr(call.pipeline, "do_perturbed_attention_guidance", False):
-        raise UnsupportedError(
-            f"guide {guides[0].name!r}: {type(call.pipeline).__name__} puts a perturbed part of its own into the batch and counts "
-            "rows to find it, so there can be no others: call it with pag_scale=0, or use the pipeline without PAG"
-        )
-    if guides and "conditional" in branches and bool(branches["conditional"].any()):
-        if run.unshifted:
-            raise ReattendError(
-                f"guide {guides[0].name!r}: the unconditional half of this step was called before the conditional one, so it "
-                "missed its share of the guidance: call the conditional half first"
-            )
-        guided = call.kept[Guided] = Guided(call.clock, guides, len(branches["conditional"]), run)
-        args, kwargs, call.clock = grow(call.args, call.kwargs, call.names, guided)
-        call.replace(args, kwargs)
-    elif run.delta is not None and list(branches) == ["unconditional"]:
-        call.kept[Guided] = Guided(call.clock, [], len(branches["unconditional"]), run)
-    elif guides and list(branches) == ["unconditional"]:
-        run.unshifted = True
 
 
 def _come_together(call: RootCall) -> None:
     """After it: takes the branches out of the output again, once for all guides."""
-    guided = call.kept.pop(Guided, None)
+    guided = call.kept.pop(GuidedPass, None)
     if guided is not None:
         call.output = settle(call.output, guided)
 
 
-def active_guides(call: RootCall) -> list[Guide]:
-    """The guides at work at this step. Raises ReattendError where a part of the schedule is asked for that is not known."""
-    clock, chosen = call.clock, []
+def active_guides(call: RootCall) -> list[tuple[Guide, float]]:
+    """The guides at work at this step, with their scales. Raises ReattendError for two of one name."""
+    found: list[tuple[Guide, float]] = []
     steps = [step for session in call.sessions for plan in session.plans for step in plan.steps]
-    for guide in (step for step in steps if isinstance(step, Guide) and step.scale):
-        if (guide.start, guide.stop) != (0, 1):
-            if clock.steps is None:
-                raise ReattendError(f"guide {guide.name!r}: the number of steps is not known, so start must be 0 and stop 1")
-            if not guide.start <= clock.step / clock.steps < guide.stop:
-                continue
-        if any(other.name == guide.name for other in chosen):
+    for guide in (step for step in steps if isinstance(step, Guide)):
+        scale = guide.scale_at(call.clock)
+        if scale == 0:
+            continue
+        if any(other.name == guide.name for other, _ in found):
             raise ReattendError(f"two guides are called {guide.name!r}: attach one at a time")
-        chosen.append(guide)
-    return chosen
+        found.append((guide, scale))
+    return found
 
 
-def grow(args: tuple, kwargs: Mapping[str, Any], names: Sequence[str], guided: Guided) -> tuple[tuple, dict[str, Any], Clock]:
-    """The pass's arguments with a copy of the conditional rows per guide at the end, and its clock with the branches named."""
-    conditional = guided.clock.branches["conditional"]
-    guided.rows = conditional.nonzero()[:, 0].tolist()
-    guided.grown = True
-    copies = guided.rows * len(guided.guides)
-
-    def more(value: Any, name: str) -> Any:
-        return _grown(value, name, guided.batch, copies)
-
-    args = tuple(more(value, names[i] if i < len(names) else "") for i, value in enumerate(args))
-    kwargs = {name: more(value, name) for name, value in kwargs.items()}
-    added = len(copies)
-    # a branch's rows are the prompt's: what a recipe does to conditional rows it does to them too, unless its guide says otherwise
-    prompted = conditional.new_tensor([guide.conditional for guide in guided.guides]).repeat_interleave(len(guided.rows))
-    branches = {
-        name: torch.cat([rows, prompted if name == "conditional" else torch.zeros_like(prompted)])
-        for name, rows in guided.clock.branches.items()
-    }
-    for i, guide in enumerate(guided.guides):
-        rows = conditional.new_zeros(guided.batch + added)
-        start = guided.batch + i * len(guided.rows)
-        rows[start : start + len(guided.rows)] = True
-        branches[guide.name] = rows
-    source = torch.tensor([*range(guided.batch), *copies], device=conditional.device)
-    return args, kwargs, replace(guided.clock, branches=branches, source=source)
+def _serves(call: RootCall, guides: Sequence[Guide]) -> None:
+    """Raises an error where this call is none that guides can add rows to."""
+    first, name = guides[0], type(call.root).__name__
+    needy = next((guide for guide in guides if guide.of == "conditional"), None)
+    if needy is not None and not call.clock.branches:
+        raise UnsupportedError(
+            f"guide {needy.name!r}: which rows of this batch of {name} are conditional is not known; "
+            "say it around the call: with reattend.rows(...)"
+        )
+    if getattr(call.pipeline, "do_perturbed_attention_guidance", False):
+        raise UnsupportedError(
+            f"guide {first.name!r}: {type(call.pipeline).__name__} puts a perturbed part of its own into the batch and counts "
+            "rows to find it, so there can be no others: call it with pag_scale=0, or use the pipeline without PAG"
+        )
+    reason = first._cached(call.root, deep=False)
+    if reason:
+        raise ReattendError(reason)
 
 
-def _grown(value: Any, name: str, batch: int, copies: list[int]) -> Any:
-    if name in SHARED:
-        return value
-    if isinstance(value, Tensor):
-        if value.dim() == 0:
-            return value
-        if value.shape[0] == batch:
-            return torch.cat([value, value[copies]])
-        if name in FOLDED and value.shape[0] and value.shape[0] % batch == 0:
-            folded = value.unflatten(0, (batch, -1))
-            return torch.cat([folded, folded[copies]]).flatten(0, 1)
-        return value
-    if isinstance(value, dict):
-        return {key: _grown(item, key if isinstance(key, str) else "", batch, copies) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        if name in PER_SAMPLE and len(value) == batch:
-            return type(value)([*value, *(value[i] for i in copies)])
-        return type(value)([_grown(item, name, batch, copies) for item in value])
-    return value
+def _second(call: RootCall, guide: Guide) -> None:
+    """Raises ReattendError where the conditional half comes second and its share of the shift is not known."""
+    combination = combination_of(call.pipeline)
+    if combination is None or combination.scale <= 0:
+        raise ReattendError(
+            f"guide {guide.name!r}: the unconditional half of this step was called before the conditional one, so it "
+            "missed its share of the guidance: call the conditional half first"
+        )
 
 
-def settle(output: Any, guided: Guided) -> Any:
-    """The denoiser's output without the branches' rows, shifted. Raises UnsupportedError for an output that is not a batch of rows."""
-    sample = _first(output)
-    expected = guided.batch + (len(guided.rows) * len(guided.guides) if guided.grown else 0)
-    if not isinstance(sample, Tensor) or sample.shape[0] != expected:
-        found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
-        raise UnsupportedError(f"a guide added rows to the batch, {expected} in all, but the denoiser returned {found}")
-    dtype = torch.promote_types(sample.dtype, torch.float32)
-    base = sample[: guided.batch].to(dtype, copy=True)
-    if guided.grown:
-        conditional = base[guided.rows]
-        parts = sample[guided.batch :].to(dtype).chunk(len(guided.guides))
-        delta = torch.stack([g.scale * (conditional - part) for g, part in zip(guided.guides, parts, strict=True)]).sum(dim=0)
-        base[guided.rows] = conditional + delta
-        guided.run.delta = delta
-    else:
-        assert guided.run.delta is not None
-        delta = guided.run.delta
-    other = guided.clock.branches.get("unconditional")
-    if other is not None:
-        rows = other.nonzero()[:, 0].tolist()
-        if delta.shape != base[rows].shape:
-            raise UnsupportedError(
-                f"a guide cannot pair {len(rows)} unconditional rows of {tuple(base.shape)} with a shift of {tuple(delta.shape)}"
-            )
-        base[rows] = base[rows] + delta
-    return _with_first(output, base.to(sample.dtype), expected, guided.batch)
+def _missed(call: RootCall) -> None:
+    """A step is over whose unconditional half never came. Raises ReattendError where that half was to take all of the shift."""
+    shift, call.run.shift = call.run.shift, None
+    if shift.late is not None:
+        raise ReattendError(
+            f"guide {shift.late.parts[0].name!r}: the unconditional half of step {shift.step} was to come after the conditional one and never "
+            "did, so its shift is lost: say what each call is: with reattend.rows(...)"
+        )
 
 
-def _first(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        return next(iter(output.values()), None)
-    return output[0] if isinstance(output, (tuple, list)) and output else None
+def _batch_of(call: RootCall) -> int:
+    rows = next(iter(call.clock.branches.values()), None)
+    if rows is not None:
+        return len(rows)
+    hidden = call.given.get("hidden_states", call.given.get("sample"))
+    return hidden.shape[0] if isinstance(hidden, Tensor) else 1
 
 
-def _with_first(output: Any, first: Tensor, rows: int, batch: int) -> Any:
-    """The same kind of output with another first entry; other batched entries lose the branches' rows."""
+def _rows(rows: Tensor | None) -> list[int]:
+    return [] if rows is None else rows.nonzero()[:, 0].tolist()
 
-    def cut(value: Any) -> Any:
-        return value[:batch] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
 
-    if isinstance(output, Tensor):
-        return first
-    if isinstance(output, dict):
-        name, *_ = output
-        return type(output)(**{key: first if key == name else cut(value) for key, value in output.items()})
-    return type(output)([first, *(cut(value) for value in output[1:])])
+def _named(clock: Clock, batch: int, added: Sequence[tuple[Guide, list[int]]]) -> Clock:
+    """The clock of the grown batch: branches by name, and what each row was copied from."""
+    copies = torch.tensor([row for _, rows in added for row in rows])
+    counted = torch.tensor([guide.conditional for guide, rows in added for _ in rows])
+    like = next(iter(clock.branches.values()), copies)
+    copies, counted = copies.to(like.device), counted.to(like.device)
+    branches = {name: torch.cat([rows, rows[copies] & counted]) for name, rows in clock.branches.items()}
+    at = batch
+    for guide, rows in added:
+        named = torch.zeros(batch + len(copies), dtype=torch.bool, device=like.device)
+        named[at : at + len(rows)] = True
+        branches[guide.name], at = named, at + len(rows)
+    source = torch.cat([torch.arange(batch, device=like.device), copies])
+    return replace(clock, branches=branches, source=source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,18 @@ def denoiser_in(root: nn.Module) -> nn.Module | None:
         root = inner if isinstance(inner, nn.Module) else root
     home = type(root).__module__
     return root if home.startswith(("diffusers.models.transformers.", "diffusers.models.unets.")) else None
+
+
+def learned_variance(denoiser: nn.Module, scheduler: Any) -> bool:
+    """Whether the second half of a denoiser's output channels is the variance that it has learned (DiT, HunyuanDiT, DeepFloyd IF).
+
+    scheduler: the running pipeline's, None in a loop of the user's own; it tells of models whose input has further channels.
+    """
+    config = getattr(denoiser, "config", None)
+    channels, latents = getattr(config, "out_channels", None), getattr(config, "in_channels", None)
+    doubled = isinstance(channels, int) and isinstance(latents, int) and channels == 2 * latents
+    learned = getattr(getattr(scheduler, "config", None), "variance_type", None) in ("learned", "learned_range")
+    return doubled or learned or bool(getattr(config, "learn_sigma", False))
 
 
 def stack_of(denoiser: nn.Module, path: str) -> str:

@@ -55,7 +55,7 @@ class First:
 @dataclass
 class Run:
     """One denoising run of one thread. key: what changes when a step begins. to_come: in a loop of the user's own, the timesteps from
-    the first on. delta: the guides' shift of the conditional rows; unshifted: the unconditional half was there before it was known.
+    the first on. shift: what a guide has left for the unconditional half of a step; unshifted: that half came before the conditional one.
     """
 
     schedule: Any = None
@@ -67,7 +67,7 @@ class Run:
     to_come: list[float] | None = None
     new_step: bool = True
     first: First | None = None
-    delta: Tensor | None = None
+    shift: Any = None
     unshifted: bool = False
     layouts: dict[Any, Layout | None] = field(default_factory=dict)
     memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
@@ -152,7 +152,7 @@ def advance(run: Run | None, timestep: float | None, running: Running | None, sc
     if run.new_step:
         run.step += 1
         run.key, run.timestep = key, timestep
-        run.first, run.delta, run.unshifted = None, None, False
+        run.first, run.unshifted = None, False
     return run
 
 

@@ -14,9 +14,11 @@ from .doors.probe import Probe
 from .doors.projection import Projected, Projection
 from .doors.share import Share, Shared
 from .doors.spans import Question, Segments, Spans
+from .doors.rewrite import Rewrite
 from .editing import edit
 from .plan import Plan, Step
 from .prompts.prompt import Prompt
+from .prompts.request import Request
 from .recording import Reading, Recording, capture
 from .session import Session, attach
 from .sites.discovery import sites
@@ -45,6 +47,8 @@ __all__ = [
     "Question",
     "Reading",
     "Recording",
+    "Request",
+    "Rewrite",
     "Segments",
     "Session",
     "Share",

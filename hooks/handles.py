@@ -15,6 +15,8 @@ from .protocols import Steered
 
 Editor = Callable[[Call, Forward], Sequence[Edit]]
 Reader = Callable[[Call, list[Edit], Forward], None]
+# (arguments of the model, images, text) -> (other arguments, what is called with those that all steps have agreed on)
+Rewriter = Callable[[dict[str, Any], Any, Any], tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]
 
 
 class Handles:
@@ -27,6 +29,7 @@ class Handles:
         self.actions: list[Action] = []
         self.spans: list[Any] = []
         self.nested: list[Any] = []
+        self.requests: list[Rewriter] = []
 
     def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False) -> None:
         """A hook before a module: function(module, args) or function(module, args, kwargs)."""
@@ -51,6 +54,10 @@ class Handles:
     def mark(self, step: Any) -> None:
         """A step that marks tokens of every prompt: step.mark(tokens, ids, tokenizer, read), and step.name."""
         self.spans.append(step)
+
+    def request(self, rewriter: Rewriter) -> None:
+        """A change of requests before the model is called with them."""
+        self.requests.append(rewriter)
 
     def __bool__(self) -> bool:
         return bool(self.hooks or self.editors or self.readers or self.actions or self.spans or self.nested)

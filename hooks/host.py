@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..interventions import TokenMap
-from .passes import Forward
+from ..interventions import Clock, TokenMap
+from .passes import Forward, Running
 from .protocols import Steered
 from .sites.table import SiteTable
 from .trackers.in_flight import InFlight
@@ -30,6 +30,10 @@ class TokenTracker(Protocol):
 
     def new_map(self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any]) -> TokenMap:
         """The map of a prompt that no session has read."""
+        ...
+
+    def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> AbstractContextManager[None]:
+        """Inside, a pass of the root is read by `running` and edited by nobody; outside of all other passes. memory: by plan."""
         ...
 
     def aside(self, forward: Forward) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ import itertools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -259,6 +259,22 @@ class Session:
     def applied(self) -> int:
         """How often edits were applied, over all recipes and sites."""
         return sum(sum(c.values()) for c in self.counts.values())
+
+    def rewrite(self, inputs: Mapping[str, Any], *, images: Any = None, text: Any = None) -> dict[str, Any]:
+        """The inputs of a request after all that this session's recipes change of it, for `generate` or a forward pass.
+
+        inputs: what the model would be called with; images, text: what they were made of, for recipes that change these. Recipes that
+        change no request leave it as it is. Raises ReattendError for a session that is not at work here.
+        """
+        if self.attachment is None or self not in self.attachment.active():
+            raise ReattendError("this session is not at work here: rewrite requests inside it")
+        arguments, remembered = dict(inputs), []
+        for change in [each for one in self.installed for each in one.requests]:
+            arguments, remember = change(arguments, images, text)
+            remembered.append(remember)
+        for remember in remembered:
+            remember(arguments)
+        return arguments
 
     # -- what happens at a call --------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ class Probe(Step):
             arguments["logits_to_keep"] = 1
         if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             arguments["use_cache"] = False
-        running = Running(readers, _pending(self, root))
+        running = Running(readers, to_read(self.steps, root, self.early_exit))
         facts, grad = Forward(forward.clock, tokens, forward.sequence, probe=running), self.weighed and torch.is_grad_enabled()
         with contextlib.suppress(Enough), tracker.aside(facts), torch.set_grad_enabled(grad):
             root(**arguments)
@@ -118,10 +118,10 @@ def plain_arguments(given: dict[str, Any], tokens: TokenMap) -> dict[str, Any]:
     return arguments
 
 
-def _pending(step: Probe, root: Any) -> set[tuple[int, int]] | None:
-    """What a probe has to read before it can stop; None where it runs to the end."""
-    sites = [(reader, site, module) for reader in step.steps for site, module in reader.where]
+def to_read(steps: Sequence[Step], root: Any, early_exit: bool = True) -> set[tuple[int, int]] | None:
+    """What these readers have to read of a pass before it can stop; None where it runs to the end."""
+    sites = [(reader, site, module) for reader in steps for site, module in reader.where]
     # encoders may call a site several times in a pass; accelerate's hooks put offloaded weights back only after a whole pass
-    if not step.early_exit or any(site.stack != "decoder" for _, site, _ in sites) or hasattr(root, "hf_device_map"):
+    if not early_exit or any(site.stack != "decoder" for _, site, _ in sites) or hasattr(root, "hf_device_map"):
         return None
     return {(id(reader), id(module)) for reader, _, module in sites}

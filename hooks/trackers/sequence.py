@@ -75,6 +75,9 @@ class SequenceTracker:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]] | None:
         if self.probing() is not None:
             return None
+        if getattr(self.local, "look", None) is not None:
+            self._look(args, kwargs)
+            return None
         # but for those of doors, no forward pass of a model starts inside another one of itself: anything left here was interrupted
         self.local.stack, self.local.call = [], None
         sessions = self.host.begin()
@@ -117,6 +120,30 @@ class SequenceTracker:
             follow(cache, forward.sequence)
         self.host.land(output)
         return changed
+
+    @contextlib.contextmanager
+    def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> Iterator[None]:
+        """Inside, a pass of the root is read by `running` and edited by nobody; outside of all other passes. memory: by plan."""
+        kept = [(m, m.rope_deltas) for m in self.offset_modules]
+        self.local.look = Forward(clock, probe=running, loose_memory=memory)
+        try:
+            yield
+        finally:
+            begun, self.local.look, self.local.stack = self.local.look is None, None, []
+            if begun:
+                self.host.land(None)
+            for module, deltas in kept:
+                module.rope_deltas = deltas
+
+    def _look(self, args: tuple, kwargs: dict) -> None:
+        """The pass that `looking` waits for begins."""
+        forward, self.local.look, self.local.call = self.local.look, None, None
+        sessions = self.host.begin()
+        given = self.signature.bind_partial(self.root, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        ids, embeds, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        forward.tokens = self._new_map(ids, embeds, mask, given, sessions)
+        self.local.stack = [forward]
 
     @contextlib.contextmanager
     def aside(self, forward: Forward) -> Iterator[None]:

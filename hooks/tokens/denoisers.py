@@ -148,8 +148,9 @@ def _latents(call: Call, forward: DenoiserForward, length: int) -> TokenMap:
         return unknown(call, f"{batch} rows of {length} tokens are not the frames of {latents.told}")
     if latents.mixed:
         return unknown(call, latents.reason)
-    if batch == forward.batch and length == latents.count and not latents.levels:
-        return laid_out(batch, latents.pieces, device, latents.reason)
+    room = -(-(latents.count or 0) // forward.family.block) * forward.family.block
+    if room and length == room and batch == forward.batch:
+        return laid_out(batch, [*latents.pieces, Piece("padding", room - latents.count)], device, latents.reason)  # type: ignore
     for raster in latents.sizes():
         if length == raster.count and batch == forward.batch:
             return laid_out(batch, [Piece("image", length, raster)], device)

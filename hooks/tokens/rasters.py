@@ -7,6 +7,7 @@ made is to look at (editing pipelines). What is read here is tried against the n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ class Latents:
     def told(self) -> str:
         """What the latents make, for messages."""
         if not self.rasters:
-            return f"the {self.count} tokens of its latents" if self.count else self.reason
+            return f"the {self.count} tokens of its latents" if self.count else f"known latents ({self.reason})"
         said = " and ".join(f"{r.frames} x {r.height} x {r.width}" for r in self.rasters)
         return f"its latents of {said} (frames x rows x columns{', or these halved' if self.levels else ''})"
 
@@ -97,21 +98,26 @@ def read_latents(denoiser: nn.Module, family: Family, hidden: Any, given: Mappin
         return _packed(denoiser, family, sizes["n"], given, known)
     if "h" not in sizes:
         return Latents(reason=f"the latents of {type(denoiser).__name__} are no images")
-    frames, rows, cols = (1, 1, 1) if levels else patch_of(getattr(denoiser, "config", None), given)
+    frames, rows, cols = (1, 1, 1) if levels else patch_of(denoiser, given)
     raster = Raster(sizes.get("f", 1) // frames, sizes["h"] // rows, sizes["w"] // cols)
     if not raster.count:
         return Latents(reason=f"latents of {tuple(hidden.shape)} are smaller than a patch of {frames} x {rows} x {cols}")
     return Latents(raster.count, (raster,), levels)
 
 
-def patch_of(config: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(frames, rows, cols) of latents in one token."""
-    size = given.get("patch_size") or getattr(config, "patch_size", None) or 1
+def patch_of(denoiser: nn.Module, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(frames, rows, cols) of latents in one token: from the call, the configuration, or what the forward takes without either."""
+    config, taken = getattr(denoiser, "config", None), inspect.signature(type(denoiser).forward).parameters
+
+    def find(*names: str) -> Any:
+        said = [given.get(name) for name in names] + [getattr(config, name, None) for name in names]
+        said += [taken[name].default for name in names if name in taken]
+        return next((value for value in said if value), 1)
+
+    size = find("patch_size")
     if isinstance(size, (list, tuple)):
         return (1, *size)[-3:] if len(size) > 1 else (1, size[0], size[0])  # type: ignore[return-value]
-    names = ("patch_size_t", "temporal_patch_size", "patch_size_temporal")
-    frames = given.get("f_patch_size") or next((v for n in names if (v := getattr(config, n, None))), 1)
-    return int(frames), int(size), int(size)
+    return int(find("patch_size_t", "temporal_patch_size", "f_patch_size")), int(size), int(size)
 
 
 def _packed(denoiser: nn.Module, family: Family, count: int, given: Mapping[str, Any], known: dict[Any, Any]) -> Latents:

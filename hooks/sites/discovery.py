@@ -121,7 +121,8 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "sdpa", "nn.MultiheadAttention: its fast path calls a kernel that cannot be intercepted"
     processor = getattr(module, "processor", None)
-    if processor is not None and not isinstance(processor, nn.Module) and callable(processor):
+    # an IP-Adapter's processor is a module, with weights of its own, that is called like any other
+    if callable(processor) and type(processor).__call__ is not nn.Module.__call__:
         names = source_of(type(processor).__call__).names
         if names & SDPA_NAMES:
             backend = getattr(processor, "_attention_backend", None)

@@ -12,9 +12,10 @@ from .doors.lookahead import Lookahead, Trials
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
 from .doors.projection import Projected, Projection
+from .doors.rewrite import Rewrite
+from .doors.rotary import Rotary
 from .doors.share import Share, Shared
 from .doors.spans import Question, Segments, Spans
-from .doors.rewrite import Rewrite
 from .editing import edit
 from .plan import Plan, Step
 from .prompts.prompt import Prompt
@@ -49,6 +50,7 @@ __all__ = [
     "Recording",
     "Request",
     "Rewrite",
+    "Rotary",
     "Segments",
     "Session",
     "Share",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import ReattendError
 from .memory import Memory
-from .rotary import Rotary
+from .rotary import Rotary, Turned
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ class Call:
     original_is_sdpa: bool = True
     # how the site turns q and k by position, looked up when `rotary` is asked for
     rotation: Callable[[], Rotary] | None = field(default=None, repr=False)
+    # the same on a denoiser, where a step `Rotary` has seen it
+    turning: Callable[[], Turned] | None = field(default=None, repr=False)
     # heads -> their untouched (output, log-sum-exp): what an intervention has computed already, the executor need not compute again
     attended: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     # what the recipes before the one that looks at this call have asked for here
@@ -231,6 +233,17 @@ class Call:
         if self.rotation is None:
             raise ReattendError(f"the rotary positions of {self.site.name if self.site else 'this call'} are not known")
         return self.rotation()
+
+    @property
+    def turned(self) -> Turned:
+        """How a denoiser's site has turned its queries and keys by their places. Raises ReattendError where no step `Rotary` acts at it,
+        and UnsupportedError where its RoPE is not of a kind that is understood."""
+        if self.turning is None:
+            name = self.site.name if self.site else "this call"
+            raise ReattendError(
+                f"how {name} turns its queries and keys is not known: put the step Rotary(sites) before this one"
+            )
+        return self.turning()
 
     @property
     def batch(self) -> int:

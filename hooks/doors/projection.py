@@ -33,7 +33,8 @@ from ..tokens.states import tokens_of
 class Projected:
     """What the projection door sees at one projection of one pass: its new tokens before RoPE and cache.
 
-    states [B, heads, T, D]: what was projected (key heads for keys and values). which: "query", "key" or "value". added: by the text
+    states [B, heads, T, D]: what was projected (key heads for keys and values), as it is now: some models turn it in place afterwards, so
+    a copy is what keeps. which: "query", "key" or "value". added: by the text
     stream's own projection in a joint block. clock and memory as in a Call.
     """
 

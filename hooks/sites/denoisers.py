@@ -72,7 +72,7 @@ def stack_of(denoiser: nn.Module, path: str) -> str:
 def turned_by_position(module: nn.Module) -> bool:
     """Whether a denoiser's attention turns queries and keys by their positions (RoPE), by the parameters of its processor."""
     given = inspect.signature(type(getattr(module, "processor", module)).__call__).parameters
-    return any("rotary" in name for name in given)
+    return any(word in name for name in given for word in ("rotary", "rope", "freqs"))
 
 
 def describe(root: nn.Module, module: nn.Module, site: Site) -> Site:

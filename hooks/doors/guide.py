@@ -1,22 +1,22 @@
 """The guide door: further branches of a denoiser's batch, with edits, prompt, formula and scale of their own.
 
-Gives: each branch is a copy of the conditional rows at the end of the batch, found by edits in `clock.branches` under its name, with
-`clock.source` saying which row each was copied from, and with arguments of its own where it has a prompt of its own. What a pipeline
-makes of its two halves, u + s (c - u), ends with the shifts of all guides added: without a formula scale * (c - branch), else what
-the formula returns of the predictions of one step. Under classifier-free guidance the unconditional half takes all of it, u' = u -
-shift / (s - 1), also where it is computed in a later call, so that what a pipeline makes of the conditional prediction
-(guidance_rescale, norms) is made of the true one; s is read from the pipeline that runs. Both halves take the shift where s is within
-0.1 of 1 or not known (a loop of your own), and the conditional one takes shift / s where it comes second. Learned variances are left
-as they are.
+Gives: each branch is a copy of the conditional rows at the end of the batch, found by edits in `clock.branches` under its name,
+with `clock.source` saying which row each was copied from, and with arguments of its own where it has a prompt of its own. What
+a pipeline makes of its two halves, u + s (c - u), ends with the shifts of all guides added: without a formula scale * (c -
+branch), else what the formula returns of the predictions of one step. Under classifier-free guidance the unconditional half
+takes all of it, u' = u - shift / (s - 1), also where it is computed in a later call, so that what a pipeline makes of the
+conditional prediction (guidance_rescale, norms) is made of the true one; s is read from the pipeline that runs. Both halves
+take the shift where s is not known (a loop of your own) or so near 1 that rounding would show, and the conditional one takes
+shift / s where it comes second. Learned variances are left as they are.
 
-Costs: as many further rows per step as there are conditional ones, for each guide (under classifier-free guidance in one batch 1.5 times
-the denoiser's time); nothing at steps where its scale is 0 or outside start and stop. Between the two calls of one step the predictions of the
-branches are kept.
+Costs: as many further rows per step as there are conditional ones, for each guide (under classifier-free guidance in one batch
+1.5 times the denoiser's time); nothing at steps where its scale is 0 or outside start and stop. Between the two calls of one
+step the predictions of the branches are kept.
 
 Refuses: a model without a denoiser; a part of the schedule on a bare denoiser; a batch of which nobody says which rows are
-conditional; arguments of which it is not known whether they have an entry for each row; a second text that is longer or shorter than
-the rows'; a cache of diffusers' (`enable_cache`), which keeps what it computed for the rows of another step; a pipeline with a perturbed
-part of its own; two guides of one name.
+conditional; arguments of which it is not known whether they have an entry for each row; a second text that is longer or shorter
+than the rows'; a cache of diffusers' (`enable_cache`), which keeps what it computed for the rows of another step; a pipeline
+with a perturbed part of its own; two guides of one name.
 """
 
 from __future__ import annotations

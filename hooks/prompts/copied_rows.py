@@ -73,10 +73,12 @@ class _Grower:
         fold = size // self.batch
         if not any(other is not None for other in others):
             return torch.cat([value, value.index_select(axis, self._index(self.rows, fold, value.device))], dim=axis)
-        parts = [
-            value.index_select(axis, self._index(each.rows, fold, value.device)) if other is None else self._fitted(each, other, value, fold, axis, path)
-            for each, other in zip(self.copies, others, strict=True)
-        ]  # fmt: skip
+        parts = []
+        for each, other in zip(self.copies, others, strict=True):
+            if other is None:
+                parts.append(value.index_select(axis, self._index(each.rows, fold, value.device)))
+            else:
+                parts.append(self._fitted(each, other, value, fold, axis, path))
         return torch.cat([value, *parts], dim=axis)
 
     def _given(self, copies: Copies, path: str) -> Tensor | None:

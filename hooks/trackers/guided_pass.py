@@ -13,8 +13,8 @@ from ...interventions import Clock, ReattendError, UnsupportedError
 from .combination import Combination
 from .denoising_run import Run
 
-# nearer to 1 the shift is not put on the unconditional half: what it is divided by would make rounding show
-NEAR = 0.1
+# so much of s - 1, in units of a number format's rounding, is too little to divide a shift by
+ROUNDING, LEAST = 16, 0.01
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ class GuidedPass:
         rows = self.clock.branches.get(half)
         return [] if rows is None else rows[: self.batch].nonzero()[:, 0].tolist()
 
-    @property
-    def whole(self) -> bool:
-        """Whether the unconditional half takes all of the shift: what is made of the conditional one then is made of the true one."""
-        return self.combination is not None and abs(self.combination.scale - 1) >= NEAR
+    def whole(self, dtype: torch.dtype) -> bool:
+        """Whether the unconditional half takes all of the shift: what is made of the conditional one then is made of the true one.
+
+        Not where s is about 1: dividing by s - 1 would make rounding show.
+        """
+        near = max(LEAST, ROUNDING * torch.finfo(dtype).eps)
+        return self.combination is not None and abs(self.combination.scale - 1) >= near
 
     def shift(self, unconditional: Tensor | None) -> Tensor | None:
         """The sum of the guides' shifts; None where no guide has one. Raises ReattendError for a formula that returns something else."""
@@ -147,7 +150,7 @@ def _both(sample: Tensor, guided: GuidedPass, conditional: list[int], unconditio
     delta = guided.shift(sample[unconditional].to(guided.conditional.dtype) if paired else None)
     if delta is None:
         return
-    if guided.whole:
+    if guided.whole(sample.dtype):
         assert guided.combination is not None
         _add(sample, unconditional, delta, -1 / (guided.combination.scale - 1))
     else:
@@ -158,7 +161,7 @@ def _both(sample: Tensor, guided: GuidedPass, conditional: list[int], unconditio
 def _conditional_alone(sample: Tensor, guided: GuidedPass, conditional: list[int]) -> None:
     """Only the conditional half is here: it takes the shift, unless the other half is certain to come and to take all of it."""
     run, known = guided.run, guided.combination
-    if guided.whole and known is not None and known.to_come == "unconditional":
+    if guided.whole(sample.dtype) and known is not None and known.to_come == "unconditional":
         run.shift = Shift(run.step, late=guided)
         return
     delta = guided.shift(None)

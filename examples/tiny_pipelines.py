@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -41,12 +42,12 @@ def vae(channels: int, **changes: Any) -> AutoencoderKL:
     ).eval()  # fmt: skip
 
 
-def stable_diffusion() -> StableDiffusionPipeline:
-    """A UNet with one text encoder, as Stable Diffusion 1.5 has them; images of 16 x 16."""
+def stable_diffusion(in_channels: int = 4) -> StableDiffusionPipeline:
+    """A UNet with one text encoder, as Stable Diffusion 1.5 has them; images of 16 x 16. in_channels: 9 for an inpainting UNet."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8, in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
@@ -56,6 +57,20 @@ def stable_diffusion() -> StableDiffusionPipeline:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def controlnet(channels: int = 3) -> ControlNetModel:
+    """A ControlNet for `stable_diffusion`, for pictures of so many channels, whose zero convolutions let something through."""
+    torch.manual_seed(1)
+    model = ControlNetModel(
+        in_channels=4, conditioning_channels=channels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        conditioning_embedding_out_channels=(8, 16),
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "controlnet_down_blocks" in name or "controlnet_mid_block" in name or "conv_out" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
 def stable_diffusion_3() -> StableDiffusion3Pipeline:
@@ -75,11 +90,14 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
     return pipe
 
 
-def flux() -> FluxPipeline:
-    """Double and single blocks, and true guidance in two calls; call it with prompt_embeds, it has no text encoders."""
+def flux(in_channels: int = 16) -> FluxPipeline:
+    """Double and single blocks, and true guidance in two calls; call it with prompt_embeds, it has no text encoders.
+
+    in_channels: more than 16 for a model that is given other things beside the latents.
+    """
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        patch_size=1, in_channels=in_channels, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
     pipe = FluxPipeline(

@@ -2,12 +2,13 @@
 
 from .attachment import running
 from .doors.branch import Branch, Fusion
-from .doors.capture import Capture
+from .doors.capture import Capture, Kept
 from .doors.edits import Edits
 from .doors.evict import Evict, Held
 from .doors.exit import Exit
 from .doors.guide import Guide
 from .doors.inject import Entering, Inject
+from .doors.latents import AtStep, Latents
 from .doors.lookahead import Lookahead, Trials
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
@@ -27,6 +28,7 @@ from .sites.table import SiteTable, Support
 from .trackers.guidance_rows import rows
 
 __all__ = [
+    "AtStep",
     "Branch",
     "Capture",
     "Edits",
@@ -37,6 +39,8 @@ __all__ = [
     "Guide",
     "Held",
     "Inject",
+    "Kept",
+    "Latents",
     "Lookahead",
     "Observation",
     "Observe",

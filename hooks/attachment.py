@@ -140,7 +140,7 @@ class Attachment:
 
         module: one whose attention is about to be computed.
         """
-        probe = self.tracker.probing()
+        probe = self.tracker.probing() or self.denoiser.probing()
         if probe is not None:
             return [probe.session]
         here = self.in_flight.here()

@@ -30,6 +30,7 @@ class Handles:
         self.spans: list[Any] = []
         self.nested: list[Any] = []
         self.requests: list[Rewriter] = []
+        self.endings: list[Callable[[], None]] = []
 
     def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False) -> None:
         """A hook before a module: function(module, args) or function(module, args, kwargs)."""
@@ -58,6 +59,10 @@ class Handles:
     def request(self, rewriter: Rewriter) -> None:
         """A change of requests before the model is called with them."""
         self.requests.append(rewriter)
+
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Something that takes away what the step has put on: called once more where it was interrupted."""
+        self.endings.append(function)
 
     def __bool__(self) -> bool:
         return bool(self.hooks or self.editors or self.readers or self.actions or self.spans or self.nested)

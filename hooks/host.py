@@ -32,12 +32,20 @@ class TokenTracker(Protocol):
         """The map of a prompt that no session has read."""
         ...
 
-    def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> AbstractContextManager[None]:
+    def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> AbstractContextManager[Forward]:
         """Inside, a pass of the root is read by `running` and edited by nobody; outside of all other passes. memory: by plan."""
         ...
 
     def aside(self, forward: Forward) -> AbstractContextManager[None]:
         """Inside, passes of the root are a door's own: `forward` holds their facts, and no action comes before or after them."""
+        ...
+
+
+class DenoiserTracker(Protocol):
+    """The tracker of denoisers, for doors that run passes of their own."""
+
+    def aside(self, running: Running, clock: Clock, run: Any) -> AbstractContextManager[None]:
+        """Inside, passes of denoisers are a door's own: with this clock, no action before or after them, and no step of the run's."""
         ...
 
 
@@ -52,6 +60,9 @@ class Host(Protocol):
 
     @property
     def tracker(self) -> TokenTracker: ...
+
+    @property
+    def denoiser(self) -> DenoiserTracker: ...
 
     def active(self, module: nn.Module | None = None) -> list[Steered]:
         """Sessions that the current thread or task runs under; module: one whose attention is about to be computed."""

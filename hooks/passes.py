@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,19 @@ class Enough(Exception):
 
 
 class Running:
-    """A pass of a door's own under way in one thread: the session that it runs under, and what is still to be read (None: no end)."""
+    """A pass of a door's own under way in one thread: the session that it runs under, and what is still to be read (None: no end).
+
+    forwards: its facts, and those of passes inside it.
+    """
 
     def __init__(self, session: Steered, pending: set[tuple[int, int]] | None = None) -> None:
         self.session, self.pending = session, pending
+        self.forwards: list[Forward] = []
+
+    def ended(self, output: Any) -> None:
+        """The pass is over; output: None where it stopped before."""
+        for forward in self.forwards:
+            forward.end(output)
 
     def read(self, step: object, module: nn.Module) -> None:
         """Notes that a step has read a site; raises Enough after the last one."""
@@ -174,6 +184,14 @@ class Forward:
     # what the model was given to keep keys in; None where it makes one itself, which grows
     cache: Any = None
     loose_memory: dict[object, Memory] = field(default_factory=dict)
+    # what steps keep of it until it is over, by their identity, and what is to be done then with its output
+    kept: dict[int, Any] = field(default_factory=dict)
+    endings: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def end(self, output: Any) -> None:
+        """The pass is over. output: what its root gave; None where it stopped before."""
+        while self.endings:
+            self.endings.pop(0)(output)
 
     def tokens_at(self, site: Site) -> TokenMap | None:
         """The tokens that the rows of a site stand for; None where these are frames of sound or patches of an image."""

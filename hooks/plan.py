@@ -46,10 +46,11 @@ class Step:
     """One step of a plan, which installs itself; every door of `doors/` has its own class.
 
     A class of its own says what it serves by `check` and `install`; one that says nothing is refused. at_calls: its `sites` are calls of
-    attention that it edits or reads.
+    attention that it edits or reads. reads: a pass that is only to be read has to reach all of its `sites`.
     """
 
     at_calls: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
 
     @property
     def where(self) -> Iterable[tuple[Site, nn.Module]]:

@@ -115,6 +115,8 @@ class Session:
         for one in self.installed:
             for inner in one.nested:
                 inner.uninstall()
+            for end in one.endings:
+                end()
             one.hooks.remove()
 
     def handles(self) -> Handles:

@@ -41,6 +41,8 @@ class Observe(Step):
     sites: SiteTable
     tap: Callable[[Observation], None]
 
+    reads = True
+
     def check(self, facts: Facts) -> str:
         return sites_misfit(self.sites)
 

@@ -4,9 +4,11 @@ Gives: readers of what the plain model does with a prompt (or with another one m
 `memory`, the recipe's other steps find there. The pass is nested in the forward pre-hook of the real one, in the same thread; while it runs,
 the model's hooks answer with the probe's own readers alone, so that no recipe edits it and no probe starts inside it.
 
-Costs: one more pass over the prompt, which stops after the last decoder site that is read; nothing at decode.
+Costs: one more pass over the prompt, which stops after the last decoder site that is read; nothing at decode. With `grad`, also what a
+backward pass needs.
 
-Refuses: denoisers and pipelines of several models, a probe without readers, and (if the recipe says so) prompts that come in pieces.
+Refuses: denoisers and pipelines of several models, a probe without readers, a gradient through quantised parameters, and (if the recipe says
+so) prompts that come in pieces.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from ..handles import Handles, Holder
 from ..host import Host, TokenTracker
 from ..passes import Enough, Forward, Running
 from ..plan import Facts, Plan, Step
-from ..prompts.prompt import Prompt
+from ..prompts.prompt import Prompt, without_inference
 from ..protocols import Steered
+from ..sites.quantised import without_gradient
 from ..trackers.caches import NAMES
 from ..trackers.sides import width_of
 
@@ -48,6 +51,8 @@ class Probe(Step):
     prompt, the next turn, decode steps) have no probe. weighed: the real pass is changed by how much was read, not only by what was
     found, so the probe has gradients where the real pass has them. in_pieces(Prompt): called before a pass that reads a further part of a
     prompt with no generated token before it (chunked prefill, or a beginning that was cached), to refuse it or to say what happens to it.
+    grad: the pass has a gradient, also where the real one has none (under inference mode its arguments are cloned); `inputs` may ask for
+    that of an input (`requires_grad_`), and what is captured at the end of the pass has it (see Capture).
     """
 
     steps: Sequence[Step]
@@ -55,6 +60,7 @@ class Probe(Step):
     early_exit: bool = True
     in_pieces: Callable[[Prompt], None] | None = None
     weighed: bool = False
+    grad: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -62,6 +68,8 @@ class Probe(Step):
 
     def check(self, facts: Facts) -> str:
         reasons = (step.check(facts) for step in self.steps)
+        if self.grad and facts.root is not None and (reason := without_gradient([facts.root])):
+            return reason
         return facts.without_tokens("its step Probe runs a prompt beforehand") or next((r for r in reasons if r), "")
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
@@ -81,13 +89,17 @@ class Probe(Step):
             arguments = plain_arguments(call.given, forward.tokens)
             self.in_pieces(Prompt(arguments, forward.tokens, getattr(call.root, "config", None), memory, past))
         if forward.fresh:
-            self._run(call, host.tracker, forward, forward.tokens, readers, plan)
+            grad = self.grad or (self.weighed and torch.is_grad_enabled())
+            with torch.inference_mode(torch.is_inference_mode_enabled() and not self.grad), torch.set_grad_enabled(grad):
+                self._run(call, host.tracker, forward, forward.tokens, readers, plan)
 
     def _run(
         self, call: RootCall, tracker: TokenTracker, forward: Forward, tokens: TokenMap, readers: Steered, plan: Plan
     ) -> None:
         root = call.root
         arguments = plain_arguments(call.given, tokens)
+        if self.grad:
+            arguments = without_inference(arguments)
         if self.inputs is not None:
             prompt = Prompt(arguments, tokens, getattr(root, "config", None), forward.memory(plan.memory_key))
             changed = self.inputs(prompt)
@@ -102,9 +114,11 @@ class Probe(Step):
         if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             arguments["use_cache"] = False
         running = Running(readers, to_read(self.steps, root, self.early_exit))
-        facts, grad = Forward(forward.clock, tokens, forward.sequence, probe=running), self.weighed and torch.is_grad_enabled()
-        with contextlib.suppress(Enough), tracker.aside(facts), torch.set_grad_enabled(grad):
-            root(**arguments)
+        facts, output = Forward(forward.clock, tokens, forward.sequence, probe=running), None
+        with tracker.aside(facts):
+            with contextlib.suppress(Enough):
+                output = root(**arguments)
+            facts.end(output)
 
 
 def plain_arguments(given: dict[str, Any], tokens: TokenMap) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ...interventions import TokenMap
 
@@ -22,3 +25,14 @@ class Prompt:
     config: Any
     memory: dict[Any, Any]
     past: int = 0
+
+
+def without_inference(value: Any) -> Any:
+    """The same with clones of tensors from inference mode, which could not be kept for a gradient."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {key: without_inference(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_inference(item) for item in value)
+    return value

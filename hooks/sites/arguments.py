@@ -19,7 +19,8 @@ ROWS = {
     "inpaint_latents", "video_coords", "effnet", "pixels", "sca", "crp", "down_block_additional_residuals",
     "mid_block_additional_residual", "down_intrablock_additional_residuals", "block_controlnet_hidden_states", "controlnet_block_samples",
     "controlnet_single_block_samples", "ip_hidden_states", "ip_adapter_image_embeds", "boxes", "positive_embeddings", "masks",
-    "pose_hidden_states", "face_pixel_values", "text_encoder_layers",
+    "pose_hidden_states", "face_pixel_values", "text_encoder_layers", "controlnet_cond", "controlnet_mode",
+    "control_type",
 }  # fmt: skip
 # one for all rows, whatever the first dimension happens to be: places of tokens, and masks over them
 SHARED = {

@@ -8,11 +8,12 @@ State is kept per thread, and apart for each pipeline, so that one may run insid
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ...interventions import Clock, ReattendError, ReattendWarning
 from ..actions import RootCall
 from ..host import Host
 from ..module_hooks import Hooks
+from ..passes import Running as Probing
 from ..routes.compiled import inside, run_compiled, run_uncompiled
 from ..routes.sdpa import clear_marks
 from ..sites.denoisers import denoiser_in
@@ -76,22 +78,53 @@ class DenoiseTracker:
         """The denoiser pass under way in this thread."""
         return getattr(self.local, "forward", None)
 
+    # -- passes of a door's own --------------------------------------------------------------------------------------
+
+    def probing(self) -> Probing | None:
+        """The pass of a door's own that is under way in this thread."""
+        aside = getattr(self.local, "aside", None)
+        return None if aside is None else aside[0]
+
+    @contextlib.contextmanager
+    def aside(self, running: Probing, clock: Clock, run: Run) -> Iterator[None]:
+        """Inside, passes of denoisers are a door's own: with this clock, no action before or after them, and no step of the run's.
+
+        What they do at their end is the door's to say: `running.ended`.
+        """
+        outer = getattr(self.local, "aside", None), self.current()
+        self.local.aside = running, clock, run
+        try:
+            yield
+        finally:
+            self.local.aside, self.local.forward = outer
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _elsewhere(self, module: nn.Module, args: tuple) -> None:
+        if self.probing() is not None:
+            return
         clear_marks()
         self.local.forward = None
         self.host.begin()
 
     def _landed(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.host.land(output)
+        if self.probing() is None:
+            self.host.land(output)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        aside, denoiser = getattr(self.local, "aside", None), denoiser_in(module)
+        if aside is not None:
+            if denoiser is not None:
+                running, clock, run = aside
+                given = {**dict(zip(self._names(type(denoiser)), args, strict=False)), **kwargs}
+                self.local.forward = read_forward(denoiser, given, clock, run.memory, run.maps)
+                self.local.forward.probe = running
+                running.forwards.append(self.local.forward)
+            return None
         # a denoiser never runs inside an attention module: marks that are still there belong to an interrupted pass
         clear_marks()
         self.local.forward = self.local.call = None
         sessions = self.host.begin()
-        denoiser = denoiser_in(module)
         if not sessions or denoiser is None:
             return None
         call = RootCall(module, args, kwargs, self._names(type(denoiser)), sessions)
@@ -119,9 +152,13 @@ class DenoiseTracker:
         return changed
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        call = getattr(self.local, "call", None)
+        if self.probing() is not None:
+            return None
+        call, forward = getattr(self.local, "call", None), self.current()
         self.local.forward = self.local.call = None
         self.host.land(output)
+        if forward is not None and output is not None:
+            forward.end(output)
         return None if call is None or output is None else call.leave(output)
 
     # -- where the run stands ------------------------------------------------------------------------------------------

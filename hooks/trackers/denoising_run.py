@@ -72,6 +72,8 @@ class Run:
     layouts: dict[Any, Layout | None] = field(default_factory=dict)
     memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
     maps: dict[Any, Any] = field(default_factory=dict)
+    # what doors know of it, each under a key of its own
+    kept: dict[object, Any] = field(default_factory=dict)
     # numbers of the sessions whose steps were asked whether they can serve this run
     asked: set[int] = field(default_factory=set)
 

@@ -111,6 +111,8 @@ class SequenceTracker:
             self.local.returned = strange_cache(output) if cache is None and isinstance(output, Mapping) else ""
         self.local.call, changed = None, None
         try:
+            if forward is not None and output is not None:
+                forward.end(output)
             if call is not None and output is not None:
                 changed = call.leave(output)
         except BaseException:
@@ -122,12 +124,12 @@ class SequenceTracker:
         return changed
 
     @contextlib.contextmanager
-    def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> Iterator[None]:
+    def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> Iterator[Forward]:
         """Inside, a pass of the root is read by `running` and edited by nobody; outside of all other passes. memory: by plan."""
         kept = [(m, m.rope_deltas) for m in self.offset_modules]
-        self.local.look = Forward(clock, probe=running, loose_memory=memory)
+        self.local.look = facts = Forward(clock, probe=running, loose_memory=memory)
         try:
-            yield
+            yield facts
         finally:
             begun, self.local.look, self.local.stack = self.local.look is None, None, []
             if begun:

@@ -42,7 +42,7 @@ def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     if any(edit.reads_heads for edit in edits):
         # edits of outputs say nothing of weights, and some ask for all rows
         return rows_of_all_heads(call, [edit for edit in edits if edit.level != "output"], index)[0]
-    return _by_heads(call, edits, lambda group, x: edited_weights(x, index, group.edits, call, group.sinks))
+    return by_heads(call, edits, lambda group, x: edited_weights(x, index, group.edits, call, group.sinks))
 
 
 def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def row_outputs(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
             output = at_chosen(edit, rows, edit.on_output(output, rows), output)
         return output
 
-    return _by_heads(call, edits, outputs)
+    return by_heads(call, edits, outputs)
 
 
-def _by_heads(call: Call, edits: Sequence[Edit], read: Callable[[Group, Operands], Tensor]) -> Tensor:
+def by_heads(call: Call, edits: Sequence[Edit], read: Callable[[Group, Operands], Tensor]) -> Tensor:
     """What is read [B, H, R, ...] of heads with the same edits and of what they attend with, put together again."""
     parts: list[Tensor] = []
     order: list[int] = []

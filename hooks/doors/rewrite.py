@@ -118,12 +118,11 @@ def _request(
         }
         memory = Memory()
         running = Running(readers, to_read(step.look, root))
-        with (
-            contextlib.suppress(Enough),
-            tracker.looking(running, Clock("prefill"), {plan.memory_key: memory}),
-            torch.no_grad(),
-        ):
-            root(**given)
+        output = None
+        with tracker.looking(running, Clock("prefill"), {plan.memory_key: memory}) as facts, torch.no_grad():
+            with contextlib.suppress(Enough):
+                output = root(**given)
+            facts.end(output)
         return memory
 
     return Request(dict(arguments), tokens, getattr(root, "config", None), look, processor, images, text)

@@ -143,15 +143,21 @@ def test_a_failed_look_leaves_nothing(model):
 
 
 def test_refused(model):
-    with pytest.raises(ReattendError, match="changed to a mapping"):
-        with attach(model, [Plan("wrong", [Rewrite(lambda request: {"text": "a"})])]) as session:
-            session.rewrite(INPUTS)
-    with pytest.raises(ReattendError, match="needs readers"):
-        with attach(model, [Plan("blind", [Rewrite(lambda request: request.look())])]) as session:
-            session.rewrite(INPUTS)
-    with pytest.raises(ReattendError, match="tokenizer=processor"):
-        with attach(model, [Plan("images", [Rewrite(lambda request: request.process(text="a"))])]) as session:
-            session.rewrite(INPUTS)
+    with (
+        pytest.raises(ReattendError, match="changed to a mapping"),
+        attach(model, [Plan("wrong", [Rewrite(lambda request: {"text": "a"})])]) as session,
+    ):
+        session.rewrite(INPUTS)
+    with (
+        pytest.raises(ReattendError, match="needs readers"),
+        attach(model, [Plan("blind", [Rewrite(lambda request: request.look())])]) as session,
+    ):
+        session.rewrite(INPUTS)
+    with (
+        pytest.raises(ReattendError, match="tokenizer=processor"),
+        attach(model, [Plan("images", [Rewrite(lambda request: request.process(text="a"))])]) as session,
+    ):
+        session.rewrite(INPUTS)
     with pytest.raises(ReattendError, match="not at work here"):
         session.rewrite(INPUTS)
     net, _ = tiny_denoisers.build("SD3Transformer2DModel")

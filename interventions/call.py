@@ -120,10 +120,11 @@ class TokenMap:
     Roles found on a model are "image", "bos", "padding", "prompt", "generated", with a chat template also "system", "user",
     "assistant"; on a denoiser "image", "text", "padding", "reference", "register", "frame"; a user's spans have their own names
     ("emphasis"). `length` grows with every decode step: roles are stored for the prompt and read as False (generated: True) beyond it.
-    grids: the images and videos whose raster is known; gridless: why one is not, where that was found out. blind: only embeddings were
-    given, so roles that are found by token id are unknown, which is not the same as absent. unknown: why roles could not be found at all,
-    "" where they could. unread: how many of its tokens nobody saw pass by. virtual: how many at its start are learned vectors (prefix and
-    prompt tuning), no tokens.
+    grids: the images and videos whose raster is known; gridless: why one is not, where that was found out. own: the column of the first
+    query's own key, in a map of keys whose queries have a map of their own and are keys too. blind: only embeddings were given, so roles
+    that are found by token id are unknown, which is not the same as absent. unknown: why roles could not be found at all, "" where they
+    could. unread: how many of its tokens nobody saw pass by. virtual: how many at its start are learned vectors (prefix and prompt
+    tuning), no tokens.
     """
 
     batch: int
@@ -134,6 +135,7 @@ class TokenMap:
     blind: bool = False
     unknown: str = ""
     gridless: str = ""
+    own: int | None = None
     unread: int = 0
     virtual: int = 0
 

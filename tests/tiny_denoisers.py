@@ -286,10 +286,12 @@ DENOISERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def build(
+    name: str, seed: int = 0, among: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = DENOISERS
+) -> tuple[nn.Module, dict[str, Any]]:
     """A denoiser in eval mode with non-degenerate random weights (many end in a zero-initialised projection), and its inputs."""
     torch.manual_seed(seed)
-    model, inputs = DENOISERS[name]()
+    model, inputs = among[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():

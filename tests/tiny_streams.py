@@ -276,14 +276,3 @@ STREAMS: dict[str, Callable[[], Built]] = {
     "WanTransformer3DModel (image)": wan_i2v,
     "PriorTransformer": prior,
 }
-
-
-def build(name: str, seed: int = 0) -> Built:
-    """As `tiny_denoisers.build`."""
-    torch.manual_seed(seed)
-    model, inputs = STREAMS[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.2)
-    return model.eval().requires_grad_(False), inputs

@@ -52,6 +52,8 @@ def stack_of(denoiser: nn.Module, path: str) -> str:
     parts = f".{path}"
     if not re.search(r"blocks?\.|layers\.|refiner", parts):
         return "denoiser.pool"
+    if ".text_transformer_blocks." in parts:
+        return "denoiser.text_refiner"
     if "refiner" in parts:
         images = any(f".{name}_refiner" in parts for name in ("noise", "siglip", "ref_image"))
         return "denoiser.image_refiner" if images else "denoiser.text_refiner"

@@ -108,6 +108,9 @@ def _maps(call: Call, forward: DenoiserForward, sample: int | None, processor: s
     assert call.site is not None
     site, batch, keys, queries, device = call.site, call.batch, call.num_keys, call.num_queries, call.query.device
     if site.stack == "denoiser.pool":
+        length = forward.text_length
+        if length is None or keys not in (length, length + 1):  # their mean may be one more
+            return unknown(call, f"its {keys} tokens are not the {length} of the text"), None
         return _text(batch, keys, forward, device), _text(batch, queries, forward, device)
     if site.kind == "joint":
         if keys == queries:
@@ -123,14 +126,13 @@ def _maps(call: Call, forward: DenoiserForward, sample: int | None, processor: s
 
 
 def _text(batch: int, length: int, forward: DenoiserForward, device: torch.device) -> TokenMap:
-    """Text alone, less its padding; rows repeat where a site folds frames into the batch."""
+    """Text alone, less its padding."""
     tokens = laid_out(batch, [Piece("text", length)], device)
-    mask = forward.text_mask
     if forward.samples and len(forward.samples) == batch:
-        mask = torch.arange(length)[None] < torch.tensor(forward.samples)[:, None]
-    if mask is not None and mask.shape[1] == length and batch % mask.shape[0] == 0:
-        mask = mask.to(device).repeat_interleave(batch // mask.shape[0], dim=0)
-        tokens.roles["text"], tokens.roles["padding"] = mask, ~mask
+        real = torch.arange(length)[None] < torch.tensor(forward.samples)[:, None]
+        tokens.roles["text"], tokens.roles["padding"] = real.to(device), ~real.to(device)
+    elif forward.text_mask is not None and forward.text_mask.shape[1] == length:
+        _mark_padding(tokens, forward, 0)
     return tokens
 
 
@@ -177,14 +179,30 @@ def _added(call: Call, forward: DenoiserForward, processor: str) -> TokenMap:
     """Keys of a text beside those of the latents, for queries of the latents alone."""
     more, length = call.num_keys - call.num_queries, forward.text_length
     own = _latents(call, forward, call.num_queries)
-    if own.unknown or more < 0:
-        return own if own.unknown else unknown(call, f"{call.num_keys} keys for {call.num_queries} queries")
+    if own.unknown:
+        return own
     image = Piece("image", call.num_queries, raster_of(own))
-    if "AddedKV" in processor and length in (None, more):
-        return laid_out(call.batch, [Piece("text", more), image], call.query.device)
-    if forward.family.order == "image" and not forward.family.text:
-        return laid_out(call.batch, [image, Piece("condition", more)], call.query.device)
-    return unknown(call, f"{more} of its {call.num_keys} keys are no latents, and the text has {length} tokens")
+    family, added = forward.family, "AddedKV" in processor
+    order = "text" if added else family.order
+    if family.text and length is None and not added:
+        order = None
+    if more <= 0 or order is None or (family.text and length not in (None, more)):
+        return unknown(call, f"{more} of its {call.num_keys} keys are no latents, and the text has {length} tokens")
+    text = Piece("text" if family.text else "condition", more)
+    tokens = laid_out(call.batch, [text, image] if order == "text" else [image, text], call.query.device)
+    tokens.own = more if order == "text" else 0
+    if family.text:
+        _mark_padding(tokens, forward, 0 if order == "text" else call.num_queries)
+    return tokens
+
+
+def _mark_padding(tokens: TokenMap, forward: DenoiserForward, start: int) -> None:
+    """Takes the padding out of the text, which begins at column `start`; rows repeat where a site folds frames into the batch."""
+    mask = forward.text_mask
+    if mask is not None and tokens.batch % mask.shape[0] == 0:
+        mask = mask.to(tokens.roles["text"].device).repeat_interleave(tokens.batch // mask.shape[0], dim=0)
+        tokens.roles["text"][:, start : start + mask.shape[1]] = mask
+        tokens.roles["padding"][:, start : start + mask.shape[1]] = ~mask
 
 
 def _prompted(call: Call, forward: DenoiserForward, processor: str) -> tuple[TokenMap, TokenMap | None]:

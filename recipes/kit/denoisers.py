@@ -106,16 +106,13 @@ class PerturbedGuidance(Recipe):
 
 
 def _sees_itself(call: Call) -> bool:
-    """Whether the queries of a call are its last keys too, after those of a text (Kandinsky 2.2, DeepFloyd IF). Raises ReattendError where
-    they are keys, but not the last ones."""
-    tokens = call.tokens
-    if call.site is None or call.site.kind != "joint" or tokens is None or "image" not in tokens:
-        return False
-    if "condition" in tokens:
-        raise ReattendError(
-            f"{call.site.name}: the image's own keys come before those of its conditions, and this is not served yet"
-        )
-    return "reference" not in tokens
+    """Whether the queries of a call are its last keys too, after those of a text (Kandinsky 2.2). Raises ReattendError where they are
+    keys, but not the last ones: edits take a query's own key to be as far from the end as the query."""
+    own = None if call.tokens is None else call.tokens.own
+    if own is not None and own != call.num_keys - call.num_queries:
+        where = "this call" if call.site is None else call.site.name
+        raise ReattendError(f"{where}: the image's own keys come before the others, and this is not served")
+    return own is not None
 
 
 def image_layers(sites: SiteTable) -> dict[int, SiteTable]:

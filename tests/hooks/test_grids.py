@@ -207,7 +207,7 @@ def test_references_in_the_stream_have_grids_of_their_own() -> None:
         ("Flux2Transformer2DModel", [("image", 5), ("reference", 29)]),
         ("QwenImageTransformer2DModel (edit)", [("image", 5), ("reference", 29)]),
     ):
-        for call in calls_of(*tiny_streams.build(name)):
+        for call in calls_of(*tiny_denoisers.build(name, among=tiny_streams.STREAMS)):
             assert call.tokens is not None
             own = [grid for grid in call.tokens.grids if grid.row == 1]
             assert [(grid.role, int(grid.image[0, 0])) for grid in own] == order
@@ -217,7 +217,7 @@ def test_references_in_the_stream_have_grids_of_their_own() -> None:
 
 
 def test_rows_that_a_guide_adds_have_grids_too() -> None:
-    model, inputs = tiny_streams.build("Flux2Transformer2DModel")
+    model, inputs = tiny_denoisers.build("Flux2Transformer2DModel", among=tiny_streams.STREAMS)
     seen: list[list[int]] = []
 
     def note(call: Call) -> HeadGain:

@@ -19,6 +19,8 @@ from typing import Any
 
 # keywords that tell a call of a denoiser from one that cuts its output into parts
 OF_A_DENOISER = {"return_dict", "timestep", "encoder_hidden_states"}
+# what cuts a half out of the output, and changes nothing of what it predicts
+CUTS = {"chunk", "split", "unbind", "float", "to", "squeeze", "unsqueeze", "permute", "view", "reshape"}
 # what the conditions before a formula may be made of: nothing that runs anything
 PLAIN = (
     ast.Expression, ast.Name, ast.Attribute, ast.Load, ast.Constant, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.Compare, ast.Is,
@@ -35,28 +37,39 @@ class Combination:
     to_come: str = ""
 
 
+# tests that lead to a line, each with whether it must hold
+Conditions = tuple[tuple[ast.expr, bool], ...]
+
+
 @dataclass(frozen=True)
 class Formula:
-    """One formula in a method's code, with lines as they are counted in its file.
-
-    scale: what s is made of, plus `more`; conditions: (test, whether it must hold) of all that leads to it.
-    """
+    """One formula in a method's code, with lines as they are counted in its file: s is `scale`, plus `more`; the halves by their names."""
 
     line: int
     scale: ast.expr
     more: float
-    conditions: tuple[tuple[ast.expr, bool], ...]
+    conditions: Conditions
     conditional: str
     unconditional: str
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """A line that sets names. predicts: to what a denoiser returns. cuts: to a part of that, with the same values."""
+
+    line: int
+    names: frozenset[str]
+    conditions: Conditions
+    predicts: bool
+    cuts: bool
+
+
+@dataclass(frozen=True)
 class Method:
-    """What is read of one method: its formulas; lines that set a name; lines that set a name to what a denoiser returns."""
+    """What is read of one method."""
 
     formulas: tuple[Formula, ...] = ()
-    sets: tuple[tuple[int, str], ...] = ()
-    predicts: tuple[tuple[int, str], ...] = ()
+    assignments: tuple[Assignment, ...] = ()
 
 
 def combination_of(pipeline: Any) -> Combination | None:
@@ -81,26 +94,36 @@ def _now(method: Method, frame: FrameType) -> Combination | None:
     for formula in method.formulas:
         if formula.line < here:
             continue
-        between = {name for line, name in method.sets if here < line < formula.line}
-        holds = True
-        for test, wanted in formula.conditions:
-            value = _value(test, names, between)
-            if not isinstance(value, bool):
-                return None
-            holds = holds and value == wanted
+        lines = [line for line in method.assignments if here < line.line < formula.line]
+        unsure = {name for line in lines for name in line.names}
+        lines = [line for line in lines if _holds(line.conditions, names, unsure) is not False]
+        between = {name for line in lines for name in line.names}
+        holds = _holds(formula.conditions, names, between)
+        if holds is None:
+            return None
         if not holds:
             continue
         scale = _value(formula.scale, names, between)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        halves = {"conditional": formula.conditional, "unconditional": formula.unconditional}
+        changed = any(line.names & set(halves.values()) and not line.cuts for line in lines)
+        if changed or isinstance(scale, bool) or not isinstance(scale, (int, float)):
             return None
-        later = {name for line, name in method.predicts if here < line < formula.line}
-        halves = {"conditional": formula.conditional in later, "unconditional": formula.unconditional in later}
-        if all(halves.values()):
+        later = {name for line in lines if line.predicts for name in line.names}
+        to_come = [half for half, name in halves.items() if name in later]
+        if len(to_come) == 2:
             return None
-        found.add(Combination(float(scale) + formula.more, next((half for half in halves if halves[half]), "")))
+        found.add(Combination(float(scale) + formula.more, *to_come))
     if not found:
         return Combination(1.0)
     return found.pop() if len(found) == 1 else None
+
+
+def _holds(conditions: Conditions, names: dict[str, Any], between: set[str]) -> bool | None:
+    """Whether a line is going to run; None where that is not known."""
+    values = [(_value(test, names, between), wanted) for test, wanted in conditions]
+    if any(isinstance(value, bool) and value != wanted for value, wanted in values):
+        return False
+    return None if any(not isinstance(value, bool) for value, _ in values) else True
 
 
 def _value(node: ast.expr, names: dict[str, Any], between: set[str]) -> Any:
@@ -164,27 +187,42 @@ def method_of(code: CodeType) -> Method:
     except (OSError, TypeError, SyntaxError):
         return Method()
     ast.increment_lineno(tree, code.co_firstlineno - 1)
-    formulas = tuple(_formulas(tree, ()))
-    if not formulas:
-        return Method()
-    sets: list[tuple[int, str]] = []
-    predicts: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, (ast.AugAssign, ast.AnnAssign))
-            else []
-        )
-        names = [name for target in targets for name in _targets(target)]
-        sets += [(node.lineno, name) for name in names]  # type: ignore[attr-defined]
-        value = getattr(node, "value", None)
-        if names and isinstance(value, ast.AST) and any(
-            isinstance(part, ast.Call) and OF_A_DENOISER & {keyword.arg for keyword in part.keywords} for part in ast.walk(value)
-        ):  # fmt: skip
-            predicts += [(node.lineno, name) for name in names]  # type: ignore[attr-defined]
-    return Method(formulas, tuple(sets), tuple(predicts))
+    parts = list(_parts(tree, ()))
+    formulas = tuple(f for part, conditions in parts if (f := _formula(part, conditions)) is not None)
+    return Method(formulas, tuple(a for part, conditions in parts if (a := _assignment(part, conditions)) is not None))
+
+
+def _parts(node: ast.AST, conditions: Conditions) -> Iterator[tuple[ast.AST, Conditions]]:
+    """All parts of a piece of code, with the tests that lead to them."""
+    yield node, conditions
+    if isinstance(node, ast.If):
+        for wanted, parts in ((True, node.body), (False, node.orelse)):
+            for part in parts:
+                yield from _parts(part, (*conditions, (node.test, wanted)))
+        return
+    for part in ast.iter_child_nodes(node):
+        yield from _parts(part, conditions)
+
+
+def _assignment(node: ast.AST, conditions: Conditions) -> Assignment | None:
+    if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) or node.value is None:
+        return None
+    names = frozenset(name for target in getattr(node, "targets", None) or [node.target] for name in _targets(target))  # type: ignore[union-attr]
+    cuts = not isinstance(node, ast.AugAssign) and _cuts(node.value)
+    return Assignment(node.lineno, names, conditions, any(_predicts(part) for part in ast.walk(node.value)), cuts)
+
+
+def _predicts(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and bool(OF_A_DENOISER & {keyword.arg for keyword in node.keywords})
+
+
+def _cuts(node: ast.expr) -> bool:
+    if isinstance(node, (ast.Subscript, ast.Attribute)):
+        return _cuts(node.value)
+    if isinstance(node, ast.Call) and not _predicts(node):
+        return isinstance(node.func, ast.Attribute) and node.func.attr in CUTS and _cuts(node.func.value)
+    # both halves change their sign together (HiDream)
+    return isinstance(node, (ast.Name, ast.Call)) or (isinstance(node, ast.UnaryOp) and _cuts(node.operand))
 
 
 def _targets(target: ast.expr) -> list[str]:
@@ -195,24 +233,10 @@ def _targets(target: ast.expr) -> list[str]:
     return [target.attr.lstrip("_")] if isinstance(target, ast.Attribute) else []
 
 
-def _formulas(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) -> Iterator[Formula]:
-    if isinstance(node, ast.If):
-        for part in node.body:
-            yield from _formulas(part, (*conditions, (node.test, True)))
-        for part in node.orelse:
-            yield from _formulas(part, (*conditions, (node.test, False)))
-        return
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        formula = _formula(node, conditions)
-        if formula is not None:
-            yield formula
-            return
-    for part in ast.iter_child_nodes(node):
-        yield from _formulas(part, conditions)
-
-
-def _formula(node: ast.BinOp, conditions: tuple[tuple[ast.expr, bool], ...]) -> Formula | None:
+def _formula(node: ast.AST, conditions: Conditions) -> Formula | None:
     """base + scale * (conditional - unconditional), where base is one of the two."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Add):
+        return None
     for base, product in ((node.left, node.right), (node.right, node.left)):
         if not isinstance(base, ast.Name) or not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
             continue

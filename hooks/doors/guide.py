@@ -155,36 +155,45 @@ def _branch_off(call: RootCall) -> None:
     if run.shift is not None and run.shift.step != run.step:
         _missed(call)
     found = active_guides(call)
+    hidden = call.given.get("hidden_states", call.given.get("sample"))
     if found:
-        _serves(call, [guide for guide, _ in found])
-    batch = _batch_of(call)
-    conditional, unconditional = (_rows(branches.get(half)) for half in ("conditional", "unconditional"))
+        _serves(call, [guide for guide, _ in found], hidden)
+    # looked at once, before the pass: on an accelerator afterwards it would wait for the pass to end
+    halves = {half: _rows(branches.get(half)) for half in ("conditional", "unconditional")}
+    conditional, unconditional = halves.values()
     if any(guide.of == "conditional" for guide, _ in found):
         if run.unshifted and conditional and any(guide.formula for guide, _ in found):
             _second(call, found[0][0])
         elif unconditional and not conditional:
             run.unshifted = run.shift is None
+    late = run.shift is not None and bool(unconditional)
+    if isinstance(hidden, Tensor) and (found or late):
+        _add_rows(call, found, len(hidden), halves, late)
+
+
+def _add_rows(
+    call: RootCall, found: Sequence[tuple[Guide, float]], batch: int, halves: Mapping[str, list[int]], late: bool
+) -> None:
+    """Puts the branches' rows at the end of the batch. late: the pass is to be shifted, even if it gets none."""
     parts, copies, at = [], [], batch
     for guide, scale in found:
-        rows = conditional if guide.of == "conditional" else list(range(batch))
-        if not rows:
-            continue
-        parts.append(Part(guide.name, rows, scale, guide.formula, at))
-        copies.append(Copies(guide.name, rows, guide.own_arguments(call)))
-        at += len(rows)
-    if not parts and not (run.shift is not None and unconditional):
+        rows = halves["conditional"] if guide.of == "conditional" else list(range(batch))
+        if rows:
+            parts.append(Part(guide.name, rows, scale, guide.formula, at))
+            copies.append(Copies(guide.name, rows, guide.own_arguments(call)))
+            at += len(rows)
+    if not parts and not late:
         return
     denoiser = denoiser_in(call.root)
     assert denoiser is not None
     variance = learned_variance(denoiser, getattr(call.pipeline, "scheduler", None))
-    needed = any(part.formula is not None for part in parts)
-    combination = combination_of(call.pipeline) if needed else None
-    call.kept[GuidedPass] = GuidedPass(call.clock, parts, batch, run, combination, variance)
+    combination = combination_of(call.pipeline) if any(part.formula is not None for part in parts) else None
+    call.kept[GuidedPass] = GuidedPass(call.clock, parts, batch, halves, call.run, combination, variance)
     if parts:
         call.replace(*grown(type(denoiser).__name__, call.args, call.kwargs, call.names, batch, copies))
-        call.clock = _named(
-            call.clock, batch, [(guide, part.rows) for part in parts for guide, _ in found if guide.name == part.name]
-        )
+        counted = {guide.name: guide.conditional for guide, _ in found}
+        device = next((rows.device for rows in call.clock.branches.values()), torch.device("cpu"))
+        call.clock = _named(call.clock, batch, [(part, counted[part.name]) for part in parts], device)
 
 
 def _come_together(call: RootCall) -> None:
@@ -208,9 +217,11 @@ def active_guides(call: RootCall) -> list[tuple[Guide, float]]:
     return found
 
 
-def _serves(call: RootCall, guides: Sequence[Guide]) -> None:
+def _serves(call: RootCall, guides: Sequence[Guide], hidden: Any) -> None:
     """Raises an error where this call is none that guides can add rows to."""
     first, name = guides[0], type(call.root).__name__
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedError(f"guide {first.name!r}: {name} gets its latents as no batch, so there are no rows to add to")
     needy = next((guide for guide in guides if guide.of == "conditional"), None)
     if needy is not None and not call.clock.branches:
         raise UnsupportedError(
@@ -247,29 +258,16 @@ def _missed(call: RootCall) -> None:
         )
 
 
-def _batch_of(call: RootCall) -> int:
-    rows = next(iter(call.clock.branches.values()), None)
-    if rows is not None:
-        return len(rows)
-    hidden = call.given.get("hidden_states", call.given.get("sample"))
-    return hidden.shape[0] if isinstance(hidden, Tensor) else 1
-
-
 def _rows(rows: Tensor | None) -> list[int]:
     return [] if rows is None else rows.nonzero()[:, 0].tolist()
 
 
-def _named(clock: Clock, batch: int, added: Sequence[tuple[Guide, list[int]]]) -> Clock:
-    """The clock of the grown batch: branches by name, and what each row was copied from."""
-    copies = torch.tensor([row for _, rows in added for row in rows])
-    counted = torch.tensor([guide.conditional for guide, rows in added for _ in rows])
-    like = next(iter(clock.branches.values()), copies)
-    copies, counted = copies.to(like.device), counted.to(like.device)
+def _named(clock: Clock, batch: int, added: Sequence[tuple[Part, bool]], device: torch.device) -> Clock:
+    """The clock of the grown batch: branches by name, and what each row was copied from. added: parts, and whether they count as halves."""
+    copies = torch.tensor([row for part, _ in added for row in part.rows], device=device)
+    counted = torch.tensor([counts for part, counts in added for _ in part.rows], device=device)
     branches = {name: torch.cat([rows, rows[copies] & counted]) for name, rows in clock.branches.items()}
-    at = batch
-    for guide, rows in added:
-        named = torch.zeros(batch + len(copies), dtype=torch.bool, device=like.device)
-        named[at : at + len(rows)] = True
-        branches[guide.name], at = named, at + len(rows)
-    source = torch.cat([torch.arange(batch, device=like.device), copies])
-    return replace(clock, branches=branches, source=source)
+    for part, _ in added:
+        branches[part.name] = torch.zeros(batch + len(copies), dtype=torch.bool, device=device)
+        branches[part.name][part.at : part.at + len(part.rows)] = True
+    return replace(clock, branches=branches, source=torch.cat([torch.arange(batch, device=device), copies]))

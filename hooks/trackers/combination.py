@@ -31,7 +31,8 @@ PLAIN = (
 @dataclass(frozen=True)
 class Combination:
     """scale: the s of u + s (c - u); 1 where this pass is combined with nothing. to_come: the half that a later call of this step gives,
-    "conditional", "unconditional", or "" where this pass is the last."""
+    "conditional", "unconditional", or "" where this pass is the last.
+    """
 
     scale: float
     to_come: str = ""
@@ -76,6 +77,9 @@ def combination_of(pipeline: Any) -> Combination | None:
     """How this pipeline, whose call is on this thread's stack, combines the pass that is under way; None where that is not known."""
     if pipeline is None:
         return None
+    guider = getattr(pipeline, "guider", None)
+    if isinstance(getattr(guider, "_step", None), int):
+        return _of_guider(guider)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -85,6 +89,16 @@ def combination_of(pipeline: Any) -> Combination | None:
                 return _now(method, frame)
         frame = frame.f_back
     return None
+
+
+def _of_guider(guider: Any) -> Combination | None:
+    """What a modular pipeline's guider says; others than the plain one combine in ways of their own."""
+    if type(guider).__name__ != "ClassifierFreeGuidance":
+        return None
+    if guider.num_conditions == 1:
+        return Combination(1.0)
+    scale = guider.guidance_scale + (1.0 if guider.use_original_formulation else 0.0)
+    return Combination(float(scale), "unconditional" if guider.is_conditional else "")
 
 
 def _now(method: Method, frame: FrameType) -> Combination | None:

@@ -61,22 +61,20 @@ class Shift:
 
 @dataclass
 class GuidedPass:
-    """A denoiser pass that guides take part in. batch: the caller's rows; variance: the second half of the output's
-    channels is a learned variance, which no guide shifts.
+    """A denoiser pass that guides take part in. batch: the caller's rows; halves: those of each half, in order.
+
+    variance: the second half of the output's channels is a learned variance, which no guide shifts.
     """
 
     clock: Clock
     parts: list[Part]
     batch: int
+    halves: Mapping[str, list[int]]
     run: Run
     combination: Combination | None = None
     variance: bool = False
     conditional: Tensor | None = None
     branches: dict[str, Tensor] = field(default_factory=dict)
-
-    def rows(self, half: str) -> list[int]:
-        rows = self.clock.branches.get(half)
-        return [] if rows is None else rows[: self.batch].nonzero()[:, 0].tolist()
 
     def whole(self, dtype: torch.dtype) -> bool:
         """Whether the unconditional half takes all of the shift: what is made of the conditional one then is made of the true one.
@@ -119,7 +117,7 @@ def settle(output: Any, guided: GuidedPass) -> Any:
     channels = sample.shape[1] // 2 if guided.variance and sample.dim() > 3 else sample.shape[1]
     shifted = base[:, :channels]
     dtype = torch.promote_types(sample.dtype, torch.float32)
-    conditional, unconditional = guided.rows("conditional"), guided.rows("unconditional")
+    conditional, unconditional = guided.halves["conditional"], guided.halves["unconditional"]
     if conditional:
         guided.conditional = shifted[conditional].to(dtype)
         for part in guided.parts:

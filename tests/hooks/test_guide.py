@@ -204,6 +204,36 @@ def test_an_unconditional_half_that_never_comes_is_said() -> None:
         assert torch.equal(pipe.left_out(x, texts, 4.0), pipe.left_out(x, texts, 4.0))
 
 
+class ModularPipeline:
+    """Stands in for a modular pipeline: its guider makes one call for each of its predictions and combines them."""
+
+    def __init__(self, unet: nn.Module, guider: Any) -> None:
+        self.unet, self.guider = unet, guider
+
+    def __call__(self, x: Tensor, texts: list[Tensor]) -> Any:
+        self.guider.set_state(step=2, num_inference_steps=10, timestep=None)
+        made = []
+        for text in texts[: self.guider.num_conditions]:
+            self.guider._count_prepared += 1
+            made.append(self.unet(x, 500, encoder_hidden_states=text, return_dict=False)[0])
+        return self.guider.forward(*made)
+
+
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+@pytest.mark.parametrize("original", [False, True])
+def test_a_modular_pipelines_guider_says_how_it_combines(original: bool, scale: float) -> None:
+    pipe, x, texts = a_stand_in()
+    guider = diffusers.ClassifierFreeGuidance(scale, 0.0, use_original_formulation=original)
+    modular, shifts = ModularPipeline(pipe.unet, guider), []
+    before = modular(x, texts)
+    with guided(pipe.unet, Guide("weak", 2.0, formula=lambda seen: shifts.append(away(seen)) or shifts[-1])):
+        after = modular(x, texts)
+    (shift,) = shifts
+    torch.testing.assert_close(after.pred, before.pred + shift, atol=1e-4, rtol=1e-4)
+    if guider.num_conditions == 2:
+        torch.testing.assert_close(after.pred_cond, before.pred_cond, atol=1e-5, rtol=1e-5)
+
+
 def formulas_of(name: str) -> list[tuple[str, float]]:
     code = inspect.unwrap(getattr(diffusers, name).__call__).__code__
     return [(ast.unparse(formula.scale), formula.more) for formula in method_of(code).formulas]

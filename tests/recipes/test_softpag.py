@@ -164,11 +164,13 @@ def test_combination_is_that_of_pag(name: str, read: bool) -> None:
     branches = {"conditional": torch.arange(batch) >= batch - len(chunks[-1])}
     if len(chunks) == 3:
         branches["unconditional"] = ~branches["conditional"]
-    rows = branches["conditional"].nonzero()[:, 0].tolist()
+    halves = {
+        half: branches[half].nonzero()[:, 0].tolist() if half in branches else [] for half in ("conditional", "unconditional")
+    }
     guidance = float(facts["guidance_scale"]) if len(chunks) == 3 else 1.0
-    part = Part("softpag", rows, float(facts["pag_scale"]), away, batch)
+    part = Part("softpag", halves["conditional"], float(facts["pag_scale"]), away, batch)
     combination = Combination(guidance) if read else None
-    guided = GuidedPass(Clock("denoise", branches=branches), [part], batch, Run(), combination)
+    guided = GuidedPass(Clock("denoise", branches=branches), [part], batch, halves, Run(), combination)
     (result,) = settle((data["noise_pred"],), guided)
     if len(chunks) == 3:
         unconditional, conditional = result.chunk(2)

@@ -48,7 +48,8 @@ class Clock:
 
     phase: "prefill" | "decode" | "denoise" | "encode". step counts decode or denoising steps from 0; steps is their number
     if known. `branches` maps "conditional", "unconditional" and the names of guide branches to bool [batch] rows. source [batch] long:
-    which of the user's rows each row was copied from, where a guide has added rows; None where all rows are the user's.
+    which of the user's rows each row was copied from, where a guide has added rows; None where all rows are the user's. unknown: why nobody
+    knows which rows are conditional, "" where that is known or there is no such thing.
     """
 
     phase: str
@@ -57,10 +58,16 @@ class Clock:
     timestep: float | None = None
     branches: Mapping[str, Tensor] = field(default_factory=dict)
     source: Tensor | None = None
+    unknown: str = ""
 
     def rows(self, branch: str, batch: int) -> Tensor | None:
-        """Bool [batch] rows of a branch, repeated when a site folds frames or positions into the batch; None if absent."""
+        """Bool [batch] rows of a branch, repeated when a site folds frames or positions into the batch; None if absent.
+
+        Raises ReattendError for the conditional and the unconditional rows where nobody knows which these are.
+        """
         rows = self.branches.get(branch)
+        if rows is None and self.unknown and branch in ("conditional", "unconditional"):
+            raise ReattendError(self.unknown)
         if rows is None or rows.shape[0] == batch:
             return rows
         if batch % rows.shape[0]:

@@ -28,11 +28,28 @@ OVER_FRAMES = re.compile(r"(^|\.)(motion_modules|temp_attentions|transformer_in|
 
 def denoiser_in(root: nn.Module) -> nn.Module | None:
     """The denoiser that `root` is, or that torch.compile's or DataParallel's wrapper `root` holds; None for any other model."""
+    root = unwrapped(root)
+    home = type(root).__module__
+    # a ControlNet-XS lives among the ControlNets, but is a UNet that has one inside
+    known = home.startswith(("diffusers.models.transformers.", "diffusers.models.unets."))
+    return root if known or type(root).__name__ == "UNetControlNetXSModel" else None
+
+
+def controlnet_in(root: nn.Module) -> nn.Module | None:
+    """The ControlNet that `root` is or that such a wrapper holds, of several the first; None for any other model."""
+    root = unwrapped(root)
+    if denoiser_in(root) is not None or not re.match(r"diffusers\.(models|pipelines)\.controlnet", type(root).__module__):
+        return None
+    nets = getattr(root, "nets", None)
+    return nets[0] if isinstance(nets, nn.ModuleList) and len(nets) else root
+
+
+def unwrapped(root: nn.Module) -> nn.Module:
+    """The module inside torch.compile's or DataParallel's wrapper, or the module itself."""
     for name in ("_orig_mod", "module"):
         inner = getattr(root, name, None)
         root = inner if isinstance(inner, nn.Module) else root
-    home = type(root).__module__
-    return root if home.startswith(("diffusers.models.transformers.", "diffusers.models.unets.")) else None
+    return root
 
 
 def learned_variance(denoiser: nn.Module, scheduler: Any) -> bool:
@@ -84,7 +101,8 @@ def describe(root: nn.Module, module: nn.Module, site: Site) -> Site:
     width, key_width = _width(module, "to_q"), _width(module, "to_k")
     dim = width // heads if width and heads else site.head_dim
     kv = key_width // dim if key_width and dim else heads
-    denoiser = denoiser_in(root) if site.stack.startswith("denoiser") else None
+    denoiser = denoiser_in(root) or controlnet_in(root)
+    denoiser = denoiser if site.stack.startswith(("denoiser", "controlnet")) else None
     kind = site.kind if denoiser is None else _kind(denoiser, module, site)
     if denoiser is None and getattr(module, "is_cross_attention", False):
         kind = "cross"
@@ -107,7 +125,7 @@ def _kind(denoiser: nn.Module, module: nn.Module, site: Site) -> str:
         return "cross" if getattr(module, "only_cross_attention", False) else "joint"
     if getattr(module, "is_cross_attention", False):
         return "cross"
-    if site.stack == "denoiser.single" or getattr(module, "add_q_proj", None) is not None:
+    if ".single_" in f".{site.name}" or getattr(module, "add_q_proj", None) is not None:
         return "joint"
     last = site.name.rsplit(".", 1)[-1]
     return "cross" if last == "attn2" or "cross" in last else "self"

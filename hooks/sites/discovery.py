@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...interventions import ReattendError, Site, UnsupportedError
-from .denoisers import STACKS, denoiser_in, stack_of
+from .denoisers import STACKS, controlnet_in, denoiser_in, stack_of
 from .denoisers import describe as describe_denoiser_site
 from .source import source_of
 from .table import SiteTable
@@ -102,7 +102,10 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
             continue
         inside_site.append(path)
         route, problem = how
-        stack = _stack(root, path, component, module) if denoiser is None else stack_of(denoiser, path)
+        if denoiser is not None:
+            stack = stack_of(denoiser, path)
+        else:
+            stack = _stack(root, path, component, module) if controlnet_in(root) is None else "controlnet"
         if stack == "decoder" and route != "none" and _from_transformers(module) and not _knows_masks(type(module).forward):
             stack, problem = "depth", f"{type(module).__name__} attends over the states of earlier layers, not over tokens"
         layer = _layer(module, path, counters.setdefault(stack, {}))

@@ -21,8 +21,7 @@ class Family:
     their tokens stand. lengths: an argument [batch] with the number of each sample's real text tokens. registers: parameter
     [1, n, width] put before the text. ragged: every sample has its own text length, and image tokens follow the sample's last text token.
     per_sample: one attention call per sample, with that sample's text only. block: image and text of each sample are filled up to a
-    multiple of so many tokens. separate_calls: its pipelines run the conditional and the unconditional half in two calls, conditional
-    first. latents: the argument that holds the latents, where it is neither hidden_states nor sample. axes: their axes, where these are
+    multiple of so many tokens. latents: the argument that holds the latents, where it is neither hidden_states nor sample. axes: their axes, where these are
     not "bchw" or "bcfhw". made: the first of the img_ids of the image that is made, where an editing pipeline puts others beside it.
     context: what its `text` is, where that is no text.
     """
@@ -35,7 +34,6 @@ class Family:
     ragged: bool = False
     per_sample: bool = False
     block: int = 1
-    separate_calls: bool = False
     latents: str = ""
     axes: str = ""
     made: int = 0
@@ -46,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     "AuraFlowTransformer2DModel": Family("text", registers="register_tokens"),
     "BriaFiboTransformer2DModel": Family("text"),
     "BriaTransformer2DModel": Family("text"),
-    "ChromaTransformer2DModel": Family("text", separate_calls=True),
+    "ChromaTransformer2DModel": Family("text"),
     "CogVideoXTransformer3DModel": Family("text", joint=r"attn1$", axes="bfchw"),
     "CogView3PlusTransformer2DModel": Family("text", joint=r"attn1$"),
     "CogView4Transformer2DModel": Family("text", joint=r"attn1$"),
@@ -54,7 +52,8 @@ FAMILIES: dict[str, Family] = {
     "EasyAnimateTransformer3DModel": Family("text", joint=r"attn1$"),
     "ErnieImageTransformer2DModel": Family("image", joint=r"self_attention$", text=("text_bth",), lengths="text_lens"),
     "Flux2Transformer2DModel": Family("text"),
-    "FluxTransformer2DModel": Family("text", separate_calls=True),
+    "FluxControlNetModel": Family("text"),
+    "FluxTransformer2DModel": Family("text"),
     "GlmImageTransformer2DModel": Family("text", joint=r"attn1$"),
     "HiDreamImageTransformer2DModel": Family(
         "image",
@@ -63,21 +62,22 @@ FAMILIES: dict[str, Family] = {
     ),
     "HunyuanDiT2DModel": Family(text=("encoder_hidden_states", "encoder_hidden_states_t5")),
     "HunyuanImageTransformer2DModel": Family("image"),
-    "HunyuanVideoTransformer3DModel": Family("image", separate_calls=True),
+    "HunyuanVideoTransformer3DModel": Family("image"),
     "Kandinsky5Transformer3DModel": Family(axes="bfhwc"),
     "LongCatImageTransformer2DModel": Family("text", made=1),
-    "Lumina2Transformer2DModel": Family("text", joint=r"(^|\.)layers\.", ragged=True, separate_calls=True),
+    "Lumina2Transformer2DModel": Family("text", joint=r"(^|\.)layers\.", ragged=True),
     "MochiTransformer3DModel": Family("image", per_sample=True),
     "NucleusMoEImageTransformer2DModel": Family("image", joint=r"attn$"),
     "OvisImageTransformer2DModel": Family("text"),
     "PRXTransformer2DModel": Family("text", joint=r"attention$"),
-    "QwenImageTransformer2DModel": Family("text", separate_calls=True),
+    "QwenImageControlNetModel": Family("text"),
+    "QwenImageTransformer2DModel": Family("text"),
+    "SD3ControlNetModel": Family("image"),
     "SD3Transformer2DModel": Family("image"),
     "StableCascadeUNet": Family("image", joint=r"attention$", text=()),
     "UNetSpatioTemporalConditionModel": Family(axes="bfchw", context="reference"),
-    "WanTransformer3DModel": Family(separate_calls=True),
     "ZImageTransformer2DModel": Family(
-        "image", joint=r"(^|\.)layers\.", text=("cap_feats",), block=32, latents="x", axes="bcfhw", separate_calls=True
+        "image", joint=r"(^|\.)layers\.", text=("cap_feats",), block=32, latents="x", axes="bcfhw"
     ),
 }
 

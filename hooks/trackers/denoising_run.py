@@ -8,24 +8,27 @@ pipeline is believed only as long as the timesteps that come are its timesteps.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..sites.denoisers import denoiser_in
+from ..sites.denoisers import unwrapped
 from ..sites.discovery import original_of
-from .guidance_rows import Layout
+from .pipelines import Layout
 
 
 @dataclass
 class Running:
-    """A pipeline whose call is under way in this thread. guides: whether that call does classifier-free guidance, if known."""
+    """A pipeline whose call is under way in this thread. guides: whether that call does classifier-free guidance, if known. module: where
+    the code of the call stands. prediction: what its guider calls the prediction that is being made; "" without a guider."""
 
     pipeline: Any
     guides: bool | None
+    module: str = ""
+    prediction: str = ""
 
     @property
     def scheduler(self) -> Any:
@@ -41,6 +44,11 @@ class Running:
     def modular(self) -> bool:
         return _is_a(self.pipeline, "ModularPipeline")
 
+    @property
+    def perturbed(self) -> bool:
+        """Whether it puts a perturbed part of its own at the end of the batch."""
+        return bool(getattr(self.pipeline, "do_perturbed_attention_guidance", False))
+
 
 @dataclass
 class First:
@@ -54,8 +62,9 @@ class First:
 
 @dataclass
 class Run:
-    """One denoising run of one thread. key: what changes when a step begins. to_come: in a loop of the user's own, the timesteps from
-    the first on. shift: what a guide has left for the unconditional half of a step; unshifted: that half came before the conditional one.
+    """One denoising run of one thread. key: what changes when a step begins. new_step: this pass is the denoiser's first of its step;
+    awaited: it has not come yet, only ControlNets have run. to_come: in a loop of the user's own, the timesteps from the first on. shift:
+    what a guide has left for the unconditional half of a step; unshifted: that half came before the conditional one.
     """
 
     schedule: Any = None
@@ -66,6 +75,7 @@ class Run:
     turned: float = 0.0
     to_come: list[float] | None = None
     new_step: bool = True
+    awaited: bool = False
     first: First | None = None
     shift: Any = None
     unshifted: bool = False
@@ -81,8 +91,8 @@ class Run:
 # -- the pipeline -------------------------------------------------------------------------------------------------------
 
 
-def running_pipeline(denoiser: nn.Module, models: Sequence[Any]) -> Running | None:
-    """The innermost pipeline that holds this denoiser and has a method on this thread's stack; None in a loop of the user's own.
+def running_pipeline(network: nn.Module, models: Sequence[Any]) -> Running | None:
+    """The innermost pipeline that holds this denoiser or ControlNet and has a method on this thread's stack; None in a loop of the user's own.
 
     models: the sessions' own, which count as pipelines whatever their class is.
     """
@@ -91,12 +101,13 @@ def running_pipeline(denoiser: nn.Module, models: Sequence[Any]) -> Running | No
         if _is_method(frame.f_code):
             names = frame.f_locals
             owner = names.get("self")
-            if _is_pipeline(owner, models) and _holds(owner, denoiser):
+            if _is_pipeline(owner, models) and _holds(owner, network):
                 # the caller's own variable is this call's; attributes may be left from another one
                 said = names.get("do_classifier_free_guidance")
                 if not isinstance(said, bool):
                     said = getattr(owner, "do_classifier_free_guidance", None)
-                return Running(owner, None if said is None else bool(said))
+                prediction = getattr(names.get("guider_state_batch"), "__guidance_identifier__", "")
+                return Running(owner, None if said is None else bool(said), frame.f_globals.get("__name__", ""), prediction)
         frame = frame.f_back
     return None
 
@@ -115,26 +126,21 @@ def _is_pipeline(owner: Any, models: Sequence[Any]) -> bool:
     return not isinstance(owner, nn.Module) and any(original_of(owner) is model for model in models)
 
 
-def _holds(owner: Any, denoiser: nn.Module) -> bool:
-    parts = getattr(owner, "__dict__", {}).values()
-    return any(part is denoiser or (isinstance(part, nn.Module) and denoiser_in(part) is denoiser) for part in parts)
+def _holds(owner: Any, network: nn.Module) -> bool:
+    parts = [part for part in getattr(owner, "__dict__", {}).values() if isinstance(part, nn.Module)]
+    return any(unwrapped(part) is unwrapped(network) for part in parts)
 
 
 # -- its steps ----------------------------------------------------------------------------------------------------------
 
 
-def timestep_of(given: Mapping[str, Any]) -> float | None:
-    timestep = given.get("timestep")
-    if isinstance(timestep, Tensor):
-        # one value per sample, or per token with zeros for given frames
-        return float(timestep.max()) if timestep.numel() else None
-    return None if timestep is None else float(timestep)
-
-
-def advance(run: Run | None, timestep: float | None, running: Running | None, schedulers: Sequence[Any]) -> Run:
+def advance(
+    run: Run | None, timestep: float | None, running: Running | None, schedulers: Sequence[Any], beside: bool = False
+) -> Run:
     """The run that a pass with this timestep belongs to, moved on by a step where one begins; another one than `run` if it is new.
 
-    schedulers: those of the sessions' pipelines, for a loop that no pipeline runs.
+    schedulers: those of the sessions' pipelines, for a loop that no pipeline runs. beside: the pass is a ControlNet's, after which the
+    denoiser's begins the step.
     """
     own = None
     if running is not None:
@@ -150,8 +156,9 @@ def advance(run: Run | None, timestep: float | None, running: Running | None, sc
     else:
         run = _advance_loop(run, timestep, schedulers)
     key = (timestep, own)
-    run.new_step = key != run.key
-    if run.new_step:
+    begins = key != run.key
+    run.new_step, run.awaited = begins or run.awaited, beside and (begins or run.awaited)
+    if begins:
         run.step += 1
         run.key, run.timestep = key, timestep
         run.first, run.unshifted = None, False
@@ -162,7 +169,8 @@ def _pipeline_run(running: Running, schedule: Any, timestep: float | None) -> Ru
     guider = running.guider if running.modular else None
     if guider is not None and isinstance(guider._num_inference_steps, int):
         return Run(schedule, guider._num_inference_steps, guider._step - 1)
-    if not isinstance(schedule, Tensor) or schedule.numel() == 0:
+    # of a denoiser without a timestep it is not known which step this is
+    if timestep is None or not isinstance(schedule, Tensor) or schedule.numel() == 0:
         return Run(schedule)
     step, steps = place(schedule.tolist(), getattr(running.pipeline, "_num_timesteps", None), timestep)
     return Run(schedule, steps, step - 1)

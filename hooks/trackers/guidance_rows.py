@@ -1,7 +1,7 @@
 """Which rows of a denoiser's batch are conditional under classifier-free guidance: what the user says, what a pipeline says.
 
-A pipeline says whether it guides; its batch is then [negative, positive]. In a loop of the user's own nobody says it but the user
-(`rows`), and what is assumed otherwise stands in a warning.
+A pipeline says whether it guides; how its batch is laid out then is known of its code (`pipelines`). In a loop of the user's own
+nobody says it but the user (`rows`), and what is assumed otherwise stands in a warning.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ...interventions import ReattendError
-
-Layout = tuple[str, ...]
+from .pipelines import Guidance, Layout, repeats
 
 NAMES = ("conditional", "unconditional", "neither")
 # arguments of denoisers that hold what an image is made from; a pass's two halves differ in them and in nothing else
-CONDITIONING = ("encoder_", "class_labels", "pooled_", "added_cond_kwargs", "clip_", "text_", "prompt_")
+CONDITIONING = ("encoder_", "class_labels", "pooled_", "added_cond_kwargs", "clip_", "text_", "prompt_", "cap_feats")
 
 _said: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("reattend_rows", default=None)
 
@@ -59,29 +58,32 @@ def said_rows(batch: int) -> Layout | None:
     return layout
 
 
-def layout_of_pipeline(pipeline: Any, said: bool | None, hidden: Tensor, given: Mapping[str, Any]) -> Layout | None:
-    """The parts of the batch of a pipeline that guides in one call: [negative, positive], in PAG pipelines a perturbed part after
-    them. None where they are not known. said: whether the running call guides, where that is known."""
-    perturbed = bool(getattr(pipeline, "do_perturbed_attention_guidance", False))
-    guided = bool(said)
+def layout_of_pipeline(
+    guidance: Guidance, said: bool | None, perturbed: bool, hidden: Tensor | list[Tensor], given: Mapping[str, Any]
+) -> Layout | None:
+    """The parts of the batch of a pipeline that guides in one call; None where they are not known.
+
+    said: whether the running call guides, where that is known. perturbed: one more part is at the end, as in PAG pipelines.
+    """
     if said is None:
-        # some pipelines keep it to themselves: the same latents twice, with different texts, are the two halves
-        text = given.get("encoder_hidden_states")
-        guided = parts_equal(hidden, 2) and (not isinstance(text, Tensor) or not parts_equal(text, 2))
-    layout = (*(["unconditional"] if guided else []), "conditional", *([""] if perturbed else []))
-    return layout if len(layout) == 1 or parts_equal(hidden, len(layout)) else None
+        # some pipelines keep it to themselves: the same latents several times, with different texts, are the parts
+        layout, text = guidance.layout(hidden, perturbed), given.get("encoder_hidden_states")
+        said = layout is not None and (not isinstance(text, Tensor) or not repeats(text, len(layout)))
+    if said:
+        return guidance.layout(hidden, perturbed)
+    return ("conditional", "") if perturbed and repeats(hidden, 2) else None if perturbed else ("conditional",)
 
 
-def branches_of(layout: Layout | None, hidden: Tensor) -> dict[str, Tensor]:
+def branches_of(layout: Layout | None, hidden: Tensor | list[Tensor] | None) -> dict[str, Tensor]:
     """{name: bool [batch]} of a batch whose equal parts have these names ("" = neither half)."""
-    if layout is None:
+    if layout is None or hidden is None:
         return {}
-    part = hidden.shape[0] // len(layout)
+    part, device = len(hidden) // len(layout), hidden[0].device
     return {
-        name: torch.tensor([other == name for other in layout], device=hidden.device).repeat_interleave(part)
+        name: torch.tensor([other == name for other in layout], device=device).repeat_interleave(part)
         for name in ("conditional", "unconditional")
         if name in layout
-    } or {"conditional": torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)}
+    } or {"conditional": torch.zeros(len(hidden), dtype=torch.bool, device=device)}
 
 
 def conditioning(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,17 +91,10 @@ def conditioning(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name.startswith(CONDITIONING) and value is not None}
 
 
-def parts_equal(x: Tensor, parts: int) -> bool:
-    if x.shape[0] % parts:
-        return False
-    first, *others = x.chunk(parts)
-    return all(torch.equal(first, other) for other in others)
-
-
 def halves_differ(value: Any) -> bool:
     """Whether some tensor in what a pass is made from has two halves that are not the same."""
     if isinstance(value, Tensor):
-        return value.dim() > 0 and value.shape[0] % 2 == 0 and not parts_equal(value, 2)
+        return value.dim() > 0 and value.shape[0] % 2 == 0 and not repeats(value, 2)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return any(halves_differ(part) for part in parts)
 

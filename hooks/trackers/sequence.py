@@ -23,7 +23,7 @@ from ..host import Host
 from ..module_hooks import Hooks
 from ..passes import OUTSIDE, Forward, Running, Sequence
 from ..protocols import Steered
-from ..sites.denoisers import denoiser_in
+from ..sites.denoisers import controlnet_in, denoiser_in
 from ..sites.discovery import pretrained_root, unwrapped_model
 from ..tokens.images import join_images
 from ..tokens.roles import add_text_roles, build_roles
@@ -42,8 +42,8 @@ class SequenceTracker:
         self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.local = threading.local()
         model = unwrapped_model(host.model)
-        # a denoiser has no sequence: another tracker follows it
-        followed = isinstance(model, nn.Module) and denoiser_in(model) is None
+        # a denoiser and a ControlNet have no sequence: another tracker follows them
+        followed = isinstance(model, nn.Module) and (denoiser_in(model) or controlnet_in(model)) is None
         self.root = pretrained_root(model) if followed else None
         self.in_flight = host.in_flight
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import reattend
 import torch
 from reattend.hooks import Edits, Guide, Plan, attach
 from reattend.hooks.trackers.guidance_rows import layout_of_pipeline
+from reattend.hooks.trackers.pipelines import NEGATIVE_FIRST
 from reattend.interventions import Call, MixValue, ReattendError, ReattendWarning, UnsupportedError
 from reattend.recipes.kit.denoisers import default_layers, image_layers
 from tiny_denoisers import build
@@ -232,16 +232,19 @@ def test_isolated_sessions_in_threads() -> None:
 def test_layouts_that_are_not_known() -> None:
     text = {"encoder_hidden_states": torch.randn(6, 5, 8)}
     one, two = torch.randn(1, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    plain, perturbed = SimpleNamespace(), SimpleNamespace(do_perturbed_attention_guidance=True)
-    assert layout_of_pipeline(plain, True, one.repeat(3, 1, 1, 1), text) is None  # InstructPix2Pix: three parts
-    assert layout_of_pipeline(plain, True, two.repeat(3, 1, 1, 1), text) is None
-    assert layout_of_pipeline(plain, True, two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
-    assert layout_of_pipeline(plain, False, two.repeat(2, 1, 1, 1), text) == ("conditional",)
-    assert layout_of_pipeline(perturbed, True, two.repeat(3, 1, 1, 1), text) == ("unconditional", "conditional", "")
-    assert layout_of_pipeline(plain, None, two.repeat(2, 1, 1, 1), text) == ("unconditional", "conditional")
-    assert layout_of_pipeline(plain, None, two, text) == ("conditional",)
+
+    def layout(said: bool | None, hidden: torch.Tensor, text: dict = text, perturbed: bool = False) -> tuple[str, ...] | None:
+        return layout_of_pipeline(NEGATIVE_FIRST, said, perturbed, hidden, text)
+
+    assert layout(True, one.repeat(3, 1, 1, 1)) is None  # three parts
+    assert layout(True, two.repeat(3, 1, 1, 1)) is None
+    assert layout(True, two.repeat(2, 1, 1, 1)) == ("unconditional", "conditional")
+    assert layout(False, two.repeat(2, 1, 1, 1)) == ("conditional",)
+    assert layout(True, two.repeat(3, 1, 1, 1), perturbed=True) == ("unconditional", "conditional", "")
+    assert layout(None, two.repeat(2, 1, 1, 1)) == ("unconditional", "conditional")
+    assert layout(None, two) == ("conditional",)
     alike = {"encoder_hidden_states": torch.ones(2, 5, 8)}
-    assert layout_of_pipeline(plain, None, one.repeat(2, 1, 1, 1), alike) == ("conditional",)
+    assert layout(None, one.repeat(2, 1, 1, 1), alike) == ("conditional",)
 
 
 def test_unknown_layout_is_an_error_for_a_guide(monkeypatch: pytest.MonkeyPatch) -> None:

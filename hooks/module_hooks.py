@@ -12,10 +12,11 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .sites.discovery import uncompiled
+from .routes.compiled import Uncompiled, run_compiled
 
 
 class Hook:
@@ -33,10 +34,10 @@ class Hook:
         else:
             self.handle = module.register_forward_pre_hook(self, with_kwargs=kwargs)
 
-    @uncompiled
     def __call__(self, *given: Any) -> Any:
-        # torch looks up by its number how a hook is called: one that was taken away a moment ago gets no keyword arguments
-        return self.function(*given) if len(given) == self.expected else None
+        with Uncompiled(self):
+            # torch looks up by its number how a hook is called: one that was taken away a moment ago gets no keyword arguments
+            return self.function(*given) if len(given) == self.expected else None
 
     def remove(self) -> None:
         """Takes the hook away; safe to call twice, and after an interrupt inside."""
@@ -50,6 +51,7 @@ class Hook:
             for other in extra:
                 other.pop(number, None)
             hooks.pop(number, None)
+        run_compiled(self)
 
     def __reduce__(self) -> Any:
         # A copy and a pickle hold, in the place of the hook, something that does nothing and is gone once the copy is complete: what
@@ -66,6 +68,10 @@ class _AtTheEnd:
 
     def __reduce__(self) -> Any:
         return weakref.finalize, (OrderedDict(), RemovableHandle.remove, self.handle)
+
+
+# a compiled graph ends before a hook: what comes after it is decided there
+Hook.__call__ = torch.compiler.disable(Hook.__call__, recursive=False)  # type: ignore[method-assign]
 
 
 class Hooks:

@@ -1,4 +1,8 @@
-"""Compiled models under sessions: a compiled graph has no place for hooks that come and go, and would silently run without them."""
+"""Compiled models under sessions: a compiled graph has no place for hooks that come and go, and would silently run without them.
+
+What was compiled before a session is seen when the session begins. What is compiled inside one, the model or a part of it, is seen by the
+first hook that runs in it: `Uncompiled` then lets the rest of that very call run as it is written.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame  # type: ignore[import-not-found]
 
 from ...interventions import ReattendWarning
 from ..trackers.in_flight import lifecycle
@@ -45,6 +50,23 @@ def run_uncompiled(user: Any, what: str) -> None:
         _users.add(id(user))
         if not _stance:
             _stance.append(torch.compiler.set_stance("force_eager"))
+
+
+class Uncompiled:
+    """Around a hook that torch.compile's code calls: nothing inside is compiled, and nothing that comes after it in that call."""
+
+    def __init__(self, user: Any) -> None:
+        self.user = user
+
+    def __enter__(self) -> None:
+        # what turns the frames of this thread into compiled ones; None or False where nothing does
+        self.compiler = set_eval_frame(None)
+        if self.compiler is not None and self.compiler is not False:
+            self.compiler = None
+            run_uncompiled(self.user, "the model")
+
+    def __exit__(self, *error: Any) -> None:
+        set_eval_frame(self.compiler)
 
 
 def run_compiled(user: Any) -> None:

@@ -138,7 +138,8 @@ class Inject(Step):
                 return None
 
             def find() -> TokenMap | None:
-                return tokens_of(forward, site, hidden, beside="encoder_hidden_states" in given)
+                attention = self.sites.module(site)
+                return tokens_of(forward, site, attention, hidden, beside="encoder_hidden_states" in given)
 
             seen = Entering(hidden, given, rows, site, forward.clock, forward.memory(plan.memory_key), find)
             written = self._written(seen, names[0])

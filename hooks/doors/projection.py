@@ -151,8 +151,9 @@ class Projection(Step):
             known = waiting.met(forward, which, split.states)
 
             def find() -> TokenMap | None:
-                beside = projection_of(self.sites.module(site), "key", added=True) is not None
-                return tokens_of(forward, site, split.states, keys=which != "query", text=added, beside=beside)
+                attention = self.sites.module(site)
+                beside = projection_of(attention, "key", added=True) is not None
+                return tokens_of(forward, site, attention, split.states, keys=which != "query", text=added, beside=beside)
 
             memory = forward.memory(plan.memory_key)
             seen = Projected(split.states, which, added, site, forward.clock, memory, known, find)

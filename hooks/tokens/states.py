@@ -33,9 +33,16 @@ def rows_of(forward: Forward, batch: int) -> Tensor:
 
 
 def tokens_of(
-    forward: Forward, site: Site, states: Tensor, *, keys: bool = False, text: bool = False, beside: bool = False
+    forward: Forward,
+    site: Site,
+    attention: nn.Module,
+    states: Tensor,
+    *,
+    keys: bool = False,
+    text: bool = False,
+    beside: bool = False,
 ) -> TokenMap | None:
-    """The map of the tokens in states [B, ..., T, width] at a site.
+    """The map of the tokens in states [B, ..., T, width] at a site with its module.
 
     keys: they are the tokens that the site looks at, where these are others than those that look. text: they are a joint block's own
     stream of text. beside: there is such a stream beside them, so that they are the image alone. None where it is not known.
@@ -52,5 +59,5 @@ def tokens_of(
     these, one = (states.new_empty(states.shape[0], 1, length, 0) for length in (states.shape[-2], 0))
     crossed = site.kind == "cross"
     call = Call(one if crossed and keys else these, one if crossed and not keys else these, these, site=site)
-    locate(call, forward, 0)
+    locate(call, forward, 0, attention)
     return call.tokens if keys or call.query_tokens is None else call.query_tokens

@@ -3,6 +3,7 @@
 from .attachment import running
 from .doors.branch import Branch, Fusion
 from .doors.capture import Capture, Kept
+from .doors.context import Context, SecondText
 from .doors.edits import Edits
 from .doors.evict import Evict, Held
 from .doors.exit import Exit
@@ -31,6 +32,7 @@ __all__ = [
     "AtStep",
     "Branch",
     "Capture",
+    "Context",
     "Edits",
     "Entering",
     "Evict",
@@ -59,6 +61,7 @@ __all__ = [
     "Session",
     "Share",
     "Shared",
+    "SecondText",
     "SiteTable",
     "Spans",
     "Step",

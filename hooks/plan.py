@@ -58,6 +58,11 @@ class Step:
         table: SiteTable | None = getattr(self, "sites", None)
         return () if table is None else [(site, table.module(site)) for site in table]
 
+    @property
+    def held(self) -> Sequence[Step]:
+        """Further steps that it holds: they are checked, asked and installed with it, as if they stood after it in the plan."""
+        return ()
+
     def check(self, facts: Facts) -> str:
         """Why this model cannot serve the step, naming the site or argument and what would be right; "" where it can."""
         return f"no door serves a step of class {type(self).__name__}"
@@ -90,3 +95,12 @@ class Plan:
     recipe: str
     steps: list[Step] = field(default_factory=list)
     memory_key: object = field(default_factory=object)
+
+    @property
+    def all(self) -> list[Step]:
+        """Its steps, each with those that it holds after it."""
+        found, todo = [], list(self.steps)
+        while todo:
+            found.append(todo.pop(0))
+            todo = [*getattr(found[-1], "held", ()), *todo]
+        return found

@@ -74,7 +74,7 @@ class Session:
 
     @property
     def steps(self) -> list[tuple[Plan, Step]]:
-        return [(plan, step) for plan in self.plans for step in plan.steps]
+        return [(plan, step) for plan in self.plans for step in plan.all]
 
     def check(self, facts: Facts, beside: Sequence[Session]) -> None:
         """Raises UnsupportedError for a step that this model cannot serve, or that cannot be at work with those of the others."""

@@ -206,7 +206,7 @@ def _come_together(call: RootCall) -> None:
 def active_guides(call: RootCall) -> list[tuple[Guide, float]]:
     """The guides at work at this step, with their scales. Raises ReattendError for two of one name."""
     found: list[tuple[Guide, float]] = []
-    steps = [step for session in call.sessions for plan in session.plans for step in plan.steps]
+    steps = [step for session in call.sessions for plan in session.plans for step in plan.all]
     for guide in (step for step in steps if isinstance(step, Guide)):
         scale = guide.scale_at(call.clock)
         if scale == 0:

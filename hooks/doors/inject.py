@@ -73,17 +73,17 @@ class Entering:
 class Inject(Step):
     """write(Entering) -> other hidden states, {argument's name: its new value}, or None, before the layer that holds each of `sites` runs.
 
-    New values have the shape of the old ones; of them the named rows are taken. rows: the name of a branch of a denoiser's batch, numbers
-    of the user's rows (a guide's copy of a row counts as that row), or None for all. at: the layer or block (once, however many of its
-    sites are selected), or each site's attention module. label: its name in the session's counters. Raises ReattendError for rows that
-    name nothing.
+    New values have the shape of the old ones; of them the named rows are taken. rows: the name of a branch of a denoiser's batch,
+    numbers of the user's rows (a guide's copy of a row counts as that row), or None for all. at: the layer or block (once, however many
+    of its sites are selected), or each site's attention module. label: its name in the session's counters; None: it is not counted.
+    Raises ReattendError for rows that name nothing.
     """
 
     sites: SiteTable
     write: Callable[[Entering], Written]
     rows: str | Sequence[int] | None = None
     at: Literal["layer", "attention"] = "layer"
-    label: str = ""
+    label: str | None = ""
 
     def __post_init__(self) -> None:
         if self.at not in ("layer", "attention"):
@@ -117,7 +117,8 @@ class Inject(Step):
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles = session.handles()
-        session.counter(self.label or plan.recipe)
+        if self.label is not None:
+            session.counter(self.label or plan.recipe)
         for module, site in self._modules(session.model).items():
             handles.before(module, self._at(site, host, session, plan), kwargs=True)
         return handles
@@ -147,7 +148,8 @@ class Inject(Step):
                 forward.probe.read(self, self.sites.module(site))
             if not written:
                 return None
-            session.counter(self.label or plan.recipe)[site.name] += 1
+            if self.label is not None:
+                session.counter(self.label or plan.recipe)[site.name] += 1
             args = tuple(written.get(name, value) for name, value in zip(names, args, strict=False)) + args[len(names) :]
             return args, {name: written.get(name, value) for name, value in kwargs.items()}
 

@@ -30,7 +30,7 @@ from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
-from ..sites.denoisers import family_of
+from ..sites.families import family_of
 from ..sites.table import SiteTable
 from ..trackers.parts import parts_of
 

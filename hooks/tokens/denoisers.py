@@ -77,7 +77,7 @@ def _read_text(forward: DenoiserForward, given: Mapping[str, Any]) -> None:
         forward.text_mask = mask.bool()
 
 
-def locate(call: Call, forward: Forward, index: int, module: nn.Module) -> None:
+def locate(call: Call, forward: Forward, index: int, module: nn.Module | None = None) -> None:
     """Fills in the tokens and the clock of a site's call; `index` counts the calls of this site, the module, in this pass.
 
     The keys' map has the roles "image", "text" and "padding", and, where there are such tokens, "reference" (images that the one being made

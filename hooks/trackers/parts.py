@@ -29,9 +29,10 @@ def parts_of(clock: Clock, batch: int) -> dict[str, Tensor]:
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def places_in(parts: dict[str, Tensor], batch: int) -> Tensor:
-    """Long [batch]: the place of each row in its own part."""
-    places = torch.zeros(batch, dtype=torch.long)
-    for rows in parts.values():
-        places[rows] = torch.arange(len(rows))
-    return places
+def shared_out(clock: Clock, batch: int, count: int, *, alone: bool = False) -> Tensor:
+    """Long [batch]: which of `count` texts, one or one per prompt, each row has; alone: -1 in rows that are not the prompt's."""
+    number = torch.zeros(batch, dtype=torch.long)
+    for name, rows in parts_of(clock, batch).items():
+        hidden = alone and name in ("unconditional", "")
+        number[rows] = torch.full((len(rows),), -1) if hidden else torch.arange(len(rows)) * count // len(rows)
+    return number

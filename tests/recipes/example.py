@@ -42,7 +42,8 @@ class Example:
     parameters: of the recipe; strong enough that random weights show it. Models have 4 layers with 4 heads on 2 key heads.
     rows: parameters with one item per prompt: of two for language models (`TEXTS`), of three with one image, two and none.
     off: what added to the parameters makes the method change nothing, not a bit; None where it has no such strength.
-    layers: how many sites (and "logits") `session.stats` counts; acts: in which passes of a generation each of them is counted.
+    layers: how many sites (and "logits") `session.stats` counts, or what tells it for a table of a model's sites; acts: in
+    which passes of a generation each of them is counted.
     text_too: with images, whether it also changes a prompt without any.
     profile: (model, tokenizer) -> the profile that it needs.
     operations: how many tensor operations it may add to a decode step, (per layer, once); None where it is not measured.
@@ -53,7 +54,7 @@ class Example:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     off: Mapping[str, Any] | None = None
-    layers: int = 4
+    layers: int | Callable[[Any], int] = 4
     acts: Sequence[str] = ("prefill", "decode")
     text_too: bool = False
     profile: Callable[[Any, Any], Any] | None = None
@@ -64,6 +65,10 @@ class Example:
     def given(self, rows: Sequence[int], **more: Any) -> dict[str, Any]:
         """The parameters for these prompts of the batch."""
         return {**self.parameters, **{name: [items[row] for row in rows] for name, items in self.rows.items()}, **more}
+
+    def counted(self, sites: Any) -> int:
+        """How many sites it acts at on a model with these."""
+        return self.layers(sites) if callable(self.layers) else self.layers
 
     def refusal(self, *place: str) -> str:
         """The words with which it refuses a (model, condition); "" where it must run."""

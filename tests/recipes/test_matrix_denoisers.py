@@ -69,7 +69,7 @@ def test_it_acts_on_every_denoiser_and_leaves_it_as_it_was(name, place):
         got = predict(model, inputs)
     (counts,) = session.stats.values()
     calls = {1} if "Mochi" not in place else {2, 4}  # it attends once for each sample, and for each one of a guide's branch
-    assert len(counts) == METHODS[name][1].layers and set(counts.values()) <= calls
+    assert len(counts) == METHODS[name][1].counted(reattend.sites(model)) and set(counts.values()) <= calls
     assert (got - base).abs().max() > 1e-4 * base.abs().max() and got.isfinite().all()
     assert traces(model) == before and torch.equal(predict(model, inputs), base)
 
@@ -181,7 +181,7 @@ def test_every_step_of_a_run_is_counted(name, place):
         got = draw(pipe, call)
         assert torch.equal(draw(pipe, call), got), "a second run is the first one again"
     (counts,) = session.stats.values()
-    assert list(counts.values()) == [2 * STEPS] * METHODS[name][1].layers
+    assert list(counts.values()) == [2 * STEPS] * METHODS[name][1].counted(reattend.sites(pipe))
     assert (got - base).abs().max() > 1e-4 and torch.equal(draw(pipe, call), base)
 
 
@@ -231,4 +231,4 @@ def test_part_of_the_schedule(name, place):
     with steer(name, pipe, start=0.25, stop=0.75) as session:
         draw(pipe, call, num_inference_steps=8)
     (counts,) = session.stats.values()
-    assert list(counts.values()) == [4] * METHODS[name][1].layers
+    assert list(counts.values()) == [4] * METHODS[name][1].counted(reattend.sites(pipe))

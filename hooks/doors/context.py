@@ -1,0 +1,324 @@
+"""The context door: a second text at the sites where a denoiser reads its prompt.
+
+Gives: an intervention at each site that meets the second text there. In cross-attention it is handed the keys and values that the
+site's own projections and norms make of it (LoRA included), for every row, with the text's padding; no image row is added. In joint
+attention, where a text changes with every block, the second text has rows of its own, a guide's branch whose output is dropped: they hold all
+its text arguments (pooled ones too), and their image tokens are those of the rows they were copied from, at every attention of
+blocks that keep the two streams apart, and on entry to the first block that does not. Or the second text stands after the prompt in the
+same stream (place "after"), its columns named, hidden from rows that are not the prompt's. Texts are words, encoded as the running pipeline
+encodes its own prompt and with its settings, or tensors under the names of the pipeline's own arguments; one text, or one per prompt.
+
+Costs: the text's encoding, keys and values once a run, kept until the next one (2 x tokens x width numbers a site), and what the
+intervention adds: a second attention of the rows it names. In joint attention further rows as a guide's, half as many again as there
+are prompts and negative prompts in one batch, twice as many without guidance in the batch.
+
+Refuses: models without a denoiser, sites that read no text, denoisers of which it is not known what becomes of a text on its way to
+cross-attention (held against the keys of the prompt, once a run and site), pipelines without text encoders (unless tensors are given), texts
+of another width, without the pooled part or with too much, in joint attention of another length, and another number of texts than
+of prompts: at `apply`, or before the first layer runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...interventions import Call, Clock, Edit, KeyBias, Memory, ReattendError, Site
+from ..actions import Action, Rank, RootCall
+from ..handles import Handles, Holder
+from ..host import Host
+from ..passes import Forward
+from ..plan import Facts, Plan, Step, sites_misfit
+from ..prompts.longer_text import columns_of, lengthened, lengthening_misfit, put
+from ..prompts.second_text import Encoded, encoded, encoder_misfit, given_as, pooled_misfit
+from ..sites.families import family_of
+from ..sites.table import SiteTable
+from ..sites.text_keys import hold_against, keys_and_values, reading_misfit, text_at_sites
+from ..tokens.denoisers import DenoiserForward
+from ..trackers.parts import shared_out
+from .guide import Guide
+from .inject import Entering, Inject
+
+# of one run: its second text, what the sites make of it, and what is the same in a pass
+_Store = dict[Any, Any]
+# a bias that leaves no weight, as the largest one that there is
+HIDDEN = 1e4
+
+
+@dataclass
+class SecondText:
+    """What an intervention is handed at one call of B rows.
+
+    In cross-attention key [B or 1, Hkv, m, D] and value [B or 1, Hkv, m, Dv] of the text, mask bool [B or 1, 1, 1, m] (True = a word; None
+    where all are). In joint attention rows bool [B] are those of the second text, and partner long [B] the row that each row is tied to:
+    a row of the second text and the conditional row it was copied from name each other, any other row itself. After the prompt columns bool
+    [B, Tk]: where its words are.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    partner: Tensor | None = None
+    columns: Tensor | None = None
+
+
+@dataclass
+class Context(Step):
+    """use(call, SecondText) -> edits, at every call of `sites` that reads the prompt: cross-attention, or joint attention (all sites then).
+
+    texts: one, or one per prompt; or tensors: {"prompt_embeds": [P, T, C], "pooled_prompt_embeds": [P, C'], "prompt_attention_mask": [P, T]},
+    those that the model has. name: of the second text's rows in `call.clock.branches`, and of its edits in the session's counters.
+    place: "beside" the prompt, with keys and values or rows of its own, or "after" it, in the same stream (the pooled text stays the prompt's).
+    start, stop: the part of the schedule it acts in, start <= step / steps < stop. Raises ReattendError for both or neither, for tensors that
+    are no texts, and for a part that is empty.
+    """
+
+    name: str
+    sites: SiteTable
+    use: Callable[[Call, SecondText], Edit | Sequence[Edit] | None]
+    texts: str | Sequence[str] | None = None
+    tensors: Mapping[str, Tensor] | None = None
+    place: Literal["beside", "after"] = "beside"
+    start: float = 0.0
+    stop: float = 1.0
+    _held: list[Step] = field(default_factory=list, init=False, repr=False)
+    _given: Encoded | None = field(default=None, init=False, repr=False)
+
+    at_calls = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= 1:
+            raise ReattendError(
+                f"second text {self.name!r}: 0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}"
+            )
+        if (self.texts is None) == (self.tensors is None):
+            raise ReattendError("a second text is given either as texts or as tensors")
+        if self.tensors is not None:
+            self._given = given_as(self.tensors)
+        texts = [self.texts] if isinstance(self.texts, str) else self.texts
+        if texts is not None and (not texts or not all(isinstance(text, str) for text in texts)):
+            raise ReattendError(f"texts must be a text or a list of texts, got {self.texts!r:.80}")
+        if self.place not in ("beside", "after"):
+            raise ReattendError(f'place must be "beside" or "after", got {self.place!r}')
+        joint = self.sites.kind("joint")
+        if len(joint) and self.place == "beside":
+            double, single = (joint.where(lambda s, one=one: s.stack.endswith(".single") is one) for one in (False, True))
+            part = {"start": self.start, "stop": self.stop}
+            self._held = [Guide(self.name, formula=None, arguments=self._arguments, conditional=False, **part)]
+            if len(double):
+                self._held.append(Inject(double, _as_partner, rows=self.name, at="attention", label=None))
+            if len(double) and len(single):
+                self._held.append(Inject(single[:1], _image_as_partner, rows=self.name, label=None))
+
+    @property
+    def held(self) -> Sequence[Step]:
+        """In joint attention: the rows of the second text, and what ties their image tokens to those of their partners."""
+        return self._held
+
+    def _on(self, clock: Clock) -> bool:
+        if (self.start, self.stop) == (0, 1):
+            return True
+        if clock.steps is None:
+            raise ReattendError(f"second text {self.name!r}: the number of steps is not known, so start must be 0 and stop 1")
+        return self.start <= clock.step / clock.steps < self.stop
+
+    # -- before anything runs ------------------------------------------------------------------------------------------
+
+    def check(self, facts: Facts) -> str:
+        if not facts.denoisers:
+            return f"its step Context brings a second text to a denoiser, and {type(facts.model).__name__} has none"
+        if isinstance(facts.model, nn.Module) and (self.start, self.stop) != (0, 1):
+            return (
+                f"the second text {self.name!r} is read from {self.start} to {self.stop} of the schedule, but a bare denoiser has none: "
+                "apply the recipe to the pipeline, or leave start at 0 and stop at 1"
+            )
+        reason = sites_misfit(self.sites) or (encoder_misfit(facts.model) if self._given is None else "")
+        if reason:
+            return reason
+        names = {site.name for site in self.sites}
+        left = [s.name for s in facts.table.stack("denoiser").kind("joint") if s.name not in names] if self._held else []
+        if left:
+            return f"in joint attention a text changes with every block, so a second one needs all of them: {left[0]} is not among its sites"
+        owners = {id(module): denoiser for denoiser in facts.denoisers for module in denoiser.modules()}
+        reasons = (self._site_misfit(site, owners.get(id(self.sites.module(site)))) for site in self.sites)
+        return next(filter(None, reasons), "")
+
+    def _site_misfit(self, site: Site, denoiser: nn.Module | None) -> str:
+        if denoiser is None or site.kind not in ("cross", "joint"):
+            return f"its step Context acts where a denoiser reads its prompt, and {site.name} ({site.kind}) does not"
+        if self.place == "after":
+            return lengthening_misfit(denoiser)
+        if site.kind == "cross":
+            return reading_misfit(denoiser, site, self.sites.module(site))
+        if family_of(denoiser).per_sample:
+            return (
+                f"{type(denoiser).__name__} attends for each sample alone, so a row of a second text cannot be tied to another"
+            )
+        return "" if self._given is None else pooled_misfit(denoiser, self._given)
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        counter, handles = session.counter(self.name), session.handles()
+        key, kept = (plan.memory_key, self.name), weakref.WeakKeyDictionary[_Run, _Store]()
+
+        def store_of(memory: dict[Any, Any]) -> _Store:
+            """What is kept for a run: it goes with the run, or with the session."""
+            return kept.setdefault(memory.setdefault(_Run, _Run()), {})
+
+        def edit(call: Call, forward: Forward) -> Sequence[Edit]:
+            store = store_of(forward.memory(key))
+            text = self._at(call, forward, store)
+            if text is None:
+                return ()
+            call.memory = forward.memory(plan.memory_key)
+            wanted = self.use(call, text)
+            edits = [] if wanted is None else [wanted] if isinstance(wanted, Edit) else list(wanted)
+            if any(not e.is_identity for e in edits):
+                assert call.site is not None
+                counter[call.site.name] += 1
+            return [*self._hidden(call, store), *edits]
+
+        def encode(call: RootCall) -> None:
+            try:
+                store = call.kept[self.name] = store_of(call.run.memory.setdefault(key, Memory()))
+                self._encode(call, store, session.model if call.pipeline is None else call.pipeline)
+            except ReattendError as error:
+                raise ReattendError(f"{plan.recipe}: {error}") from None
+
+        handles.act(Action(Rank.ARGUMENTS, encode, certain=f"{plan.recipe}: its second text"))
+        for site in self.sites:
+            handles.edit(site, self.sites.module(site), edit)
+        return handles
+
+    # -- before a pass -------------------------------------------------------------------------------------------------
+
+    def _encode(self, call: RootCall, store: _Store, pipeline: Any) -> None:
+        """Sees to it that this run has its second text, and that it fits this call."""
+        rows = call.clock.branches.get("conditional")
+        if not call.clock.branches:
+            raise ReattendError(
+                "which rows of this batch are conditional is not known: say it around the call: with reattend.rows(...)"
+            )
+        store["prompt"] = call.given.get("encoder_hidden_states")
+        if rows is None or not self._on(call.clock):
+            return
+        if "text" not in store:
+            texts = [self.texts] if isinstance(self.texts, str) else list(self.texts or ())
+            store["text"] = self._given or encoded(pipeline, texts)
+        text, count = store["text"], int(rows.sum())
+        if count % text.count:
+            raise ReattendError(
+                f"{text.count} second texts cannot be shared out to {count} rows of the prompt: give one, or one per prompt"
+            )
+        if self.place == "after":
+            put(call, lengthened(call.given, text, shared_out(call.clock, len(rows), text.count, alone=True)))
+            return
+        # looked at once a run
+        if "fits" not in store:
+            own = call.given.get("encoder_hidden_states")
+            text.arguments(call.given, pooled=bool(self._held))
+            if self._held and isinstance(own, Tensor) and own.shape[1] != text.embeds.shape[1]:
+                raise ReattendError(
+                    f"the second text has {text.embeds.shape[1]} tokens, the prompt {own.shape[1]}: in joint attention both stand in one "
+                    "batch and are padded to one length"
+                )
+            store["fits"] = True
+
+    def _arguments(self, call: RootCall) -> Mapping[str, Any]:
+        """The text arguments of the second text's rows."""
+        return call.kept[self.name]["text"].arguments(call.given)
+
+    # -- at a call -----------------------------------------------------------------------------------------------------
+
+    def _at(self, call: Call, forward: Forward, store: _Store) -> SecondText | None:
+        assert call.site is not None
+        if not self._on(call.clock):
+            return None
+        if self.place == "after":
+            if "text" not in store or "conditional" not in call.clock.branches:
+                return None
+            return SecondText(columns=columns_of(call, store["text"].embeds.shape[1]) & call.columns("text"))
+        if call.site.kind == "joint":
+            rows = call.clock.rows(self.name, call.batch)
+            if rows is None:
+                return None
+            return SecondText(rows=rows, partner=_once(store, "partner", call.clock, lambda: _partners(call.clock, self.name)))
+        if "text" not in store or not isinstance(forward, DenoiserForward) or forward.denoiser is None:
+            return None
+        if forward.text_length is not None and forward.text_length != call.num_keys:
+            return None  # a second call of the site, to an image prompt
+        key, value = self._keys(call, forward.denoiser, store)
+        text: Encoded = store["text"]
+        mask = None if text.mask is None else text.mask[:, None, None].to(call.query.device)
+        if text.count == 1:
+            return SecondText(key, value, mask)
+        number = shared_out(call.clock, call.batch, text.count).to(call.query.device)
+        return SecondText(key[number], value[number], None if mask is None else mask[number])
+
+    def _hidden(self, call: Call, store: _Store) -> list[Edit]:
+        """After the prompt: rows that are not the prompt's see nothing of the second text."""
+        rows = call.clock.rows("conditional", call.batch)
+        if self.place != "after" or rows is None or _once(store, "whole", call.clock, lambda: bool(rows.all())):
+            return []
+        columns = columns_of(call, store["text"].embeds.shape[1]) & ~rows[:, None]
+        return [KeyBias(bias=columns * -HIDDEN)]
+
+    @torch.no_grad()
+    def _keys(self, call: Call, denoiser: nn.Module, store: _Store) -> tuple[Tensor, Tensor]:
+        """The text's keys and values at a site, made at its first call in a run."""
+        assert call.site is not None
+        name = call.site.name
+        if name not in store:
+            with torch.inference_mode(False):
+                # later steps may take gradients
+                text, prompt = (t.clone() if t.is_inference() else t for t in (store["text"].embeds, store["prompt"]))
+                place = "at sites", id(denoiser)
+                if place not in store:
+                    store[place] = tuple(text_at_sites(denoiser, t.to(prompt)) for t in (text, prompt))
+                second, own = store[place]
+                module, heads = self.sites.module(call.site), call.site.num_kv_heads or call.key.shape[1]
+                hold_against(call.site, keys_and_values(module, own, heads)[0], call.key[: len(own)])
+                key, value = keys_and_values(module, second, heads)
+                if key.shape[1] != call.key.shape[1]:
+                    key, value = (t.repeat_interleave(call.key.shape[1] // heads, dim=1) for t in (key, value))
+            store[name] = key, value
+        return store[name]
+
+
+class _Run:
+    """Stands for one denoising run in what is kept of it."""
+
+
+def _once(store: _Store, name: str, clock: Clock, make: Callable[[], Any]) -> Any:
+    """What is the same at all sites of a pass, which have one clock."""
+    if store.get(name, (None,))[0] is not clock:
+        store[name] = clock, make()
+    return store[name][1]
+
+
+def _partners(clock: Clock, name: str) -> Tensor:
+    """Long [B]: the row that each row is tied to."""
+    source, rows = clock.source, clock.branches[name]
+    assert source is not None
+    partner = torch.arange(len(rows), device=rows.device)
+    own = rows.nonzero()[:, 0]
+    partner[own] = source[own]
+    partner[source[own]] = own
+    return partner
+
+
+def _as_partner(seen: Entering) -> Tensor | None:
+    """The image stream of a block that has its text beside it."""
+    return None if seen.text is None or seen.clock.source is None else seen.hidden[seen.clock.source]
+
+
+def _image_as_partner(seen: Entering) -> Tensor:
+    """The image tokens of the first block in which both are one stream."""
+    assert seen.clock.source is not None
+    image = seen.places("image")[..., None]
+    return torch.where(image, seen.hidden[seen.clock.source], seen.hidden)

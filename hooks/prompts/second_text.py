@@ -1,0 +1,193 @@
+"""A second text for a denoiser: encoded as the running pipeline encodes its own, or given as tensors, and fitted to a call's arguments."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...interventions import ReattendError
+from ..sites.discovery import components
+from ..sites.source import source_of
+
+# what a text may be given as, by the names that pipelines use
+NAMES = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+ALIASES = {"prompt_embeds_mask": "prompt_attention_mask"}
+MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+POOLED = ("pooled_projections", "text_embeds")
+# arguments of `encode_prompt` that say what is encoded, not how
+CONTENT = (
+    "prompt",
+    "prompt_2",
+    "prompt_3",
+    "prompt_4",
+    "device",
+    "dtype",
+    "kwargs",
+    "do_classifier_free_guidance",
+    "text_encoder_index",
+)
+
+
+NO_POOLED = "this model reads a pooled text beside the tokens: give the second text's as pooled_prompt_embeds"
+
+
+@dataclass
+class Encoded:
+    """Texts as tensors: embeds [P, T, C]; pooled [P, C']; mask [P, T], True = real; None where the family has no such thing."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.embeds.shape[0]
+
+    def arguments(self, given: Mapping[str, Any], *, pooled: bool = True) -> dict[str, Any]:
+        """The arguments of a denoiser's call that these texts stand for, by name, with P rows each. pooled: also the pooled ones.
+
+        Raises ReattendError for texts of another kind than the call's.
+        """
+        text = given.get("encoder_hidden_states")
+        if not isinstance(text, Tensor) or text.dim() != 3:
+            raise ReattendError("the denoiser was called without encoder_hidden_states of one text [batch, tokens, width]")
+        if self.embeds.shape[2] != text.shape[2]:
+            raise ReattendError(
+                f"prompt_embeds of the second text are {self.embeds.shape[2]} wide, those of the prompt {text.shape[2]}: a text of this "
+                "model's own encoders is needed"
+            )
+        found: dict[str, Any] = {"encoder_hidden_states": self.embeds.to(text)}
+        name = next((name for name in POOLED if _named(given, name) is not None), "") if pooled else ""
+        own = _named(given, name)
+        if own is not None:
+            if self.pooled is None:
+                raise ReattendError(NO_POOLED)
+            if self.pooled.shape[1] != own.shape[-1]:
+                raise ReattendError(
+                    f"pooled_prompt_embeds of the second text are {self.pooled.shape[1]} wide, those of the prompt {own.shape[-1]}"
+                )
+            value = self.pooled.to(own)
+            found |= {name: value} if name in given else {"added_cond_kwargs": {name: value}}
+        mask = next((name for name in MASKS if isinstance(given.get(name), Tensor)), None)
+        if mask is not None:
+            own = self.mask if self.mask is not None else torch.ones(self.embeds.shape[:2], device=text.device)
+            found[mask] = own.to(given[mask])
+        elif self.mask is not None and not bool(self.mask.all()):
+            raise ReattendError("this model is called without a mask of its text: leave prompt_attention_mask out")
+        return found
+
+
+def pooled_misfit(denoiser: nn.Module, text: Encoded) -> str:
+    """Why texts that are given as tensors do not fit a joint denoiser, or ""."""
+    reads = "pooled_projections" in inspect.signature(type(denoiser).forward).parameters
+    if reads == (text.pooled is not None):
+        return ""
+    return NO_POOLED if reads else f"{type(denoiser).__name__} reads no pooled text: leave pooled_prompt_embeds out"
+
+
+def _named(given: Mapping[str, Any], name: str) -> Tensor | None:
+    """An argument, or an entry of the dictionary in which SDXL and its kin keep theirs."""
+    added = given.get("added_cond_kwargs")
+    value = given.get(name, added.get(name) if isinstance(added, Mapping) else None)
+    return value if isinstance(value, Tensor) else None
+
+
+def given_as(tensors: Mapping[str, Tensor]) -> Encoded:
+    """Texts that are given as tensors, by the names of `NAMES`. Raises ReattendError for other names and shapes."""
+    named = {ALIASES.get(name, name): value for name, value in tensors.items()}
+    strange = [name for name in named if name not in NAMES]
+    if strange or "prompt_embeds" not in named or not all(isinstance(value, Tensor) for value in named.values()):
+        raise ReattendError(
+            f"a second text is given as tensors under the names {', '.join(NAMES)} (the first at least), got {', '.join(tensors)}"
+        )
+    embeds, pooled, mask = (named.get(name) for name in NAMES)
+    assert embeds is not None
+    if embeds.dim() != 3 or not embeds.shape[0]:
+        raise ReattendError(f"prompt_embeds must be [texts, tokens, width], got {list(embeds.shape)}")
+    if pooled is not None and (pooled.dim() != 2 or len(pooled) != len(embeds)):
+        raise ReattendError(
+            f"pooled_prompt_embeds must be [{len(embeds)}, width], as there are texts, got {list(pooled.shape)}"
+        )
+    if mask is not None and mask.shape != embeds.shape[:2]:
+        raise ReattendError(f"prompt_attention_mask must be {list(embeds.shape[:2])}, as prompt_embeds, got {list(mask.shape)}")
+    return Encoded(embeds.detach(), None if pooled is None else pooled.detach(), None if mask is None else mask.bool())
+
+
+def encoder_misfit(model: Any) -> str:
+    """Why a model or pipeline cannot make tensors of a text, or ""."""
+    remedy = "give the second text as tensors (prompt_embeds, and pooled_prompt_embeds where there are any)"
+    if isinstance(model, nn.Module):
+        return f"{type(model).__name__} is a bare denoiser and encodes no text: {remedy}, or apply the recipe to the pipeline"
+    if not callable(getattr(model, "encode_prompt", None)) or not _returned(model):
+        return f"how {type(model).__name__} encodes a text is not known: {remedy}"
+    if not any(name.startswith("text_encoder") for name in components(model)):
+        return f"this {type(model).__name__} has no text encoder: {remedy}"
+    return ""
+
+
+@torch.no_grad()
+def encoded(pipeline: Any, texts: Sequence[str]) -> Encoded:
+    """Texts as the running call of a pipeline encodes its own prompt, with the same settings (lengths, skipped layers, cleaning).
+
+    Raises ReattendError where the pipeline cannot.
+    """
+    reason = encoder_misfit(pipeline)
+    if reason:
+        raise ReattendError(reason)
+    encode = pipeline.encode_prompt
+    given: dict[str, Any] = {"prompt": list(texts)}
+    running = _running_call(pipeline)
+    for name in inspect.signature(encode).parameters:
+        if name == "do_classifier_free_guidance":
+            given[name] = False
+        elif re.fullmatch(r"prompt_\d", name):
+            given[name] = None  # the same text for the other encoders
+        elif name == "device":
+            given[name] = getattr(pipeline, "_execution_device", None)
+        elif name.startswith("num_") and name.endswith("_per_prompt"):
+            given[name] = 1
+        elif name in CONTENT or name.startswith("negative_") or "_embeds" in name or name.endswith(("_mask", "_embeds")):
+            continue
+        elif name in running:
+            given[name] = running[name]
+    try:
+        values = encode(**given)
+    except Exception as error:  # whatever its encoders object to
+        raise ReattendError(f"{type(pipeline).__name__} could not encode the second text: {error}") from error
+    named = dict(zip(_returned(pipeline), values, strict=False))
+    tensors = {name: value for name, value in named.items() if ALIASES.get(name, name) in NAMES and isinstance(value, Tensor)}
+    return given_as(tensors)
+
+
+def _returned(pipeline: Any) -> list[str]:
+    """The names of what a pipeline's `encode_prompt` returns, in order."""
+    for node in ast.walk(source_of(type(pipeline).encode_prompt).tree):
+        if (
+            isinstance(node, ast.Return)
+            and isinstance(node.value, ast.Tuple)
+            and all(isinstance(x, ast.Name) for x in node.value.elts)
+        ):
+            return [x.id for x in node.value.elts if isinstance(x, ast.Name)]
+    return []
+
+
+def _running_call(pipeline: Any) -> dict[str, Any]:
+    """The variables of the call of a pipeline that is under way in this thread, with the scale of its text encoders' LoRA layers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
+            names = dict(frame.f_locals)
+            if "text_encoder_lora_scale" in names:
+                names["lora_scale"] = names["text_encoder_lora_scale"]
+            return names
+        frame = frame.f_back
+    return {}

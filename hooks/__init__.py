@@ -11,6 +11,7 @@ from .doors.guide import Guide
 from .doors.inject import Entering, Inject
 from .doors.latents import AtStep, Latents
 from .doors.lookahead import Lookahead, Trials
+from .doors.merge import Merge, Passing
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
 from .doors.projection import Projected, Projection
@@ -44,8 +45,10 @@ __all__ = [
     "Kept",
     "Latents",
     "Lookahead",
+    "Merge",
     "Observation",
     "Observe",
+    "Passing",
     "Plan",
     "Probe",
     "Projected",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..interventions import Site
 from .passes import Forward
 from .plan import Facts
 from .protocols import Steered
@@ -20,8 +21,10 @@ from .routes.interface import InterfaceRoute
 from .routes.sdpa import SdpaRoute
 from .sites.denoisers import denoiser_in
 from .sites.discovery import components, pretrained_root, sites, unwrapped_model
+from .sites.encoders import STACKS as ENCODER_STACKS
 from .sites.table import SiteTable
 from .trackers.denoise import DenoiseTracker
+from .trackers.encode import EncodeTracker
 from .trackers.in_flight import InFlight, lifecycle
 from .trackers.sequence import SequenceTracker
 
@@ -58,6 +61,7 @@ class Attachment:
         self.in_flight = InFlight()
         self.tracker = SequenceTracker(self)
         self.denoiser = DenoiseTracker(self)
+        self.encoder = EncodeTracker(self)
         self.interface = InterfaceRoute(self)
         self.routes = [self.interface, SdpaRoute(self)]
 
@@ -75,6 +79,8 @@ class Attachment:
         # passes that began before there were hooks are left alone
         self.in_flight.note_running(self._roots())
         session.install(self)
+        if any(site.stack.partition(".")[0] in ENCODER_STACKS for site in _touched(session)):
+            self.encoder.install(parts.values())
         for route in self.routes:
             route.install(session)
         if session.hooked and inside(parts.values()):
@@ -101,6 +107,7 @@ class Attachment:
         for route in self.routes:
             route.uninstall()
         self.denoiser.uninstall()
+        self.encoder.uninstall()
         # a pass that began before this moment may look our name up once more
         self.in_flight.when_over(lambda one: True, self._forget)
 
@@ -157,8 +164,16 @@ class Attachment:
         return [s for s in self.sessions if not s.isolated or s.mark in mine]
 
     def current(self) -> Forward:
-        """The pass under way in this thread: of a denoiser, or of the model that reads tokens."""
-        return self.denoiser.current() or self.tracker.current()
+        """The pass under way in this thread: of a denoiser, of an encoder before the model's own, or of the model that reads tokens."""
+        return self.denoiser.current() or self.encoder.current() or self.tracker.current()
+
+
+def _touched(session: Attached) -> list[Site]:
+    """The sites that a session's steps act or look at, in whatever way."""
+    return [
+        *(site for site, _ in session.acted),
+        *(site for plan in session.plans for step in plan.steps for site, _ in step.where),
+    ]
 
 
 def key_module(model: Any) -> Any:

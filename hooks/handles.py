@@ -36,9 +36,9 @@ class Handles:
         """A hook before a module: function(module, args) or function(module, args, kwargs)."""
         self.hooks.before(module, function, kwargs=kwargs)
 
-    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """A hook after a module: function(module, args, output); after an error with output None."""
-        self.hooks.after(module, function)
+    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
+        """A hook after a module: function(module, args, output); after an error with output None. first: before the hooks of others."""
+        self.hooks.after(module, function, first=first)
 
     def edit(self, site: Site, module: nn.Module, editor: Editor) -> None:
         """editor(call, forward) -> edits, whenever the site's attention is computed."""

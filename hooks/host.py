@@ -28,6 +28,10 @@ class TokenTracker(Protocol):
 
     def current(self) -> Forward: ...
 
+    def under_way(self) -> Forward | None:
+        """The forward pass of this thread; None outside of one."""
+        ...
+
     def new_map(self, ids: Tensor | None, embeds: Tensor | None, mask: Any, given: dict[str, Any]) -> TokenMap:
         """The map of a prompt that no session has read."""
         ...

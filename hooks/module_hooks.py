@@ -23,14 +23,17 @@ class Hook:
     """One forward hook: before the module runs, or after it (also after an error). It is on the module once it is made.
 
     kwargs: a hook before the module gets its keyword arguments too: function(module, args, kwargs); after: function(module, args, output).
+    first: after the module, before the hooks that are there, so that all of them see what it returns.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], *, after: bool = False, kwargs: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, function: Callable[..., Any], *, after: bool = False, kwargs: bool = False, first: bool = False
+    ) -> None:
         self.module, self.function, self.after = module, function, after
         self.expected = 3 if after or kwargs else 2
         self.handle: RemovableHandle | None = None
         if after:
-            self.handle = module.register_forward_hook(self, always_call=True)
+            self.handle = module.register_forward_hook(self, always_call=True, prepend=first)
         else:
             self.handle = module.register_forward_pre_hook(self, with_kwargs=kwargs)
 
@@ -84,16 +87,18 @@ class Hooks:
         """function(module, args) or function(module, args, kwargs)."""
         self._add(module, function, after=False, kwargs=kwargs)
 
-    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """function(module, args, output); after an error that is no BaseException too, with output None."""
-        self._add(module, function, after=True, kwargs=False)
+    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
+        """function(module, args, output); after an error that is no BaseException too, with output None. first: before other hooks."""
+        self._add(module, function, after=True, first=first)
 
-    def _add(self, module: nn.Module, function: Callable[..., Any], *, after: bool, kwargs: bool) -> None:
+    def _add(
+        self, module: nn.Module, function: Callable[..., Any], *, after: bool, kwargs: bool = False, first: bool = False
+    ) -> None:
         # noted before it is put on: an interrupt in between must not lose it
         hook = Hook.__new__(Hook)
         hook.module, hook.after = module, after
         self.all.append(hook)
-        hook.__init__(module, function, after=after, kwargs=kwargs)
+        hook.__init__(module, function, after=after, kwargs=kwargs, first=first)
 
     def __bool__(self) -> bool:
         return bool(self.all)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Clock, Memory, Site, TokenMap
+from ..interventions import Call, Clock, Memory, Site, TokenMap
 from .protocols import Steered
+from .tokens.encoders import EncoderPass
+from .tokens.merging import MergedTokens
 from .trackers.caches import has_buffers
 
 OUTSIDE = Clock("encode")
@@ -187,17 +189,51 @@ class Forward:
     # what steps keep of it until it is over, by their identity, and what is to be done then with its output
     kept: dict[int, Any] = field(default_factory=dict)
     endings: list[Callable[[Any], None]] = field(default_factory=list)
+    # the pass of an encoder that is under way inside this one, or that this one is
+    encoder: EncoderPass | None = None
+    # by name of a site: the tokens that its module runs on just now, where a door has merged them for it alone
+    merged: dict[str, MergedTokens] = field(default_factory=dict)
 
     def end(self, output: Any) -> None:
         """The pass is over. output: what its root gave; None where it stopped before."""
         while self.endings:
             self.endings.pop(0)(output)
 
-    def tokens_at(self, site: Site) -> TokenMap | None:
-        """The tokens that the rows of a site stand for; None where these are frames of sound or patches of an image."""
-        if site.stack == "encoder":
-            return self.encoder_tokens or (None if self.two_sided else self.tokens)
-        return None if site.stack in ("vision", "audio", "connector") else self.tokens
+    def locate(self, call: Call, site: Site) -> None:
+        """Fills in the clock and the tokens of a call at a site: those of the keys, and of the queries where these are others.
+
+        None where they are frames of sound, or those of an encoder whose pass is not followed.
+        """
+        call.clock, call.tokens, call.query_tokens = self.clock, None, None
+        stack = site.stack.partition(".")[0]
+        if self.encoder is not None and self.encoder.stack == stack:
+            call.tokens, call.query_tokens = self.encoder.maps_at(site, call)
+        elif site.kind == "self":
+            if stack == "encoder":
+                call.tokens = self.encoder_tokens or (None if self.two_sided else self.tokens)
+            elif stack == "decoder":
+                call.tokens = self.tokens
+
+    def merged_at(self, site: Site) -> MergedTokens | None:
+        """The tokens that a site runs on, where a door has merged them."""
+        of_encoder = self.encoder is not None and self.encoder.stack == site.stack
+        return self.merged.get(site.name) or (self.encoder.merged if of_encoder and self.encoder is not None else None)
+
+    def locate_merged(self, call: Call, site: Site) -> None:
+        """Fills in the tokens of a module that a door runs on others than the rest of the model."""
+        merged = self.merged.get(site.name)
+        if merged is not None and (merged.tokens.batch, merged.tokens.length) == (call.batch, call.num_queries):
+            if site.kind == "cross":
+                call.query_tokens = merged.tokens
+            else:
+                call.tokens, call.query_tokens = merged.tokens, None
+
+    def tokens_of(self, states: Tensor, site: Site) -> TokenMap | None:
+        """The tokens of what enters a site's layer or comes out of its projections, [B, ..., T, width]."""
+        row = states.new_empty(states.shape[0], 1, states.shape[-2], 0)
+        call = Call(row, row, row, site=site)
+        self.locate(call, site)
+        return call.tokens
 
     @functools.cached_property
     def buffered(self) -> bool:

@@ -79,7 +79,7 @@ class Clock:
 class TokenGrid:
     """Where the tokens of one image or video lie: `index` [frames, rows, cols] long, positions in row `row` of the batch.
 
-    An image has one frame. role: which tokens these are, "image" or "reference" (an image that the one being made looks at).
+    An image has one frame. role: which tokens these are, "image", "reference" (an image that the one being made looks at) or "patch".
     """
 
     row: int
@@ -309,6 +309,8 @@ class Call:
     def _role(self, role: str, start: int, stop: int) -> Tensor:
         if self.tokens is None:
             where = f" at {self.site.name}" if self.site else ""
+            if self.site is not None and self.site.stack not in ("decoder", "encoder"):
+                raise ReattendError(f"no token map{where}: it is not known what the tokens of this {self.site.stack} stack are")
             raise ReattendError(
                 f"no token map{where}: call the whole model with input_ids, so that {role!r} tokens can be found"
             )

@@ -21,6 +21,7 @@ from ..host import Host
 from ..plan import Facts, Plan, Step, sites_misfit
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
+from ..tokens.states import tokens_of
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Observe(Step):
                     f"the layer of {site.name} is called without hidden_states, so its input cannot be observed"
                 )
             forward = host.current()
-            self.tap(Observation(hidden.detach(), site, forward.clock, forward.tokens, forward.memory(plan.memory_key)))
+            tokens = tokens_of(forward, site, hidden.flatten(1, -2))  # SAM's are pictures
+            self.tap(Observation(hidden.detach(), site, forward.clock, tokens, forward.memory(plan.memory_key)))
             if forward.probe is not None:
                 forward.probe.read(self, self.sites.module(site))
 

@@ -221,13 +221,12 @@ def _edited(
 
     def place(call: Call, site: Site, owner: Host) -> Forward:
         forward = owner.current()
-        tokens = forward.tokens_at(site)
-        if site.stack not in ("decoder", "encoder") or site.kind != "self":
-            tokens = None
-        call.clock, call.tokens = forward.clock, tokens
+        forward.locate(call, site)
+        if forward.merged:
+            forward.locate_merged(call, site)
         call.rotation = functools.partial(rotary_at, owner.model, owner.rotary, site, module, kwargs)
         if site.stack == "decoder" and site.kind == "self":
-            call.keep_columns(filled_columns(query, key, mask, tokens, forward.buffered))
+            call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
         return forward
 
     call = _call(name, module, query, key, value, mask, kwargs)

@@ -22,7 +22,7 @@ from ..passes import Forward
 from ..protocols import Steered
 from ..sites.discovery import dispatch
 from ..steering import Acting, acting_at, edits_of
-from ..tokens.denoisers import locate
+from ..tokens.denoisers import DenoiserForward, locate
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import module_call, on_stack
 
@@ -172,8 +172,12 @@ class _Interception(TorchFunctionMode):
 
         def place(call: Call, site: Site, owner: Host) -> Forward:
             forward = owner.current()
-            call.clock, call.tokens = forward.clock, None
-            locate(call, forward, number, self.module)
+            if isinstance(forward, DenoiserForward):
+                locate(call, forward, number, self.module)
+            else:
+                forward.locate(call, site)
+            if forward.merged:
+                forward.locate_merged(call, site)
             if site.stack == "decoder" and site.kind == "self":
                 call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
             return forward

@@ -18,6 +18,7 @@ from torch import nn
 from ...interventions import ReattendError, Site, UnsupportedError
 from .denoisers import STACKS, controlnet_in, denoiser_in, stack_of
 from .denoisers import describe as describe_denoiser_site
+from .encoders import is_causal, reads_texts, towers
 from .source import source_of
 from .table import SiteTable
 
@@ -110,8 +111,9 @@ def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Si
             stack, problem = "depth", f"{type(module).__name__} attends over the states of earlier layers, not over tokens"
         layer = _layer(module, path, counters.setdefault(stack, {}))
         heads, kv, dim = _heads(module)
-        kind = _kind(path, module)
+        kind = "cross" if stack == "vision.pool" else _kind(path, module)
         causal = bool(getattr(module, "is_causal", False)) and stack == "decoder" and kind == "self"
+        causal = causal or (stack == "text_encoder" and is_causal(root, path))
         site = Site(prefix + path, layer, stack, kind, heads, kv, dim, causal, route, problem)
         result.append((describe_denoiser_site(root, module, site) if hasattr(module, "processor") else site, module))
     if denoiser is not None:
@@ -169,26 +171,34 @@ def _stack(root: nn.Module, path: str, component: str, module: nn.Module) -> str
         return "vae"
     if component == "controlnet":
         return "controlnet"
+    if "mask_decoder" in lowered:
+        return "mask_decoder"
     if any(word in lowered for word in ("vision", "visual", "image_encoder", "vit.", "image_tower")):
-        return "vision"
+        return _vision(path, module)
     config = getattr(root, "config", None)
     if "audio" in lowered:
         return "audio"
     if any(word in lowered for word in ("resampler", "perceiver", "qformer", "abstractor", "projector")):
         return "connector"
-    if component.startswith("text_encoder"):
+    if component.startswith("text_encoder") or (reads_texts(getattr(module, "config", config)) and not _writes_text(root)):
         return "text_encoder"
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     if encoder_decoder and ".encoder." in f".{lowered}":
         return "encoder"
     own = getattr(module, "config", config)
     if not encoder_decoder and (hasattr(own, "patch_size") or hasattr(own, "image_size")) and not hasattr(own, "vocab_size"):
-        return "vision"
+        return _vision(path, module)
     if not encoder_decoder and not getattr(module, "is_causal", False) and getattr(own, "is_decoder", False) is False:
         if hasattr(own, "vocab_size") and _writes_text(root):
             return "decoder"  # PaliGemma: the image and the question see each other, the answer is still causal
         return "encoder" if "cross" not in lowered else "decoder"
     return "decoder"
+
+
+def _vision(path: str, module: nn.Module) -> str:
+    """A pooling head, in which learned rows read the patches, stands apart from the layers that make these."""
+    in_a_list = any(part.isdigit() for part in path.split("."))
+    return "vision.pool" if isinstance(module, nn.MultiheadAttention) and not in_a_list else "vision"
 
 
 def _writes_text(root: nn.Module) -> bool:
@@ -207,7 +217,7 @@ def _layer(module: nn.Module, path: str, seen: dict[str, int]) -> int:
 
 def _kind(path: str, module: nn.Module) -> str:
     last = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
-    if any(word in last for word in ("cross", "encoder_attn", "encdec")):
+    if any(word in last for word in ("cross", "encoder_attn", "encdec", "token_to_image")):
         return "cross"
     return "self"
 
@@ -226,11 +236,25 @@ def _heads(module: nn.Module) -> tuple[int | None, int | None, int | None]:
     heads = first(module, *names) or first(config, *names, "encoder_attention_heads")
     dim = first(module, "head_dim", "attention_head_size", "dim_head") or first(config, "head_dim")
     if dim is None and heads:
-        width = first(module, "embed_dim", "hidden_size", "inner_dim") or first(config, "hidden_size")
+        # `internal_dim`: SAM's mask decoder attends in fewer dimensions than its tokens have
+        width = first(module, "embed_dim", "internal_dim", "hidden_size", "inner_dim") or first(config, "hidden_size")
+        width = width or first(getattr(module, "proj", None), "in_features")
         dim = width // heads if width else None
     groups = first(module, "num_key_value_groups")
     kv = first(module, "num_key_value_heads") or (heads // groups if heads and groups else heads)
     return heads, kv, dim
+
+
+def tower_of(model: Any, site_name: str) -> nn.Module | None:
+    """The encoder that holds a site of a model or pipeline; None where its passes are not followed."""
+    parts = components(model)
+    component, _, path = ("", "", site_name) if "" in parts else site_name.partition(".")
+    followed = {id(module) for _, module in towers(parts[component])}
+    found, module = None, parts[component]
+    for part in ["", *path.split(".")]:
+        module = getattr(module, part) if part else module
+        found = module if id(module) in followed else found
+    return found
 
 
 def layer_module(model: Any, site_name: str) -> nn.Module:

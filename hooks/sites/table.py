@@ -14,7 +14,8 @@ from .denoisers import STACKS
 # what stacks and kinds are called, on whatever model
 NAMES = {
     "stack": {
-        "decoder", "encoder", "vision", "audio", "connector", "text_encoder", "vae", "controlnet", *STACKS,
+        "decoder", "encoder", "vision", "vision.pool", "text_encoder", "mask_decoder", "audio", "connector", "vae", "controlnet",
+        *STACKS,
     },
     "kind": {"self", "cross", "joint", "temporal"},
 }  # fmt: skip

@@ -30,8 +30,8 @@ Reading = Callable[[Call, "int | None"], Tensor]
 
 
 def encoder_sites(table: SiteTable) -> SiteTable:
-    """The self-attention layers of a model's vision encoder, without a pooling head that the decoder does not read."""
-    return table.stack("vision").kind("self").where(lambda s: ".head." not in s.name)
+    """The self-attention layers of a model's vision encoder."""
+    return table.stack("vision").kind("self")
 
 
 def class_query(config: Any, patches: int) -> int | None:
@@ -60,6 +60,11 @@ class PatchReader:
 
     def _read(self, call: Call, edits: Sequence[Any]) -> None:
         assert call.site is not None
+        if call.tokens is not None and "merged" in call.tokens:
+            raise ReattendError(
+                f"{call.site.name} attends over tokens that another recipe has merged, and what is read there is no place of an image: "
+                "use one of the two"
+            )
         runs = self._outside() if call.clock is OUTSIDE else self._of_pass(call)
         query = class_query(self.config, call.num_keys)
         for name, (site, function) in self.readings.items():

@@ -48,7 +48,7 @@ def tokens_of(
     stream of text. beside: there is such a stream beside them, so that they are the image alone. None where it is not known.
     """
     if not isinstance(forward, DenoiserForward):
-        return forward.tokens_at(site)
+        return forward.tokens_of(states, site)
     if states.dim() not in (3, 4):
         return None
     if text:

@@ -64,8 +64,12 @@ class SequenceTracker:
 
     def current(self) -> Forward:
         """The forward pass of this thread; outside of one (a vision tower run by `generate` beforehand) an "encode" clock."""
+        return self.under_way() or Forward(OUTSIDE)
+
+    def under_way(self) -> Forward | None:
+        """The forward pass of this thread; None outside of one."""
         stack = getattr(self.local, "stack", None)
-        return stack[-1] if stack and self.in_flight.here() is not None else Forward(OUTSIDE)
+        return stack[-1] if stack and self.in_flight.here() is not None else None
 
     def probing(self) -> Running | None:
         """The pass of a door's own that is under way in this thread."""

@@ -15,8 +15,9 @@ from .options import Debug, Json, Model
 if TYPE_CHECKING:
     from ..hooks import SiteTable
 
-# what recipes there are for, and their families: written out, so that help and completion import no torch; a test compares them
-KINDS = ("diffusion", "llm", "lvlm")
+# kinds of models that there are recipes or suites for, and families of recipes: written out, so that help and completion import no torch;
+# a test compares them
+KINDS = ("diffusion", "llm", "lvlm", "vision")
 FAMILIES = ("calibration", "decoding", "guidance", "heads", "reweighting", "sinks", "sparsity")
 
 

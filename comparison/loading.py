@@ -68,6 +68,8 @@ def _transformers(name: str, dtype: Any, device: str) -> Any:
 
 def task_of(config: Any) -> str:
     """The pipeline task of a transformers config, from the class it names."""
+    from ..hooks.sites.encoders import ENCODERS
+
     named = (getattr(config, "architectures", None) or [""])[0]
     if named.endswith("MaskedLM"):
         return "fill-mask"
@@ -77,6 +79,8 @@ def task_of(config: Any) -> str:
         return "text-classification"
     if getattr(config, "vision_config", None) is not None and named.endswith("ForConditionalGeneration"):
         return "image-text-to-text"
+    if getattr(config, "model_type", "") in ENCODERS:
+        return "image-feature-extraction"
     if named.endswith(("ForCausalLM", "LMHeadModel")):
         return "text-generation"
     raise ReattendError(f"no command here runs a {named or type(config).__name__}: use reattend.apply(model, ...) in Python")

@@ -90,7 +90,7 @@ def model_key(subject: Subject) -> dict[str, Any]:
             found.update(f"{part}.{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
             found.update(_some(parameter))
     config = getattr(subject.module, "config", None)
-    tools: Any = getattr(subject.processor, "image_processor", None)
+    tools: Any = getattr(subject.processor, "image_processor", subject.processor if subject.kind == "vision" else None)
     scheduler = getattr(subject.pipe, "scheduler", None)
     return {
         "class": type(subject.pipe or subject.module).__name__,

@@ -31,13 +31,14 @@ from .suites import Item, Suite
 from .variants import NONE, Variant, suites_of, variants_of
 
 # what a suite needs, and the kinds of models that have it
-FITS = {"llm": ("llm", "lvlm"), "lvlm": ("lvlm",), "diffusion": ("diffusion",)}
+FITS = {"llm": ("llm", "lvlm"), "lvlm": ("lvlm",), "diffusion": ("diffusion",), "vision": ("vision",)}
 # fewer batches say nothing about time
 FEWEST_TIMED = 3
 NEEDS = {
     "llm": "a language model",
     "lvlm": "a model that reads pictures, with its processor",
     "diffusion": "a diffusers pipeline",
+    "vision": "an encoder of images",
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class Subject:
     """A model as suites see it.
 
     source: what recipes attach to. module: the transformers model, or the denoiser of a diffusers pipeline. processor: tokenizer or
-    processor of a transformers model. pipe: the diffusers pipeline, or None. kind: "llm", "lvlm" or "diffusion".
+    processor of a transformers model. pipe: the diffusers pipeline, or None. kind: "llm", "lvlm", "diffusion" or "vision".
     """
 
     steering: Asked | None = None
@@ -42,6 +44,10 @@ class Subject:
         self.module = source if isinstance(source, nn.Module) else unwrapped_model(source)
         own = getattr(source, "processor", None) or getattr(source, "tokenizer", None)
         self.processor = processor if processor is not None else own
+        if _sees_alone(self.module):
+            self.processor = self.processor or getattr(source, "image_processor", None)
+            self.kind = "vision"
+            return
         if self.processor is None:
             raise ReattendError("evaluating a bare model needs its tokenizer or processor: evaluate(model, ..., tokenizer=...)")
         self.kind = "lvlm" if getattr(self.processor, "image_processor", None) is not None else "llm"
@@ -80,6 +86,32 @@ class Subject:
                 del self.source._progress_bar_config
             else:
                 self.source._progress_bar_config = kept
+
+    # -- encoders of images ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def seen(self, pictures: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        """(features [B, n], most likely classes [B] or None) of PIL pictures, on the CPU. Features are the pooled ones, or the mean state.
+
+        Without an image processor pictures are brought to the encoder's size and to the range -1 to 1.
+        """
+        images: Any = getattr(self.processor, "image_processor", None) or self.processor
+        if images is not None:
+            pixels = images(images=list(pictures), return_tensors="pt")["pixel_values"]
+        else:
+            size = self.module.config.image_size  # type: ignore[union-attr]
+            high, wide = size if isinstance(size, (list, tuple)) else (size, size)
+            arrays = [np.asarray(one.convert("RGB").resize((wide, high)), dtype=np.float32) for one in pictures]
+            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+        dtype = next(self.module.parameters()).dtype
+        out = self.module(pixel_values=pixels.to(self.device, dtype), output_hidden_states=True)
+        names = ("image_embeds", "pooler_output", "last_hidden_state")
+        found = next((out[name] for name in names if out.get(name) is not None), None)
+        found = out.hidden_states[-1] if found is None else found
+        # of all tokens the first one, where it is a class token, has what the head reads
+        features = found if found.dim() == 2 else found[:, 0] if out.get("logits") is not None else found.mean(dim=1)
+        logits = out.get("logits")
+        return features.float().cpu(), None if logits is None else logits.argmax(dim=-1).cpu()
 
     # -- language and vision-language models -------------------------------------------------------------------------
 
@@ -133,3 +165,9 @@ class Subject:
         with torch.no_grad():
             out = self.module.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)  # type: ignore[operator]
         return self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _sees_alone(module: nn.Module) -> bool:
+    """Whether a model reads images and nothing else."""
+    names = inspect.signature(type(module).forward).parameters
+    return "pixel_values" in names and not {"input_ids", "inputs_embeds", "decoder_input_ids"} & set(names)

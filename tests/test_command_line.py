@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from reattend.command_line import listing
 from reattend.comparison import packaged
+from reattend.evaluation.suites.registry import registry as suites
 from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"
@@ -69,11 +70,12 @@ def test_help_and_version(call):
 
 def test_choices_are_shown_and_others_refused_in_one_line(call):
     found = reattend.list_recipes()
-    assert tuple(sorted({kind for info in found.values() for kind in info.kinds})) == listing.KINDS
+    served = {kind for info in found.values() for kind in info.kinds} | {cls.kind for cls in suites().values()}
+    assert tuple(sorted(served)) == listing.KINDS
     assert tuple(sorted({family for info in found.values() for family in info.families})) == listing.FAMILIES
     shown = call("list", "--help").stdout
     assert "|".join(listing.KINDS) in shown and "|".join(listing.FAMILIES) in shown
-    assert "--kind must be one of diffusion, llm, lvlm" in one_line_error(call("list", "--kind", "speech"))
+    assert "--kind must be one of diffusion, llm, lvlm, vision" in one_line_error(call("list", "--kind", "speech"))
 
 
 def test_the_shell_can_complete(call):

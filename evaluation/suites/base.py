@@ -17,7 +17,7 @@ from ...recipes.kit.base import one_line
 from ..metrics.sums import Sums
 from ..subject import Subject
 
-SubjectKind = Literal["llm", "lvlm", "diffusion"]
+SubjectKind = Literal["llm", "lvlm", "diffusion", "vision"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Item:
 class Suite(BaseModel):
     """Base of all suites. A subclass sets the class variables, adds its parameters as fields and fills in the methods.
 
-    name: as on the command line. kind: what it needs, "llm" (any model that writes text), "lvlm" or "diffusion". does: one line.
+    name: as on the command line. kind: what it needs, "llm" (any model that writes text), "lvlm", "diffusion" or "vision". does: one line.
     shown: the metrics of the table, the first is the one that counts; None shows all. lower: metrics of which less is better;
     neutral: of which neither more nor less is. marks: kinds of passages that `answer` names to recipes by `subject.marked(...)`:
     "highlight" (to be emphasised), "segments" (whose order should not matter). argument: the parameter that "name:..." gives, none

@@ -38,7 +38,7 @@ HEADS = [[0, 1], [1, 0], [1, 3], [2, 2], [3, 1]]
 class Example:
     """One way to run a method.
 
-    kind: "llm", "lvlm" or "diffusion", as in `Info.kinds`: which tiny models, prompts and conditions.
+    kind: "llm", "lvlm", "diffusion" or "vision", as in `Info.kinds`: which tiny models, prompts and conditions.
     parameters: of the recipe; strong enough that random weights show it. Models have 4 layers with 4 heads on 2 key heads.
     rows: parameters with one item per prompt: of two for language models (`TEXTS`), of three with one image, two and none.
     off: what added to the parameters makes the method change nothing, not a bit; None where it has no such strength.

@@ -11,7 +11,7 @@ from .doors.guide import Guide
 from .doors.inject import Entering, Inject
 from .doors.latents import AtStep, Latents
 from .doors.lookahead import Lookahead, Trials
-from .doors.merge import Merge, Passing
+from .doors.merge import Merge
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
 from .doors.projection import Projected, Projection
@@ -27,6 +27,7 @@ from .recording import Reading, Recording, capture
 from .session import Session, attach
 from .sites.discovery import sites
 from .sites.table import SiteTable, Support
+from .tokens.merging import Passing
 from .trackers.guidance_rows import rows
 
 __all__ = [

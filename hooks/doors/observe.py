@@ -63,7 +63,7 @@ class Observe(Step):
                     f"the layer of {site.name} is called without hidden_states, so its input cannot be observed"
                 )
             forward = host.current()
-            tokens = tokens_of(forward, site, hidden.flatten(1, -2))  # SAM's are pictures
+            tokens = tokens_of(forward, site, self.sites.module(site), hidden.flatten(1, -2))  # SAM's are pictures
             self.tap(Observation(hidden.detach(), site, forward.clock, tokens, forward.memory(plan.memory_key)))
             if forward.probe is not None:
                 forward.probe.read(self, self.sites.module(site))

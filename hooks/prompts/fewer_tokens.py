@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...interventions import ReattendError, Site, UnsupportedError
@@ -28,7 +28,7 @@ from .text_only import PER_TOKEN
 
 # Vision-language models that read one list of features per image, of any length, at positions that follow from the mask.
 FAMILIES = ("llava",)
-WHOLE = "let Merge(restore=True) give all of them back"
+WHOLE = "with restore=True all tokens are given back"
 
 
 def fewer_misfit(root: Any, sites: Sequence[Site]) -> str:
@@ -43,6 +43,22 @@ def fewer_misfit(root: Any, sites: Sequence[Site]) -> str:
     late = [site.layer for site in sites if site.layer >= first]
     if late:
         return f"the decoder of {name} reads what layer {first - 1} of its encoder gives: merge tokens there or before, not in layer {late[0]}"
+    return ""
+
+
+def reads_images(root: Any) -> bool:
+    """Whether a model reads images in its prompts."""
+    return getattr(getattr(root, "config", None), "image_token_id", None) is not None
+
+
+def dense_misfit(model: Any, root: Any, sites: Sequence[Site]) -> str:
+    """Why fewer tokens would not do for what reads this model's encoder; "" where they do."""
+    if reads_images(root):
+        return fewer_misfit(root, sites)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        name = type(module).__name__
+        if hasattr(type(module), "forward_with_filtered_kwargs") or name.endswith(("Backbone", "ForMaskedImageModeling")):
+            return f"{name} lays the tokens of its layers out as pictures: {WHOLE}"
     return ""
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ...interventions import ReattendError, Site, UnsupportedError
 from .denoisers import STACKS, controlnet_in, denoiser_in, stack_of
 from .denoisers import describe as describe_denoiser_site
-from .encoders import is_causal, reads_texts, towers
+from .encoders import ENCODERS, is_causal, model_type, reads_texts, towers
 from .source import source_of
 from .table import SiteTable
 
@@ -255,6 +255,16 @@ def tower_of(model: Any, site_name: str) -> nn.Module | None:
         module = getattr(module, part) if part else module
         found = module if id(module) in followed else found
     return found
+
+
+def second_half(model: Any, site_name: str) -> tuple[nn.Module, nn.Module] | None:
+    """The norm with which the second half of an encoder's layer begins, and the module whose output ends it; None where not known."""
+    tower = tower_of(model, site_name)
+    known = None if tower is None else ENCODERS.get(model_type(tower))
+    if known is None or known.second_half is None:
+        return None
+    norm, last = (getattr(layer_module(model, site_name), name, None) for name in known.second_half)
+    return (norm, last) if isinstance(norm, nn.Module) and isinstance(last, nn.Module) else None
 
 
 def layer_module(model: Any, site_name: str) -> nn.Module:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...interventions import KeyBias, TokenMap
+from ...interventions import Clock, KeyBias, Site, TokenMap
 from ...interventions.families.merging import Regroup, taken
 
 # log of the size of a filler, which nobody sees
 UNSEEN = -1e4
+
+
+@dataclass
+class Passing:
+    """What passes a merge: hidden [B, T, width] of the tokens, in their order there.
+
+    tokens: their roles, or why they are not known. size [B, T], position [B, T] long: how many of the first tokens each
+    stands for, and which of them it is (-1: no single one). site, clock, memory as in a Call.
+    """
+
+    hidden: Tensor
+    site: Site
+    clock: Clock
+    tokens: TokenMap
+    size: Tensor
+    position: Tensor
+    memory: dict[Any, Any]
 
 
 @dataclass(eq=False)
@@ -26,6 +45,7 @@ class MergedTokens:
     where: Tensor
     tokens: TokenMap
     gone: Tensor | None = None
+    uneven: bool = False
 
     @classmethod
     def first(cls, tokens: TokenMap | None, batch: int, length: int, device: torch.device) -> MergedTokens:
@@ -47,19 +67,14 @@ class MergedTokens:
         roles["padding"] = roles.get("padding", torch.zeros_like(filler)) & ~filler | filler
         tokens = TokenMap(len(index), index.shape[1], index.shape[1], roles, unknown=old.unknown)
         if regroup.groups is None:
-            return MergedTokens(size, position, self.where, tokens)
+            return MergedTokens(size, position, self.where, tokens)  # repeated around a module, which takes them back itself
         where = taken(regroup.groups, self.where.clamp_min(0)).masked_fill(self.where < 0, -1)
         gone = self.gone
         if states is not None:
             left = ((where < 0) & (self.where >= 0))[..., None]
             whole = taken(states, self.where.clamp_min(0))
             gone = whole if gone is None else torch.where(left, whole, gone)
-        return MergedTokens(size, position, where, tokens, gone)
-
-    @property
-    def uneven(self) -> bool:
-        """Whether rows keep different numbers of tokens."""
-        return bool((self.size == 0).any())
+        return MergedTokens(size, position, where, tokens, gone, self.uneven or regroup.uneven)
 
     def whole(self, states: Tensor) -> Tensor:
         """[B, K, width] -> [B, N, width]: each of the first tokens with the state of the one that it is part of, or in which it left."""
@@ -78,9 +93,12 @@ class MergedTokens:
         """The way back: [B, N, width] -> [B, K, width], each token from the first of those that are part of it."""
         return taken(states, self.members)
 
-    def bias(self, weigh: bool) -> KeyBias | None:
-        """What later attention adds to each column: the log of its size where sizes are weighed, and what hides fillers."""
-        size = self.size if weigh else self.size.clamp_max(1)
-        if bool((size == 1).all()):
-            return None
-        return KeyBias(bias=size.log().clamp_min(UNSEEN)[:, None])
+    @functools.cached_property
+    def by_size(self) -> KeyBias:
+        """The log of its size added to the scores of each column; fillers are hidden."""
+        return KeyBias(bias=self.size.log().clamp_min(UNSEEN)[:, None])
+
+    @functools.cached_property
+    def fillers(self) -> KeyBias:
+        """What hides fillers alone."""
+        return KeyBias(bias=self.size.clamp_max(1).log().clamp_min(UNSEEN)[:, None])

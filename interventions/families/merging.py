@@ -18,15 +18,16 @@ class Regroup:
     old token is part of it, for a filler in a row that keeps fewer). groups [B, N] long: the new token that each old one is part of, -1
     for one that leaves; None: new tokens are copies of the old ones of `index`, of which each has at least one, and go back as their mean.
     weights [B, N]: the factor with which each old token is added to its new one; None: a new token is the old one of `index`.
-    Raises ReattendError for shapes that do not go together.
+    uneven: rows keep different numbers of tokens, so that there are fillers. Raises ReattendError for shapes that do not go together.
     """
 
     index: Tensor
     groups: Tensor | None = None
     weights: Tensor | None = None
+    uneven: bool = False
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(t.shape) for name, t in vars(self).items() if t is not None}
+        shapes = {name: tuple(t.shape) for name, t in vars(self).items() if isinstance(t, Tensor)}
         alike = self.groups is not None or self.weights is None
         for name in ("groups", "weights"):
             other = shapes.get(name, shapes.get("groups"))
@@ -103,7 +104,8 @@ def into_nearest(metric: Tensor, sources: Tensor, targets: Tensor, count: int | 
     outside[sources.cpu()] = outside[targets.cpu()] = False
     rest = outside.nonzero()[:, 0].to(device)
     # the others in their order, then fillers
-    stay, most = (~merged).sum(dim=1), int((~merged).sum(dim=1).max())
+    stay = (~merged).sum(dim=1)
+    most = int(stay.max()) if isinstance(count, Tensor) else max(0, len(sources) - count)
     order = merged.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     filler = torch.arange(most, device=device) >= stay[:, None]
     staying = sources.to(device)[order].masked_fill(filler, -1)
@@ -113,5 +115,5 @@ def into_nearest(metric: Tensor, sources: Tensor, targets: Tensor, count: int | 
     groups[:, sources] = len(rest) + torch.where(merged, nearest + most, (~merged).cumsum(dim=1) - 1)
     groups[:, targets] = torch.arange(len(targets), device=device) + len(rest) + most
     own = torch.ones(batch, length, device=device) if size is None else size.float()
-    regroup = Regroup(index, groups)
-    return Regroup(index, groups, own / taken(regroup.sizes(own), groups).clamp_min(1e-6))
+    total = taken(Regroup(index, groups).sizes(own), groups).clamp_min(1e-6)
+    return Regroup(index, groups, own / total, uneven=isinstance(count, Tensor) and batch > 1)

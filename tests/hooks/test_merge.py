@@ -337,6 +337,26 @@ def test_right_padding_and_rows_alone():
     torch.testing.assert_close(alone[0], logits[2, :3], atol=1e-5, rtol=1e-4)
 
 
+def test_each_image_keeps_as_many_as_it_needs():
+    """Images of one batch are merged to different numbers: the prompts are as alone."""
+    tiny = tiny_models.build("llava")
+    model, counts, maps = tiny.model, torch.tensor([2, 5, 7]), []
+    look = Capture(sites(model).stack("decoder").only([0]), lambda call, edits: maps.append(call.tokens))
+
+    def steps(images):
+        return [Merge(sites(model).stack("vision").only([0]), lambda p: nearest(p, counts[images], 1), weigh=True), look]
+
+    inputs = tiny.inputs(PROMPTS[:2])
+    with attach(model, [Plan("x", steps([0, 1, 2]))]), torch.no_grad():
+        both = model(**inputs).logits
+    assert maps[0].roles["image"].sum(dim=1).tolist() == [14, 20]
+    second = {**tiny.inputs(PROMPTS[1:2]), "pixel_values": inputs["pixel_values"][1:]}
+    for row, images, given in ((0, [0], tiny.inputs(PROMPTS[:1])), (1, [1, 2], second)):
+        with attach(model, [Plan("x", steps(images))]), torch.no_grad():
+            alone = model(**given).logits
+        torch.testing.assert_close(both[row, -3:], alone[0, -3:], atol=2e-5, rtol=1e-4)
+
+
 def test_beams():
     tiny = tiny_models.build("llava")
     model, inputs = tiny.model, tiny.inputs(PROMPTS[:2])
@@ -521,7 +541,7 @@ def test_what_needs_places_of_images_finds_none():
     tiny = tiny_models.build("llava")
     model = tiny.model
     with (
-        pytest.warns(ReattendWarning, match="'selective-emphasis' never acted"),
+        pytest.raises(ReattendError, match="cannot tell which places of the image"),
         attach(model, [Plan("fewer", llava_steps(model))]),
         reattend.apply(model, "selective-emphasis", first_layer=1),
     ):

@@ -19,6 +19,7 @@ from .doors.rewrite import Rewrite
 from .doors.rotary import Rotary
 from .doors.share import Share, Shared
 from .doors.spans import Question, Segments, Spans
+from .doors.words import Words
 from .editing import edit
 from .plan import Plan, Step
 from .prompts.prompt import Prompt
@@ -71,6 +72,7 @@ __all__ = [
     "Step",
     "Support",
     "Trials",
+    "Words",
     "attach",
     "capture",
     "edit",

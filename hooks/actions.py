@@ -20,7 +20,7 @@ class Rank(IntEnum):
     LATENTS = 0
     ARGUMENTS = 1  # arguments and second texts
     ROWS = 2  # rows of guides
-    FACTS = 3
+    FACTS = 3  # what is added to the facts, once they are read
     TRIALS = 4  # passes of doors' own, around the real one: trials of next tokens, prompts of branches, probes
     BRANCHES = 5
     PROBES = 6
@@ -82,6 +82,7 @@ class RootCall:
             if session.number not in self.forward.asked:
                 session.ready(self)
                 self.forward.asked.add(session.number)
+        self.add_facts()
         for action in self.actions:
             if action.before is not None and action.rank > Rank.FACTS:
                 action.before(self)
@@ -89,6 +90,12 @@ class RootCall:
         for session in self.sessions:
             session.forwards += 1
         return (self.args, self.kwargs) if self.changed else None
+
+    def add_facts(self) -> None:
+        """Lets doors add to the facts of a pass, in passes of a door's own too."""
+        for action in self.actions:
+            if action.before is not None and action.rank == Rank.FACTS:
+                action.before(self)
 
     def leave(self, output: Any) -> Any:
         """After the pass: the same in the opposite order; within a rank in the order of the sessions. Returns an output that is another."""

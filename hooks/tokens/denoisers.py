@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...interventions import Call, Clock, TokenMap
 from ..passes import Forward
 from ..sites.families import Family, family_of
+from .marks import Marks, mark
 from .rasters import Latents, Piece, Raster, read_latents
 from .streams import joint_stream, laid_out, raster_of, unknown
 
@@ -26,7 +27,7 @@ class DenoiserForward(Forward):
 
     batch: rows of the pass, guide branches included. text_length: tokens of the text arguments, None where there are none. samples: the
     text tokens of each sample, where they are given apart. text_mask: bool [batch, text_length], True = real. reference_length: tokens of
-    `encoder_hidden_states_image`, None where there are none.
+    `encoder_hidden_states_image`, None where there are none. marks: roles of the text's columns.
     """
 
     denoiser: nn.Module | None = None
@@ -38,6 +39,7 @@ class DenoiserForward(Forward):
     reference_length: int | None = None
     latents: Latents = field(default_factory=Latents)
     maps: dict[Any, tuple[TokenMap, TokenMap | None]] = field(default_factory=dict)
+    marks: list[Marks] = field(default_factory=list)
 
 
 def read_forward(
@@ -97,9 +99,13 @@ def locate(call: Call, forward: Forward, index: int, module: nn.Module | None = 
     # an IP-Adapter's processor looks at its images in further calls, after the site's own
     prompted = index > 0 and "IPAdapter" in processor
     shape = (call.batch, call.num_queries, call.num_keys, call.query.device)
-    key = (call.site.kind, call.site.stack, *shape, sample, prompted)
+    key = (call.site.kind, call.site.stack, *shape, sample, prompted, *forward.marks)
     if key not in forward.maps:
-        forward.maps[key] = _prompted(call, forward, processor) if prompted else _maps(call, forward, sample, processor)
+        maps = _prompted(call, forward, processor) if prompted else _maps(call, forward, sample, processor)
+        for tokens in maps:
+            for marks in forward.marks if tokens is not None else ():
+                mark(tokens, marks, forward.text_mask, sample, call.site.name)  # type: ignore[arg-type]
+        forward.maps[key] = maps
     call.tokens, call.query_tokens = forward.maps[key]
 
 

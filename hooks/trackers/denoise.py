@@ -100,7 +100,7 @@ class DenoiseTracker:
 
     @contextlib.contextmanager
     def aside(self, running: Probing, clock: Clock, run: Run) -> Iterator[None]:
-        """Inside, passes of denoisers are a door's own: with this clock, no action before or after them, and no step of the run's.
+        """Inside, passes of denoisers are a door's own: with this clock, no step of the run's; of actions only those that add to the facts.
 
         What they do at their end is the door's to say: `running.ended`.
         """
@@ -133,6 +133,9 @@ class DenoiseTracker:
                 self.local.forward = read_forward(denoiser, given, clock, run.memory, run.maps)
                 self.local.forward.probe = running
                 running.forwards.append(self.local.forward)
+                call = RootCall(module, args, kwargs, self._names(type(denoiser)), [running.session], given, clock, run)
+                call.forward = self.local.forward
+                call.add_facts()
             return None
         # a denoiser never runs inside an attention module: marks that are still there belong to an interrupted pass
         clear_marks()

@@ -1,0 +1,237 @@
+"""The words door: which text columns of a denoiser hold which words of the prompt (how: `tokens`).
+
+Gives: roles of the token map at every site whose keys hold the text, for conditional rows, those of guides among them: `name`, all
+words that were asked for, and `name.0`, `name.1`, ... one for each; with them "start", "words" and "end": the start token, the tokens of the
+prompt itself and the end token, of every text encoder. A column belongs to the token whose state it holds, bit for bit, whatever a pipeline
+makes of its encoders' states: several encoders, cut templates, long prompts in chunks, several prompts and pictures, and prompts that were
+encoded by hand while the session lasts. Words whose columns were weighted are told by the columns around them.
+
+Costs: eight channels of every state of the last 32 text encodings are kept on the CPU; eight channels of the text go there in every pass, and
+each new text is compared with them (two rows of 77 columns 10 ms, one of 512 15 ms, on one busy CPU thread).
+
+Refuses: a denoiser alone and pipelines without text encoders, unless columns are given; before the first denoiser call words that are not in a
+prompt, or more than once where no occurrence is named, texts that came from no encoding seen by this session (prompt_embeds made before
+it: give columns, or encode them within), two encoders that share columns and hold the word at different ones, and rows of which it is not
+known whether they are conditional.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...interventions import ReattendError
+from ..actions import Action, Rank, RootCall
+from ..handles import Handles, Holder
+from ..host import Host
+from ..plan import Facts, Plan, Step
+from ..sites.discovery import components, original_of
+from ..tokens.denoisers import DenoiserForward
+from ..tokens.marks import Marks
+from ..tokens.pass_text import ENCODE_WITHIN, PassText
+from ..tokens.text_columns import Encoded, Stream
+from ..tokens.words import Occurrence, Word, columns_of, texts_read
+
+ENCODINGS, TEXTS = 32, 8
+
+
+@dataclass(eq=False)
+class Words(Step):
+    """Words of a denoiser's prompt: `name` and `name.0`, `name.1`, ... become roles of the TokenMap.
+
+    words: for every prompt a list of words or passages (one inner list = the same for every prompt), each a text or (text, occurrence);
+    whole words, in any case of letters. columns: or for every prompt a list of column lists, one for each word, counted from 0 in the
+    text that the denoiser gets. Neither: "start", "words" and "end" alone. occurrence: which one when a word occurs more than once
+    (from 0, -1 = the last, "all"; None: that is an error).
+    Raises ReattendError for an empty word, lists that name nothing, both words and columns, or a negative column.
+    """
+
+    name: str
+    words: list[list[Word]] | None = None
+    columns: list[list[list[int]]] | None = None
+    occurrence: Occurrence = None
+
+    def __post_init__(self) -> None:
+        if self.words is not None and self.columns is not None:
+            raise ReattendError("give words or columns, not both")
+        for given, what in ((self.words, "words"), (self.columns, "columns")):
+            if given is not None and not any(given):
+                raise ReattendError(
+                    f"{what} must hold a list for every prompt, or one for all, that names something, got {given!r:.80}"
+                )
+        for word in (w for row in self.words or () for w in row):
+            text = word[0] if isinstance(word, tuple) else word
+            if not isinstance(text, str) or not text.strip():
+                raise ReattendError(f"a word to find in the prompt must be a text that is not empty, got {word!r:.80}")
+        for columns in (c for row in self.columns or () for c in row):
+            if not columns or not all(isinstance(column, int) and column >= 0 for column in columns):
+                raise ReattendError(f"columns of a word must be numbers from 0 on, one or more, got {columns!r:.80}")
+        if self.occurrence not in (None, "all") and not isinstance(self.occurrence, int):
+            raise ReattendError(f'occurrence must be a number, "all" or None, got {self.occurrence!r:.80}')
+
+    def check(self, facts: Facts) -> str:
+        if not facts.denoisers:
+            return "its step Words finds words of a denoiser's prompt, and this model has no denoiser: Spans serves models that read tokens"
+        if self.columns is None and not text_encoders(facts.model):
+            name = type(original_of(facts.model)).__name__
+            return f"its step Words reads the prompt with text encoders and their tokenizers, and {name} has none: give columns"
+        return ""
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        reader = _Reader(self, plan.recipe, {} if self.columns is not None else text_encoders(session.model))
+        handles = session.handles()
+        for name, (encoder, _) in reader.encoders.items():
+            handles.after(encoder, reader.encoded_by(name))
+            handles.before(encoder, reader.encodes, kwargs=True)
+            for path, module in encoder.named_modules():
+                # pipelines that skip layers (clip_skip) normalise an earlier state themselves
+                if path.rsplit(".", 1)[-1] == "final_layer_norm" and "layers" not in path.split("."):
+                    handles.after(module, reader.normalised)
+        handles.act(Action(Rank.FACTS, before=reader.mark, certain=f"the words of {plan.recipe!r}"))
+        return handles
+
+    @property
+    def roles(self) -> list[str]:
+        """All roles that it makes."""
+        given: Sequence[Sequence[Any]] = self.words or self.columns or []
+        each = [f"{self.name}.{number}" for number in range(max(map(len, given), default=0))]
+        return [*([self.name] if given else []), *each, *(["start", "words", "end"] if self.columns is None else [])]
+
+
+def text_encoders(model: Any) -> dict[str, tuple[nn.Module, Any]]:
+    """{name: (text encoder, its tokenizer)} of a pipeline."""
+    model = original_of(model)
+    if isinstance(model, nn.Module):
+        return {}
+    parts = getattr(model, "components", {})
+    found = {}
+    for name, encoder in components(model).items():
+        if name.startswith("text_encoder"):
+            given = parts.get(name.replace("text_encoder", "tokenizer")) or parts.get("processor")
+            tokenizer = getattr(given, "tokenizer", given)
+            if tokenizer is not None:
+                found[name] = encoder, tokenizer
+    return found
+
+
+class _Reader:
+    """What a pipeline's text encoders gave while a session lasts, and the words in the texts that came of it."""
+
+    def __init__(self, step: Words, recipe: str, encoders: dict[str, tuple[nn.Module, Any]]) -> None:
+        self.step, self.recipe, self.encoders = step, recipe, encoders
+        self.tokenizers = {name: tokenizer for name, (_, tokenizer) in encoders.items()}
+        self.encoded: deque[Encoded] = deque(maxlen=ENCODINGS)
+        self.known: OrderedDict[Any, Marks] = OrderedDict()
+        self.local = threading.local()
+
+    # -- what text encoders give ---------------------------------------------------------------------------------------
+
+    def encodes(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        self.local.last, self.local.given = None, None
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+            fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+            self.local.given = ids.cpu(), mask.bool().cpu() if fits else None
+
+    def encoded_by(self, name: str) -> Any:
+        def encoded(module: nn.Module, args: tuple, output: Any) -> None:
+            given, self.local.given = getattr(self.local, "given", None), None
+            if given is not None and output is not None:
+                self.local.last = Encoded(name, *given)
+                self.local.last.add(output)
+                self.encoded.append(self.local.last)
+
+        return encoded
+
+    def normalised(self, module: nn.Module, args: tuple, output: Any) -> None:
+        last = getattr(self.local, "last", None)
+        if last is not None and output is not None:
+            last.add(output)
+
+    # -- what a denoiser gets ------------------------------------------------------------------------------------------
+
+    def mark(self, call: RootCall) -> None:
+        """Tells the facts of a pass which columns of its text these are, before its first layer."""
+        assert isinstance(call.forward, DenoiserForward)
+        try:
+            call.forward.marks.append(self._marks(PassText.of(call, list(self.encoded))))
+        except ReattendError as error:
+            raise ReattendError(f"{self.recipe}: {error}") from None
+
+    def _marks(self, text: PassText) -> Marks:
+        if text.key not in self.known:
+            self.known[text.key] = Marks(self._roles(text))
+            if len(self.known) > TEXTS:
+                self.known.popitem(last=False)
+        return self.known[text.key]
+
+    def _roles(self, text: PassText) -> dict[str, Tensor]:
+        """{role: bool [rows, columns]} of the conditional rows of a pass's text."""
+        step, own = self.step, text.own
+        given: Any = step.columns or step.words
+        marks = {role: torch.zeros(text.rows, text.width, dtype=torch.bool) for role in step.roles}
+        streams: dict[int, list[Stream]] = {}
+        if step.columns is None:
+            streams = {row: text.read(row * text.frames, self.tokenizers) for row in text.conditional}
+        for row in text.conditional:
+            number, copy = own.index(text.source[row]), row not in own
+            if streams and not streams[row] or (copy and step.columns is not None and not text.copied(row)):
+                if copy:
+                    continue  # a guide with a text of its own
+                raise ReattendError(
+                    f"the text of prompt {number} came from no text encoder while this session looked: {ENCODE_WITHIN}"
+                )
+            named, first = (
+                (None, number) if given is None else _of_prompt(given, number, len(own), "columns" if step.columns else "words")
+            )
+            found: dict[str, Sequence[int]] = {}
+            each: list[set[int]] = []
+            if step.columns is not None:
+                each = [set(columns) for columns in named]
+            else:
+                texts = texts_read(streams[row], self.tokenizers)
+                for role in ("start", "words", "end"):
+                    found[role] = sorted(set().union(*(getattr(one, role) for one in texts)))
+                if named and not copy and _ids(streams[own[first]]) != _ids(streams[row]):
+                    raise ReattendError(
+                        f"{len(given)} lists of words for {len(own)} rows of other prompts than that: give one list per prompt"
+                    )
+                try:
+                    others = list(dict.fromkeys(str(_ids(streams[row])) for row in own[: number + 1]))
+                    prompt = others.index(str(_ids(streams[own[number]])))
+                    each = [columns_of(word, step.occurrence, texts, prompt) for word in named or ()]
+                except ReattendError as error:
+                    if copy:
+                        continue
+                    raise ReattendError(f"{error}{text.unread(row * text.frames, streams[row])}") from None
+            strange = sorted(column for columns in each for column in columns if column >= text.width)
+            if strange:
+                raise ReattendError(f"columns {strange} of a text that has {text.width} columns, counted from 0")
+            found |= {f"{step.name}.{index}": sorted(columns) for index, columns in enumerate(each)}
+            if given is not None:
+                found[step.name] = sorted(set().union(*each))
+            for role, columns in found.items():
+                marks[role][row * text.frames : (row + 1) * text.frames, columns] = True
+        return marks
+
+
+def _of_prompt(given: Sequence[Any], number: int, count: int, what: str) -> tuple[Any, int]:
+    """(what belongs to the `number`th of `count` rows, the first row of the same prompt): prompts come as often as there are pictures."""
+    times, rest = divmod(count, len(given))
+    if rest:
+        raise ReattendError(
+            f"{len(given)} lists of {what} for {count} conditional rows: give one list per prompt, or one list for all"
+        )
+    index = number // times
+    return given[index], number if len(given) == 1 else index * times
+
+
+def _ids(streams: list[Stream]) -> list[tuple[str, list[int]]]:
+    return [(stream.encoder, stream.ids) for stream in streams]

@@ -127,6 +127,19 @@ def image_layers(sites: SiteTable) -> dict[int, SiteTable]:
     return {n: chosen.where(lambda s, place=place: (s.stack, s.layer) == place) for n, place in enumerate(places)}
 
 
+def text_sites(sites: SiteTable) -> SiteTable:
+    """Cross and joint attention of a denoiser, where image tokens read the text."""
+    chosen = sites.stack("denoiser").kind("cross", "joint")
+    return chosen.where(lambda s: not s.stack.endswith(("_refiner", ".pool")))
+
+
+def text_layers(sites: SiteTable) -> dict[int, SiteTable]:
+    """{number: sites} of these, numbered as `image_layers` numbers its own."""
+    chosen = text_sites(sites)
+    places = list(dict.fromkeys((s.stack, s.layer) for s in chosen))
+    return {n: chosen.where(lambda s, place=place: (s.stack, s.layer) == place) for n, place in enumerate(places)}
+
+
 def default_layers(sites: SiteTable) -> list[int]:
     """A whole-layer default: a UNet's mid block, as published; layer 9 of SD3-medium's 24 (its paper found 7 to 10 good); else the middle.
 

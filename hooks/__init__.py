@@ -15,6 +15,7 @@ from .doors.merge import Merge
 from .doors.observe import Observation, Observe
 from .doors.probe import Probe
 from .doors.projection import Projected, Projection
+from .doors.reuse import Moment, Reuse
 from .doors.rewrite import Rewrite
 from .doors.rotary import Rotary
 from .doors.share import Share, Shared
@@ -48,6 +49,7 @@ __all__ = [
     "Latents",
     "Lookahead",
     "Merge",
+    "Moment",
     "Observation",
     "Observe",
     "Passing",
@@ -61,6 +63,7 @@ __all__ = [
     "Recording",
     "Request",
     "Rewrite",
+    "Reuse",
     "Rotary",
     "Segments",
     "Session",

@@ -40,6 +40,10 @@ class Handles:
         """A hook after a module: function(module, args, output); after an error with output None. first: before the hooks of others."""
         self.hooks.after(module, function, first=first)
 
+    def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """In the place of a module's forward: function(forward before, args, kwargs) -> output."""
+        self.hooks.around(module, function)
+
     def edit(self, site: Site, module: nn.Module, editor: Editor) -> None:
         """editor(call, forward) -> edits, whenever the site's attention is computed."""
         self.editors.append((site, module, editor))

@@ -1,11 +1,13 @@
 """Forward hooks that come and go beside running passes, and that no copy and no file of a model takes along.
 
-Every hook of ours on a module of the user's is put on here.
+Every hook of ours on a module of the user's is put on here, and every `forward` of a module is replaced here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -77,11 +79,67 @@ class _AtTheEnd:
 Hook.__call__ = torch.compiler.disable(Hook.__call__, recursive=False)  # type: ignore[method-assign]
 
 
+class Replaced:
+    """A module's `forward`, replaced on the instance: function(forward before, args, kwargs) -> output. It is there once it is made."""
+
+    after = True
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self.module, self.function = module, function
+        # what the instance had of its own: another library's hooks, as a rule nothing
+        self.own = vars(module).get("forward")
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.own if self.own is not None else functools.partial(type(self.module).forward, self.module)
+        return self.function(before, args, kwargs)
+
+    def remove(self) -> None:
+        """Puts back what was there; safe to call twice. Where somebody has replaced it again in the meantime, ours only passes on."""
+        if vars(self.module).get("forward") is not self:
+            self.function = _pass_on
+        elif self.own is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.own
+
+    def __reduce__(self) -> Any:
+        # a copy and a pickle hold the class's own forward instead, and that only until the copy is complete (see `Hook`)
+        if self.own is not None:
+            return itemgetter(0), ((self.own,),)
+        return itemgetter(0), ((types.MethodType(type(self.module).forward, self.module), _Forgotten(self.module)),)
+
+
+# what it calls may be compiled, it may not
+Replaced.__call__ = torch.compiler.disable(Replaced.__call__, recursive=False)  # type: ignore[method-assign]
+
+
+def _pass_on(before: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    return before(*args, **kwargs)
+
+
+class _Forgotten:
+    """Becomes, in a copy, a finalizer that deletes the copied module's own `forward` when the copying is over."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __reduce__(self) -> Any:
+        return weakref.finalize, (OrderedDict(), delattr, self.module, "forward")
+
+
 class Hooks:
     """Hooks that are taken away together."""
 
     def __init__(self) -> None:
-        self.all: list[Hook] = []
+        self.all: list[Hook | Replaced] = []
+
+    def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """function(forward before, args, kwargs) -> output, in the place of the module's forward."""
+        one = Replaced.__new__(Replaced)
+        one.module, one.own = module, vars(module).get("forward")
+        self.all.append(one)
+        one.__init__(module, function)
 
     def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False) -> None:
         """function(module, args) or function(module, args, kwargs)."""

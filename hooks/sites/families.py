@@ -21,9 +21,9 @@ class Family:
     their tokens stand. lengths: an argument [batch] with the number of each sample's real text tokens. registers: parameter
     [1, n, width] put before the text. ragged: every sample has its own text length, and image tokens follow the sample's last text token.
     per_sample: one attention call per sample, with that sample's text only. block: image and text of each sample are filled up to a
-    multiple of so many tokens. latents: the argument that holds the latents, where it is neither hidden_states nor sample. axes: their axes, where these are
-    not "bchw" or "bcfhw". made: the first of the img_ids of the image that is made, where an editing pipeline puts others beside it.
-    context: what its `text` is, where that is no text.
+    multiple of so many tokens. latents: the argument that holds the latents, where it is neither hidden_states nor sample. axes: their
+    axes, where these are not "bchw" or "bcfhw". made: the first of the img_ids of the image that is made, where an editing pipeline puts
+    others beside it. context: what its `text` is, where that is no text.
     """
 
     order: str | None = None

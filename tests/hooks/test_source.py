@@ -8,8 +8,8 @@ import importlib
 
 import pytest
 import torch
-from reattend.hooks.doors.projection import _before_rotary
 from reattend.hooks.routes.interface import _lookup
+from reattend.hooks.sites.projections import _before_rotary
 from reattend.hooks.sites.rotary import _changed_after, _rope_call
 from reattend.hooks.sites.source import source_of
 

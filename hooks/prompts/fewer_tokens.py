@@ -23,7 +23,7 @@ from ...interventions import ReattendError, Site, UnsupportedError
 from ...interventions.families.merging import taken
 from ..actions import RootCall
 from ..tokens.merging import MergedTokens
-from ..trackers.caches import cache_in, cache_length, cache_of
+from ..trackers.caches import cache_in, cache_length, cache_of, has_buffers
 from .text_only import PER_TOKEN
 
 # Vision-language models that read one list of features per image, of any length, at positions that follow from the mask.
@@ -114,7 +114,7 @@ class FewerTokens:
         if past or not isinstance(ids, Tensor):
             raise UnsupportedError("images whose tokens were merged must come with the input_ids of the first part of a prompt")
         mask = given.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        if has_buffers(cache) or (mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)):
             raise UnsupportedError(
                 "images whose tokens were merged need an attention mask [batch, tokens] and a cache that grows"
             )
@@ -147,14 +147,16 @@ class FewerTokens:
         """A further pass: the caller's mask and positions are those of the longer prompt."""
         width = (given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]).shape[1]
         mask, missing = given.get("attention_mask"), cut.length - cut.keep.shape[1]
-        whole = past + width + missing
+        whole, places = past + width + missing, given.get("position_ids")
+        # what generate cut out by the length of the cache is no continuation; of one token it never cuts too many
+        astray = width > 1 and mask is None and isinstance(places, Tensor) and bool((places[..., 0] != whole - width).any())
+        if astray or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != whole):
+            raise ReattendError(
+                f"this sequence has {past} tokens so far, {missing} fewer than its caller knows of because image tokens were merged, and does "
+                f"not go on with the {width} tokens that it is given: a further turn needs the whole conversation anew, without the cache"
+            )
         mask = cut.keep.new_ones(len(cut.keep), whole) if mask is None else mask  # left out where nothing was padding
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            if mask.shape[1] != whole:
-                raise ReattendError(
-                    f"this sequence has {past} tokens so far, {missing} fewer than its caller knows of because image tokens were merged; "
-                    f"a mask of {mask.shape[1]} columns for {width} more does not fit: it must be that of the whole text"
-                )
             given["attention_mask"] = cut.of(mask.expand(len(cut.keep), -1))
             given["position_ids"] = (given["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
         else:

@@ -9,6 +9,7 @@ import tiny_encoders
 import tiny_models
 import torch
 from reattend.hooks import Capture, Merge, Plan, attach, sites
+from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.interventions import ReattendError, ReattendWarning, UnsupportedError, reference
 from reattend.interventions.families.merging import Regroup, into_nearest, taken
 from tiny_encoders import ENCODERS, features, inputs_of, pixels
@@ -315,8 +316,7 @@ def test_fewer_image_tokens_reach_the_decoder(options):
     assert session.stats["fewer"] == {sites(model).stack("vision")[0].name: 2}
     assert maps[0].grids == [] and maps[0].roles["image"].sum(dim=1).tolist()[:2] == [7, 14][: len(inputs["input_ids"])]
     if "use_cache" not in options:
-        cache = getattr(out, "cache", None) or out.past_key_values
-        assert cache.get_seq_length() == short + 3
+        assert cache_of(out).get_seq_length() == short + 3
     assert traces(model) == before
     again = model.generate(**dict(inputs), **how)
     assert torch.equal(torch.stack(again.logits), torch.stack(plain.logits))
@@ -355,6 +355,41 @@ def test_each_image_keeps_as_many_as_it_needs():
         with attach(model, [Plan("x", steps(images))]), torch.no_grad():
             alone = model(**given).logits
         torch.testing.assert_close(both[row, -3:], alone[0, -3:], atol=2e-5, rtol=1e-4)
+
+
+def test_what_cannot_go_on_with_fewer_tokens_says_so():
+    """A static cache, a prompt in chunks, a further turn on a cache whose length generate takes for that of the text."""
+    from transformers import DynamicCache
+
+    tiny = tiny_models.build("llava")
+    model, inputs = tiny.model, tiny.inputs(PROMPTS[:1])
+    how = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [tiny_models.IMAGE]}
+    with attach(model, [Plan("fewer", llava_steps(model))]):
+        with pytest.raises(UnsupportedError, match="a cache that grows"):
+            model.generate(**dict(inputs), **how, cache_implementation="static")
+        with pytest.raises(ReattendError, match="pass the whole prompt at once"):
+            model.generate(**dict(inputs), **how, prefill_chunk_size=8)
+        cache = DynamicCache(config=model.config.get_text_config())
+        out = model.generate(**dict(inputs), **how, **{cache_name(model): cache})
+        more = torch.cat([out, torch.tensor([[5, 6, 7]])], dim=1)
+        with pytest.raises(ReattendError, match="9 fewer than its caller knows of"):
+            model.generate(input_ids=more, attention_mask=torch.ones_like(more), **how, **{cache_name(model): cache})
+
+
+def test_a_loop_and_features_made_beforehand():
+    tiny = tiny_models.build("llava")
+    model, inputs = tiny.model, tiny.inputs(PROMPTS[:1])
+    with attach(model, [Plan("fewer", llava_steps(model))]), torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"])
+        assert [len(f) for f in features.pooler_output] == [16]
+        rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
+        out = model(**rest, mm_encoder_outputs={"image": features}, use_cache=True)
+        new = out.logits[:, -1:].argmax(dim=-1)
+        after = model(input_ids=new, **{cache_name(model): cache_of(out)}).logits
+    tokens = torch.cat([new, after.argmax(dim=-1)], dim=1)
+    wanted = generated_by_hand(model, inputs, tokens)
+    torch.testing.assert_close(out.logits[:, -1], wanted[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after[:, -1], wanted[:, 1], atol=1e-4, rtol=1e-4)
 
 
 def test_beams():

@@ -6,7 +6,8 @@ layers after have shorter caches of their own; which position each of their keys
 gets its mask for these keys. Padding leaves with the rest. Where rows of a batch keep different numbers of tokens, some that should
 have left fill the shorter rows and are seen by nobody.
 
-Gives: layers that run without tokens of these roles, with the numbers that hiding the tokens from them would give.
+Gives: layers that run without tokens of these roles, or without those of them that a function of what passes chooses, with the numbers
+that hiding the tokens from them would give.
 
 Costs: less than the untouched model: the layers after the exit compute and keep fewer tokens; each pass indexes its hidden states once.
 
@@ -23,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import ReattendError, Site, TokenMap, UnsupportedError
+from ...interventions import ReattendError, Site, UnsupportedError
 from ..handles import Handles, Holder
 from ..host import Host
+from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
+from ..tokens.merging import Passing
 from ..trackers.caches import NAMES, cache_in
 
 # Types of language models whose layers are known to take nothing per token but what this door shortens.
@@ -44,13 +47,15 @@ class Exit(Step):
 
     In every pass that reads a prompt the layers of `sites` run without these tokens (and without padding) and keep no keys of them;
     all others see what they would see if nobody there attended to these tokens. The pass's output has its full length: tokens that
-    left have the state in which they entered. Counted at each of `sites` for every pass in which tokens left.
-    No other step may act or look at `sites`. A cache that was filled under an exit can only be used under the same session.
+    left have the state in which they entered. chosen(Passing) -> bool [B, T]: which of them leave, where not all do. Counted at each of
+    `sites` for every pass in which tokens left. No other step may act or look at `sites`. A cache that was filled under an exit can only be
+    used under the same session.
     """
 
     sites: SiteTable
     roles: Sequence[str]
     label: str = ""
+    chosen: Callable[[Passing], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -151,7 +156,7 @@ def _entering(
             if forward.tokens is None:
                 raise ReattendError("tokens can only leave where they are known: call the whole model with input_ids")
             cache = cache_in(kwargs)
-            memory["pass"] = _begin(memory, forward.tokens, step.roles, cache, site.layer, hidden)
+            memory["pass"] = _begin(memory, forward, step, cache, site, hidden)
         now: Shortened = memory["pass"]
         if now.acts:
             session.counts[step.label or plan.recipe][site.name] += 1
@@ -181,19 +186,26 @@ def _leaving(host: Host, session: Holder, plan: Plan) -> Callable[..., Any]:
     return leave
 
 
-def _begin(memory: dict[Any, Any], tokens: TokenMap, roles: Sequence[str], cache: Any, layer: int, hidden: Tensor) -> Shortened:
+def _begin(memory: dict[Any, Any], forward: Forward, step: Exit, cache: Any, site: Site, hidden: Tensor) -> Shortened:
     """Who stays in this pass, and the keys that the layers after the exit will hold after it."""
     batch, length = hidden.shape[:2]
+    tokens, roles = forward.tokens, step.roles
+    assert tokens is not None
     past = tokens.length - length
-    old = _held(memory.get("keys"), cache, layer, past, batch)
+    old = _held(memory.get("keys"), cache, site.layer, past, batch)
     index, filler, acts = None, torch.zeros(batch, length, dtype=torch.bool), False
     if past < tokens.prompt_length:
         if tokens.blind or tokens.unknown:
             tokens.positions(roles[0], past, past + length)  # says why roles cannot be told
         leaves = [tokens.positions(role, past, past + length) for role in roles if role in tokens]
         if leaves and bool(torch.stack(leaves).any()):
-            filler = torch.stack([*leaves, tokens.positions("padding", past, past + length)]).any(dim=0)
-            acts = True
+            filler = torch.stack(leaves).any(dim=0)
+            if step.chosen is not None:
+                places = torch.arange(past, past + length, device=hidden.device).expand(batch, -1)
+                seen = Passing(hidden, site, forward.clock, tokens, torch.ones_like(places).float(), places, memory)
+                filler = filler & step.chosen(seen).cpu()
+            acts = bool(filler.any())
+            filler = filler | tokens.positions("padding", past, past + length)
             count = max(1, int((~filler).sum(dim=1).max()))
             if count < length:
                 # those that stay come first in a stable sort; what follows fills the rows that have fewer

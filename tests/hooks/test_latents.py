@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
-from reattend.hooks import AtStep, Capture, Latents, Plan, attach, sites
+from reattend.hooks import AtStep, Capture, Latents, Plan, Words, attach, sites
 from reattend.hooks.tokens.latents import place_of
 from reattend.hooks.trackers.scheduler import drops
 from reattend.interventions import ReattendError, UnsupportedError
@@ -407,6 +407,34 @@ def test_look_ends_at_the_last_site_and_only_its_own_steps_read():
         draw(pipe)
     counted.remove()
     assert read == [(1, step) for step in range(STEPS)] and len(ran) == STEPS
+
+
+def test_further_passes_know_the_words_of_their_text():
+    """In all rows, in those of a half (of two prompts, with words of their own), and in another text."""
+    pipe, seen = tiny_pipelines.stable_diffusion(), []
+    table = sites(pipe.unet).kind("cross")[:1]
+
+    def look(at: AtStep) -> None:
+        if at.clock.step == 1:
+            at.look(at.latents)
+            for half in ("conditional", "unconditional"):
+                at.look(at.latents, text=half)
+            other = pipe.encode_prompt(["b", "d"], "cpu", 1, False)[0]
+            at.look(at.latents, text={"encoder_hidden_states": other})
+            with pytest.raises(ReattendError, match="came from no text encoder"):
+                at.look(at.latents, text={"encoder_hidden_states": torch.randn_like(other)})
+
+    def steps(*words: list[str]) -> list[Latents]:
+        reader = Capture(table, lambda call, edits: seen.append(call.columns("word").nonzero().tolist()))
+        return [Latents(look, steps=[Words("word", list(words)), reader])]
+
+    call = {"prompt": ["a b", "c d e"], "negative_prompt": ["x", "x"], "latents": noise(2, 4, 8, 8)}
+    with attach(pipe, [Plan("look", steps(["b"], ["d"]))]):
+        draw(pipe, **call)
+    assert seen == [[[2, 2], [3, 2]], [[0, 2], [1, 2]], [], [[0, 1], [1, 1]]]
+    with pytest.raises(ReattendError, match="look.*'z'"), attach(pipe, [Plan("look", steps(["z"]))]):
+        draw(pipe, **call)
+    assert len(seen) == 4
 
 
 # -- the scheduler ------------------------------------------------------------------------------------------------------

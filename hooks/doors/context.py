@@ -40,7 +40,7 @@ from ..sites.families import family_of
 from ..sites.table import SiteTable
 from ..sites.text_keys import hold_against, keys_and_values, reading_misfit, text_at_sites
 from ..tokens.denoisers import DenoiserForward
-from ..trackers.parts import shared_out
+from ..trackers.parts import partners, shared_out
 from .guide import Guide
 from .inject import Entering, Inject
 
@@ -247,7 +247,7 @@ class Context(Step):
             rows = call.clock.rows(self.name, call.batch)
             if rows is None:
                 return None
-            return SecondText(rows=rows, partner=_once(store, "partner", call.clock, lambda: _partners(call.clock, self.name)))
+            return SecondText(rows=rows, partner=_once(store, "partner", call.clock, lambda: partners(call.clock, self.name)))
         if "text" not in store or not isinstance(forward, DenoiserForward) or forward.denoiser is None:
             return None
         if forward.text_length is not None and forward.text_length != call.num_keys:
@@ -299,17 +299,6 @@ def _once(store: _Store, name: str, clock: Clock, make: Callable[[], Any]) -> An
     if store.get(name, (None,))[0] is not clock:
         store[name] = clock, make()
     return store[name][1]
-
-
-def _partners(clock: Clock, name: str) -> Tensor:
-    """Long [B]: the row that each row is tied to."""
-    source, rows = clock.source, clock.branches[name]
-    assert source is not None
-    partner = torch.arange(len(rows), device=rows.device)
-    own = rows.nonzero()[:, 0]
-    partner[own] = source[own]
-    partner[source[own]] = own
-    return partner
 
 
 def _as_partner(seen: Entering) -> Tensor | None:

@@ -36,3 +36,14 @@ def shared_out(clock: Clock, batch: int, count: int, *, alone: bool = False) -> 
         hidden = alone and name in ("unconditional", "")
         number[rows] = torch.full((len(rows),), -1) if hidden else torch.arange(len(rows)) * count // len(rows)
     return number
+
+
+def partners(clock: Clock, name: str) -> Tensor:
+    """Long [B]: rows of a guide's branch and those that they were copied from name each other, any other row itself."""
+    source, rows = clock.source, clock.branches[name]
+    assert source is not None
+    partner = torch.arange(len(rows), device=rows.device)
+    own = rows.nonzero()[:, 0]
+    partner[own] = source[own]
+    partner[source[own]] = own
+    return partner

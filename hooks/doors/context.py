@@ -14,8 +14,8 @@ are prompts and negative prompts in one batch, twice as many without guidance in
 
 Refuses: models without a denoiser, sites that read no text, denoisers of which it is not known what becomes of a text on its way to
 cross-attention (held against the keys of the prompt, once a run and site), pipelines without text encoders (unless tensors are given), texts
-of another width, without the pooled part or with too much, in joint attention of another length, and another number of texts than
-of prompts: at `apply`, or before the first layer runs.
+of another width, without the pooled part or with too much, in joint attention longer ones where tokens are numbered, and another number
+of texts than of prompts: at `apply`, or before the first layer runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
-from ..prompts.longer_text import columns_of, lengthened, lengthening_misfit, put
+from ..prompts.longer_text import columns_of, lengthened, lengthening_misfit, level, padding_of, put
 from ..prompts.second_text import Encoded, encoded, encoder_misfit, given_as, pooled_misfit
 from ..sites.families import family_of
 from ..sites.table import SiteTable
@@ -218,20 +218,16 @@ class Context(Step):
         if self.place == "after":
             put(call, lengthened(call.given, text, shared_out(call.clock, len(rows), text.count, alone=True)))
             return
+        if self._held:
+            text = store["level"] = level(call, text, store)
         # looked at once a run
         if "fits" not in store:
-            own = call.given.get("encoder_hidden_states")
             text.arguments(call.given, pooled=bool(self._held))
-            if self._held and isinstance(own, Tensor) and own.shape[1] != text.embeds.shape[1]:
-                raise ReattendError(
-                    f"the second text has {text.embeds.shape[1]} tokens, the prompt {own.shape[1]}: in joint attention both stand in one "
-                    "batch and are padded to one length"
-                )
             store["fits"] = True
 
     def _arguments(self, call: RootCall) -> Mapping[str, Any]:
         """The text arguments of the second text's rows."""
-        return call.kept[self.name]["text"].arguments(call.given)
+        return call.kept[self.name]["level"].arguments(call.given)
 
     # -- at a call -----------------------------------------------------------------------------------------------------
 
@@ -261,12 +257,19 @@ class Context(Step):
         return SecondText(key[number], value[number], None if mask is None else mask[number])
 
     def _hidden(self, call: Call, store: _Store) -> list[Edit]:
-        """After the prompt: rows that are not the prompt's see nothing of the second text."""
-        rows = call.clock.rows("conditional", call.batch)
-        if self.place != "after" or rows is None or _once(store, "whole", call.clock, lambda: bool(rows.all())):
+        """After the prompt: rows that are not the prompt's see nothing of the second text. Beside it: nobody sees what fills up a text."""
+        rows = call.clock.rows(self.name if self._held else "conditional", call.batch)
+        if rows is None or not (self.place == "after" or store.get("filled")):
             return []
-        columns = columns_of(call, store["text"].embeds.shape[1]) & ~rows[:, None]
-        return [KeyBias(bias=columns * -HIDDEN)]
+
+        def columns() -> Tensor | None:
+            if self._held:
+                prompt, second = store["lengths"]
+                return padding_of(call, torch.where(rows, second, prompt))
+            return None if bool(rows.all()) else columns_of(call, store["text"].embeds.shape[1]) & ~rows[:, None]
+
+        hidden = _once(store, "hidden", call.clock, columns)
+        return [] if hidden is None else [KeyBias(bias=hidden * -HIDDEN)]
 
     @torch.no_grad()
     def _keys(self, call: Call, denoiser: nn.Module, store: _Store) -> tuple[Tensor, Tensor]:

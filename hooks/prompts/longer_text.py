@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...interventions import Call, ReattendError
 from ..actions import RootCall
@@ -54,6 +55,32 @@ def lengthened(given: Mapping[str, Any], text: Encoded, number: Tensor) -> dict[
     return found
 
 
+def level(call: RootCall, text: Encoded, store: dict[Any, Any]) -> Encoded:
+    """A second text as long as a call's prompt: it is filled up, or, where it is the longer one, the prompt is.
+
+    store: gets both `lengths`, and whether what fills them up has to be hidden at the sites (`filled`), since the model has no mask for it.
+    """
+    own = call.given.get("encoder_hidden_states")
+    if not isinstance(own, Tensor) or own.dim() != 3 or own.shape[2] != text.embeds.shape[2]:
+        return text  # what `arguments` says more of
+    prompt, second = store["lengths"] = own.shape[1], text.embeds.shape[1]
+    store["filled"] = prompt != second and not any(isinstance(call.given.get(name), Tensor) for name in MASKS)
+    if second > prompt:
+        blank = Encoded(text.embeds.new_zeros(1, second - prompt, own.shape[2]))
+        put(call, lengthened(call.given, blank, torch.full((len(own),), -1)))
+    if second < prompt:
+        mask = torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=own.device) if text.mask is None else text.mask
+        more = prompt - second
+        text = Encoded(pad(text.embeds, (0, 0, 0, more)), text.pooled, pad(mask, (0, more)), filled=more)
+    return text
+
+
+def padding_of(call: Call, lengths: Tensor) -> Tensor:
+    """Bool [B, Tk]: the text columns after the first `lengths` [B] of each row."""
+    text = _stream(call)
+    return text & (text.cumsum(dim=1) > lengths.to(text.device)[:, None])
+
+
 def put(call: RootCall, changes: Mapping[str, Any]) -> None:
     """Other arguments for a pass, by name."""
     args, kwargs = list(call.args), dict(call.kwargs)
@@ -69,8 +96,12 @@ def put(call: RootCall, changes: Mapping[str, Any]) -> None:
 def columns_of(call: Call, length: int) -> Tensor:
     """Bool [B, Tk]: where the last `length` tokens of the text stream are among the keys, padding too. Raises ReattendError where that is
     not known."""
-    text = call.columns("text")
-    if call.tokens is not None and "padding" in call.tokens:
-        text = text | call.columns("padding")
+    text = _stream(call)
     place = text.cumsum(dim=1)
     return text & (place > place[:, -1:] - length)
+
+
+def _stream(call: Call) -> Tensor:
+    """Bool [B, Tk]: the text among the keys, padding too."""
+    text = call.columns("text")
+    return text | call.columns("padding") if call.tokens is not None and "padding" in call.tokens else text

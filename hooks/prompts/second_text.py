@@ -42,11 +42,15 @@ NO_POOLED = "this model reads a pooled text beside the tokens: give the second t
 
 @dataclass
 class Encoded:
-    """Texts as tensors: embeds [P, T, C]; pooled [P, C']; mask [P, T], True = real; None where the family has no such thing."""
+    """Texts as tensors: embeds [P, T, C]; pooled [P, C']; mask [P, T], True = real; None where the family has no such thing.
+
+    filled: how many tokens at the end were put there to fill them up, which are hidden where the model has no mask for it.
+    """
 
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    filled: int = 0
 
     @property
     def count(self) -> int:
@@ -81,7 +85,7 @@ class Encoded:
         if mask is not None:
             own = self.mask if self.mask is not None else torch.ones(self.embeds.shape[:2], device=text.device)
             found[mask] = own.to(given[mask])
-        elif self.mask is not None and not bool(self.mask.all()):
+        elif self.mask is not None and not bool(self.mask[:, : self.mask.shape[1] - self.filled].all()):
             raise ReattendError("this model is called without a mask of its text: leave prompt_attention_mask out")
         return found
 

@@ -98,14 +98,20 @@ class BlurQuery(OperandEdit):
         index = self.grid.flatten().to(x.query.device)
         if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < x.query.shape[2]:
             raise ReattendError(f"grid names query row {int(index.max())}, the call has rows 0 to {x.query.shape[2] - 1}")
-        places = x.query[:, :, index].to(torch.promote_types(x.query.dtype, torch.float32)).unflatten(2, self.grid.shape)
-        for axis, size in ((2, self.grid.shape[0]), (3, self.grid.shape[1])):
-            mean = blur_matrix(self.sigma, size).to(places)
-            places = (mean @ places.transpose(axis, -2)).transpose(axis, -2)
-        query = x.query.index_copy(2, index, places.flatten(2, 3).to(x.query.dtype))
+        query = blurred(x.query, self.grid, self.sigma)
         if self.rows is not None:
             query = torch.where(self.rows[:, None, :, None], query, x.query)
         return dataclasses.replace(x, query=query)
+
+
+def blurred(query: Tensor, grid: Tensor, sigma: float) -> Tensor:
+    """query [B, H, Tq, D] with the rows of a raster grid [height, width] blurred over it, or of each frame of [frames, height, width]."""
+    index = grid.flatten().to(query.device)
+    places = query[:, :, index].to(torch.promote_types(query.dtype, torch.float32)).unflatten(2, (-1, *grid.shape[-2:]))
+    for axis, size in ((3, grid.shape[-2]), (4, grid.shape[-1])):
+        mean = blur_matrix(sigma, size).to(places)
+        places = (mean @ places.transpose(axis, -2)).transpose(axis, -2)
+    return query.index_copy(2, index, places.flatten(2, 4).to(query.dtype))
 
 
 @functools.lru_cache(maxsize=64)

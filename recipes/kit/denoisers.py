@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ...hooks import Edits, Guide, SiteTable
 from ...hooks.plan import Step
-from ...hooks.sites.denoisers import turned_by_position
-from ...interventions import Call, Edit, ReattendError
+from ...interventions import Call, Edit, ReattendError, Site, TokenGrid, TokenMap
 from .base import Recipe
 from .heads import at_layers
 
@@ -81,11 +80,14 @@ class PerturbedGuidance(Recipe):
 
     def plan(self, sites: SiteTable) -> list[Step]:
         layers = image_layers(sites)
-        steps: list[Step] = [
-            Edits(layers[layer], partial(self.weaken, heads), self.slug)
-            for layer, heads in at_layers(self.selection(sites)).items()
+        steps = [
+            step for layer, heads in at_layers(self.selection(sites)).items() for step in self.acting(layers[layer], heads)
         ]
         return [*steps, Guide(self.slug, 0.0 if self.neutral else self.scale, self.start, self.stop)]
+
+    def acting(self, layer: SiteTable, heads: list[int] | None) -> list[Step]:
+        """What perturbs one layer's sites in these heads (None = all)."""
+        return [Edits(layer, partial(self.weaken, heads), self.slug)]
 
     def selection(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         """(layer, head) pairs in order; head None = all of the layer."""
@@ -158,30 +160,25 @@ def default_layers(sites: SiteTable) -> list[int]:
     return [9] if sites.model_name.startswith(("SD3", "StableDiffusion3")) and len(layers) == 24 else [len(layers) // 2]
 
 
-def rotary_misfit(sites: SiteTable, slug: str) -> str:
-    """Why queries of different places cannot be put together at these sites, which turn them by position; "" where none does."""
-    turned = next((s for s in sites if turned_by_position(sites.module(s))), None)
-    if turned is None:
-        return ""
-    return (
-        f"{turned.name} of {sites.model_name} turns its queries by position (RoPE) before its scores, and {slug} puts queries of "
-        "different places together, which have to be those before the turn"
-    )
-
-
 def image_grid(call: Call, slug: str) -> Tensor:
     """Long [height, width]: the query rows of the image's places. Raises ReattendError where the raster is not known."""
-    tokens = call.tokens if call.query_tokens is None else call.query_tokens
-    grids = [] if tokens is None else [grid for grid in tokens.grids if grid.role == "image"]
-    where = "this call" if call.site is None else call.site.name
-    if tokens is None or not grids:
-        why = "its tokens are no raster of the latents" if tokens is None or not tokens.gridless else tokens.gridless
-        raise ReattendError(f"{slug}: which image token lies where is not known at {where}: {why}")
+    grids = grids_of(call.tokens if call.query_tokens is None else call.query_tokens, call.site, slug)
     if any(grid.index is not grids[0].index and not torch.equal(grid.index, grids[0].index) for grid in grids):
+        where = "this call" if call.site is None else call.site.name
         raise ReattendError(
             f"{slug}: the rows of the batch have their image tokens at different places at {where}: draw them one by one"
         )
     return grids[0].image
+
+
+def grids_of(tokens: TokenMap | None, site: Site | None, slug: str) -> list[TokenGrid]:
+    """Where the image's or the video's tokens lie in each row of the batch. Raises ReattendError where that is not known."""
+    grids = [] if tokens is None else [grid for grid in tokens.grids if grid.role == "image"]
+    where = "this call" if site is None else site.name
+    if tokens is None or not grids:
+        why = "its tokens are no raster of the latents" if tokens is None or not tokens.gridless else tokens.gridless
+        raise ReattendError(f"{slug}: which image token lies where is not known at {where}: {why}")
+    return grids
 
 
 def middle_side(sites: SiteTable) -> int | None:

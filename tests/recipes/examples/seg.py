@@ -1,4 +1,4 @@
-"""seg: the default layer of every denoiser; those that turn their queries by position are refused."""
+"""seg: the default layer of every denoiser."""
 
 import math
 
@@ -9,7 +9,6 @@ from golden_files import golden_file
 from reattend.interventions import Call, Clock, Site, TokenGrid, TokenMap
 from reattend.interventions.families.guidance import blur_matrix
 
-TURNED = "turns its queries by position .RoPE. before its scores"
 EXAMPLES = {
     "": Example(
         "diffusion",
@@ -17,16 +16,7 @@ EXAMPLES = {
         off={"sigma": 0},
         layers=1,
         refused={
-            "FluxTransformer2DModel": TURNED,
-            "HunyuanDiT2DModel": TURNED,
             "SanaTransformer2DModel": "cannot be intercepted: .*linear attention",
-            "Lumina2Transformer2DModel": TURNED,
-            "CogVideoXTransformer3DModel": TURNED,
-            "HunyuanVideoTransformer3DModel": TURNED,
-            "LTXVideoTransformer3DModel": TURNED,
-            "WanTransformer3DModel": TURNED,
-            "MochiTransformer3DModel": TURNED,
-            "QwenImageTransformer2DModel": TURNED,
         },
     )
 }

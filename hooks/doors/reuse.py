@@ -10,7 +10,8 @@ per block. KeptPass is one tensor per stream for each run of blocks, or one per 
 of blocks of 118,800 tokens of width 3,072 keeps 0.73 GB. No gradient goes into what was kept.
 
 Refuses: a model without a denoiser; a module that another step or session skips too; diffusers' own caches (`enable_cache`), by their
-name; blocks whose code does not show which of their outputs is the image's; passes of which nobody says which rows are conditional.
+name; gradient checkpointing, which would compute a block once more without its knowing of which step; blocks whose code does not show which
+of their outputs is the image's; passes of which nobody says which rows are conditional.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ...interventions import Clock, ReattendError, Site, UnsupportedError
@@ -96,6 +98,11 @@ class Reuse(Step):
         return ""
 
     def ready(self, call: RootCall) -> str:
+        if torch.is_grad_enabled() and getattr(call.root, "is_gradient_checkpointing", False):
+            return (
+                "Reuse skips blocks, and gradient checkpointing computes them once more, without its knowing of which step: call "
+                "disable_gradient_checkpointing() on the denoiser, or run it under torch.no_grad()"
+            )
         return _cached(call.root)
 
     def _runs(self, model: Any) -> list[list[tuple[nn.Module, Site]]]:

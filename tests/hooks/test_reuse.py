@@ -389,6 +389,13 @@ def test_refusals():
         with attach(model, plan(single.layers(1, 1), name="two")):
             pass
     assert untouched(model)
+    model.enable_gradient_checkpointing()
+    with (
+        named("conditional"),
+        attach(model, plan(single)),
+        pytest.raises(ReattendError, match="disable_gradient_checkpointing"),
+    ):
+        model(**inputs)
     model, inputs = tiny_denoisers.build("CogVideoXTransformer3DModel")
     from diffusers import FirstBlockCacheConfig
 

@@ -24,13 +24,13 @@ DISPATCHED = [
     ("gpt2", "GPT2Attention", "ALL_ATTENTION_FUNCTIONS"),
     ("clip", "CLIPAttention", "ALL_ATTENTION_FUNCTIONS"),
 ]
-# (class, its key norm, whether that comes before RoPE)
+# (class, its key norm, whether that comes before RoPE; None where its forward shows no such norm, so that one on a module is refused)
 NORMS = [
     ("qwen3", "Qwen3Attention", "k_norm", True),
     ("gemma3", "Gemma3Attention", "k_norm", True),
     ("olmo2", "Olmo2Attention", "k_norm", True),
     ("hunyuan_v1_dense", "HunYuanDenseV1Attention", "key_layernorm", False),
-    ("llama", "LlamaAttention", "k_norm", False),
+    ("llama", "LlamaAttention", "k_norm", None),
 ]
 # (class, whether queries and keys are turned by one call of the usual form and stay as they are after it)
 TURNED = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import tiny_denoisers
 import torch
 from tiny_denoisers import FRAMES, TEXT, noise
 from tiny_streams import Built, ids_of
@@ -202,6 +204,17 @@ def joy_image() -> Built:
     return model, text(hidden_states=noise(2, 2, 4, 1, 8, 12), timestep=TIMES)
 
 
+def controlnet(name: str, beside: Callable[[], Built], **more: Any) -> Built:
+    """A ControlNet alone, made for a denoiser and called with its inputs."""
+    import diffusers
+
+    denoiser, inputs = beside()
+    model = getattr(diffusers, name).from_transformer(denoiser, num_layers=1, load_weights_from_transformer=False, **more)
+    names = inspect.signature(model.forward).parameters
+    inputs = {key: value for key, value in inputs.items() if key in names}
+    return model, {**inputs, "controlnet_cond": torch.randn_like(inputs["hidden_states"])}
+
+
 FURTHER: dict[str, Callable[[], Built]] = {
     "AllegroTransformer3DModel": allegro,
     "BriaFiboTransformer2DModel": bria_fibo,
@@ -210,6 +223,7 @@ FURTHER: dict[str, Callable[[], Built]] = {
     "DiTTransformer2DModel": dit,
     "EasyAnimateTransformer3DModel": easy_animate,
     "GlmImageTransformer2DModel": glm_image,
+    "FluxControlNetModel": lambda: controlnet("FluxControlNetModel", tiny_denoisers.flux, num_single_layers=1, **HEADS),
     "HunyuanImageTransformer2DModel": hunyuan_image,
     "I2VGenXLUNet": i2vgen,
     "JoyImageEditTransformer3DModel": joy_image,
@@ -219,6 +233,8 @@ FURTHER: dict[str, Callable[[], Built]] = {
     "NucleusMoEImageTransformer2DModel": nucleus,
     "OvisImageTransformer2DModel": ovis,
     "PRXTransformer2DModel": prx,
+    "QwenImageControlNetModel": lambda: controlnet("QwenImageControlNetModel", tiny_denoisers.qwen_image, **HEADS),
+    "SD3ControlNetModel": lambda: controlnet("SD3ControlNetModel", tiny_denoisers.sd3, num_extra_conditioning_channels=0),
     "SanaVideoTransformer3DModel": sana_video,
     "SkyReelsV2Transformer3DModel": skyreels,
     "UNet2DModel": unet2d,

@@ -7,7 +7,7 @@ from .doors.context import Context, SecondText
 from .doors.edits import Edits
 from .doors.evict import Evict, Held
 from .doors.exit import Exit
-from .doors.guide import Guide
+from .doors.guide import Guide, Predictions
 from .doors.inject import Entering, Inject
 from .doors.latents import AtStep, Latents
 from .doors.lookahead import Lookahead, Trials
@@ -54,6 +54,7 @@ __all__ = [
     "Observe",
     "Passing",
     "Plan",
+    "Predictions",
     "Probe",
     "Projected",
     "Projection",

@@ -36,6 +36,7 @@ from ..host import Host
 from ..plan import Facts, Plan, Step
 from ..prompts.copied_rows import Copies, grown
 from ..sites.denoisers import denoiser_in, learned_variance
+from ..sites.inputs import hidden_in
 from ..sites.step_caches import step_cache
 from ..trackers.combination import combination_of
 from ..trackers.guided_pass import Formula, GuidedPass, Part, Predictions, settle
@@ -155,7 +156,7 @@ def _branch_off(call: RootCall) -> None:
     if run.shift is not None and run.shift.step != run.step:
         _missed(call)
     found = active_guides(call)
-    hidden = call.given.get("hidden_states", call.given.get("sample"))
+    hidden = hidden_in(call.given)
     if found:
         _serves(call, [guide for guide, _ in found], hidden)
     # looked at once, before the pass: on an accelerator afterwards it would wait for the pass to end

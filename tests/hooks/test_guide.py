@@ -574,6 +574,13 @@ def test_arguments_of_which_nothing_is_known_are_refused() -> None:
             model(**inputs, timestep_cond=torch.zeros(3, 4))
 
 
+def test_latents_in_a_list_are_refused() -> None:
+    """Z-Image gets one tensor for each sample: there is no batch to add rows to."""
+    model, inputs = tiny_denoisers.build("SD3Transformer2DModel")
+    with guided(model, Guide("x")), pytest.raises(ReattendError, match="gets its latents as no batch"):
+        model(**{**inputs, "hidden_states": list(inputs["hidden_states"])})
+
+
 # -- what is left as it is, and what is refused ------------------------------------------------------------------------------
 
 

@@ -10,9 +10,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from ..interventions import Site
+from ..interventions import ReattendError, Site
 from .passes import Forward
 from .plan import Facts
 from .protocols import Steered
@@ -25,7 +26,8 @@ from .sites.encoders import STACKS as ENCODER_STACKS
 from .sites.table import SiteTable
 from .trackers.denoise import DenoiseTracker
 from .trackers.encode import EncodeTracker
-from .trackers.in_flight import InFlight, lifecycle
+from .trackers.in_flight import InFlight, backward_task, lifecycle
+from .trackers.recomputed import Moment, Recomputed
 from .trackers.sequence import SequenceTracker
 
 _isolated: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("reattend_sessions", default=())
@@ -59,6 +61,7 @@ class Attachment:
         self.rotary: dict[int, nn.Module | None] = {}
         self.sessions: list[Attached] = []
         self.in_flight = InFlight()
+        self.recomputed = Recomputed(self)
         self.tracker = SequenceTracker(self)
         self.denoiser = DenoiseTracker(self)
         self.encoder = EncodeTracker(self)
@@ -145,8 +148,36 @@ class Attachment:
     def active(self, module: nn.Module | None = None) -> list[Steered]:
         """Sessions that the current thread or task runs under, in the order of their start: in a pass those that it began with.
 
-        module: one whose attention is about to be computed.
+        module: one whose attention is about to be computed. Raises ReattendError where backward computes it anew in a way that cannot be
+        followed.
         """
+        moment = self._computed_anew(module)
+        if moment is not None:
+            return list(moment.sessions)
+        sessions = self._active(module)
+        if sessions and module is not None:
+            here = self.in_flight.here()
+            if torch.is_grad_enabled() or (here is not None and here.differentiable):
+                self.recomputed.note(sessions, self.current)
+        return sessions
+
+    def _computed_anew(self, module: nn.Module | None = None) -> Moment | None:
+        """What is known of the part that backward computes anew in this thread; None where none is, or a whole pass of it has begun."""
+        task = backward_task()
+        if task == -1:
+            return None
+        here = self.in_flight.here()
+        if here is not None and here.task == task:
+            return None
+        moment = self.recomputed.moment()
+        if moment is None and module is not None and self.sessions:
+            raise ReattendError(
+                f"backward computes attention of {type(module).__name__} anew, and not by torch.utils.checkpoint: which pass it belongs to "
+                "is not known, so it cannot be edited as it was; use torch's gradient checkpointing, or none, under a session"
+            )
+        return moment
+
+    def _active(self, module: nn.Module | None) -> list[Steered]:
         probe = self.tracker.probing() or self.denoiser.probing()
         if probe is not None:
             return [probe.session]
@@ -164,7 +195,11 @@ class Attachment:
         return [s for s in self.sessions if not s.isolated or s.mark in mine]
 
     def current(self) -> Forward:
-        """The pass under way in this thread: of a denoiser, of an encoder before the model's own, or of the model that reads tokens."""
+        """The pass under way in this thread: of a denoiser, of an encoder before the model's own, or of the model that reads tokens; where
+        backward computes a part anew, that of the part."""
+        moment = self._computed_anew()
+        if moment is not None and moment.again is not None:
+            return moment.again
         return self.denoiser.current() or self.encoder.current() or self.tracker.current()
 
 

@@ -13,6 +13,7 @@ from .passes import Forward, Running
 from .protocols import Steered
 from .sites.table import SiteTable
 from .trackers.in_flight import InFlight
+from .trackers.recomputed import Recomputed
 
 
 class TokenTracker(Protocol):
@@ -59,6 +60,8 @@ class Host(Protocol):
     model: Any
     table: SiteTable
     in_flight: InFlight
+    # what is known of parts that backward computes anew
+    recomputed: Recomputed
     # what is known of the embedding modules of its rotary positions
     rotary: dict[int, nn.Module | None]
 

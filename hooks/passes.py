@@ -199,6 +199,16 @@ class Forward:
         while self.endings:
             self.endings.pop(0)(output)
 
+    def as_it_is(self) -> Forward:
+        """The same for a part of the pass that is computed anew later: nothing that is remembered from now on shows in it."""
+        other = copy.copy(self)
+        other.kept, other.endings = dict(self.kept), []
+        other.loose_memory = {key: store.fork({}) for key, store in self.loose_memory.items()}
+        if self.sequence is not None:
+            other.sequence = self.sequence.fork(self.sequence.tokens.length)
+            other.tokens = other.sequence.tokens if self.tokens is self.sequence.tokens else self.tokens
+        return other
+
     def locate(self, call: Call, site: Site) -> None:
         """Fills in the clock and the tokens of a call at a site: those of the keys, and of the queries where these are others.
 

@@ -32,6 +32,7 @@ from ..sites.inputs import hidden_in, timestep_in
 from ..tokens.denoisers import DenoiserForward, read_forward
 from .denoising_run import First, Run, Running, advance, running_pipeline
 from .guidance_rows import branches_of, conditioning, halves_differ, layout_of_pipeline, said_rows, same
+from .in_flight import backward_task
 from .pipelines import IN_TURN, Layout, guidance_of, repeats
 
 # the predictions of diffusers' guiders; the others are of weakened passes
@@ -147,17 +148,8 @@ class DenoiseTracker:
         beside = denoiser is None and not self.alone
         call = RootCall(module, args, kwargs, self._names(type(unwrapped(module))), sessions)
         call.given = {**dict(zip(call.names, args, strict=False)), **kwargs}
-        pipelines = [original_of(s.model) for s in sessions if not isinstance(s.model, nn.Module)]
-        running = running_pipeline(module, pipelines)
-        run = call.run = self._advance(call.given, running, pipelines, beside)
-        call.pipeline = None if running is None else running.pipeline
-        certain = next((action.certain for action in call.actions if action.certain), "")
-        # what a ControlNet's pass is made from says nothing of the denoiser's passes in its step
-        layout, unknown = self._layout(
-            copy.copy(run) if beside else run, call.given, running, network, "" if beside else certain
-        )
-        branches = branches_of(layout, hidden_in(call.given))
-        call.clock = Clock("denoise", max(run.step, 0), run.steps, run.timestep, branches, unknown=unknown)
+        self._stands(call, network, beside)
+        run = call.run
 
         def read() -> DenoiserForward:
             forward = read_forward(network, call.given, call.clock, run.memory, run.maps)
@@ -184,6 +176,27 @@ class DenoiseTracker:
         return None if call is None or output is None else call.leave(output)
 
     # -- where the run stands ------------------------------------------------------------------------------------------
+
+    def _stands(self, call: RootCall, network: nn.Module, beside: bool) -> None:
+        """Fills in clock, run and pipeline of a pass; those that it had, where backward computes it anew."""
+        again = None if backward_task() == -1 else self.host.recomputed.moment()
+        state = None if again is None else again.next_pass()
+        if state is not None:
+            call.clock, run, call.pipeline = state
+            call.run = run.as_it_is()
+            return
+        pipelines = [original_of(s.model) for s in call.sessions if not isinstance(s.model, nn.Module)]
+        running = running_pipeline(call.root, pipelines)
+        run = call.run = self._advance(call.given, running, pipelines, beside)
+        call.pipeline = None if running is None else running.pipeline
+        certain = next((action.certain for action in call.actions if action.certain), "")
+        # what a ControlNet's pass is made from says nothing of the denoiser's passes in its step
+        seen, certain = (copy.copy(run), "") if beside else (run, certain)
+        layout, unknown = self._layout(seen, call.given, running, network, certain)
+        branches = branches_of(layout, hidden_in(call.given))
+        call.clock = Clock("denoise", max(run.step, 0), run.steps, run.timestep, branches, unknown=unknown)
+        clock, pipeline = call.clock, call.pipeline
+        self.host.recomputed.note_pass(call.sessions, lambda: (clock, run.as_it_is(), pipeline))
 
     def _names(self, kind: type) -> list[str]:
         """Names of the positional parameters of a denoiser's forward."""

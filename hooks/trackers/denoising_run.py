@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...interventions import Memory
 from ..sites.denoisers import unwrapped
 from ..sites.discovery import original_of
 from .pipelines import Layout
@@ -80,12 +81,17 @@ class Run:
     shift: Any = None
     unshifted: bool = False
     layouts: dict[Any, Layout | None] = field(default_factory=dict)
-    memory: dict[object, dict[Any, Any]] = field(default_factory=dict)
+    memory: dict[object, Memory] = field(default_factory=dict)
     maps: dict[Any, Any] = field(default_factory=dict)
     # what doors know of it, each under a key of its own
     kept: dict[object, Any] = field(default_factory=dict)
     # numbers of the sessions whose steps were asked whether they can serve this run
     asked: set[int] = field(default_factory=set)
+
+    def as_it_is(self) -> Run:
+        """The same for a pass that is computed anew later: nothing that is remembered from now on shows in it."""
+        memory = {key: store.fork({}) for key, store in self.memory.items()}
+        return replace(self, memory=memory, layouts=dict(self.layouts), kept=dict(self.kept))
 
 
 # -- the pipeline -------------------------------------------------------------------------------------------------------

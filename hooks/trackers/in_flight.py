@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from types import FrameType
 
+import torch
 from torch import nn
 
 from ..protocols import Steered
@@ -39,6 +40,11 @@ def on_stack(wanted: FrameType, top: FrameType | None) -> bool:
     return top is not None
 
 
+def backward_task() -> int:
+    """The number of the backward that runs in this thread; -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
 class Pass:
     """One forward pass under way. before: it began before there were hooks, so that nothing may tell when it lands."""
 
@@ -47,6 +53,8 @@ class Pass:
         # ids of the modules whose attention came through us in this pass
         self.seen: set[int] = set()
         self.over = False
+        # whether gradients may come back through it, and the backward that it runs in itself
+        self.differentiable, self.task = torch.is_grad_enabled(), backward_task()
 
     def is_over(self) -> bool:
         """Looks whether its module call is still on its thread's stack."""

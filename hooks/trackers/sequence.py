@@ -30,6 +30,7 @@ from ..tokens.roles import add_text_roles, build_roles
 from .caches import NAMES, cache_in, cache_length, cache_of, strange_cache, versions
 from .caller import Caller, caller, virtual_tokens
 from .known import came_from, is_followed, known_sequence, uncached_sequence, uncountable
+from .recomputed import parts
 from .rows import follow, unfollow
 
 
@@ -87,6 +88,11 @@ class SequenceTracker:
         sessions = self.host.begin()
         if not sessions:
             return None
+        if (torch.is_grad_enabled() or module.training) and parts():
+            raise ReattendError(
+                f"{type(module).__name__} is called inside torch.utils.checkpoint, so backward would compute it anew as a whole, which no "
+                "session follows: checkpoint its layers instead, with model.gradient_checkpointing_enable()"
+            )
         call = RootCall(module, args, kwargs, list(self.signature.parameters)[1:], sessions)
 
         def read() -> Forward:

@@ -91,7 +91,7 @@ class SequenceTracker:
         if (torch.is_grad_enabled() or module.training) and parts():
             raise ReattendError(
                 f"{type(module).__name__} is called inside torch.utils.checkpoint, so backward would compute it anew as a whole, which no "
-                "session follows: checkpoint its layers instead, with model.gradient_checkpointing_enable()"
+                "session follows: checkpoint its layers instead, as the gradient checkpointing of transformers does"
             )
         call = RootCall(module, args, kwargs, list(self.signature.parameters)[1:], sessions)
 

@@ -82,8 +82,10 @@ def _fresh() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("build", [unet, llama])
-@pytest.mark.parametrize("way", [whole, wrapped, forward, blocks, attention])
+@pytest.mark.parametrize(
+    ("build", "way"),
+    [(unet, whole), (unet, wrapped), (unet, forward), (unet, blocks), (unet, attention), (llama, whole), (llama, blocks)],
+)
 def test_a_compile_begun_inside_a_session(build: Any, way: Any) -> None:
     model, call = build()
     before, ran = call(model), []

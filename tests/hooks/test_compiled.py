@@ -84,7 +84,7 @@ def _fresh() -> Any:
 
 @pytest.mark.parametrize(
     ("build", "way"),
-    [(unet, whole), (unet, wrapped), (unet, forward), (unet, blocks), (unet, attention), (llama, whole), (llama, blocks)],
+    [(unet, whole), (unet, wrapped), (unet, forward), (unet, blocks), (unet, attention), (llama, whole)],
 )
 def test_a_compile_begun_inside_a_session(build: Any, way: Any) -> None:
     model, call = build()
@@ -110,7 +110,7 @@ def test_the_denoiser_of_a_pipeline_exchanged_for_a_compiled_one() -> None:
 
     def draw() -> Tensor:
         seed = torch.Generator().manual_seed(7)
-        return pipe(**text, num_inference_steps=2, generator=seed, output_type="latent").images
+        return pipe(**text, num_inference_steps=1, generator=seed, output_type="latent").images
 
     before = draw()
     with reattend.apply(pipe, "softpag"):
@@ -147,12 +147,23 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
     def fails(call: Any) -> HeadGain:
         raise ReattendError("on purpose")
 
-    with attach(model, [Plan("fails", [Edits(reattend.sites(model), fails)])]):
+    with (
+        pytest.raises(ReattendError, match="on purpose"),
+        pytest.warns(ReattendWarning, match="uncompiled"),
+        attach(model, [Plan("fails", [Edits(reattend.sites(model), fails)])]),
+    ):
         model.compile(backend=counting(ran))
-        with pytest.warns(ReattendWarning, match="uncompiled"), pytest.raises(ReattendError, match="on purpose"):
-            call(model)
+        call(model)
     call(model)
     assert ran
+
+
+def test_layers_of_a_language_model_compiled_inside_a_session_are_edited() -> None:
+    """Their attention is called by name, outside of every graph: they may run compiled."""
+    model, call = llama()
+    with halves(model):
+        wanted = call(model)
+        torch.testing.assert_close(call(blocks(model, "eager")), wanted)
 
 
 @pytest.mark.parametrize("environment", [False, True])
@@ -163,7 +174,7 @@ def test_another_backend_of_diffusers_for_a_while_is_refused(environment: bool, 
     model, inputs = tiny_denoisers.build("FluxTransformer2DModel")
     before = model(**inputs)[0]
     registry = attention_dispatch._AttentionBackendRegistry
-    with halves(model), pytest.raises(ReattendError, match="did not call torch's SDPA"):
+    with pytest.raises(ReattendError, match="did not call torch's SDPA"), halves(model):
         if environment:
             monkeypatch.setattr(registry, "_active_backend", attention_dispatch.AttentionBackendName("flex"))
             model(**inputs)

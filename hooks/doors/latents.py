@@ -146,7 +146,7 @@ class _Installed:
         who = f"{self.plan.recipe} on {type(pipeline).__name__}"
         denoiser = denoiser_in(call.root)
         assert denoiser is not None
-        place = place_of(denoiser, call.given, call.clock.branches)
+        place = call.clock.unknown or place_of(denoiser, call.given, call.clock.branches)
         if isinstance(place, str):
             raise ReattendError(f"{who}: the latents cannot be recovered from the denoiser's input: {place}")
         scheduler = getattr(pipeline, "scheduler", None)

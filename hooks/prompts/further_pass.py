@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...interventions import ReattendError
 from ..sites.arguments import LISTED, rows_of
-from ..tokens.latents import Place, input_name
+from ..sites.inputs import HIDDEN, name_in
+from ..tokens.latents import Place
 from .prompt import without_inference
 
 
@@ -130,7 +131,7 @@ class Further:
     ) -> dict[str, Any]:
         """The arguments of a denoiser class, by name; ControlNets have run again. real: for the pass that counts, in the place of the
         call's."""
-        name = input_name(given)
+        name = name_in(given, HIDDEN)
         hidden: Tensor = given[name]
         instead: dict[int, Tensor] = {}
         for one in companions:
@@ -141,7 +142,7 @@ class Further:
         return self._changed(kind, given, name, hidden, self.place, instead)
 
     def _run(self, one: Beside, hidden: Tensor) -> Any:
-        name = input_name(one.given) or "sample"
+        name = name_in(one.given, HIDDEN)
         own = one.given.get(name)
         bare = isinstance(own, Tensor) and own.shape[1:] == self.latents.shape[1:]
         if not isinstance(own, Tensor) or len(own) != len(hidden) or not (bare or own.shape == hidden.shape):

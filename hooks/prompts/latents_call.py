@@ -17,8 +17,9 @@ from ..passes import Enough, Running
 from ..plan import Step
 from ..protocols import Steered
 from ..sites.denoisers import family_of
+from ..sites.inputs import HIDDEN, TIMESTEP, name_in, timestep_in
 from ..sites.quantised import without_gradient
-from ..tokens.latents import Place, input_name
+from ..tokens.latents import Place
 from ..trackers.scheduler import Evaluation, Followed, at_timestep, scaled
 from .further_pass import Companions, Further
 
@@ -45,11 +46,11 @@ class LatentsCall:
 
     @property
     def hidden(self) -> Tensor:
-        return self.call.given[input_name(self.call.given)]
+        return self.call.given[name_in(self.call.given, HIDDEN)]
 
     def scaled(self, latents: Tensor, scheduler: Any = None, timestep: Any = None) -> Tensor:
         scheduler = self.followed.scheduler if scheduler is None else scheduler
-        timestep = self.call.given.get("timestep") if timestep is None else timestep
+        timestep = self.call.given.get(name_in(self.call.given, TIMESTEP)) if timestep is None else timestep
         return scaled(scheduler, latents, timestep).to(self.hidden.dtype)
 
     def recovered(self) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ class LatentsCall:
         # in double precision, so that only the rounding of the input itself is left
         wide = seen.dtype if seen.device.type == "mps" else torch.float64
         ones = seen.new_ones(1, dtype=wide)
-        factor = scaled(self.followed.scheduler, ones, self.call.given.get("timestep"))
+        factor = scaled(self.followed.scheduler, ones, self.call.given.get(name_in(self.call.given, TIMESTEP)))
         return seen, seen if factor is ones else (seen.to(wide) / factor).to(seen.dtype)
 
     def put(self, one: Evaluation) -> None:
@@ -140,12 +141,10 @@ class LatentsCall:
 
     def _timestep(self, wanted: float) -> float:
         """A timestep of the scheduler's in the denoiser's units, which are those of the call under way."""
-        given = self.call.given.get("timestep")
-        now = float(given.max()) if isinstance(given, Tensor) else float(given)  # type: ignore[arg-type]
-        known = self.followed.scheduler.timesteps.tolist()
+        now, known = timestep_in(self.call.given), self.followed.scheduler.timesteps.tolist()
         units: list[Callable[[float], float]] = [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000]
         for unit in units:
-            if any(abs(unit(t) - now) < 1e-3 * max(1.0, abs(now)) for t in known):
+            if now is not None and any(abs(unit(t) - now) < 1e-3 * max(1.0, abs(now)) for t in known):
                 return unit(wanted)
         raise ReattendError(f"{self.who}: the denoiser's timestep {now} is none of the scheduler's, so another cannot be given")
 

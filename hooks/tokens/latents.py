@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INPUTS = ("hidden_states", "sample")
+from ..sites.inputs import hidden_in
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,11 @@ class Place:
         return hidden
 
 
-def input_name(given: Mapping[str, Any]) -> str:
-    """The name under which a denoiser gets its latents; "" where it gets none."""
-    return next((name for name in INPUTS if isinstance(given.get(name), Tensor)), "")
-
-
 def place_of(denoiser: nn.Module, given: Mapping[str, Any], branches: Mapping[str, Tensor]) -> Place | str:
     """Where the latents lie in a call's input, or why that is not known."""
-    name, kind = input_name(given), type(denoiser).__name__
-    if not name or not given[name].is_floating_point() or given[name].dim() not in (3, 4, 5):
-        return f"{kind} was called without latents of 3 to 5 dimensions of floating point numbers"
-    hidden: Tensor = given[name]
+    hidden, kind = hidden_in(given), type(denoiser).__name__
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() not in (3, 4, 5):
+        return f"{kind} was called without latents of 3 to 5 dimensions of floating point numbers, in one tensor"
     rows = next((int(branches[half].sum()) for half in ("conditional", "unconditional") if half in branches), 0) or len(hidden)
     if len(hidden) % rows:
         return f"the batch of {len(hidden)} rows holds no whole number of copies of {rows} latents"

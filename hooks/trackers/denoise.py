@@ -126,15 +126,17 @@ class DenoiseTracker:
             self.host.land(output)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        aside, denoiser = getattr(self.local, "aside", None), denoiser_in(module)
+        denoiser, controlnet = denoiser_in(module), controlnet_in(module)
+        aside, network = getattr(self.local, "aside", None), denoiser or controlnet
         if aside is not None:
-            if denoiser is not None:
+            if network is not None:
                 running, clock, run = aside
-                given = {**dict(zip(self._names(type(denoiser)), args, strict=False)), **kwargs}
-                self.local.forward = read_forward(denoiser, given, clock, run.memory, run.maps)
+                names = self._names(type(unwrapped(module)))
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                self.local.forward = read_forward(network, given, clock, run.memory, run.maps)
                 self.local.forward.probe = running
                 running.forwards.append(self.local.forward)
-                call = RootCall(module, args, kwargs, self._names(type(denoiser)), [running.session], given, clock, run)
+                call = RootCall(module, args, kwargs, names, [running.session], given, clock, run)
                 call.forward = self.local.forward
                 call.add_facts()
             return None
@@ -142,7 +144,6 @@ class DenoiseTracker:
         clear_marks()
         self.local.forward = self.local.call = None
         sessions = self.host.begin()
-        network = denoiser or controlnet_in(module)
         if not sessions or network is None:
             return None
         beside = denoiser is None and not self.alone

@@ -75,6 +75,7 @@ class Run:
     key: Any = None
     turned: float = 0.0
     to_come: list[float] | None = None
+    between: bool = False
     new_step: bool = True
     awaited: bool = False
     first: First | None = None
@@ -162,7 +163,7 @@ def advance(
     else:
         run = _advance_loop(run, timestep, schedulers)
     key = (timestep, own)
-    begins = key != run.key
+    begins = key != run.key and not (run.between and running is not None and not running.scheduler.state_in_first_order)
     run.new_step, run.awaited = begins or run.awaited, beside and (begins or run.awaited)
     if begins:
         run.step += 1
@@ -178,8 +179,13 @@ def _pipeline_run(running: Running, schedule: Any, timestep: float | None) -> Ru
     # of a denoiser without a timestep it is not known which step this is
     if timestep is None or not isinstance(schedule, Tensor) or schedule.numel() == 0:
         return Run(schedule)
-    step, steps = place(schedule.tolist(), getattr(running.pipeline, "_num_timesteps", None), timestep)
-    return Run(schedule, steps, step - 1)
+    values, used = schedule.tolist(), getattr(running.pipeline, "_num_timesteps", None)
+    between = hasattr(running.scheduler, "state_in_first_order") and len(values) > 2 and len(set(values)) == len(values)
+    if between:
+        timestep = values[values.index(timestep) // 2 * 2] if timestep in values else timestep
+        values, used = values[::2], (used + 1) // 2 if isinstance(used, int) else used
+    step, steps = place(values, used, timestep)
+    return Run(schedule, steps, step - 1, between=between)
 
 
 def place(schedule: list[float], used: Any, timestep: float | None) -> tuple[int, int]:

@@ -93,7 +93,9 @@ def by_hand(pipe: Any, scheduler: Any, returned: list[Tensor], **step: Any) -> T
         if "generator" in inspect.signature(scheduler.step).parameters:
             step["generator"] = seeded()
         for t in scheduler.timesteps:
-            if float(t) != last:
+            # second evaluations of KDPM2 have timesteps of their own
+            second = "KDPM2" in type(scheduler).__name__ and drops(scheduler)
+            if float(t) != last and not second:
                 last, number = float(t), number + 1
                 waiting.append(number)
             if not drops(scheduler):
@@ -114,8 +116,9 @@ def test_a_pipelines_result_is_that_of_a_loop_that_changes_the_schedulers_latent
     returned: list[Tensor] = []
     plain = draw(pipe, **more)
     wanted = by_hand(pipe, copy.deepcopy(pipe.scheduler), wanted_returned := [], **more)
-    with changing(pipe, lambda at: returned.append(at.latents)):
+    with changing(pipe, lambda at: returned.append(at.latents)) as session:
         found = draw(pipe, **more)
+    assert session.stats == {"change": {"latents": STEPS if "Runge" not in name else 7}}
     assert off(found, wanted) < 2e-6 and off(plain, wanted) > 0.1
     # what steps returned, the last one too, whole steps only
     assert torch.equal(returned[-1], found) and len(returned) in (len(wanted_returned), len(wanted_returned) + 1)

@@ -253,7 +253,8 @@ class Context(Step):
         mask = None if text.mask is None else text.mask[:, None, None].to(call.query.device)
         if text.count == 1:
             return SecondText(key, value, mask)
-        number = shared_out(call.clock, call.batch, text.count).to(call.query.device)
+        device = call.query.device
+        number = _once(store, call.batch, call.clock, lambda: shared_out(call.clock, call.batch, text.count).to(device))
         return SecondText(key[number], value[number], None if mask is None else mask[number])
 
     def _hidden(self, call: Call, store: _Store) -> list[Edit]:
@@ -297,7 +298,7 @@ class _Run:
     """Stands for one denoising run in what is kept of it."""
 
 
-def _once(store: _Store, name: str, clock: Clock, make: Callable[[], Any]) -> Any:
+def _once(store: _Store, name: Any, clock: Clock, make: Callable[[], Any]) -> Any:
     """What is the same at all sites of a pass, which have one clock."""
     if store.get(name, (None,))[0] is not clock:
         store[name] = clock, make()

@@ -55,6 +55,20 @@ def test_a_step_that_nobody_serves_is_refused(model, step) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_steps_that_a_step_holds_are_checked_and_installed_with_it(model) -> None:
+    ran = []
+
+    class Holding(Observe):
+        held = (Observe(sites(model)[1:2], lambda seen: ran.append("held")),)
+
+    with attach(model, [Plan("holding", [Holding(sites(model)[:1], lambda seen: ran.append("holding"))])]):
+        model(IDS)
+    assert ran == ["holding", "held"]
+    Holding.held = (Silent(),)
+    with pytest.raises(UnsupportedError, match="'holding' does not fit this model: no door serves a step of class Silent"):
+        attach(model, [Plan("holding", [Holding(sites(model)[:1], lambda seen: None)])])
+
+
 def test_a_step_is_asked_before_each_prompt_and_once_while_it_is_answered(model) -> None:
     asked, refuse, ran = [], [False], []
 

@@ -4,7 +4,7 @@ Gives: at every call of its sites `call.turned` on a denoiser, the table by whic
 table for each stream, image tokens alone, whatever the model does), to take the positions off, to put them or other tokens' on, or to
 move tokens further along an axis; on a language model `call.rotary`, the rule of the site's RoPE. It changes nothing by itself.
 
-Costs: a table per site and pass, in views of the model's own where that is possible, and only where a step asks for it; at the first call
+Costs: a table per pass, which sites that are given the same one share, and only where a step asks for it; at the first call
 of a site its queries and keys before RoPE are held until attention is computed, and every known layout is tried on them.
 
 Refuses: sites without RoPE; at `apply` those whose projections before RoPE cannot be reached, at the first call of a run those of which no
@@ -15,10 +15,12 @@ sample (Mochi). On language models what `rotary_misfit` finds.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...interventions import Call, Edit, ReattendError, Site, UnsupportedError
@@ -61,13 +63,13 @@ class Rotary(Step):
         return projection_misfit(table, PARTS) if len(table) else ""
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
-        handles = session.handles()
+        handles, tables = session.handles(), Tables()
         for site in self.sites:
             module = self.sites.module(site)
             if not site.stack.startswith("denoiser"):
                 handles.edit(site, module, _nothing)
                 continue
-            watch = Watch(site, host, session)
+            watch = Watch(site, host, session, tables)
             handles.before(module, watch.begin, kwargs=True)
             handles.after(module, watch.end)
             for part in PARTS:
@@ -83,11 +85,29 @@ def _nothing(call: Call, forward: Forward) -> Sequence[Edit]:
     return ()
 
 
+class Tables(threading.local):
+    """The tables that a rotary argument was read as, for all sites of a pass: a model gives most of them the same one."""
+
+    def __init__(self) -> None:
+        self.given: Any = None
+        self.of: Callable[[], Forward | None] = lambda: None
+        self.known: dict[tuple[Layout, torch.Size], Turns | None] = {}
+
+    def read(self, forward: Forward, given: Any, layout: Layout, like: Tensor) -> Turns | None:
+        """The table of states like these; None where the argument cannot be read by this layout."""
+        if self.given is not given or self.of() is not forward:
+            self.given, self.of, self.known = given, weakref.ref(forward), {}
+        key = (layout, like.shape)
+        if key not in self.known:
+            self.known[key] = layout.turns(given, like)
+        return self.known[key]
+
+
 class Watch:
     """One site: what it is given, what it projects, and by which layout its table is read, once that is known."""
 
-    def __init__(self, site: Site, host: Host, session: Holder) -> None:
-        self.site, self.host, self.session = site, host, session
+    def __init__(self, site: Site, host: Host, session: Holder, tables: Tables) -> None:
+        self.site, self.host, self.session, self.tables = site, host, session, tables
         self.local = threading.local()
         # {part: its layout, None where it is not turned}; a part is missing until it is known for sure
         self.known: dict[str, Layout | None] = {}
@@ -112,10 +132,12 @@ class Watch:
     def tell(self, call: Call, forward: Forward) -> Sequence[Edit]:
         given, before = getattr(self.local, "given", None), getattr(self.local, "before", {})
         states = {"query": call.query, "key": call.key}
-        call.turning = lambda: Turned(*(self._turns(part, given, before.get(part, ()), states[part]) for part in PARTS))
+        call.turning = lambda: Turned(
+            *(self._turns(forward, part, given, before.get(part, ()), states[part]) for part in PARTS)
+        )
         return ()
 
-    def _turns(self, part: str, given: Any, before: Sequence[Tensor], after: Tensor) -> Turns | None:
+    def _turns(self, forward: Forward, part: str, given: Any, before: Sequence[Tensor], after: Tensor) -> Turns | None:
         """Raises UnsupportedError where the table is not understood."""
         if given is None:
             return None
@@ -128,7 +150,7 @@ class Watch:
                 raise UnsupportedError(f"Rotary: {self.site.name} is a site {error}") from None
             if only:
                 self.known[part] = layout
-        turns = None if layout is None else layout.turns(given, after)
+        turns = None if layout is None else self.tables.read(forward, given, layout, after)
         if layout is not None and turns is None:
             raise UnsupportedError(f"Rotary: {self.site.name} was given another kind of table than at its first call")
         return turns

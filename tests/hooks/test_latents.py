@@ -474,6 +474,32 @@ def test_the_wrapper_keeps_the_signature_and_leaves_nothing():
     assert state(pipe) == before and torch.equal(draw(pipe), wanted)
 
 
+def test_an_interrupt_inside_a_further_pass_leaves_the_session_as_it_was():
+    pipe, armed = tiny_pipelines.stable_diffusion(), []
+    plain, before = draw(pipe), state(pipe)
+
+    def stop(*_: Any) -> None:
+        if armed:
+            armed.clear()
+            raise KeyboardInterrupt
+
+    def look(at: AtStep) -> Tensor:
+        return 0.9 * at.latents + 0.01 * at.predict(at.latents, text="conditional")
+
+    handle = pipe.unet.mid_block.register_forward_pre_hook(stop)
+    with attach(pipe, [Plan("look", [Latents(look)])]):
+        wanted = draw(pipe)
+        armed.append(1)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        assert torch.equal(draw(pipe), wanted) and not torch.equal(wanted, plain)
+        armed.append(1)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+    assert state(pipe) == before and torch.equal(draw(pipe), plain)
+    handle.remove()
+
+
 def test_a_session_that_ends_between_two_steps_changes_no_further_one():
     pipe, counted = tiny_pipelines.stable_diffusion(), []
     session = changing(pipe, function=lambda x, i: counted.append(i))

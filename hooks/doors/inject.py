@@ -9,8 +9,8 @@ Costs: one `torch.where` over the input for each block and pass where rows are n
 Nothing is kept. In passes in which the rows do not occur nothing is computed.
 
 Refuses: a site whose layer is in no list of layers (its attention module can be written at instead); a branch's name on a model that is no
-denoiser, or in a pass of which nobody knows what its rows are; rows that are not there; new values of another shape; a function that
-changes its inputs in place.
+denoiser, or in a pass of which nobody knows what its rows are; named rows in blocks that take their tokens along the first axis; rows
+that are not there; new values of another shape; a function that changes its inputs in place.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ class Inject(Step):
         batch, clock = hidden.shape[0], forward.clock
         if self.rows is None:
             return None
+        source = rows_of(forward, site, hidden).to(hidden.device)
         if isinstance(self.rows, str):
             if not clock.branches:
                 raise UnsupportedError(
@@ -167,7 +168,6 @@ class Inject(Step):
                 )
             rows = clock.rows(self.rows, batch)
             return None if rows is None else rows.to(hidden.device)
-        source = rows_of(forward, batch).to(hidden.device)
         if clock.source is None and max(self.rows) > int(source[-1]):
             raise ReattendError(
                 f"Inject: batch row {max(self.rows)} does not exist at {site.name}: there are rows 0 to {int(source[-1])}"

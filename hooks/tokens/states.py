@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Call, Site, TokenMap
+from ...interventions import Call, Site, TokenMap, UnsupportedError
 from ..passes import Forward
 from .denoisers import DenoiserForward, locate
 
@@ -25,11 +25,21 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))[1:]
 
 
-def rows_of(forward: Forward, batch: int) -> Tensor:
-    """Long [batch]: of which of the user's rows each row of a layer is; sites that fold frames or places have several of each."""
+def rows_of(forward: Forward, site: Site, states: Tensor) -> Tensor:
+    """Long [B]: of which of the user's rows each row of states [B, T, ...] is; sites that fold frames or places have several of each.
+
+    Raises UnsupportedError where the first axis is not the batch.
+    """
+    batch = states.shape[0]
     rows = forward.batch if isinstance(forward, DenoiserForward) else batch
+    tokens_first = batch != rows and states.shape[1] == rows and site.kind != "temporal"
+    if tokens_first or batch % rows:
+        raise UnsupportedError(
+            f"{site.name}: what enters its layer has the shape {tuple(states.shape)}, of which no axis can be told to be the {rows} rows of "
+            "the batch, so single rows cannot be written there"
+        )
     source = torch.arange(rows) if forward.clock.source is None else forward.clock.source
-    return source.repeat_interleave(batch // len(source)) if batch % len(source) == 0 else torch.arange(batch)
+    return source.repeat_interleave(batch // rows)
 
 
 def tokens_of(

@@ -290,3 +290,19 @@ def test_refusals(model):
     where = sites(unet).stack("denoiser.mid")
     with pytest.raises(ReattendError, match="row 7 does not exist"), attach(unet, inject(where, lambda e: None, rows=[7])):
         unet(**inputs)
+
+
+@pytest.mark.parametrize("rows", [[1], "conditional"])
+def test_rows_of_a_block_that_takes_its_tokens_first_are_refused(rows):
+    from denoiser_classes import BUILDERS
+
+    torch.manual_seed(0)
+    model, inputs = BUILDERS["ErnieImageTransformer2DModel"]()
+    with torch.no_grad(), named("conditional"):
+        plain = model(**inputs)[0]
+        with attach(model, inject(sites(model), lambda entering: 2 * entering.hidden)):  # all rows need no axis
+            model(**inputs)
+        write = inject(sites(model), lambda entering: 2 * entering.hidden, rows=rows)
+        with pytest.raises(UnsupportedError, match="no axis can be told to be the 2 rows of the batch"), attach(model, write):
+            model(**inputs)
+        assert torch.equal(model(**inputs)[0], plain) and hooks_on(model) == 0

@@ -34,8 +34,8 @@ class Projected:
     """What the projection door sees at one projection of one pass: its new tokens before RoPE and cache.
 
     states [B, heads, T, D]: what was projected (key heads for keys and values), as it is now: some models turn it in place afterwards, so
-    a copy is what keeps. which: "query", "key" or "value". added: by the text
-    stream's own projection in a joint block. clock and memory as in a Call.
+    a copy is what keeps. which: "query", "key" or "value". added: by
+    further projections: the text stream's own in a joint block, those of images to look at in cross-attention. clock and memory as in a Call.
     """
 
     states: Tensor
@@ -153,7 +153,9 @@ class Projection(Step):
             def find() -> TokenMap | None:
                 attention = self.sites.module(site)
                 beside = projection_of(attention, "key", added=True) is not None
-                return tokens_of(forward, site, attention, split.states, keys=which != "query", text=added, beside=beside)
+                # of cross-attention it is images to look at that are added
+                text = added and site.kind != "cross"
+                return tokens_of(forward, site, attention, split.states, keys=which != "query", text=text, beside=beside)
 
             memory = forward.memory(plan.memory_key)
             seen = Projected(split.states, which, added, site, forward.clock, memory, known, find)

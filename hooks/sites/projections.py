@@ -22,13 +22,20 @@ PROJECTIONS = {
     "value": ("v_proj", "to_v", "value"),
 }
 NORMS = {
-    "query": ("q_norm", "q_layernorm", "query_layernorm", "norm_q"),
-    "key": ("k_norm", "k_layernorm", "key_layernorm", "norm_k"),
+    "query": ("q_norm", "q_layernorm", "query_layernorm", "norm_q", "q_rms_norm"),
+    "key": ("k_norm", "k_layernorm", "key_layernorm", "norm_k", "k_rms_norm"),
     "value": ("v_norm", "norm_v"),
 }
 # the same for a text stream beside the image's
-ADDED = {"query": "add_q_proj", "key": "add_k_proj", "value": "add_v_proj"}
-ADDED_NORMS = {"query": ("norm_added_q",), "key": ("norm_added_k",), "value": ()}
+ADDED = {
+    "query": ("add_q_proj", "to_q_t"),
+    "key": ("add_k_proj", "to_k_t"),
+    "value": ("add_v_proj", "to_v_t"),
+}
+ADDED_NORMS = {"query": ("norm_added_q", "q_rms_norm_t"), "key": ("norm_added_k", "k_rms_norm_t"), "value": ()}
+# norms of what enters a denoiser's attention, or leaves it
+OTHER_NORMS = {"group_norm", "spatial_norm", "norm_cross", "norm_out"}
+KNOWN_NORMS = OTHER_NORMS.union(*NORMS.values(), *ADDED_NORMS.values())
 
 
 def projection_misfit(table: SiteTable, of: Sequence[str] = ("key",)) -> str:
@@ -53,7 +60,7 @@ def projection_misfit(table: SiteTable, of: Sequence[str] = ("key",)) -> str:
 
 def projection_of(attention: nn.Module, which: str, *, added: bool = False) -> nn.Module | None:
     """The projection itself; added: the text stream's own, where there is one."""
-    for name in (ADDED[which],) if added else PROJECTIONS[which]:
+    for name in (ADDED if added else PROJECTIONS)[which]:
         found = getattr(attention, name, None)
         if isinstance(found, nn.Module):
             return found
@@ -66,6 +73,10 @@ def last_module(attention: nn.Module, which: str, *, added: bool = False) -> nn.
     projection = projection_of(attention, which, added=added)
     if projection is None:
         return None
+    processor = getattr(attention, "processor", None)
+    other = next((name for name, _ in attention.named_children() if "norm" in name and name not in KNOWN_NORMS), "")
+    if processor is not None and other in source_of(type(processor).__call__).names:
+        raise ReattendError(f"has a {other} of which it is not known whether it acts on queries or keys")
     for name in (ADDED_NORMS if added else NORMS)[which]:
         norm = getattr(attention, name, None)
         if not isinstance(norm, nn.Module):

@@ -7,6 +7,7 @@ import tiny_denoisers
 import torch
 from reattend.hooks import Capture, Guide, Plan, Probe, Projection, attach, sites
 from reattend.hooks import rows as named
+from reattend.hooks.sites.projections import last_module
 from reattend.interventions import ProjectKey, ReattendError, UnsupportedError
 from tiny_llama import IDS, hooks_on, logits, tiny_llama
 
@@ -223,3 +224,43 @@ def test_refusals(model):
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UnsupportedError, match="has no q_proj of its own"):
         attach(gpt, projection(sites(gpt), keep, of=["query"]))
+
+
+def built(name):
+    from denoiser_classes import BUILDERS
+
+    torch.manual_seed(0)
+    model, inputs = BUILDERS[name]()
+    return model.eval().requires_grad_(False), inputs
+
+
+def test_what_is_added_to_cross_attention_are_images_to_look_at():
+    model, inputs = built("WanTransformer3DModel (image)")
+    met = []
+
+    def reader(seen):
+        met.append((seen.which, seen.added, *(seen.places(r).all().item() for r in ("text", "reference") if r in seen.tokens)))
+
+    where = sites(model).kind("cross").layers(0, 0)
+    with torch.no_grad(), attach(model, [Plan("read", [Projection(where, reader=reader, of=("key", "value"))])]):
+        model(**inputs)
+    assert {(which, added) for which, added, *_ in met} == {(w, a) for w in ("key", "value") for a in (False, True)}
+    assert all(roles[-1] is True if added else roles[0] is True for _, added, *roles in met)
+
+
+def test_norms_of_every_stream_are_found_or_refused():
+    model, _ = built("HiDreamImageTransformer2DModel")
+    attention = sites(model).module(sites(model)[0])
+    for which, norm in (("query", "q_rms_norm"), ("key", "k_rms_norm")):
+        for added, name in ((False, norm), (True, f"{norm}_t")):
+            assert last_module(attention, which, added=added) is getattr(attention, name)
+    assert last_module(attention, "value", added=True) is attention.to_v_t
+
+    class Odd:
+        def __call__(self, attn, hidden):
+            return attn.norm_of_its_own(attn.to_q(hidden))
+
+    odd = torch.nn.Module()
+    odd.to_q, odd.norm_of_its_own, odd.processor = torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), Odd()
+    with pytest.raises(ReattendError, match="has a norm_of_its_own of which it is not known"):
+        last_module(odd, "query")

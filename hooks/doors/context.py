@@ -20,6 +20,7 @@ of texts than of prompts: at `apply`, or before the first layer runs.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from ..prompts.longer_text import columns_of, lengthened, lengthening_misfit, le
 from ..prompts.second_text import Encoded, encoded, encoder_misfit, given_as, pooled_misfit
 from ..sites.families import family_of
 from ..sites.table import SiteTable
-from ..sites.text_keys import hold_against, keys_and_values, reading_misfit, text_at_sites
+from ..sites.text_keys import reading_misfit, second_keys, text_at_sites
 from ..tokens.denoisers import DenoiserForward
 from ..trackers.parts import partners, shared_out
 from .guide import Guide
@@ -152,14 +153,16 @@ class Context(Step):
     def _site_misfit(self, site: Site, denoiser: nn.Module | None) -> str:
         if denoiser is None or site.kind not in ("cross", "joint"):
             return f"its step Context acts where a denoiser reads its prompt, and {site.name} ({site.kind}) does not"
+        name, family = type(denoiser).__name__, family_of(denoiser)
+        given = inspect.signature(type(denoiser).forward).parameters
+        if "encoder_hidden_states" not in family.text or family.context != "text" or "encoder_hidden_states" not in given:
+            return f"{name} takes no text as encoder_hidden_states, and another one cannot be given to it"
         if self.place == "after":
             return lengthening_misfit(denoiser)
         if site.kind == "cross":
             return reading_misfit(denoiser, site, self.sites.module(site))
-        if family_of(denoiser).per_sample:
-            return (
-                f"{type(denoiser).__name__} attends for each sample alone, so a row of a second text cannot be tied to another"
-            )
+        if family.per_sample:
+            return f"{name} attends for each sample alone, so a row of a second text cannot be tied to another"
         return "" if self._given is None else pooled_misfit(denoiser, self._given)
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
@@ -210,7 +213,7 @@ class Context(Step):
         if "text" not in store:
             texts = [self.texts] if isinstance(self.texts, str) else list(self.texts or ())
             store["text"] = self._given or encoded(pipeline, texts)
-        text, count = store["text"], int(rows.sum())
+        text, count, store["rows"] = store["text"], int(rows.sum()), len(rows)
         if count % text.count:
             raise ReattendError(
                 f"{text.count} second texts cannot be shared out to {count} rows of the prompt: give one, or one per prompt"
@@ -248,7 +251,7 @@ class Context(Step):
             return None
         if forward.text_length is not None and forward.text_length != call.num_keys:
             return None  # a second call of the site, to an image prompt
-        key, value = self._keys(call, forward.denoiser, store)
+        key, value = self._keys(call, forward, store)
         text: Encoded = store["text"]
         mask = None if text.mask is None else text.mask[:, None, None].to(call.query.device)
         if text.count == 1:
@@ -273,10 +276,10 @@ class Context(Step):
         return [] if hidden is None else [KeyBias(bias=hidden * -HIDDEN)]
 
     @torch.no_grad()
-    def _keys(self, call: Call, denoiser: nn.Module, store: _Store) -> tuple[Tensor, Tensor]:
+    def _keys(self, call: Call, forward: DenoiserForward, store: _Store) -> tuple[Tensor, Tensor]:
         """The text's keys and values at a site, made at its first call in a run."""
-        assert call.site is not None
-        name = call.site.name
+        assert call.site is not None and forward.denoiser is not None
+        name, denoiser = call.site.name, forward.denoiser
         if name not in store:
             with torch.inference_mode(False):
                 # later steps may take gradients
@@ -285,12 +288,9 @@ class Context(Step):
                 if place not in store:
                     store[place] = tuple(text_at_sites(denoiser, t.to(prompt)) for t in (text, prompt))
                 second, own = store[place]
-                module, heads = self.sites.module(call.site), call.site.num_kv_heads or call.key.shape[1]
-                hold_against(call.site, keys_and_values(module, own, heads)[0], call.key[: len(own)])
-                key, value = keys_and_values(module, second, heads)
-                if key.shape[1] != call.key.shape[1]:
-                    key, value = (t.repeat_interleave(call.key.shape[1] // heads, dim=1) for t in (key, value))
-            store[name] = key, value
+                # some models repeat their text for each frame
+                fold = call.batch // forward.batch if len(own) == store["rows"] else 1
+                store[name] = second_keys(call, self.sites.module(call.site), second, own.repeat_interleave(fold, dim=0))
         return store[name]
 
 
@@ -311,7 +311,9 @@ def _as_partner(seen: Entering) -> Tensor | None:
 
 
 def _image_as_partner(seen: Entering) -> Tensor:
-    """The image tokens of the first block in which both are one stream."""
+    """The image tokens, and those of images beside it, of the first block in which they are one stream with the text."""
     assert seen.clock.source is not None
-    image = seen.places("image")[..., None]
-    return torch.where(image, seen.hidden[seen.clock.source], seen.hidden)
+    image = seen.places("image")
+    if seen.tokens is not None and "reference" in seen.tokens:
+        image = image | seen.places("reference")
+    return torch.where(image[..., None], seen.hidden[seen.clock.source], seen.hidden)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import ReattendError, Site
+from ...interventions import Call, ReattendError, Site
 
 # modules of a denoiser that its text passes, in this order, before the first layer reads it
 PATH = ("caption_projection", "caption_norm", "condition_embedder.text_embedder")
@@ -62,15 +62,23 @@ def _width(norm: nn.Module) -> int | None:
     return int(shape[-1]) if isinstance(shape, (tuple, list, torch.Size)) else None
 
 
-def hold_against(site: Site, mine: Tensor, own: Tensor) -> None:
-    """Raises ReattendError where the keys that the site made of its text are not those that `keys_and_values` makes of it."""
-    if mine.shape[1] != own.shape[1] and own.shape[1] % mine.shape[1] == 0:
-        mine = mine.repeat_interleave(own.shape[1] // mine.shape[1], dim=1)
+def second_keys(call: Call, attention: nn.Module, second: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """key and value [P, H, T, D] of a second text at a call's site. second, prompt: both as cross-attention reads them.
+
+    Raises ReattendError where the keys that the site made of the prompt are not those that `keys_and_values` makes of it.
+    """
+    assert call.site is not None
+    heads = call.site.num_kv_heads or call.key.shape[1]
+    shared = call.key.shape[1] // heads
+    (mine, _), made = (keys_and_values(attention, text, heads) for text in (prompt, second))
+    mine, key, value = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (mine, *made))
+    own = call.key[: len(mine)]
     error = 1e-4 if own.dtype in (torch.float32, torch.float64) else 2e-2
     if mine.shape != own.shape or not torch.allclose(
         mine.float(), own.float(), rtol=error, atol=error * float(own.float().abs().amax())
     ):
         raise ReattendError(
-            f"the keys that {site.name} makes of the prompt are not those that its projections give, so what it would make of a second "
-            "text is not known"
+            f"the keys that {call.site.name} makes of the prompt are not those that its projections give, so what it would make of a "
+            "second text is not known"
         )
+    return key, value

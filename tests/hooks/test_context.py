@@ -9,15 +9,16 @@ import torch
 from reattend.hooks import Context, Edits, Guide, Plan, attach, sites
 from reattend.hooks.prompts.second_text import encoded
 from reattend.interventions import Extrapolate, HeadGain, MixValue, ReattendError, Second, TakeOutput, UnsupportedError
-from tiny_denoisers import build
+from tiny_denoisers import DENOISERS, build
 from tiny_llama import tiny_llama, traces
 from tiny_runs import STEPS, draw, flux, pixart_alpha, seeded, stable_diffusion, stable_diffusion_3
+from tiny_streams import STREAMS
 from torch.overrides import TorchFunctionMode
 
 pytestmark = pytest.mark.filterwarnings("ignore:recipe .* never acted")
 CROSS = [
     "UNet2DConditionModel", "UNetMotionModel", "PixArtTransformer2DModel", "SanaTransformer2DModel", "LTXVideoTransformer3DModel",
-    "WanTransformer3DModel",
+    "WanTransformer3DModel", "WanTransformer3DModel (image)", "UNet3DConditionModel",
 ]  # fmt: skip
 JOINT = ["SD3Transformer2DModel", "SD3Transformer2DModel (3.5)", "FluxTransformer2DModel"]
 
@@ -63,7 +64,7 @@ def operands(model, inputs):
 
 @pytest.mark.parametrize("name", CROSS)
 def test_keys_and_values_are_those_that_the_model_makes_of_the_text(name):
-    model, inputs = build(name)
+    model, inputs = build(name, among={**DENOISERS, **STREAMS})
     tensors, found = second(inputs), {}
 
     def use(call, text):
@@ -231,11 +232,12 @@ def by_hand(model, inputs, tensors, image):
 
 
 @pytest.mark.parametrize("texts", [1, 2])
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", [*JOINT, "FluxTransformer2DModel (Kontext)"])
 def test_rows_of_a_second_text_are_those_of_a_hand_written_loop(name, texts):
-    model, inputs = build(name)
+    model, inputs = build(name, among={**DENOISERS, **STREAMS})
     tensors = second(inputs, texts)
-    image = slice(5, None) if name.startswith("Flux") else slice(0, 16)
+    # of the editing model two images stand after the one that is made
+    image = slice(5, 29) if "Kontext" in name else slice(5, None) if name.startswith("Flux") else slice(0, 16)
     base, before = predict(model, inputs), traces(model)
     with session(model, push, tensors=tensors) as at_work:
         pushed = predict(model, inputs)
@@ -437,6 +439,8 @@ def test_what_apply_refuses():
     mochi, _ = build("MochiTransformer3DModel")
     hunyuan, _ = build("HunyuanDiT2DModel")
     sd3, joint = build("SD3Transformer2DModel")
+    video, _ = build("UNetSpatioTemporalConditionModel", among=STREAMS)
+    ernie, _ = build("ErnieImageTransformer2DModel", among=STREAMS)
     aura, plain = build("AuraFlowTransformer2DModel")
     llama, pixart = tiny_llama(), pixart_alpha()[0]
     text = second(inputs)
@@ -459,6 +463,8 @@ def test_what_apply_refuses():
         (sd3, reading(sd3), {"tensors": text}, "reads a pooled text beside the tokens"),
         (aura, reading(aura), {"tensors": second(joint)}, "reads no pooled text: leave pooled_prompt_embeds out"),
         (unet, reading(unet), {"tensors": text, "stop": 0.5}, "a bare denoiser has none"),
+        (video, reading(video), {"tensors": text}, "takes no text as encoder_hidden_states"),
+        (ernie, reading(ernie), {"tensors": text}, "takes no text as encoder_hidden_states"),
         (
             sd3,
             reading(sd3)[1:],

@@ -25,13 +25,21 @@ class Hook:
     """One forward hook: before the module runs, or after it (also after an error). It is on the module once it is made.
 
     kwargs: a hook before the module gets its keyword arguments too: function(module, args, kwargs); after: function(module, args, output).
-    first: after the module, before the hooks that are there, so that all of them see what it returns.
+    first: after the module, before the hooks that are there, so that all of them see what it returns. compiled: what comes after it in a
+    compiled call may go on compiled.
     """
 
     def __init__(
-        self, module: nn.Module, function: Callable[..., Any], *, after: bool = False, kwargs: bool = False, first: bool = False
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        after: bool = False,
+        kwargs: bool = False,
+        first: bool = False,
+        compiled: bool = False,
     ) -> None:
-        self.module, self.function, self.after = module, function, after
+        self.module, self.function, self.after, self.compiled = module, function, after, compiled
         self.expected = 3 if after or kwargs else 2
         self.handle: RemovableHandle | None = None
         if after:
@@ -40,7 +48,7 @@ class Hook:
             self.handle = module.register_forward_pre_hook(self, with_kwargs=kwargs)
 
     def __call__(self, *given: Any) -> Any:
-        with Uncompiled(self):
+        with Uncompiled(self, rest=not self.compiled):
             # torch looks up by its number how a hook is called: one that was taken away a moment ago gets no keyword arguments
             return self.function(*given) if len(given) == self.expected else None
 
@@ -141,22 +149,20 @@ class Hooks:
         self.all.append(one)
         one.__init__(module, function)
 
-    def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False) -> None:
+    def before(self, module: nn.Module, function: Callable[..., Any], *, kwargs: bool = False, compiled: bool = False) -> None:
         """function(module, args) or function(module, args, kwargs)."""
-        self._add(module, function, after=False, kwargs=kwargs)
+        self._add(module, function, after=False, kwargs=kwargs, compiled=compiled)
 
-    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
+    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, compiled: bool = False) -> None:
         """function(module, args, output); after an error that is no BaseException too, with output None. first: before other hooks."""
-        self._add(module, function, after=True, first=first)
+        self._add(module, function, after=True, first=first, compiled=compiled)
 
-    def _add(
-        self, module: nn.Module, function: Callable[..., Any], *, after: bool, kwargs: bool = False, first: bool = False
-    ) -> None:
+    def _add(self, module: nn.Module, function: Callable[..., Any], *, after: bool, **options: bool) -> None:
         # noted before it is put on: an interrupt in between must not lose it
         hook = Hook.__new__(Hook)
         hook.module, hook.after = module, after
         self.all.append(hook)
-        hook.__init__(module, function, after=after, kwargs=kwargs, first=first)
+        hook.__init__(module, function, after=after, **options)
 
     def __bool__(self) -> bool:
         return bool(self.all)

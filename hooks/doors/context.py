@@ -110,8 +110,10 @@ class Context(Step):
         joint = self.sites.kind("joint")
         if len(joint) and self.place == "beside":
             double, single = (joint.where(lambda s, one=one: s.stack.endswith(".single") is one) for one in (False, True))
-            part = {"start": self.start, "stop": self.stop}
-            self._held = [Guide(self.name, formula=None, arguments=self._arguments, conditional=False, **part)]
+            rows = Guide(
+                self.name, start=self.start, stop=self.stop, formula=None, arguments=self._arguments, conditional=False
+            )
+            self._held = [rows]
             if len(double):
                 self._held.append(Inject(double, _as_partner, rows=self.name, at="attention", label=None))
             if len(double) and len(single):

@@ -172,7 +172,7 @@ def _let_go(step: Evict, cache: Any, number: int, site: Site, forward: Forward, 
 
     tokens = forward.tokens
     assert tokens is not None
-    layers = getattr(cache, "layers", ())
+    layers: list[Any] = getattr(cache, "layers", [])
     if number >= len(layers) or _cache_misfit(cache):
         raise ReattendError(f"{plan.recipe}: {site.name} has no layer in this cache that tokens could leave: {REMEDY}")
     layer = layers[number]
@@ -205,6 +205,6 @@ def _let_go(step: Evict, cache: Any, number: int, site: Site, forward: Forward, 
         )
     if bool(keep.all()):
         return False
-    layers[number] = shrunk(key, value, keep, permit, padding)
-    layers[number].append(*later)
+    layers[number] = held_layer = shrunk(key, value, keep, permit, padding)
+    held_layer.append(*later)
     return True

@@ -165,7 +165,7 @@ class Merge(Step):
             )
         before = encoder.merged
         if before is None:
-            before = MergedTokens.first(forward.tokens_of(hidden, site), *hidden.shape[:2], hidden.device)
+            before = MergedTokens.first(forward.tokens_of(hidden, site), hidden.shape[0], hidden.shape[1], hidden.device)
         new = self._regroup(forward, session, plan, site, hidden, before)
         if new is None:
             return None
@@ -263,7 +263,7 @@ class Merge(Step):
             raise UnsupportedError(
                 f"{type(module).__name__} of {site.name} is called without hidden states [batch, tokens, width]"
             )
-        before = MergedTokens.first(tokens_of(forward, site, module, hidden), *hidden.shape[:2], hidden.device)
+        before = MergedTokens.first(tokens_of(forward, site, module, hidden), hidden.shape[0], hidden.shape[1], hidden.device)
         new = self._regroup(forward, session, plan, site, hidden, before)
         if new is None:
             return None

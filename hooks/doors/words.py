@@ -137,8 +137,8 @@ class _Reader:
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         self.local.last, self.local.given = None, None
         if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-            fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-            self.local.given = ids.cpu(), mask.bool().cpu() if fits else None
+            real = mask.bool().cpu() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+            self.local.given = ids.cpu(), real
 
     def encoded_by(self, name: str) -> Any:
         def encoded(module: nn.Module, args: tuple, output: Any) -> None:
@@ -175,7 +175,7 @@ class _Reader:
     def _roles(self, text: PassText) -> dict[str, Tensor]:
         """{role: bool [rows, columns]} of the conditional rows of a pass's text."""
         step, own = self.step, text.own
-        given: Any = step.columns or step.words
+        given: Sequence[Any] = step.columns or step.words or []
         marks = {role: torch.zeros(text.rows, text.width, dtype=torch.bool) for role in step.roles}
         streams: dict[int, list[Stream]] = {}
         if step.columns is None:
@@ -189,7 +189,7 @@ class _Reader:
                     f"the text of prompt {number} came from no text encoder while this session looked: {ENCODE_WITHIN}"
                 )
             named, first = (
-                (None, number) if given is None else _of_prompt(given, number, len(own), "columns" if step.columns else "words")
+                _of_prompt(given, number, len(own), "columns" if step.columns else "words") if given else ((), number)
             )
             found: dict[str, Sequence[int]] = {}
             each: list[set[int]] = []
@@ -215,7 +215,7 @@ class _Reader:
             if strange:
                 raise ReattendError(f"columns {strange} of a text that has {text.width} columns, counted from 0")
             found |= {f"{step.name}.{index}": sorted(columns) for index, columns in enumerate(each)}
-            if given is not None:
+            if given:
                 found[step.name] = sorted(set().union(*each))
             for role, columns in found.items():
                 marks[role][row * text.frames : (row + 1) * text.frames, columns] = True

@@ -103,7 +103,7 @@ class FewerTokens:
             given = self._with_features(given)
         outputs = (given.get("mm_encoder_outputs") or {}).get("image")
         merged = None if outputs is None else self.by_output.get(outputs)
-        if merged is None:
+        if outputs is None or merged is None:
             if outputs is not None and getattr(self.local, "waiting", False):
                 raise ReattendError(
                     "the features of this prompt are no longer those that the encoder gave: pass the whole prompt at once"

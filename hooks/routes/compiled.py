@@ -53,15 +53,15 @@ def run_uncompiled(user: Any, what: str) -> None:
 
 
 class Uncompiled:
-    """Around a hook that torch.compile's code calls: nothing inside is compiled, and nothing that comes after it in that call."""
+    """Around a hook that torch.compile's code calls: nothing inside is compiled, nor (rest) what comes after it in that call."""
 
-    def __init__(self, user: Any) -> None:
-        self.user = user
+    def __init__(self, user: Any, rest: bool = True) -> None:
+        self.user, self.rest = user, rest
 
     def __enter__(self) -> None:
         # what turns the frames of this thread into compiled ones; None or False where nothing does
         self.compiler = set_eval_frame(None)
-        if self.compiler is not None and self.compiler is not False:
+        if self.rest and self.compiler is not None and self.compiler is not False:
             self.compiler = None
             run_uncompiled(self.user, "the model")
 

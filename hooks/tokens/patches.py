@@ -146,7 +146,7 @@ def lay_out(config: Any, parts: list[Tensor], grids: Sequence[TokenGrid]) -> lis
     maps = [u.view(math.isqrt(u.numel()), -1) for u in units]
     if config.model_type in UNPADDED:
         return _from_tiles(config, maps, grids)
-    return [pooled(m, tuple(g.image.shape)) for m, g in zip(maps, grids)] if len(maps) == len(grids) else None
+    return [pooled(m, (g.height, g.width)) for m, g in zip(maps, grids)] if len(maps) == len(grids) else None
 
 
 def pooled(values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -207,7 +207,7 @@ def _from_tiles(config: Any, maps: list[Tensor], grids: Sequence[TokenGrid]) -> 
         rest = _from_tiles(config, maps[1 + high * wide :], others[1:]) if len(tiles) == high * wide else None
         if rest is not None:
             rows = [torch.cat(tiles[r * wide : (r + 1) * wide], dim=1) for r in range(high)]
-            return [maps[0], _cropped(torch.cat(rows, dim=0), tuple(fine.image.shape)), *rest]
+            return [maps[0], _cropped(torch.cat(rows, dim=0), (fine.height, fine.width)), *rest]
     return None
 
 

@@ -147,7 +147,8 @@ def _from_shapes(shapes: Any, layered: bool) -> Latents:
         return Latents(reason=f"its samples have different sizes: {shapes}")
     last = len(own) - 1
     roles = ["image" if number == 0 or (layered and number < last) else "reference" for number in range(len(own))]
-    return Latents(rasters=tuple(Raster(*map(int, size), role) for size, role in zip(own, roles, strict=True)))
+    sizes = [(int(frames), int(height), int(width)) for frames, height, width in own]
+    return Latents(rasters=tuple(Raster(*size, role) for size, role in zip(sizes, roles, strict=True)))
 
 
 def _from_ids(ids: Tensor, made: int, known: dict[Any, Any]) -> Latents:

@@ -55,7 +55,7 @@ class Running:
 class First:
     """The first pass of a step: its latents, what it is made from, and what its rows are (said: by the user)."""
 
-    hidden: Tensor
+    hidden: Tensor | list[Tensor]
     conditioning: dict[str, Any]
     layout: Layout
     said: bool

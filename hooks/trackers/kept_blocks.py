@@ -51,7 +51,7 @@ class Keeping:
         kept, items = self.kept, list(output) if isinstance(output, (tuple, list)) else [output]
         if not kept.shapes:
             kept.shapes = shapes_of(given)
-        names = [None] * len(items) if alone else streams(module, given, items)
+        names: list[str | None] = [None] * len(items) if alone else streams(module, given, items)
         kept.names[index], kept.single[index] = names, not isinstance(output, (tuple, list))
         if self.at < 0 or not all(
             name in self.last and _same(given[name], *self.last[name]) for name in names if name is not None

@@ -91,9 +91,9 @@ class Followed:
 
         def reduced(protocol: int) -> Any:
             # object's own, of a stand-in without what was set here
-            bare = object.__new__(type(scheduler))
+            bare: Any = object.__new__(type(scheduler))
             bare.__dict__.update({name: value for name, value in vars(scheduler).items() if name not in SET} | self.before)
-            return type(scheduler).__reduce_ex__(bare, protocol)
+            return bare.__reduce_ex__(protocol)
 
         self.set = {"step": step, "__reduce_ex__": reduced}
 

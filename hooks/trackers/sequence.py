@@ -55,8 +55,9 @@ class SequenceTracker:
             return
         self.signature = inspect.signature(type(self.root).forward)
         # the hook that ends passes first: none may begin that cannot end
-        self.handles.after(self.root, self._leave)
-        self.handles.before(self.root, self._enter, kwargs=True)
+        # where no step has hooks inside, attention alone is edited, between the graphs of a compiled model
+        self.handles.after(self.root, self._leave, compiled=True)
+        self.handles.before(self.root, self._enter, kwargs=True, compiled=True)
 
     def uninstall(self) -> None:
         self.handles.remove()

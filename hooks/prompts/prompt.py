@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,13 @@ def without_inference(value: Any) -> Any:
     """The same with clones of tensors from inference mode, which could not be kept for a gradient."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        return {key: without_inference(item) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        # of its own kind: features of images that were computed beforehand are read by attribute
+        same = copy.copy(value)
+        for key, item in value.items():
+            same[key] = without_inference(item)
+        return same
     if isinstance(value, (list, tuple)):
-        return type(value)(without_inference(item) for item in value)
+        parts = [without_inference(item) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value

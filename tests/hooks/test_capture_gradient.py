@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import pytest
+import tiny_models
 import tiny_pipelines
 import torch
 from reattend.hooks import AtStep, Capture, Edits, Latents, Plan, Probe, attach, sites
@@ -228,6 +229,26 @@ def test_a_pass_stops_at_the_last_site_with_its_gradient():
     handle.remove()
     # of the layer after the last site only the real pass ran
     assert len(ran) == 1 and found["slope"].any()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_features_of_images_that_generate_computes_beforehand(family):
+    tiny, found = tiny_models.build(family), []
+    model, inputs = tiny.model, tiny.inputs([[1, "image", 5, 6], [1, 7, "image", 8]])
+
+    def at_end(kept: Any, output: Any) -> None:
+        calls = [one for calls in kept.values() for one in calls]
+        slopes = torch.autograd.grad(output.logits[:, -1].sum(), [one.output for one in calls])
+        found.append(torch.stack([one.weights_gradient(slope) for one, slope in zip(calls, slopes, strict=True)]))
+
+    decoder = sites(model).stack("decoder").kind("self")
+    probe = Probe([Capture(decoder, at_end=at_end, grad=True)], early_exit=False, grad=True)
+    with torch.inference_mode():
+        plain = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        with attach(model, [Plan("grad", [probe])]):
+            assert torch.equal(model.generate(**inputs, max_new_tokens=2, do_sample=False), plain)
+            model(**inputs)
+    assert len(found) == 2 and found[0].any() and torch.allclose(*found, atol=1e-6)
 
 
 # -- denoisers ---------------------------------------------------------------------------------------------------------------

@@ -189,6 +189,10 @@ def _let_go(step: Evict, cache: Any, number: int, site: Site, forward: Forward, 
     keep = step.keep(Held(key, value, held, site, forward.clock, tokens, forward.memory(plan.memory_key)))
     if keep is None:
         return False
+    if not isinstance(keep, Tensor):
+        raise ReattendError(
+            f"{plan.recipe}: keep answered {keep!r:.60} at {site.name}; wanted is bool {list(held.shape)} or None"
+        )
     try:
         keep = keep.to(key.device).expand(held.shape)
     except RuntimeError as error:
@@ -205,6 +209,6 @@ def _let_go(step: Evict, cache: Any, number: int, site: Site, forward: Forward, 
         )
     if bool(keep.all()):
         return False
-    layers[number] = held_layer = shrunk(key, value, keep, permit, padding)
+    layers[number] = held_layer = shrunk(key, value, keep, permit, padding, getattr(layer, "origin", None))
     held_layer.append(*later)
     return True

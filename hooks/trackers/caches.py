@@ -108,6 +108,10 @@ def same_content(cache: Any, other: Any, length: int) -> bool:
 
     Keys of the first and the last layer that keep all tokens are compared bit by bit; the rows of `other` may be one for all.
     """
+    layers = (getattr(one, "layers", ()) for one in (cache, other))
+    origins = [(getattr(a, "origin", None), getattr(b, "origin", None)) for a, b in zip(*layers, strict=False)]
+    if any(a is not b for a, b in origins if a is not None and b is not None):
+        return False
     mine, theirs = _whole_layers(cache, length), _whole_layers(other, length)
     if not mine and cache_length(cache) == cache_length(other) == length:
         # windows hold the same tokens where neither has gone on
@@ -125,7 +129,17 @@ def same_content(cache: Any, other: Any, length: int) -> bool:
     if any(a.shape[2] != b.shape[2] for a, b in pairs):
         return False
     spots = [(a[:, :1, -1], b[:, :1, -1]) for a, b in pairs]
-    return all(bool((a == b).all()) for a, b in [*spots, *pairs])
+    return all(bool(_alike(a, b).all()) for a, b in [*spots, *pairs])
+
+
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    """Bool [B, Hkv, ...]: where two tensors of keys have the same ones, or one of them has let that token go (zeros)."""
+    return (a == b).all(dim=-1) | ~a.any(dim=-1) | ~b.any(dim=-1)
+
+
+def _keys(layer: Any) -> Any:
+    """The keys that a layer of a cache holds; of one that has let tokens go of all, with zeros for those."""
+    return layer.whole()[0] if hasattr(layer, "evicted_at") else getattr(layer, "keys", None)
 
 
 def _windows(cache: Any) -> list[Tensor]:
@@ -141,7 +155,7 @@ def _whole_layers(cache: Any, length: int) -> list[Tensor]:
         keys = [layer[0] for layer in cache]
     else:
         keys = [
-            getattr(layer, "keys", None)
+            _keys(layer)
             for layer in getattr(cache, "layers", ())
             if not getattr(layer, "is_sliding", False) or 0 < length < getattr(layer, "sliding_window", 0)
         ]

@@ -49,6 +49,13 @@ class Permit(Protocol):
     def holds(self) -> bool: ...
 
 
+class Origin:
+    """The prompt whose tokens a layer has let go: the same object in all copies of the layer."""
+
+    def __deepcopy__(self, memo: Any) -> Origin:
+        return self
+
+
 class HeldLayer(CacheLayerMixin):
     """A cache's layer in the place of one that held all tokens. `update` gives keys and values that nobody can use: the session's edit
     (`edits`) attends with the parts. Raises ReattendError where that session is not at work, or for tokens that cannot be taken back."""
@@ -57,9 +64,10 @@ class HeldLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, parts: list[Part], length: int, heads: int, permit: Permit) -> None:
+    def __init__(self, parts: list[Part], length: int, heads: int, permit: Permit, origin: Origin | None = None) -> None:
         super().__init__()
         self.parts, self.length, self.heads, self.permit = parts, length, heads, permit
+        self.origin = Origin() if origin is None else origin
         # before this position tokens are gone
         self.evicted_at = length
         self.is_initialized = True
@@ -168,10 +176,12 @@ class HeldLayer(CacheLayerMixin):
         return sum(part.key.numel() + part.value.numel() for part in self.parts)
 
 
-def shrunk(key: Tensor, value: Tensor, keep: Tensor, permit: Permit, padding: Tensor | None) -> HeldLayer:
+def shrunk(
+    key: Tensor, value: Tensor, keep: Tensor, permit: Permit, padding: Tensor | None, origin: Origin | None = None
+) -> HeldLayer:
     """The layer that holds, of key and value [B, Hkv, n, D], what `keep` [B, Hkv, n] says. Heads that hold as many share their tensors.
 
-    padding bool [B, n]: columns that are nobody's, which fill rows with fewer.
+    padding bool [B, n]: columns that are nobody's, which fill rows with fewer. origin: that of a layer which has let tokens go before.
     """
     batch, heads, length = keep.shape
     if padding is not None:
@@ -188,4 +198,4 @@ def shrunk(key: Tensor, value: Tensor, keep: Tensor, permit: Permit, padding: Te
         wide = columns[..., None]
         taken = [x[:, own].gather(2, wide.expand(-1, -1, -1, x.shape[3])) for x in (key, value)]
         parts.append(Part(own, columns, taken[0], taken[1], None if bool(valid.all()) else valid))
-    return HeldLayer(parts, length, heads, permit)
+    return HeldLayer(parts, length, heads, permit, origin)

@@ -127,6 +127,32 @@ def test_a_further_turn_and_copies_go_on(model):
     assert all(torch.allclose(found[0], other, atol=1e-5) for other in found[1:])
 
 
+def test_copies_of_what_is_left_are_the_same_sequence(model):
+    """Each goes on as a step of decoding with what its recipe remembers, and is asked nothing anew; rows may be repeated."""
+    asked, token = [], IDS[:, 5:6]
+    mask = torch.cat([INPUTS["attention_mask"], torch.ones_like(token)], dim=1)
+
+    def window(seen):
+        asked.append((seen.site.layer, seen.clock.phase, seen.memory.get("asked"), int(seen.tokens.unread)))
+        seen.memory["asked"] = True
+        stays = torch.zeros_like(seen.held)
+        stays[..., -3:] = True
+        return stays
+
+    plan = Plan("window", [Evict(sites(model), window, later=True)])
+    with attach(model, [plan]):
+        cache = cache_of(model(**INPUTS, use_cache=True))
+        twins = [copy.deepcopy(cache) for _ in range(2)]
+        found = [model(token, attention_mask=mask, **{cache_name(model): one}).logits for one in (cache, *twins)]
+        assert {line[1:] for line in asked[4:]} == {("decode", True, 0)}
+        twin = copy.deepcopy(twins[0])
+        twin.batch_repeat_interleave(2)
+        more = [x.repeat_interleave(2, dim=0) for x in (token, torch.cat([mask, torch.ones_like(token)], dim=1))]
+        wide = model(more[0], attention_mask=more[1], **{cache_name(model): twin}).logits
+        alone = model(token, attention_mask=more[1][::2], **{cache_name(model): twins[1]}).logits
+    assert all(torch.equal(found[0], one) for one in found) and torch.allclose(wide[::2], alone, atol=1e-5)
+
+
 def test_asked_after_every_pass(model):
     """The first token and a window of four."""
 
@@ -188,6 +214,7 @@ def test_refused(model):
     for answer, said in (
         (lambda seen: torch.ones(3, 3, dtype=torch.bool), r"answered \[3, 3\]"),
         (lambda seen: torch.ones(11), "answered torch.float32"),
+        (lambda seen: [True] * 11, r"answered \[True, .*wanted is bool \[2, 2, 11\] or None"),
         (lambda seen: torch.zeros(11, dtype=torch.bool), "without any token"),
     ):
         with pytest.raises(ReattendError, match=said), attach(model, [Plan("wrong", [Evict(sites(model), answer)])]):

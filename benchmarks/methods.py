@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path += [str(folder) for folder in (TESTS, TESTS / "recipes") if str(folder) not in sys.path]
+sys.path += [str(f) for f in (TESTS, TESTS / "recipes", TESTS.parent / "examples") if str(f) not in sys.path]
 
 from example import modules  # noqa: E402
 from reattend.recipes import recipe_class  # noqa: E402

@@ -5,14 +5,18 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from ...hooks import Session
 from ..act import ACT
+from ..attend_and_excite import AttendAndExcite
 from ..block_topk import BlockTopK
 from ..cmai import CMAI
 from ..emphasise import Emphasise
+from ..evit import EViT
 from ..gift import GIFT
 from ..instaboost import InstABoost
+from ..nag import NAG
 from ..opera import OPERA
 from ..pai import PAI
 from ..pine import Pine
+from ..prompt_reweight import PromptReweight
 from ..retrieval_heads import RetrievalHeads
 from ..seg import SEG
 from ..seka import SEKA
@@ -45,6 +49,37 @@ class ACTParameters(TypedDict, total=False):
     """spare the first column over the threshold, as the official code does, instead of the first token"""
     min_rows: int
     """rows that must see a column before it can be a sink; 4 to 8 spares the prompt's last tokens"""
+
+class AttendAndExciteParameters(TypedDict, total=False):
+    """Moves a picture, before each early step, until every chosen word of the prompt has a place that attends to it."""
+
+    words: Sequence[str] | Sequence[Sequence[str]] | None
+    """the words that must show: those of every prompt, or a list of them per prompt"""
+    columns: Sequence[Sequence[int]] | None
+    """instead of words, the tokens that must show, each by itself: their columns in the text that the denoiser gets (0 is
+    the start token), a list per prompt or one for all"""
+    occurrence: int | Literal["all"]
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    each: bool
+    """every token of a word must show by itself, instead of their mean"""
+    scale: float
+    """how far the latents go down the gradient at the first step; 0 = not"""
+    steps: int
+    """how many of the first steps are changed; the default is half of the authors' 50"""
+    thresholds: Mapping[int, float]
+    """{step: how much the least attended word must have}: there the change is repeated until it has"""
+    tries: int
+    """how often a change is repeated at most"""
+    resolution: int | None
+    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)"""
+    smooth: bool
+    """smooth the maps before their largest value is taken"""
+    sigma: float
+    """width of the smoothing"""
+    normalize_eot: bool
+    """compare a word with the other words of the prompt alone, without the end token and the padding (SD 2.1)"""
+    length: int | None
+    """with columns and normalize_eot: tokens of the prompt, with start and end"""
 
 class BlockTopKParameters(TypedDict, total=False):
     """Each written token reads only the best blocks of a long context, its first tokens and the recent ones."""
@@ -100,6 +135,20 @@ class EmphasiseParameters(TypedDict, total=False):
     official_span: bool
     """find passages by the official rule, which also takes the token that ends where a passage begins"""
 
+class EViTParameters(TypedDict, total=False):
+    """An image encoder goes on with the patches that its class token looks at, and runs faster."""
+
+    keep: float | Mapping[int, float]
+    """part of the tokens that stays at each reduction, above 0, 1 = all; or {layer: part}, other layers keep all"""
+    layers: Sequence[int] | None
+    """layers that reduce, from 0; default: those after a quarter, a half and three quarters of the depth"""
+    fuse: bool
+    """the others become one token, their sum weighted by the class token's attention; False: they leave"""
+    restore: bool
+    """every layer gives all tokens back, for dense heads and for decoders that need all features of an image"""
+    normalise: bool
+    """these weights sum to 1, so that the fused token is a mean"""
+
 class GIFTParameters(TypedDict, total=False):
     """Strengthens the places of an image that drew attention while the question was read, and the question with them."""
 
@@ -142,6 +191,27 @@ class InstABoostParameters(TypedDict, total=False):
     first_token: bool
     """boost each prompt's first token too, as the official code does, whose boosted range starts there"""
 
+class NAGParameters(TypedDict, total=False):
+    """Pushes an image away from a negative text inside attention: negative prompts for few-step models without CFG."""
+
+    negative: str | Sequence[str]
+    """what the image is pushed away from: one text, or one per prompt"""
+    tensors: str | None
+    """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
+    [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
+    scale: float | None
+    """how far the push goes; 1 = off. Default: 3 for UNets, 9 for Wan, 5 for others"""
+    limit: float
+    """a pushed token is at most this many times as large as it was"""
+    strength: float | None
+    """share of the pushed output; 0 = off. Default: 0.5 for UNets, 0.125 for SD3, 0.25 for others"""
+    norm: Literal["l1", "l2"]
+    """how the size of a token is measured; 'l2' as in the first published file"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none; the effect lies in the first ones"""
+
 class OPERAParameters(TypedDict, total=False):
     """Penalises next tokens that go on looking at one earlier token of the answer instead of the image."""
 
@@ -178,6 +248,28 @@ class PineParameters(TypedDict, total=False):
     order: Literal["importance", "reverse", "prompt"]
     """'importance' puts what matters most to a query nearest to it, 'reverse' farthest (worse), 'prompt' leaves segments
     where they stand (they still see each other; the order then matters)"""
+
+class PromptReweightParameters(TypedDict, total=False):
+    """Multiplies the attention that a picture gives to chosen words of the prompt."""
+
+    words: str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, float] | Sequence[Mapping[str, float]] | None
+    """the words: one, several of every prompt, or a list of them per prompt; with factors of their own as {'red': 1.4} or
+    as the whole prompt 'a (red:1.4) circle' (give the pipeline the prompt without them)"""
+    columns: Sequence[tuple[Sequence[int], float] | Sequence[Any]] | None
+    """instead of words, of every prompt: columns of the text that the denoiser gets, from 0, and their factor; for prompts
+    that were encoded elsewhere"""
+    factor: float
+    """factor on the weights of words that have none of their own; 1 = no change"""
+    occurrence: int | Literal["all"]
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    start: float
+    """first part of the schedule that is changed, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on nothing is changed"""
+    layers: Sequence[int] | None
+    """layers that are changed, numbered over all attention to the text (UNet: down, mid, up); default: all of them"""
+    renormalise: bool
+    """scale each row back to its old sum, so that other words give what these gain"""
 
 class RetrievalHeadsParameters(TypedDict, total=False):
     """Masks or strengthens the few heads that copy facts from the context into the answer."""
@@ -435,6 +527,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["attend-and-excite"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[AttendAndExciteParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["block-topk"],
     /,
     *,
@@ -465,6 +567,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["evit"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[EViTParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["gift"],
     /,
     *,
@@ -481,6 +593,16 @@ def apply(
     isolated: bool = False,
     tokenizer: Any = None,
     **parameters: Unpack[InstABoostParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["nag"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[NAGParameters],
 ) -> Session: ...
 @overload
 def apply(
@@ -511,6 +633,16 @@ def apply(
     isolated: bool = False,
     tokenizer: Any = None,
     **parameters: Unpack[PineParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["prompt-reweight"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[PromptReweightParameters],
 ) -> Session: ...
 @overload
 def apply(
@@ -642,6 +774,12 @@ def recipe(
 ) -> ACT: ...
 @overload
 def recipe(
+    name: Literal["attend-and-excite"],
+    /,
+    **parameters: Unpack[AttendAndExciteParameters],
+) -> AttendAndExcite: ...
+@overload
+def recipe(
     name: Literal["block-topk"],
     /,
     **parameters: Unpack[BlockTopKParameters],
@@ -660,6 +798,12 @@ def recipe(
 ) -> Emphasise: ...
 @overload
 def recipe(
+    name: Literal["evit"],
+    /,
+    **parameters: Unpack[EViTParameters],
+) -> EViT: ...
+@overload
+def recipe(
     name: Literal["gift"],
     /,
     **parameters: Unpack[GIFTParameters],
@@ -670,6 +814,12 @@ def recipe(
     /,
     **parameters: Unpack[InstABoostParameters],
 ) -> InstABoost: ...
+@overload
+def recipe(
+    name: Literal["nag"],
+    /,
+    **parameters: Unpack[NAGParameters],
+) -> NAG: ...
 @overload
 def recipe(
     name: Literal["opera"],
@@ -688,6 +838,12 @@ def recipe(
     /,
     **parameters: Unpack[PineParameters],
 ) -> Pine: ...
+@overload
+def recipe(
+    name: Literal["prompt-reweight"],
+    /,
+    **parameters: Unpack[PromptReweightParameters],
+) -> PromptReweight: ...
 @overload
 def recipe(
     name: Literal["retrieval-heads"],
@@ -777,6 +933,16 @@ class Uses:
     @overload
     def use(
         self,
+        name: Literal["attend-and-excite"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[AttendAndExciteParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
         name: Literal["block-topk"],
         /,
         *,
@@ -807,6 +973,16 @@ class Uses:
     @overload
     def use(
         self,
+        name: Literal["evit"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[EViTParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
         name: Literal["gift"],
         /,
         *,
@@ -823,6 +999,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[InstABoostParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["nag"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[NAGParameters],
     ) -> Session: ...
     @overload
     def use(
@@ -853,6 +1039,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[PineParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["prompt-reweight"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[PromptReweightParameters],
     ) -> Session: ...
     @overload
     def use(

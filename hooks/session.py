@@ -270,6 +270,8 @@ class Session:
         """
         if self.attachment is None or self not in self.attachment.active():
             raise ReattendError("this session is not at work here: rewrite requests inside it")
+        if not isinstance(inputs, Mapping):
+            raise ReattendError(f"rewrite takes the arguments of the model by name, got {type(inputs).__name__}")
         arguments, remembered = dict(inputs), []
         for change in [each for one in self.installed for each in one.requests]:
             arguments, remember = change(arguments, images, text)

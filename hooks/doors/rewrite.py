@@ -10,8 +10,9 @@ tokens - or None: the request stays as it is.
 
 Costs: one pass per look, as far as its last reader; nothing in the passes of the changed request.
 
-Refuses: models that read no tokens, a look without readers, and (before the first layer) a prompt that has not been through
-`session.rewrite`: a recipe that changes requests never sees one pass by unchanged.
+Refuses: models that read no tokens, a look without readers, and (before the first layer) a prompt that does not begin with one that has
+been through `session.rewrite`. Images tell requests of the same tokens from one another: in a forward pass always; in `generate`, where it
+computes features beforehand, as soon as a pass has begun with them. Where they do not, it is refused to guess.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Enough, Running
 from ..plan import Facts, Plan, Step
-from ..prompts.request import Request, changed_arguments, same_prompt
+from ..prompts.request import Request, changed_arguments
+from ..prompts.rewritten import Rewritten, begun_with
 from ..protocols import Steered
 from .probe import to_read
 
@@ -61,8 +63,7 @@ class Rewrite(Step):
         handles, label = session.handles(), self.label or plan.recipe
         counter = session.counter(label)
         readers = session.nest(handles, Plan(plan.recipe, list(self.look), plan.memory_key))
-        # (prompts after all changes, what was learned on the way): the newest last
-        known: deque[tuple[Tensor, Memory]] = deque(maxlen=KNOWN)
+        known: deque[Rewritten] = deque(maxlen=KNOWN)
 
         def rewrite(
             arguments: dict[str, Any], images: Any, text: Any
@@ -74,9 +75,9 @@ class Rewrite(Step):
                 arguments = changed_arguments(said, KEYS)
 
             def remember(final: dict[str, Any]) -> None:
-                ids = final.get("input_ids")
-                if isinstance(ids, Tensor):
-                    known.append((ids.detach().to("cpu", copy=True), request.memory))
+                one = Rewritten.of(final, request.memory)
+                if one is not None:
+                    known.append(one)
 
             return arguments, remember
 
@@ -84,8 +85,7 @@ class Rewrite(Step):
             forward = call.forward
             if forward is None or not forward.fresh:
                 return
-            ids = call.given.get("input_ids")
-            found = next((m for one, m in reversed(known) if isinstance(ids, Tensor) and same_prompt(ids, one)), None)
+            found = begun_with(known, call.given, 0 if forward.sequence is None else forward.sequence.planned)
             if found is None:
                 raise ReattendError(
                     f"{plan.recipe}: it changes requests before they are read, and this prompt has not been through it: "
@@ -105,6 +105,10 @@ def _request(
     root = tracker.root
     assert root is not None
     ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    if not any(isinstance(one, Tensor) and one.dim() > 1 and one.numel() for one in (ids, embeds)):
+        raise ReattendError(
+            f"{plan.recipe}: a request is the arguments of the model, with {' or '.join(KEYS)} [batch, tokens, ...]; got {list(arguments)}"
+        )
     tokens = tracker.new_map(ids, embeds, mask, arguments)
 
     def look(other: Mapping[str, Any] | None = None) -> Memory:

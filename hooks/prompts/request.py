@@ -47,14 +47,6 @@ class Request:
         return value.to(like.device, None if floats is None or not value.is_floating_point() else floats.dtype)
 
 
-def same_prompt(ids: Tensor, known: Tensor) -> bool:
-    """Whether a prompt is one that is known, each of its rows as often as a beam search or several returned sequences want it."""
-    if ids.shape[1] < known.shape[1] or len(ids) % len(known):
-        return False
-    known = known.to(ids.device).repeat_interleave(len(ids) // len(known), dim=0)
-    return bool((ids[:, : known.shape[1]] == known).all())
-
-
 def changed_arguments(said: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The arguments that a function says instead of a request's. Raises ReattendError where they hold no prompt."""
     if not isinstance(said, Mapping) or not any(isinstance(said.get(name), Tensor) for name in keys):

@@ -114,6 +114,70 @@ def test_a_prompt_that_was_not_rewritten_is_refused(model):
     assert not ran
 
 
+@pytest.mark.parametrize("generate", [False, True])
+def test_images_tell_requests_of_the_same_tokens_apart(generate):
+    tiny = build("llava")
+    one = tiny.inputs([[1, "image", 5, 6]])
+    other, met = {**one, "pixel_values": one["pixel_values"] + 1.5}, []
+    decoder = sites(tiny.model).stack("decoder")
+
+    def read(call, edits):
+        call.memory["norm"] = call.query.norm().item()
+
+    def edit(call):
+        met.append(call.memory["norm"])
+        return HeadGain(factor=0.5)
+
+    def run(inputs):
+        return tiny.model.generate(**inputs, max_new_tokens=1, do_sample=False) if generate else tiny.model(**inputs)
+
+    look = Rewrite(lambda request: request.memory.update(request.look()), look=[Capture(decoder.layers(2, 2), read)])
+    with attach(tiny.model, [Plan("look", [look, Edits(decoder[:1], edit)])]) as session:
+        for inputs in (one, other):
+            run(session.rewrite(inputs))
+        wanted = met.copy()
+        assert wanted[0] != wanted[1]
+        for inputs in (one, other, one):  # known by now, also by their features
+            run(inputs)
+        assert met == [*wanted, *wanted, wanted[0]]
+        third = {**one, "pixel_values": one["pixel_values"] - 2.0}
+        with pytest.raises(ReattendError, match="has not been through it"):
+            run(third)
+        if generate:  # two that no pass has begun with
+            session.rewrite(third), session.rewrite({**one, "pixel_values": one["pixel_values"] * 3})
+            with pytest.raises(ReattendError, match="which one it is: rewrite each just before"):
+                run(third)
+
+
+def test_chunks_embeddings_and_beams_are_known(model):
+    """A prompt that comes in parts or as embeddings; what is remembered of rows goes to their beams, and is not shared by two runs."""
+    met = []
+
+    def change(request):
+        request.memory["row"], request.memory["list"] = torch.arange(2), []
+
+    def edit(call):
+        call.memory["list"].append(1)
+        met.append((call.memory["row"].tolist(), len(call.memory["list"])))
+        return HeadGain(factor=0.5)
+
+    embeds = {"inputs_embeds": model.get_input_embeddings()(IDS), "attention_mask": INPUTS["attention_mask"]}
+    with attach(model, [Plan("x", [Rewrite(change), Edits(sites(model)[:1], edit)])]) as session:
+        for inputs in (INPUTS, embeds):
+            model.generate(**session.rewrite(inputs), **GREEDY)
+            for _ in range(2):
+                met.clear()
+                model.generate(**inputs, max_new_tokens=1, num_beams=2, do_sample=False)
+                assert met == [([0, 0, 1, 1], 1)]
+        model.generate(**INPUTS, **GREEDY, prefill_chunk_size=3)
+        with pytest.raises(ReattendError, match="has not been through it"):
+            model(IDS[:, :3])
+        with pytest.raises(ReattendError, match="arguments of the model by name, got NoneType"):
+            session.rewrite(None)
+        with pytest.raises(ReattendError, match=r"with input_ids or inputs_embeds .*; got \['attention_mask'\]"):
+            session.rewrite({"attention_mask": IDS})
+
+
 def test_several_change_it_in_their_order(model):
     def shorter(request):
         return {name: value[:, 3:] for name, value in request.arguments.items()}

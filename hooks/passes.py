@@ -73,6 +73,8 @@ class Sequence:
     asked: set[int] = field(default_factory=set)
     # its rows change places (beams): the ids that were generated do not stay in their rows
     shuffled: bool = False
+    # how many rows generate has made of each prompt (beams, several answers): they stand side by side
+    copies: int = 1
     # [batch]: rows that have the same prompt have the same number; looked up when rows first change places
     groups: Tensor | None = None
 
@@ -136,7 +138,8 @@ class Sequence:
         tokens = copy.copy(self.tokens)
         tokens.roles, tokens.grids = dict(tokens.roles), list(tokens.grids)
         memory = {key: store.fork({id(self.tokens): tokens}) for key, store in self.memory.items()}
-        other = Sequence(tokens, list(self.pieces), list(self.sessions), step=self.step, memory=memory, shuffled=self.shuffled)
+        other = Sequence(tokens, list(self.pieces), list(self.sessions), step=self.step, memory=memory, copies=self.copies)
+        other.shuffled = self.shuffled
         if length < tokens.length:
             other.crop(length)
         return other

@@ -5,7 +5,8 @@ returns other hidden states, at decoder layers, layers of encoders and blocks of
 named by branch (a guide's, "conditional", "unconditional") or by number; all others go in as they are and keep their bits. Rows of the
 batch may be read from one another, so one half can feed the other.
 
-Costs: one `torch.where` over the input for each block and pass where rows are named, none where all are; what the function itself computes.
+Costs: one `torch.where` over the input for each block and pass where rows are named, none where all are; what the function itself computes;
+under torch.inference_mode a copy of the hidden states, without which a change in place would not show.
 Nothing is kept. In passes in which the rows do not occur nothing is computed.
 
 Refuses: a site whose layer is in no list of layers (its attention module can be written at instead); a branch's name on a model that is no
@@ -15,7 +16,7 @@ that are not there; new values of another shape; a function that changes its inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from ..passes import Forward
 from ..plan import Facts, Plan, Step
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
-from ..tokens.states import parameters_of, rows_of, tokens_of
+from ..tokens.states import counted, parameters_of, rows_of, tokens_of
 
 Written = Tensor | Mapping[str, Tensor] | None
 
@@ -74,8 +75,9 @@ class Inject(Step):
     """write(Entering) -> other hidden states, {argument's name: its new value}, or None, before the layer that holds each of `sites` runs.
 
     New values have the shape of the old ones; of them the named rows are taken. rows: the name of a branch of a denoiser's batch,
-    numbers of the user's rows (a guide's copy of a row counts as that row), or None for all. at: the layer or block (once, however many
-    of its sites are selected), or each site's attention module. label: its name in the session's counters; None: it is not counted.
+    numbers of the user's rows (a guide's copy of a row counts as that row, and so do its beams), or None for all. at: the layer or block
+    (once, however many of its sites are selected), or each site's attention module. label: its name in the session's counters; None: it
+    is not counted.
     Raises ReattendError for rows that name nothing.
     """
 
@@ -90,8 +92,9 @@ class Inject(Step):
             raise ReattendError(f'Inject: at must be "layer" or "attention", got {self.at!r:.60}')
         if self.rows is None:
             return
-        numbers = [] if isinstance(self.rows, str) else list(self.rows)
-        if not self.rows or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        listed = isinstance(self.rows, (Sequence, Set)) and len(self.rows)
+        numbers = list(self.rows) if listed and not isinstance(self.rows, str) else []
+        if not listed or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ReattendError(
                 f"Inject: rows must be the name of a branch, a list of batch rows from 0, or None for all, got {self.rows!r:.60}"
             )
@@ -142,7 +145,8 @@ class Inject(Step):
                 attention = self.sites.module(site)
                 return tokens_of(forward, site, attention, hidden, beside="encoder_hidden_states" in given)
 
-            seen = Entering(hidden, given, rows, site, forward.clock, forward.memory(plan.memory_key), find)
+            given.update({name: counted(value) for name, value in given.items() if name in (names[0], "encoder_hidden_states")})
+            seen = Entering(given[names[0]], given, rows, site, forward.clock, forward.memory(plan.memory_key), find)
             written = self._written(seen, names[0])
             if forward.probe is not None:
                 forward.probe.read(self, self.sites.module(site))
@@ -183,7 +187,13 @@ class Inject(Step):
                 f"Inject at {seen.site.name}: its function changed an input in place; return a new tensor instead"
             )
         written: dict[str, Tensor] = {}
-        for name, value in ({first: new} if isinstance(new, Tensor) else dict(new or {})).items():
+        new = {first: new} if isinstance(new, Tensor) else {} if new is None else new
+        if not isinstance(new, Mapping) or not all(isinstance(value, Tensor) for value in new.values()):
+            raise ReattendError(
+                f"Inject at {seen.site.name}: its function answers with hidden states, {{argument's name: its new value}} or None, "
+                f"got {new!r:.60}"
+            )
+        for name, value in new.items():
             old = seen.given.get(name)
             if old is None:
                 raise ReattendError(

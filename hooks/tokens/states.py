@@ -26,7 +26,8 @@ def _parameters(kind: type) -> tuple[str, ...]:
 
 
 def rows_of(forward: Forward, site: Site, states: Tensor) -> Tensor:
-    """Long [B]: of which of the user's rows each row of states [B, T, ...] is; sites that fold frames or places have several of each.
+    """Long [B]: of which of the user's rows each row of states [B, T, ...] is; sites that fold frames or places have several of each, and
+    so have beams and the answers that generate is to return for one prompt.
 
     Raises UnsupportedError where the first axis is not the batch.
     """
@@ -39,7 +40,19 @@ def rows_of(forward: Forward, site: Site, states: Tensor) -> Tensor:
             "the batch, so single rows cannot be written there"
         )
     source = torch.arange(rows) if forward.clock.source is None else forward.clock.source
+    # beams and several answers are rows of the user's one
+    sequence = None if forward.clock.source is not None else forward.sequence
+    if sequence is not None and sequence.tokens.batch == rows and site.stack.startswith("decoder"):
+        source = source // sequence.copies
     return source.repeat_interleave(batch // rows)
+
+
+def counted(value: Tensor) -> Tensor:
+    """The same tensor; of one from inference mode, where changes in place show nowhere, a copy that shows them in its `_version`."""
+    if not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def tokens_of(

@@ -22,12 +22,14 @@ PEFT = "peft.peft_model"
 @dataclass(frozen=True)
 class Caller:
     """call: the same object in all passes of one call of generate, None elsewhere. assistant: this pass drafts for another one.
-    beams: rows may change places between passes. drafts: tokens at the end that may be taken back. virtual: tokens of PEFT's."""
+    beams: rows may change places between passes. copies: how many rows there are of each prompt (beams, several answers). drafts: tokens
+    at the end that may be taken back. virtual: tokens of PEFT's."""
 
     call: Any = None
     whole: Tensor | None = None
     assistant: bool = False
     beams: bool = False
+    copies: int = 1
     drafts: int = 0
     virtual: int = 0
 
@@ -53,7 +55,7 @@ def caller(given: dict[str, Any], width: int) -> Caller:
     frame: FrameType | None = sys._getframe(1)
     call = whole = None
     assistant = beams = False
-    drafts = virtual = 0
+    copies, drafts, virtual = 1, 0, 0
     while frame is not None:
         code = frame.f_code
         if code.co_filename == generation:
@@ -61,6 +63,7 @@ def caller(given: dict[str, Any], width: int) -> Caller:
                 # its own copy of the settings lives as long as the call, and belongs to no other one
                 settings = frame.f_locals.get("generation_config")
                 call = None if settings is None else _reference(settings)
+                copies = max(getattr(settings, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
                 if getattr(settings, "prefill_chunk_size", None) is not None:
                     whole = frame.f_locals.get("input_ids")
             elif code.co_name == "_assisted_decoding":
@@ -72,7 +75,7 @@ def caller(given: dict[str, Any], width: int) -> Caller:
             settings = getattr(frame.f_locals.get("self"), "active_peft_config", None)
             virtual = virtual_tokens(settings)
         frame = frame.f_back
-    return Caller(call, whole if isinstance(whole, Tensor) else None, assistant, beams, drafts, virtual)
+    return Caller(call, whole if isinstance(whole, Tensor) else None, assistant, beams, copies, drafts, virtual)
 
 
 def virtual_tokens(settings: Any) -> int:

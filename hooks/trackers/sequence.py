@@ -236,7 +236,7 @@ class SequenceTracker:
         tokens = self._new_map(
             told, embeds, mask, given, sessions, prompt, later, virtual, unread=past - virtual if past else 0
         )
-        sequence = Sequence(tokens, [known], list(sessions), call=who.call, began=past, shuffled=who.beams)
+        sequence = Sequence(tokens, [known], list(sessions), call=who.call, began=past, shuffled=who.beams, copies=who.copies)
         sequence.planned = 0 if later is None else prompt + later.shape[1]
         if is_followed(cache):
             self.by_cache[cache] = sequence
@@ -282,7 +282,7 @@ class SequenceTracker:
         later = None if ids is None else who.to_come(ids, past, known.began)
         shuffled, known.shuffled = known.shuffled, False
         known.read(ids, width)
-        known.shuffled = shuffled or who.beams
+        known.shuffled, known.copies = shuffled or who.beams, who.copies
         tokens, prompt = known.tokens, past + width - drafts
         # sessions of other threads may have read it too
         readers = [*(s for s in known.sessions if s.active and s not in sessions), *sessions]

@@ -267,6 +267,28 @@ def test_gradients_pass_through(model):
     assert shift.grad is not None and bool(shift.grad.any())
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2, "use_cache": False}]
+)
+def test_the_rows_of_a_users_prompt_are_all_its_beams_and_answers(model, options):
+    copies, seen = max(options.get("num_beams", 1), options.get("num_return_sequences", 1)), []
+
+    def write(entering):
+        seen.append(entering.rows.tolist())
+        return 2 * entering.hidden
+
+    with torch.no_grad(), attach(model, inject(sites(model).layers(1, 1), write, rows=[1])):
+        model.generate(IDS, max_new_tokens=3, min_new_tokens=3, **{"do_sample": False, **options})
+        with (
+            pytest.raises(ReattendError, match="row 2 does not exist .* rows 0 to 1"),
+            attach(model, inject(sites(model).layers(2, 2), write, rows=[2])),
+        ):
+            model.generate(IDS, max_new_tokens=3, **{"do_sample": False, **options})
+        seen.pop()
+        model(IDS)
+    assert seen == [[False] * copies + [True] * copies] * 3 + [[False, True]]
+
+
 def refused(model, match, where=None, run=None, **options):
     with pytest.raises(ReattendError, match=match):
         write = options.pop("write", lambda entering: entering.hidden)
@@ -286,6 +308,12 @@ def test_refusals(model):
     refused(model, "must keep its shape", write=lambda entering: entering.hidden[:, :1])
     refused(model, "no tensor 'text'", write=lambda entering: {"text": entering.hidden})
     refused(model, "changed an input in place", write=lambda entering: entering.hidden.requires_grad_(False).add_(1))
+    with torch.inference_mode():
+        refused(model, "changed an input in place", write=lambda entering: entering.hidden.add_(1), run=lambda: model(IDS))
+    refused(model, "rows must be", rows=torch.tensor([0, 1]))
+    refused(model, "rows must be", rows=1)
+    for answer in (5, [1], {"hidden_states": None}):
+        refused(model, "its function answers with hidden states", write=lambda entering, answer=answer: answer)
     unet, inputs = tiny_denoisers.build("UNet2DConditionModel")
     where = sites(unet).stack("denoiser.mid")
     with pytest.raises(ReattendError, match="row 7 does not exist"), attach(unet, inject(where, lambda e: None, rows=[7])):

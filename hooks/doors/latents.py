@@ -154,6 +154,7 @@ class _Installed:
             raise ReattendError(f"{who}: the latents cannot be recovered: it has no scheduler")
         followed = follow(scheduler, self.handles)
         at = LatentsCall(self.host, self.readers, self.step.steps, self.companions, call, denoiser, place, followed, who)
+        at.note()
         one = followed.under_way(call.run)
         if one is None:
             with torch.inference_mode(False):

@@ -54,9 +54,15 @@ class Shared:
 
 
 class _Run:
-    """Stands for one denoising run in what is kept of it."""
+    """Stands for one denoising run in what is kept of it. passed: the steps that it has come to, kept or not."""
 
-    steps: int | None = None
+    def __init__(self, steps: int | None) -> None:
+        self.steps, self.passed = steps, set[int]()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has come to its last step."""
+        return len(self.passed) >= (self.steps or 0)
 
 
 # {step: {site: {part of the batch: {name: tensor}}}}
@@ -75,11 +81,11 @@ class _Kept:
         memory = forward.memory(key)
         run = memory.get(_Run)
         if run is None:
-            run = memory[_Run] = _Run()
-            run.steps = forward.clock.steps
+            run = memory[_Run] = _Run(forward.clock.steps)
             self.runs[run] = {}
-            if self.reference is None or len(self.runs[self.reference]) < (self.reference.steps or 0):
+            if self.reference is None or not self.reference.whole:
                 self.reference = run
+        run.passed.add(forward.clock.step)
         return run
 
     @property
@@ -100,11 +106,11 @@ class Share(Step):
     """At every call of `sites`: use(call, Shared) -> edits, with the tensors named in `keep` of other rows.
 
     of: "batch" (other rows of the call itself), "step" (this site at an earlier step of the run: the newest of the last `steps` that were
-    kept, those of which when(clock) says so) or "run" (this site and step in the first run of the session, which is itself left as it is).
-    Where nothing is kept yet, `use` is not asked. part: the half or branch whose rows are given; default each row's own (of a guide's
-    branch that was not kept: the conditional half). rows(n) -> n numbers: which of its rows each of the n rows of a part is given; default
-    the same place, or the only one. role: of which tokens ("image", "text", "all"). `keep` may name "query", "key", "value" and "output"
-    ("output" not with "batch": `TakeOutput(batch=shared.rows)` takes it over). offload: kept in main memory. label names it in the
+    kept) or "run" (this site and step in the first run of the session, which is itself left as it is). when: of which steps something is
+    kept, default all. Where nothing is kept, `use` is not asked. part: the half or branch whose rows are given; default each row's own (of
+    a guide's branch that was not kept: the conditional half). rows(n) -> n numbers: which of its rows each of the n rows of a part is given;
+    default the same place, or the only one. role: of which tokens ("image", "text", "all"). `keep` may name "query", "key", "value" and
+    "output" ("output" not with "batch": `TakeOutput(batch=shared.rows)` takes it over). offload: kept in main memory. label names it in the
     session's counters. Raises ReattendError for other names and for numbers out of range.
     """
 
@@ -184,9 +190,9 @@ class Share(Step):
         if not call.clock.branches:
             return f"its step Share: {UNKNOWN}"
         kept = self._kept()
-        steps = None if kept is None or kept.reference is None else kept.reference.steps
-        if self.of == "run" and kept is not None and steps and len(kept.runs[kept.reference]) >= steps != call.clock.steps:  # type: ignore[index]
-            return f"the reference run had {steps} steps, this one has {call.clock.steps}: give both runs as many steps"
+        first = None if kept is None else kept.reference
+        if self.of == "run" and first is not None and first.steps and first.whole and first.steps != call.clock.steps:
+            return f"the reference run had {first.steps} steps, this one has {call.clock.steps}: give both runs as many steps"
         return ""
 
     # -- keeping -------------------------------------------------------------------------------------------------------
@@ -259,7 +265,10 @@ class Share(Step):
         if self.of == "run":
             if run is kept.reference or kept.reference is None:
                 return None
-            store = kept.runs[kept.reference].get(step, {}).get(call.site.name)
+            of_step = kept.runs[kept.reference].get(step, {})
+            if not of_step and self.when is not None and step in kept.reference.passed:
+                return None  # a step that was not to be kept
+            store = of_step.get(call.site.name)
             if store is None:
                 raise ReattendError(
                     f"the reference run kept nothing of {call.site.name} at step {step}: give both runs the same steps"

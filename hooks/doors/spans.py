@@ -5,13 +5,13 @@ has their columns, per batch row, through padding, chunks, turns and caches.
 
 Costs: one search per prompt, on the CPU; nothing at decode.
 
-Refuses: models that read no tokens, empty passages and ranges, and (before the first layer) passages that do not occur in a prompt or occur
-more than once where no occurrence is named.
+Refuses: models that read no tokens, empty passages and ranges, one name for different passages, and (before the first layer) passages
+that do not occur in a prompt or occur more than once where no occurrence is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,11 @@ class Spans(Step):
 
     def check(self, facts: Facts) -> str:
         return facts.without_tokens(f"its step {type(self).__name__} finds passages of a prompt")
+
+    def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
+        if any(isinstance(other, Spans) and other.name == self.name and other != self for _, other in others):
+            return f"two steps mark different passages of the prompt as {self.name!r}: give each a name of its own"
+        return ""
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles = session.handles()

@@ -9,10 +9,10 @@ encoded by hand while the session lasts. Words whose columns were weighted are t
 Costs: eight channels of every state of the last 32 text encodings are kept on the CPU; eight channels of the text go there in every pass, and
 each new text is compared with them (two rows of 77 columns 10 ms, one of 512 15 ms, on one busy CPU thread).
 
-Refuses: a denoiser alone and pipelines without text encoders, unless columns are given; before the first denoiser call words that are not in a
-prompt, or more than once where no occurrence is named, texts that came from no encoding seen by this session (prompt_embeds made before
-it: give columns, or encode them within), two encoders that share columns and hold the word at different ones, and rows of which it is not
-known whether they are conditional.
+Refuses: a denoiser alone and pipelines without text encoders, unless columns are given; one name for different words; before the first
+denoiser call words that are not in a prompt, or more than once where no occurrence is named, texts that came from no encoding seen by this
+session (prompt_embeds made before it: give columns, or encode them within), two encoders that share columns and hold the word at different
+ones, and rows of which it is not known whether they are conditional.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from ..tokens.text_columns import Encoded, Stream
 from ..tokens.words import Occurrence, Word, columns_of, texts_read
 
 ENCODINGS, TEXTS = 32, 8
+# of every prompt, whoever asks; and what else the tokens of a denoiser are called
+OF_A_PROMPT = ("start", "words", "end")
+TAKEN = (*OF_A_PROMPT, "image", "text", "padding", "reference", "register", "frame")
 
 
 @dataclass(eq=False)
@@ -49,7 +52,8 @@ class Words(Step):
     whole words, in any case of letters. columns: or for every prompt a list of column lists, one for each word, counted from 0 in the
     text that the denoiser gets. Neither: "start", "words" and "end" alone. occurrence: which one when a word occurs more than once
     (from 0, -1 = the last, "all"; None: that is an error).
-    Raises ReattendError for an empty word, lists that name nothing, both words and columns, or a negative column.
+    Raises ReattendError for the name of a role that there is, an empty word, lists that name nothing, both words and columns, or a negative
+    column.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Words(Step):
     occurrence: Occurrence = None
 
     def __post_init__(self) -> None:
+        if not self.name or self.name in TAKEN:
+            raise ReattendError(f"words need a name of their own, other than {', '.join(TAKEN)}, got {self.name!r:.80}")
         if self.words is not None and self.columns is not None:
             raise ReattendError("give words or columns, not both")
         for given, what in ((self.words, "words"), (self.columns, "columns")):
@@ -83,6 +89,15 @@ class Words(Step):
             return f"its step Words reads the prompt with text encoders and their tokenizers, and {name} has none: give columns"
         return ""
 
+    def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
+        for _, other in others:
+            if not isinstance(other, Words) or other is self or vars(other) == vars(self):
+                continue
+            both = next((role for role in self.roles if role in other.roles and role not in OF_A_PROMPT), None)
+            if both is not None:
+                return f"two steps mark different words of the prompt as {both!r}: give each a name of its own"
+        return ""
+
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         reader = _Reader(self, plan.recipe, {} if self.columns is not None else text_encoders(session.model))
         handles = session.handles()
@@ -101,7 +116,7 @@ class Words(Step):
         """All roles that it makes."""
         given: Sequence[Sequence[Any]] = self.words or self.columns or []
         each = [f"{self.name}.{number}" for number in range(max(map(len, given), default=0))]
-        return [*([self.name] if given else []), *each, *(["start", "words", "end"] if self.columns is None else [])]
+        return [*([self.name] if given else []), *each, *(OF_A_PROMPT if self.columns is None else [])]
 
 
 def text_encoders(model: Any) -> dict[str, tuple[nn.Module, Any]]:
@@ -197,7 +212,7 @@ class _Reader:
                 each = [set(columns) for columns in named]
             else:
                 texts = texts_read(streams[row], self.tokenizers)
-                for role in ("start", "words", "end"):
+                for role in OF_A_PROMPT:
                     found[role] = sorted(set().union(*(getattr(one, role) for one in texts)))
                 if named and not copy and _ids(streams[own[first]]) != _ids(streams[row]):
                     raise ReattendError(

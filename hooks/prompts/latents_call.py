@@ -24,6 +24,8 @@ from ..trackers.scheduler import Evaluation, Followed, at_timestep, scaled
 from .further_pass import Companions, Further
 
 HALVES = ("conditional", "unconditional")
+# what denoisers count a scheduler's timesteps in
+UNITS: tuple[Callable[[float], float], ...] = (lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000)
 
 
 @dataclass
@@ -139,14 +141,30 @@ class LatentsCall:
         branches = {name: marked[rows] for name, marked in clock.branches.items()}
         return Clock(clock.phase, clock.step, clock.steps, clock.timestep, branches)
 
+    @property
+    def _stands(self) -> dict[int, float]:
+        """{place in the scheduler's timesteps: what the denoiser was given there}, of this run so far."""
+        return self.call.run.kept.setdefault(LatentsCall, {})
+
+    def note(self) -> None:
+        """Notes where the run stands: before the first step some schedulers only know where they will begin."""
+        scheduler, now = self.followed.scheduler, self.call.clock.timestep
+        index = getattr(scheduler, "step_index", None)
+        index = getattr(scheduler, "begin_index", None) if index is None else index
+        if index is not None and now is not None:
+            self._stands[index] = now
+
     def _timestep(self, wanted: float) -> float:
-        """A timestep of the scheduler's in the denoiser's units, which are those of the call under way."""
+        """A timestep of the scheduler's in the denoiser's units, which are those of the calls of this run."""
         now, known = timestep_in(self.call.given), self.followed.scheduler.timesteps.tolist()
-        units: list[Callable[[float], float]] = [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000]
-        for unit in units:
-            if now is not None and any(abs(unit(t) - now) < 1e-3 * max(1.0, abs(now)) for t in known):
-                return unit(wanted)
-        raise ReattendError(f"{self.who}: the denoiser's timestep {now} is none of the scheduler's, so another cannot be given")
+        pairs = [([known[index]], given) for index, given in self._stands.items() if index < len(known)]
+        found = {
+            unit(wanted) for unit in UNITS if now is not None and all(_among(unit, *pair) for pair in (*pairs, (known, now)))
+        }
+        if len(found) == 1:
+            return found.pop()
+        what = "is none of the scheduler's" if not found else "may count up or down"
+        raise ReattendError(f"{self.who}: the denoiser's timestep {now} {what}, so another cannot be given")
 
     def _pending(self, until: Sequence[Site] | None) -> set[tuple[int, int]] | None:
         """What a pass has to read before it can stop; None where it runs to its end."""
@@ -159,3 +177,8 @@ class LatentsCall:
         named = None if until is None else {site.name for site in until}
         pairs = [(one, module) for one in reading for site, module in one.where if named is None or site.name in named]
         return {(id(one), id(module)) for one, module in pairs if id(module) in inside} or None
+
+
+def _among(unit: Callable[[float], float], known: Sequence[float], now: float) -> bool:
+    """Whether a denoiser's timestep is one of these of a scheduler's, in this unit."""
+    return any(abs(unit(t) - now) < 1e-3 * max(1.0, abs(now)) for t in known)

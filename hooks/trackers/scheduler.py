@@ -232,7 +232,7 @@ def at_timestep(scheduler: Any, timestep: Any) -> Any:
     if timestep not in scheduler.timesteps.tolist():
         raise ReattendError(f"timestep must be one of the scheduler's {scheduler.timesteps.tolist()}, got {timestep}")
     other = copy.copy(scheduler)
-    if getattr(other, "step_index", None) is not None:
+    if hasattr(other, "scale_model_input") and getattr(other, "step_index", None) is not None:
         other._step_index = None
         other.scale_model_input(torch.ones(1), scheduler.timesteps.new_tensor(timestep))
     return other

@@ -11,7 +11,9 @@ from typing import Any
 
 import diffusers
 import pytest
+import tiny_denoisers
 import tiny_pipelines
+import tiny_runs
 import torch
 from reattend.hooks import AtStep, Capture, Latents, Plan, Words, attach, sites
 from reattend.hooks.tokens.latents import place_of
@@ -339,6 +341,37 @@ def test_predict_is_a_pass_with_the_arguments_of_the_call():
         assert torch.allclose(found["all"], torch.cat([predicted(negative, 1), predicted(positive, 1)]), atol=1e-5)
         assert torch.allclose(found["conditional"], predicted(positive, 1), atol=1e-5)
         assert torch.allclose(found["other"], predicted(texts, 3), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Flux", "Lumina 2"])
+def test_other_timesteps_are_given_in_the_denoisers_own_units(name):
+    torch.manual_seed(2)
+    if name == "Flux":
+        pipe, call, _, _ = tiny_runs.flux()
+        wanted = lambda t: t / 1000  # noqa: E731
+    else:
+        model, _ = tiny_denoisers.build("Lumina2Transformer2DModel")
+        own = {"vae": tiny_pipelines.vae(4, shift_factor=0.0), "text_encoder": None, "tokenizer": None}
+        pipe = made(diffusers.Lumina2Pipeline, transformer=model, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **own)
+        texts = {"prompt_embeds": noise(1, 5, 8), "prompt_attention_mask": torch.ones(1, 5, dtype=torch.bool)}
+        call = {**texts, **{f"negative_{key}": value for key, value in texts.items()}, "height": 32, "width": 32}
+        # 1000, 750, 500, 250: also the other way round
+        wanted = lambda t: 1 - t / 1000  # noqa: E731
+    given: list[float] = []
+
+    def look(at: AtStep) -> None:
+        for t in at.scheduler.timesteps.tolist():
+            at.predict(at.latents, timestep=t)
+            assert given[-1] == pytest.approx(wanted(t))
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given.append(float(kwargs["timestep"].flatten()[0]))
+
+    hook = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    with attach(pipe, [Plan("x", [Latents(look)])]):
+        tiny_runs.draw(pipe, call, num_inference_steps=4)
+    hook.remove()
+    assert len(given) > 16
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -179,6 +179,24 @@ def test_a_reference_run_that_was_left_is_followed_by_another_one():
         assert not torch.equal(draw(pipe, call), base)
 
 
+def test_a_reference_run_of_which_some_steps_are_kept():
+    pipe, call, _, _ = stable_diffusion()
+    given = []
+
+    def look(at, shared):
+        given.append(shared.step)
+        return append(at, shared)
+
+    share = Share(seeing(pipe), look, of="run", when=lambda clock: clock.step < STEPS - 1)
+    base = draw(pipe, call)
+    with attach(pipe, [Plan("style", [share])]):
+        assert torch.equal(draw(pipe, call), base) and not given
+        assert not torch.equal(draw(pipe, call), base)
+        assert given == [step for step in range(STEPS - 1) for _ in share.sites]
+        with pytest.raises(ReattendError, match=f"reference run had {STEPS} steps, this one has 2"):
+            draw(pipe, call, num_inference_steps=2)
+
+
 def test_nothing_is_left_beside_another_session():
     pipe, call, _, _ = stable_diffusion()
     base = draw(pipe, call)

@@ -12,7 +12,7 @@ from reattend.hooks.tokens.chat import learn, turns
 from reattend.hooks.tokens.spans import official_range
 from reattend.hooks.tokens.transcript import read, transcripts
 from reattend.hooks.trackers.caches import cache_name
-from reattend.interventions import ReattendError
+from reattend.interventions import ReattendError, UnsupportedError
 from tiny_language import CHATML, language_model, tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -315,3 +315,12 @@ def test_a_cache_filled_before_the_session_keeps_its_places(model):
     assert phase == "prefill" and width == before.shape[1] + after.shape[1] == len(marked)
     assert not any(marked[: before.shape[1]]) and 1 <= sum(marked) <= own + 1
     assert found[-1][0][: len(marked)] == marked and found[-1][2] == "decode"
+
+
+def test_steps_that_mark_different_passages_by_one_name(model):
+    one = Plan("a", [Spans("s", texts=[["Paris"]])])
+    with (
+        attach(model, [one], tokenizer=tokenizer()),
+        pytest.raises(UnsupportedError, match="different passages of the prompt as 's'"),
+    ):
+        attach(model, [Plan("b", [Spans("s", texts=[["house"]])])], tokenizer=tokenizer())

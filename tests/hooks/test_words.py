@@ -277,6 +277,8 @@ def test_models_without_a_prompt_that_could_be_read() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"name": "image"}, "words need a name of their own, other than start, words, .* got 'image'"),
+        ({"name": "words"}, "words need a name of their own, other than start, words, .* got 'words'"),
         ({"words": [["red"]], "columns": [[[1]]]}, "words or columns, not both"),
         ({"words": []}, "words must hold a list for every prompt, .* that names something"),
         ({"words": [[]]}, "words must hold a list for every prompt, .* that names something"),
@@ -288,7 +290,18 @@ def test_models_without_a_prompt_that_could_be_read() -> None:
 )
 def test_bad_arguments(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ReattendError, match=said):
-        Words("w", **given)
+        Words(**{"name": "w", **given})
+
+
+def test_steps_that_mark_different_words_by_one_name() -> None:
+    pipe, _ = sd()
+    red, sky = Plan("a", [Words("w", [["red"]])]), Plan("b", [Words("w", [["sky"]])])
+    with attach(pipe, [red]), pytest.raises(UnsupportedError, match="two steps mark different words of the prompt as 'w'"):
+        attach(pipe, [sky])
+    with pytest.raises(UnsupportedError, match="different words of the prompt as 'w.0'"):
+        attach(pipe, [Plan("both", [Words("w", [["red"]]), Words("w.0", columns=[[[1]]])])])
+    with attach(pipe, [red]), attach(pipe, [Plan("other", [Words("w", [["red"]]), Words("v", [["sky"]])])]):
+        pass
 
 
 @pytest.mark.parametrize("name", ["shapes-sd", "shapes-sd3"])

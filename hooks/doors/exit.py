@@ -58,14 +58,15 @@ class Exit(Step):
     chosen: Callable[[Passing], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not self.roles:
-            raise ReattendError("an exit needs at least one role whose tokens leave")
+        if isinstance(self.roles, str) or not self.roles:
+            raise ReattendError(f"Exit: roles is a list of at least one role whose tokens leave, got {self.roles!r:.60}")
 
     def check(self, facts: Facts) -> str:
         return (
             facts.without_tokens("its step Exit lets tokens of a prompt leave")
             or sites_misfit(self.sites)
             or token_exit_misfit(self.sites)
+            or _gaps(self.sites, facts.table)
         )
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
@@ -118,6 +119,14 @@ def token_exit_misfit(table: SiteTable) -> str:
     if not all(_grows(layer) for layer in DynamicCache(config=text).layers):
         return f"{table.model_name} has layers with a sliding window, whose caches keep keys by number and not by position: {REMEDY}"
     return ""
+
+
+def _gaps(table: SiteTable, whole: SiteTable) -> str:
+    """Why these sites are not all decoder layers from one on, or ""."""
+    first, names = min(site.layer for site in table), [site.name for site in table]
+    if names == [site.name for site in whole if site.stack == "decoder" and site.kind == "self" and site.layer >= first]:
+        return ""
+    return f"its sites are not all layers of the decoder from one on: sites(model).stack('decoder').layers({first}) are"
 
 
 def exit_conflict(plan: Plan, step: Exit, others: Sequence[tuple[Plan, Step]]) -> str:
@@ -203,7 +212,7 @@ def _begin(memory: dict[Any, Any], forward: Forward, step: Exit, cache: Any, sit
             if step.chosen is not None:
                 places = torch.arange(past, past + length, device=hidden.device).expand(batch, -1)
                 seen = Passing(hidden, site, forward.clock, tokens, torch.ones_like(places).float(), places, memory)
-                filler = filler & step.chosen(seen).cpu()
+                filler = filler & _chosen(step.chosen(seen), filler, site)
             acts = bool(filler.any())
             filler = filler | tokens.positions("padding", past, past + length)
             count = max(1, int((~filler).sum(dim=1).max()))
@@ -217,6 +226,14 @@ def _begin(memory: dict[Any, Any], forward: Forward, step: Exit, cache: Any, sit
     memory["fillers"] = bool(filler.any()) or (old is not None and memory.get("fillers", False))
     memory["keys"] = keys
     return Shortened(None if index is None else index.to(hidden.device), new, keys, memory["fillers"], acts, length)
+
+
+def _chosen(said: Tensor, leaves: Tensor, site: Site) -> Tensor:
+    """What a function says of who leaves, on the CPU. Raises ReattendError for something else than bool [B, T]."""
+    if not isinstance(said, Tensor) or said.dtype != torch.bool or said.shape != leaves.shape:
+        what = f"{said.dtype} {list(said.shape)}" if isinstance(said, Tensor) else repr(said)[:60]
+        raise ReattendError(f"Exit at {site.name}: chosen answered {what}; wanted is bool {list(leaves.shape)}")
+    return said.cpu()
 
 
 def _held(known: Keys | None, cache: Any, layer: int, past: int, batch: int) -> Keys | None:

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from reattend.hooks import Capture, Edits, Exit, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_of
-from reattend.interventions import KeyBias, row_weights
+from reattend.interventions import KeyBias, ReattendError, UnsupportedError, row_weights
 
 PROMPTS = [[1, 5, 6, "image", 7, 8], [1, 9, "image", 10, 11, 12, "image", 13], [1, 14, 15]]
 HOW = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -71,3 +71,21 @@ def test_where_none_is_chosen_no_bit_changes():
     session = attach(model, [Plan("none", [none])])
     assert torch.equal(model(**inputs).logits, plain) and session.applied == 0
     session.__exit__(ValueError, None, None)
+
+
+def test_refused():
+    tiny = tiny_models.build("llava")
+    model, inputs = tiny.model, tiny.inputs(PROMPTS[:1])
+    table, decoder = sites(model), sites(model).stack("decoder").kind("self")
+    for roles in ("image", []):
+        with pytest.raises(ReattendError, match="roles is a list of at least one role"):
+            Exit(decoder.layers(2), roles)
+    for some in (decoder.only([1, 3]), decoder.layers(0, 2), table, decoder[::-1]):
+        with pytest.raises(UnsupportedError, match="are not all layers of the decoder from one on"):
+            attach(model, [Plan("x", [Exit(some, ["image"])])])
+    plain, width = model(**inputs).logits, inputs["input_ids"].shape[1]
+    for answer in (None, [True] * width, torch.ones(1, width), torch.ones(1, 3, dtype=torch.bool)):
+        step = Exit(decoder.layers(2), ["image"], chosen=lambda passing, answer=answer: answer)
+        with pytest.raises(ReattendError, match=rf"chosen answered .*bool \[1, {width}\]"), attach(model, [Plan("x", [step])]):
+            model(**inputs)
+    assert torch.equal(model(**inputs).logits, plain)

@@ -4,8 +4,8 @@
     python tests/denoiser_classes.py FluxTransformer2DModel  # runs these anew and keeps the others' rows
 
 `check` lists the sites, attaches, passes through bit-identically, applies one edit at every site that can be edited and compares the
-output with the reference executor's, says which tokens each kind of site attends to, and detaches. A class nobody has written small
-settings for is listed as not built: nothing is said about it.
+output with the reference executor's, says which tokens each kind of site attends to, and detaches. A class that does not build or run
+from small settings is listed as not built, with the reason: nothing is said about it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,15 +27,26 @@ import support_page
 import torch
 from reattend.hooks import Edits, Plan, attach, sites
 from reattend.interventions import Call, HeadGain, ReattendWarning, reference
+from tiny_controlnets import CONTROLNETS
 from tiny_denoisers import DENOISERS, build
 from tiny_families import FURTHER
+from tiny_further import PACKED
+from tiny_parts import PARTS
 from tiny_streams import STREAMS
+from tiny_videos import VIDEOS
 from torch import Tensor, nn
 
-BUILDERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {**DENOISERS, **STREAMS, **FURTHER}
+BUILDERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    **DENOISERS, **STREAMS, **FURTHER, **PACKED, **VIDEOS, **CONTROLNETS, **PARTS,
+}  # fmt: skip
 HOMES = ("diffusers.models.transformers.", "diffusers.models.unets.", "diffusers.models.controlnets.")
 # several ControlNets in one, which are checked alone
 SEVERAL = "Multi"
+OTHER = {
+    "ControlNetXSAdapter": "a part of UNetControlNetXSModel that does not run alone",
+    "MiniMaxMusic3RVQDepthDecoder": "a language model over codes of sound, no denoiser",
+    "MotionAdapter": "a part of UNetMotionModel that does not run alone",
+}
 
 
 def classes() -> list[str]:
@@ -59,6 +71,18 @@ def output(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@contextmanager
+def ran(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The modules of the model that run inside the block."""
+    seen: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: seen.add(module)) for m in model.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def told(call: Call) -> str:
@@ -86,7 +110,10 @@ def check(model: nn.Module, inputs: dict[str, Any]) -> dict:
     }  # fmt: skip
     if not len(usable):
         return result
-    before = output(model, inputs)
+    with ran(model) as seen:
+        before = output(model, inputs)
+    usable = usable.where(lambda s: any(part in seen for part in usable.module(s).modules()))
+    result["idle"] = result["edited"] - len(usable)
     assert same(output(model, inputs), before), "the model itself is not deterministic"
     tokens: dict[str, set[str]] = {}
 
@@ -124,9 +151,10 @@ def check(model: nn.Module, inputs: dict[str, Any]) -> dict:
 def row(name: str) -> dict:
     """One class's row of the record."""
     if name not in BUILDERS:
-        return {"status": "not built", "reason": "no small settings are written for it"}
+        return {"status": "not built", "reason": OTHER.get(name, "no small settings are written for it")}
     try:
         model, inputs = build(name, among=BUILDERS)
+        output(model, inputs)
     except Exception as error:
         return {"status": "not built", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"}
     try:

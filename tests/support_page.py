@@ -58,14 +58,15 @@ def denoisers(record: dict) -> list[str]:
         "through bit-identically, edited every site as the reference executor says, and was detached bit-identically. Tokens: what the keys",
         "of each kind of site are known to be, with the grid of the image's; what is unknown is refused to recipes that ask for it.",
         "",
-        f"{count['verified']} verified, {count['refused']} refused with a reason, {count['failed']} failed, {count['not built']} could not be",
+        f"{count['verified']} verified, {count['refused']} refused with a reason, {count['failed']} failed, {count['not built']} were not",
         "built from small settings (nothing is said about those).",
         "",
         "| class | result | sites edited | tokens | remarks |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        remarks = row.get("reason") or "; ".join(row.get("problems", []))
+        idle = [f"{row['idle']} of these sites do not run when it is called so"] if row.get("idle") else []
+        remarks = row.get("reason") or "; ".join([*row.get("problems", []), *idle])
         kinds = ", ".join(f"{number} {kind}" for kind, number in row.get("kinds", {}).items())
         tokens = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in row.get("tokens", {}).items())
         lines.append(f"| {name} | {row['status']} | {kinds} | {tokens} | {remarks.replace('|', '/')} |")

@@ -119,8 +119,10 @@ def kandinsky5() -> Built:
 
 def wan_like(name: str, **config: Any) -> Built:
     model = made(
-        name, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32, **config,
+        name, **{
+            "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
+            "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32, **config,
+        },
     )  # fmt: skip
     return model, text(hidden_states=noise(2, 4, FRAMES, 8, 12), timestep=TIMES)
 

@@ -20,12 +20,15 @@ ROWS = {
     "mid_block_additional_residual", "down_intrablock_additional_residuals", "block_controlnet_hidden_states", "controlnet_block_samples",
     "controlnet_single_block_samples", "ip_hidden_states", "ip_adapter_image_embeds", "boxes", "positive_embeddings", "masks",
     "pose_hidden_states", "face_pixel_values", "text_encoder_layers", "controlnet_cond", "controlnet_mode",
-    "control_type",
+    "control_type", "conditioning_mask", "audio_hidden_states", "audio_encoder_hidden_states", "audio_encoder_attention_mask",
+    "audio_timestep", "audio_sigma", "image_cond_hidden_states", "latents_clean", "latents_history_2x", "latents_history_4x",
+    "latents_history_short", "latents_history_mid", "latents_history_long", "camera_conditions", "context_latents", "latent_cond",
+    "local_add_cond", "segment_ids", "indicator", "img_mask",
 }  # fmt: skip
 # one for all rows, whatever the first dimension happens to be: places of tokens, and masks over them
 SHARED = {
-    "img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "rope_interpolation_scale", "visual_rope_pos", "text_rope_pos",
-    "scale_factor", "ip_adapter_masks", "ip_adapter_scale", "control_hidden_states_scale", "scale",
+    "img_ids", "txt_ids", "image_cond_ids", "image_rotary_emb", "rotary_embedding", "rope_interpolation_scale", "visual_rope_pos",
+    "text_rope_pos", "scale_factor", "ip_adapter_masks", "ip_adapter_scale", "control_hidden_states_scale", "scale",
 }  # fmt: skip
 # rows along the second dimension: the states of several layers of a text encoder
 SECOND = {"encoder_hidden_states_llama3"}
@@ -35,11 +38,23 @@ FOLDED = {
     "mid_block_additional_residual",
 }  # fmt: skip
 # one entry per row, in a list of what are no tensors
-LISTED = {"img_shapes", "txt_seq_lens", "img_sizes"}
-# names that mean something else in one class: Cosmos repeats one mask for all rows, HiDream has places of its own for each
+LISTED = {"img_shapes", "txt_seq_lens", "img_sizes", "shape_list"}
+# names that mean something else in one class: Cosmos repeats one mask for all rows, HiDream has places of its own for each; numbers of
+# frames come once for all rows (Framepack) or for each (Helios)
 OWN: dict[str, dict[str, str]] = {
     "CosmosTransformer3DModel": {"padding_mask": "shared"},
+    "HeliosTransformer3DModel": {
+        "indices_hidden_states": "rows",
+        **{f"indices_latents_history_{term}": "rows" for term in ("short", "mid", "long")},
+    },
     "HiDreamImageTransformer2DModel": {"img_ids": "rows", "img_sizes": "rows"},
+    "HunyuanVideoFramepackTransformer3DModel": {
+        f"indices_latents{part}": "shared" for part in ("", "_clean", "_history_2x", "_history_4x")
+    },
+    "Ideogram4Transformer2DModel": {"position_ids": "rows"},
+    "Krea2Transformer2DModel": {"position_ids": "shared"},
+    "MiniMaxH3Transformer3DModel": {"timestep": "shared"},
+    "UVit2DModel": {"input_ids": "rows"},
 }
 
 

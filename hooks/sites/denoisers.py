@@ -69,7 +69,7 @@ def stack_of(denoiser: nn.Module, path: str) -> str:
     parts = f".{path}"
     if not re.search(r"blocks?\.|layers\.|refiner", parts):
         return "denoiser.pool"
-    if ".text_transformer_blocks." in parts:
+    if re.search(r"[._](text_transformer|txt_mode)_blocks\.|\.(text_fusion|perceiver)\.", parts):
         return "denoiser.text_refiner"
     if "refiner" in parts:
         images = any(f".{name}_refiner" in parts for name in ("noise", "siglip", "ref_image"))
@@ -113,19 +113,33 @@ def _width(module: nn.Module, name: str) -> int | None:
     return getattr(getattr(module, name, None), "out_features", None)
 
 
+def _decoders(denoiser: nn.Module) -> float:
+    """The number of the first single block that sees the latents twice (as they came and as the blocks before it left them) and no text:
+    Motif-Video's decoder."""
+    count = getattr(getattr(denoiser, "config", None), "num_decoder_layers", 0)
+    return len(denoiser.single_transformer_blocks) - count if count else float("inf")  # type: ignore[arg-type]
+
+
 def _kind(denoiser: nn.Module, module: nn.Module, site: Site) -> str:
-    if site.stack.endswith(".motion") or "temporal" in site.name:
+    alone = type(denoiser).__name__ == "TransformerTemporalModel"
+    if site.stack.endswith(".motion") or "temporal" in site.name or OVER_FRAMES.search(site.name) or alone:
         return "cross" if getattr(module, "is_cross_attention", False) else "temporal"
+    last = site.name.rsplit(".", 1)[-1]
     if site.stack.endswith("_refiner") or site.stack == "denoiser.dual":
+        return "cross" if "cross" in last else "self"
+    family = family_of(denoiser)
+    for pattern, kind in ((family.joint, "joint"), (family.own, "self")):
+        if pattern and re.search(pattern, site.name):
+            return kind
+    block, decoders = re.search(r"(^|\.)single_transformer_blocks\.(\d+)\.attn$", site.name), _decoders(denoiser)
+    if block and int(block[2]) >= decoders:
         return "self"
-    pattern = family_of(denoiser).joint
-    if pattern and re.search(pattern, site.name):
-        return "joint"
     if getattr(module, "add_k_proj", None) is not None and "AddedKV" in type(getattr(module, "processor", None)).__name__:
         return "cross" if getattr(module, "only_cross_attention", False) else "joint"
     if getattr(module, "is_cross_attention", False):
         return "cross"
-    if ".single_" in f".{site.name}" or getattr(module, "add_q_proj", None) is not None:
+    joint = ".single_" in f".{site.name}" or getattr(module, "add_q_proj", None) is not None
+    if joint and "cross" not in last:
         return "joint"
-    last = site.name.rsplit(".", 1)[-1]
-    return "cross" if last == "attn2" or "cross" in last else "self"
+    # LTX-2: video and sound look at texts of their own (attn2, audio_attn2) and at each other (audio_to_video_attn)
+    return "cross" if last.endswith("attn2") or "cross" in last or "_to_" in last else "self"

@@ -130,11 +130,7 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if callable(processor) and type(processor).__call__ is not nn.Module.__call__:
         names = source_of(type(processor).__call__).names
         if names & SDPA_NAMES:
-            backend = getattr(processor, "_attention_backend", None)
-            backend = getattr(backend, "value", backend)
-            if backend not in NATIVE_BACKENDS:
-                return "sdpa", f"attention backend {backend!r} never reaches torch's SDPA: call set_attention_backend('native')"
-            return "sdpa", None
+            return "sdpa", _elsewhere(processor, names)
         if hasattr(module, "to_q") or hasattr(module, "to_qkv"):
             name = type(processor).__name__
             reason = "linear attention has no softmax" if "Linear" in name else "it never calls torch's SDPA"
@@ -152,6 +148,19 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if "Attention" in named and "softmax" in own and not any(dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
+
+
+def _elsewhere(processor: Any, names: frozenset[str]) -> str | None:
+    """Why a processor's attention does not come to torch's SDPA, by its backend; None where it does. names: those of its code."""
+    if "FLEX" in names:
+        return f"processor {type(processor).__name__}: it calls flex attention, which never reaches torch's SDPA"
+    backend = getattr(processor, "_attention_backend", None)
+    backend = getattr(backend, "value", backend)
+    if backend in NATIVE_BACKENDS:
+        return None
+    if backend == getattr(type(processor), "_attention_backend", None):
+        return f"processor {type(processor).__name__}: it needs the backend {backend!r}, which never reaches torch's SDPA"
+    return f"attention backend {backend!r} never reaches torch's SDPA: call set_attention_backend('native')"
 
 
 def _from_transformers(module: nn.Module) -> bool:
@@ -210,8 +219,13 @@ def _layer(module: nn.Module, path: str, seen: dict[str, int]) -> int:
     index = getattr(module, "layer_idx", None)
     if isinstance(index, int):
         return index
-    numbers = [p for p in path.split(".") if p.isdigit()]
-    block = path.rsplit(".", 1)[0] if numbers else path
+    parts = path.split(".")
+    numbered = [at for at, part in enumerate(parts[:-1]) if part.isdigit()]
+    # all of a block is one layer, also what lies in parts of it (`blocks.0.audio.attn`); the members of a list share theirs
+    if parts[-1].isdigit():
+        block = ".".join(parts[:-1])
+    else:
+        block = ".".join(parts[: numbered[-1] + 1]) if numbered else path
     return seen.setdefault(block, len(seen))
 
 

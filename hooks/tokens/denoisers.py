@@ -6,6 +6,7 @@ make that number, the roles are unknown, and whoever asks for one is told the nu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,7 +72,8 @@ def _read_text(forward: DenoiserForward, given: Mapping[str, Any]) -> None:
     elif len(texts) == 1 and isinstance(texts[0], (list, tuple)) and all(isinstance(t, Tensor) for t in texts[0]):
         forward.samples = tuple(len(text) for text in texts[0])
         forward.text_length = max(forward.samples, default=None)
-    mask = given.get("encoder_attention_mask", given.get("encoder_hidden_states_mask"))
+    named = ("encoder_attention_mask", "encoder_hidden_states_mask", "encoder_mask")
+    mask = next((given[name] for name in named if given.get(name) is not None), None)
     lengths = given.get(forward.family.lengths)
     if isinstance(lengths, Tensor) and forward.text_length is not None:
         mask = torch.arange(forward.text_length, device=lengths.device) < lengths[:, None]
@@ -98,10 +100,11 @@ def locate(call: Call, forward: Forward, index: int, module: nn.Module | None = 
     processor = type(getattr(module, "processor", None)).__name__
     # an IP-Adapter's processor looks at its images in further calls, after the site's own
     prompted = index > 0 and "IPAdapter" in processor
+    apart = next((role for pattern, role in forward.family.apart if re.search(pattern, call.site.name)), None)
     shape = (call.batch, call.num_queries, call.num_keys, call.query.device)
-    key = (call.site.kind, call.site.stack, *shape, sample, prompted, *forward.marks)
+    key = (call.site.kind, call.site.stack, *shape, sample, prompted, apart, *forward.marks)
     if key not in forward.maps:
-        maps = _prompted(call, forward, processor) if prompted else _maps(call, forward, sample, processor)
+        maps = _prompted(call, forward, processor) if prompted else _maps(call, forward, sample, processor, apart)
         for tokens in maps:
             for marks in forward.marks if tokens is not None else ():
                 mark(tokens, marks, forward.text_mask, sample, call.site.name)  # type: ignore[arg-type]
@@ -109,10 +112,16 @@ def locate(call: Call, forward: Forward, index: int, module: nn.Module | None = 
     call.tokens, call.query_tokens = forward.maps[key]
 
 
-def _maps(call: Call, forward: DenoiserForward, sample: int | None, processor: str) -> tuple[TokenMap, TokenMap | None]:
-    """The maps of the keys and, where these are other tokens, of the queries."""
+def _maps(
+    call: Call, forward: DenoiserForward, sample: int | None, processor: str, apart: str | None
+) -> tuple[TokenMap, TokenMap | None]:
+    """The maps of the keys and, where these are other tokens, of the queries. apart: the one role of the site's tokens (`Family.apart`)."""
     assert call.site is not None
     site, batch, keys, queries, device = call.site, call.batch, call.num_keys, call.num_queries, call.query.device
+    if apart not in (None, "text", "reference"):
+        return unknown(call, f"its tokens are {apart}, neither image nor text"), None
+    if apart == "reference":
+        return laid_out(batch, [Piece("reference", keys)], device), None
     if site.stack == "denoiser.pool":
         length = forward.text_length
         if length is None or keys not in (length, length + 1):  # their mean may be one more
@@ -122,9 +131,13 @@ def _maps(call: Call, forward: DenoiserForward, sample: int | None, processor: s
         if keys == queries:
             return joint_stream(call, forward, sample), None
         return _added(call, forward, processor), _latents(call, forward, queries)
-    if site.kind == "cross" or keys != queries:
+    if site.kind == "cross":
         return _context(call, forward), _latents(call, forward, queries)
-    if site.stack == "denoiser.text_refiner":
+    if keys != queries:
+        return unknown(call, f"its {queries} queries attend to {keys} tokens, their own and others"), _latents(
+            call, forward, queries
+        )
+    if site.stack == "denoiser.text_refiner" or apart == "text":
         if forward.samples or keys == forward.text_length:
             return _text(batch, keys, forward, device), None
         return unknown(call, f"its {keys} tokens are not the {forward.text_length} of the text"), None

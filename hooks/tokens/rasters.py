@@ -8,6 +8,7 @@ made is to look at (editing pipelines). What is read here is tried against the n
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sites.families import Family
+
+# denoisers whose latents are one row of tokens over time
+SOUND = re.compile(r"Audio|1DModel")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def read_latents(denoiser: nn.Module, family: Family, hidden: Any, given: Mappin
         if len(shapes) > 1:
             return Latents(reason=f"its samples have different sizes: {sorted(shapes)}")
         hidden = hidden[0][None]
+    if isinstance(hidden, Tensor) and SOUND.search(type(denoiser).__name__):
+        return Latents(reason=f"the latents of {type(denoiser).__name__} are sound")
     if not isinstance(hidden, Tensor) or hidden.dim() not in (3, 4, 5):
         return Latents(reason=f"{type(denoiser).__name__} was called without latents [batch, ...] of 3 to 5 dimensions")
     axes = family.axes if len(family.axes) == hidden.dim() else {3: "bnc", 4: "bchw", 5: "bcfhw"}[hidden.dim()]

@@ -14,7 +14,7 @@ so) prompts that come in pieces.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ OF_THE_REAL_PASS = (
     *NAMES, "cache_position", "use_cache", "labels", "output_attentions", "output_hidden_states", "return_dict",
     "logits_to_keep",
 )  # fmt: skip
+# what a model may be given its tokens as
+TEXT = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 @dataclass
@@ -102,12 +104,21 @@ class Probe(Step):
             arguments = without_inference(arguments)
         if self.inputs is not None:
             prompt = Prompt(arguments, tokens, getattr(root, "config", None), forward.memory(plan.memory_key))
+            before = dict(arguments)
             changed = self.inputs(prompt)
             if changed is None:
                 return
-            if changed is not arguments:
+            if not isinstance(changed, Mapping) or not any(_tokens(changed.get(name)) for name in TEXT):
+                raise ReattendError(
+                    f"{plan.recipe}: what a probe reads is a mapping of all arguments of its pass, with input_ids or inputs_embeds, or None; "
+                    f"got {changed!r:.80}"
+                )
+            if changed is not arguments or any(
+                changed.get(name) is not before.get(name) for name in before.keys() | changed.keys()
+            ):
                 ids, embeds, mask = (changed.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-                tokens, arguments = tracker.new_map(ids, embeds, mask, changed), changed
+                arguments = dict(changed)
+                tokens = tracker.new_map(ids, embeds, mask, arguments)
         parameters = tracker.signature.parameters
         if "logits_to_keep" in parameters:
             arguments["logits_to_keep"] = 1
@@ -119,6 +130,10 @@ class Probe(Step):
             with contextlib.suppress(Enough):
                 output = root(**arguments)
             facts.end(output)
+
+
+def _tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1 and value.numel() > 0
 
 
 def plain_arguments(given: dict[str, Any], tokens: TokenMap) -> dict[str, Any]:

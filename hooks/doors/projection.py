@@ -4,10 +4,11 @@ Gives: the outputs of the q, k and v projections of a pass's new tokens, per hea
 cache, to a function that may return others; in joint blocks of denoisers those of the text's own projections too. What is changed in a
 key or value stays in the cache, so later steps of a generation cost nothing. With normed=False the output before the norm is given.
 
-Costs: one hook per projection and pass and what the function computes; no attention matrix, no copy of what is not changed.
+Costs: one hook per projection and pass and what the function computes; no attention matrix, no copy of what is not changed
+(under torch.inference_mode one, without which a change in place would not show).
 
 Refuses: projections that are fused into one (unfuse them where the model can), sites whose norm cannot be placed before or after RoPE,
-models without projections of their own (multi-head latent attention); new states of another shape.
+models without projections of their own (multi-head latent attention); new states of another shape; a function that changes states in place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
 from ..sites.projections import WHICH, Split, heads_of, last_module, projection_misfit, projection_of
 from ..sites.table import SiteTable
-from ..tokens.states import tokens_of
+from ..tokens.states import counted, tokens_of
 
 
 @dataclass
@@ -147,6 +148,8 @@ class Projection(Step):
             if output is None or session not in host.active():
                 return None
             forward = host.current()
+            output = counted(output)
+            version = output._version
             split = Split(output, args, site, heads_of(site, which))
             known = waiting.met(forward, which, split.states)
 
@@ -161,11 +164,13 @@ class Projection(Step):
             seen = Projected(split.states, which, added, site, forward.clock, memory, known, find)
             if self.reader is not None:
                 self.reader(seen)
+                _unchanged(output, version, seen)
                 if forward.probe is not None and len(known) == len(self.of) and not added:
                     forward.probe.read(self, self.sites.module(site))
                 return None
             assert self.edit is not None
             states = _changed(self.edit(seen), seen)
+            _unchanged(output, version, seen)
             if states is None:
                 return None
             known[which] = states
@@ -194,6 +199,14 @@ class Waiting:
         return known
 
 
+def _unchanged(output: Tensor, version: int, seen: Projected) -> None:
+    """Raises ReattendError where a function has written into what the model goes on with."""
+    if output._version != version:
+        raise ReattendError(
+            f"Projection at {seen.site.name}: its function changed a {seen.which} in place; return new states instead"
+        )
+
+
 def _changed(edit: ProjectKey | Tensor | None, seen: Projected) -> Tensor | None:
     """The new states; None where nothing changes. Raises ReattendError for what does not fit."""
     if edit is None:
@@ -204,6 +217,10 @@ def _changed(edit: ProjectKey | Tensor | None, seen: Projected) -> Tensor | None
                 f"Projection at {seen.site.name}: a {seen.which} must keep its shape {tuple(seen.states.shape)}, got {tuple(edit.shape)}"
             )
         return edit.to(seen.states.device, seen.states.dtype)
+    if not isinstance(edit, ProjectKey):
+        raise ReattendError(
+            f"Projection at {seen.site.name}: its function answers with states, ProjectKey or None, got {edit!r:.60}"
+        )
     if edit.is_identity:
         return None
     if seen.which != "key":

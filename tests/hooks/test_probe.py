@@ -115,6 +115,24 @@ def test_changed_inputs_have_a_map_of_their_own(model, ids):
     assert len(seen) == 1
 
 
+def test_inputs_changed_in_the_prompt_itself_have_a_map_of_their_own_too(model, ids):
+    seen = []
+
+    def longer(prompt):
+        prompt.arguments["input_ids"] = torch.cat([ids, ids], dim=1)
+        return prompt.arguments
+
+    read = Capture(sites(model)[:1], lambda call, _: seen.append((call.num_keys, call.tokens.length)))
+    mine = {"input_ids": ids}
+    with attach(model, [Plan("probe", [Probe([read], longer), Probe([read], lambda prompt: mine)])]):
+        model(ids)
+    assert seen == [(10, 10), (5, 5)] and list(mine) == ["input_ids"]
+    for answer in (5, {}, {"input_ids": ids[:, :0]}, {"input_ids": [1]}):
+        with pytest.raises(ReattendError, match="what a probe reads is a mapping of all arguments"):  # noqa: SIM117
+            with attach(model, [Plan("probe", [Probe([read], lambda prompt, answer=answer: answer)])]):
+                model(ids)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_in_a_reader_leaves_nothing(model, ids, error):
     base = model(ids).logits

@@ -30,7 +30,7 @@ from ..passes import Forward
 from ..plan import Facts, Plan, Step
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
-from ..tokens.states import counted, parameters_of, rows_of, tokens_of
+from ..tokens.states import counted, parameters_of, rows_of, tokens_of, version_of
 
 Written = Tensor | Mapping[str, Tensor] | None
 
@@ -180,9 +180,9 @@ class Inject(Step):
 
     def _written(self, seen: Entering, first: str) -> dict[str, Tensor]:
         """{argument: its value with the named rows written anew}. Raises ReattendError for values that do not fit."""
-        versions = {name: _version(value) for name, value in seen.given.items()}
+        versions = {name: version_of(value) for name, value in seen.given.items()}
         new = self.write(seen)
-        if any(_version(value) != versions[name] for name, value in seen.given.items()):
+        if any(version_of(value) != versions[name] for name, value in seen.given.items()):
             raise ReattendError(
                 f"Inject at {seen.site.name}: its function changed an input in place; return a new tensor instead"
             )
@@ -207,8 +207,3 @@ class Inject(Step):
             rows = seen.rows
             written[name] = value if rows is None else torch.where(rows.view(-1, *[1] * (old.dim() - 1)), value, old)
         return written
-
-
-def _version(value: Tensor) -> int:
-    """Grows with every change in place; tensors of inference mode do not count theirs."""
-    return 0 if value.is_inference() else value._version

@@ -4,11 +4,11 @@ Gives: the outputs of the q, k and v projections of a pass's new tokens, per hea
 cache, to a function that may return others; in joint blocks of denoisers those of the text's own projections too. What is changed in a
 key or value stays in the cache, so later steps of a generation cost nothing. With normed=False the output before the norm is given.
 
-Costs: one hook per projection and pass and what the function computes; no attention matrix, no copy of what is not changed
-(under torch.inference_mode one, without which a change in place would not show).
+Costs: one hook per projection and pass and what the function computes; no attention matrix, no copy of what is not changed.
 
 Refuses: projections that are fused into one (unfuse them where the model can), sites whose norm cannot be placed before or after RoPE,
-models without projections of their own (multi-head latent attention); new states of another shape; a function that changes states in place.
+models without projections of their own (multi-head latent attention); new states of another shape; a function that changes states in
+place (which does not show under torch.inference_mode).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
 from ..sites.projections import WHICH, Split, heads_of, last_module, projection_misfit, projection_of
 from ..sites.table import SiteTable
-from ..tokens.states import counted, tokens_of
+from ..tokens.states import tokens_of, version_of
 
 
 @dataclass
@@ -148,8 +148,7 @@ class Projection(Step):
             if output is None or session not in host.active():
                 return None
             forward = host.current()
-            output = counted(output)
-            version = output._version
+            version = version_of(output)
             split = Split(output, args, site, heads_of(site, which))
             known = waiting.met(forward, which, split.states)
 
@@ -201,7 +200,7 @@ class Waiting:
 
 def _unchanged(output: Tensor, version: int, seen: Projected) -> None:
     """Raises ReattendError where a function has written into what the model goes on with."""
-    if output._version != version:
+    if version_of(output) != version:
         raise ReattendError(
             f"Projection at {seen.site.name}: its function changed a {seen.which} in place; return new states instead"
         )

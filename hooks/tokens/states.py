@@ -47,6 +47,11 @@ def rows_of(forward: Forward, site: Site, states: Tensor) -> Tensor:
     return source.repeat_interleave(batch // rows)
 
 
+def version_of(value: Tensor) -> int:
+    """Grows with every change in place; tensors of inference mode do not count theirs."""
+    return 0 if value.is_inference() else value._version
+
+
 def counted(value: Tensor) -> Tensor:
     """The same tensor; of one from inference mode, where changes in place show nowhere, a copy that shows them in its `_version`."""
     if not value.is_inference():

@@ -9,8 +9,8 @@ tokens]. Whoever reads the cache's length finds that of the sequence; beams, dra
 Costs: one gather per layer when tokens leave; after that less than the untouched cache in memory, kept tokens over all tokens, and one call
 of attention per number of tokens that heads hold (all equal: one). The prompt's pass itself is the untouched one and needs its whole cache.
 
-Refuses: models whose caches have windows or states, caches of fixed length or quantised ones, generation without a cache, and other recipes at
-the same sites. Without its session such a cache refuses to go on.
+Refuses: models whose caches have windows or states, or keep what their decoder's cross-attention looks at, caches of fixed length or
+quantised ones, generation without a cache, and other recipes at the same sites. Without its session such a cache refuses to go on.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class Evict(Step):
     label: str = ""
 
     def check(self, facts: Facts) -> str:
-        return facts.without_tokens("its step Evict lets tokens of a prompt leave the cache") or evict_misfit(self.sites)
+        reason = facts.without_tokens("its step Evict lets tokens of a prompt leave the cache") or sites_misfit(self.sites)
+        crossed = next((site.name for site in facts.table if site.stack == "decoder" and site.kind == "cross"), "")
+        if crossed and not reason:
+            return f"{crossed} keeps what it looks at in the same cache, which is no text that could leave it: {REMEDY}"
+        return reason or evict_misfit(self.sites)
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
         own = {site.name for site in self.sites}

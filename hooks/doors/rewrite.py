@@ -10,9 +10,9 @@ tokens - or None: the request stays as it is.
 
 Costs: one pass per look, as far as its last reader; nothing in the passes of the changed request.
 
-Refuses: models that read no tokens, a look without readers, and (before the first layer) a prompt that does not begin with one that has
-been through `session.rewrite`. Images tell requests of the same tokens from one another: in a forward pass always; in `generate`, where it
-computes features beforehand, as soon as a pass has begun with them. Where they do not, it is refused to guess.
+Refuses: models that read no tokens or read them in an encoder, a look without readers, and (before the first layer) a prompt that does not
+begin with one that has been through `session.rewrite`. Images tell requests of the same tokens from one another: in a forward pass always;
+in `generate`, where it computes features beforehand, as soon as a pass has begun with them. Where they do not, it is refused to guess.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Rewrite(Step):
 
     def check(self, facts: Facts) -> str:
         reasons = (step.check(facts) for step in self.look)
+        if getattr(getattr(facts.root, "config", None), "is_encoder_decoder", False):
+            return f"its step Rewrite follows a prompt to the decoder that reads it, and {type(facts.root).__name__} reads it in an encoder"
         return facts.without_tokens("its step Rewrite changes prompts") or next((r for r in reasons if r), "")
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:

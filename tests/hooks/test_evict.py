@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_models
 import torch
 from reattend.hooks import Edits, Evict, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
@@ -202,6 +203,9 @@ def test_refused(model):
             language_model("Mistral", sliding_window=4),
             [Plan("e", [Evict(sites(language_model("Mistral", sliding_window=4)), len)])],
         )
+    mllama = tiny_models.mllama().model  # its layers of cross-attention keep images in the cache of the text
+    with pytest.raises(UnsupportedError, match="cross_attn keeps what it looks at in the same cache"):
+        attach(mllama, [evicted(mllama)])
     ran = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
     with attach(model, [evicted(model)]):

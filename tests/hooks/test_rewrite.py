@@ -9,6 +9,7 @@ from reattend.hooks import Capture, Edits, Plan, Rewrite, attach, sites
 from reattend.interventions import HeadGain, ReattendError, UnsupportedError
 from tiny_language import language_model
 from tiny_models import build
+from transformers import BartConfig, BartForConditionalGeneration
 
 IDS = torch.tensor([[0, 0, 1, 5, 9, 33, 7], [1, 8, 4, 21, 6, 17, 90]])
 INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
@@ -224,6 +225,10 @@ def test_refused(model):
         session.rewrite(INPUTS)
     with pytest.raises(ReattendError, match="not at work here"):
         session.rewrite(INPUTS)
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=32, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes))
+    with pytest.raises(UnsupportedError, match="BartForConditionalGeneration reads it in an encoder"):
+        attach(bart, [Plan("e", [Rewrite(longer)])])
     net, _ = tiny_denoisers.build("SD3Transformer2DModel")
     with pytest.raises(UnsupportedError, match="reads no tokens"):
         attach(net, [Plan("e", [Rewrite(longer)])])

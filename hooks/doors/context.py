@@ -176,6 +176,8 @@ class Context(Step):
             return kept.setdefault(memory.setdefault(_Run, _Run()), {})
 
         def edit(call: Call, forward: Forward) -> Sequence[Edit]:
+            if not _reads_prompt(call, forward):
+                return ()
             store = store_of(forward.memory(key))
             text = self._at(call, forward, store)
             if text is None:
@@ -251,8 +253,6 @@ class Context(Step):
             return SecondText(rows=rows, partner=_once(store, "partner", call.clock, lambda: partners(call.clock, self.name)))
         if "text" not in store or not isinstance(forward, DenoiserForward) or forward.denoiser is None:
             return None
-        if forward.text_length is not None and forward.text_length != call.num_keys:
-            return None  # a second call of the site, to an image prompt
         key, value = self._keys(call, forward, store)
         text: Encoded = store["text"]
         mask = None if text.mask is None else text.mask[:, None, None].to(call.query.device)
@@ -294,6 +294,16 @@ class Context(Step):
                 fold = call.batch // forward.batch if len(own) == store["rows"] else 1
                 store[name] = second_keys(call, self.sites.module(call.site), second, own.repeat_interleave(fold, dim=0))
         return store[name]
+
+
+def _reads_prompt(call: Call, forward: Forward) -> bool:
+    """Whether a site's call is to the prompt: a further one, to the image prompts of IP-Adapters, is not."""
+    if not isinstance(forward, DenoiserForward) or call.tokens is None:
+        return True
+    if call.tokens.unknown:
+        return call.site is None or call.site.kind != "cross" or forward.text_length in (None, call.num_keys)
+    # of other tokens than the queries, and of images
+    return call.query_tokens is None or "reference" not in call.tokens or forward.family.context == "reference"
 
 
 class _Run:

@@ -575,3 +575,29 @@ def test_rows_that_nobody_knows():
         with reattend.rows("neither", "conditional"):
             predict(model, inputs)
     assert at_work.applied == 0
+
+
+@pytest.mark.parametrize("place", ["beside", "after"])
+@pytest.mark.parametrize("images", [3, 5])
+def test_calls_to_an_image_prompt_are_left_alone(place, images):
+    """Also where it has as many tokens as the text, whose place after the prompt is hidden from the negative one."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+    model, inputs = build("UNet2DConditionModel")
+    for name, module in model.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(IPAdapterAttnProcessor2_0(module.inner_dim, 8, num_tokens=(images,)))
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=8, num_image_text_embeds=images)
+    model.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    model.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    inputs["added_cond_kwargs"] = {"image_embeds": [torch.randn(2, 1, 8)]}
+    asked = []
+
+    def use(call, text):
+        asked.append(call.num_keys)
+
+    with session(model, use, tensors=second(inputs), place=place), reattend.rows("unconditional", "conditional"):
+        predict(model, inputs)
+    length = inputs["encoder_hidden_states"].shape[1] * (2 if place == "after" else 1)
+    assert asked == [length] * len(reading(model))

@@ -222,6 +222,8 @@ class Call:
     edits: list[Any] = field(default_factory=list, repr=False)
     # what is given the output [B, H, Tq, Dv] once it is there, to look at it
     then: list[Callable[[Tensor], None]] = field(default_factory=list, repr=False)
+    # how many calls of the site came before it in one run of its module: an image prompt's come after the prompt's, or one for each sample
+    number: int = field(default=0, repr=False)
     # name of a way -> how often the executor took it for this site, where somebody counts
     ways: Counter[str] | None = field(default=None, repr=False)
 

@@ -65,8 +65,8 @@ class _Run:
         return len(self.passed) >= (self.steps or 0)
 
 
-# {step: {site: {part of the batch: {name: tensor}}}}
-_Steps = dict[int, dict[str, dict[str, dict[str, Tensor]]]]
+# {step: {(site, number of its call): {part of the batch: {name: tensor}}}}
+_Steps = dict[int, dict[tuple[str, int], dict[str, dict[str, Tensor]]]]
 
 
 class _Kept:
@@ -200,7 +200,7 @@ class Share(Step):
     def _keep(self, call: Call, steps: _Steps) -> None:
         """Keeps what was asked for of a call; its output when it is there."""
         assert call.site is not None
-        here = steps.setdefault(call.clock.step, {}).setdefault(call.site.name, {})
+        here = steps.setdefault(call.clock.step, {}).setdefault((call.site.name, call.number), {})
         if self.of == "step":
             # the second evaluation of a step is given what the first one was
             for old in [step for step in steps if step < call.clock.step - self.steps]:
@@ -252,6 +252,7 @@ class Share(Step):
         """What a call is given; None where there is nothing yet."""
         assert call.site is not None
         parts, step, device = self._rows_of(call), call.clock.step, call.query.device
+        place = call.site.name, call.number
         if self.of == "batch":
             if self.part and self.part not in parts:
                 return None
@@ -268,18 +269,18 @@ class Share(Step):
             of_step = kept.runs[kept.reference].get(step, {})
             if not of_step and self.when is not None and step in kept.reference.passed:
                 return None  # a step that was not to be kept
-            store = of_step.get(call.site.name)
+            store = of_step.get(place)
             if store is None:
                 raise ReattendError(
                     f"the reference run kept nothing of {call.site.name} at step {step}: give both runs the same steps"
                 )
         else:
             steps = kept.runs[run]
-            earlier = [s for s in steps if step - self.steps <= s < step and call.site.name in steps[s]]
+            earlier = [s for s in steps if step - self.steps <= s < step and place in steps[s]]
             if not earlier:
                 return None
             step = max(earlier)
-            store = steps[step][call.site.name]
+            store = steps[step][place]
         order = torch.cat(list(parts.values()))
         found = {}
         for name in self.keep:

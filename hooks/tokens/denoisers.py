@@ -88,7 +88,7 @@ def locate(call: Call, forward: Forward, index: int, module: nn.Module | None = 
     looks at), "register", "frame" (each token is a frame of one place) and "condition"; `query_tokens` is set where the queries are other
     tokens than the keys.
     """
-    call.tokens, call.clock = forward.tokens, forward.clock
+    call.tokens, call.clock, call.number = forward.tokens, forward.clock, index
     if not isinstance(forward, DenoiserForward) or forward.denoiser is None or call.site is None:
         return
     sample = None

@@ -5,6 +5,7 @@ import gc
 import pytest
 import reattend
 import torch
+from diffusers import WanTransformer3DModel
 from reattend.hooks import Edits, Guide, Plan, Share, attach, sites
 from reattend.interventions import AppendKV, HeadGain, Instead, ReattendError, ScaleQuery, Second, TakeOutput, UnsupportedError
 from tiny_denoisers import build
@@ -110,6 +111,37 @@ def test_an_earlier_step_by_half(make):
     assert most == size  # of two steps of three: the last one, and the one before it
     gc.collect()
     assert share.bytes == 0
+
+
+@pytest.mark.parametrize("name", ["Mochi, a call for each sample", "Wan, a call to the text and one to a picture"])
+def test_sites_of_several_calls_are_given_what_the_same_call_had(name):
+    if name.startswith("Mochi"):
+        model, inputs = build("MochiTransformer3DModel")
+        chosen = seeing(model).kind("joint").where(lambda site: site.stack == "denoiser")
+    else:
+        torch.manual_seed(0)
+        model = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+            ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=8, added_kv_proj_dim=24,
+        ).eval()  # fmt: skip
+        inputs = {**build("WanTransformer3DModel")[1], "encoder_hidden_states_image": torch.randn(2, 257, 8)}
+        chosen = sites(model).stack("denoiser").kind("cross")
+    keys, given = {}, []
+
+    def note(call):
+        keys.setdefault((call.clock.step, call.site.name), []).append(call.key.clone())
+
+    def look(call, shared):
+        given.append((shared.step, call.site.name, len(keys.get((call.clock.step, call.site.name), ())), shared.key))
+
+    plan = Plan("look", [Share(chosen, look, of="step"), Edits(chosen, note)])
+    with reattend.rows("conditional"), attach(model, [plan]):
+        for number, time in enumerate((500, 400, 300)):
+            text = inputs["encoder_hidden_states"] * (1 + number)
+            predict(model, {**inputs, "timestep": torch.tensor([time, time]), "encoder_hidden_states": text})
+    assert len(given) == 2 * 2 * len(chosen)
+    for step, site, number, key in given:
+        assert torch.equal(key, keys[step, site][number])
 
 
 def test_outputs_of_some_steps_stand_in_at_the_others():

@@ -167,6 +167,8 @@ class TokenMap:
         if role == "generated":
             places = torch.arange(start, stop, device=device)
             return ((places >= self.prompt_length) & (places < self.length)).expand(self.batch, width)
+        if role == "padding" and role not in self.roles and not self.unknown:
+            return torch.zeros(self.batch, width, dtype=torch.bool, device=device)  # pictures have none
         if role not in self and self.unknown:
             raise ReattendError(f"{role!r} tokens cannot be told apart: {self.unknown}")
         if role not in self and self.blind:

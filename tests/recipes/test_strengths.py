@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from example import modules
+from reattend import ReattendError
 from reattend.recipes.kit.registry import recipe_class, registry
 
 
 def marked(cls: Any) -> dict[str, Any]:
-    """What a recipe cannot be made without: passages, where it takes any."""
-    return {parameter: ["a passage", "another"] for parameter in cls.marks.values()}
+    """What a recipe cannot be made without: passages, where it takes any, or what its first example says."""
+    given: dict[str, Any] = {parameter: ["a passage", "another"] for parameter in cls.marks.values()}
+    try:
+        cls(**given)
+    except ReattendError:
+        given = dict(next(iter(modules()[cls.slug].EXAMPLES.values())).parameters)
+    return given
 
 
 @pytest.mark.parametrize("slug", registry())

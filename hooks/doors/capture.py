@@ -52,8 +52,9 @@ AtEnd = Callable[[Mapping[str, Sequence[Kept]], object], None]
 class Capture(Step):
     """Read-only: reader(call, edits) at every call of `sites`, with the edits of all sessions; the outputs stay bit-identical.
 
-    at_end(kept, output): after each pass of the model's root, with all calls that it had at these sites. grad: both have the gradient of the
-    pass. Raises ReattendError for a step with neither.
+    at_end(kept, output): after each pass of the model's root, with all calls that it had at these sites; also after an encoder that runs
+    outside of one (generate computes features of images beforehand), with the encoder's output. grad: both have the gradient of the pass.
+    Raises ReattendError for a step with neither.
     """
 
     sites: SiteTable

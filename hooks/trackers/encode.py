@@ -79,6 +79,8 @@ class EncodeTracker:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         entered = self._entered()
+        # a pass of the model that was interrupted ran no hook, and is not what this one belongs to
+        self.host.in_flight.checked()
         around = entered[-1].forward if entered and entered[-1].own else self.host.tracker.under_way()
         own = around is None
         if own:
@@ -96,7 +98,11 @@ class EncodeTracker:
             done = entered.pop()
             self._end(done)
             if done.own:
-                self.host.in_flight.land()
+                try:
+                    if output is not None:
+                        done.forward.end(output)
+                finally:
+                    self.host.in_flight.land()
 
     @staticmethod
     def _end(done: Entered) -> None:

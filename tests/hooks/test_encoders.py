@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
@@ -285,3 +286,15 @@ def test_what_is_not_known_of_a_tower_is_said(family):
         reattend.edit(model, lambda call: Gain(columns=call.columns("patch"), factor=2.0), sites=vision),
     ):
         model(**inputs)
+
+
+def test_an_encoder_that_generate_runs_beforehand_has_an_end_of_its_own():
+    tiny, met = tiny_models.build("llava"), []
+    table, inputs = sites(tiny.model).stack("vision"), tiny.inputs([[1, "image", 5]])
+    look = Capture(table, at_end=lambda kept, output: met.append((len(kept), type(output).__name__)))
+    with attach(tiny.model, [Plan("look", [look])]):
+        tiny.model(**inputs)
+        tiny.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    beforehand = "mm_encoder_outputs" in inspect.signature(type(tiny.model).forward).parameters
+    of_model = (len(table), "LlavaCausalLMOutputWithPast")
+    assert met == [of_model, (len(table), "BaseModelOutputWithPooling") if beforehand else of_model]

@@ -392,6 +392,23 @@ def test_a_loop_and_features_made_beforehand():
     torch.testing.assert_close(after[:, -1], wanted[:, 1], atol=1e-4, rtol=1e-4)
 
 
+def test_an_interrupt_in_the_decoder_leaves_nothing_to_the_next_prompt():
+    """An encoder that generate runs beforehand belongs to no pass that was interrupted."""
+    tiny = tiny_models.build("llava")
+    model, inputs = tiny.model, tiny.inputs([[1, 5, "image", 6]])
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with attach(model, [Plan("merge", llava_steps(model))]):
+        wanted = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        hook = model.model.language_model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        hook.remove()
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), wanted)
+
+
 def test_beams():
     tiny = tiny_models.build("llava")
     model, inputs = tiny.model, tiny.inputs(PROMPTS[:2])

@@ -1,1 +1,1 @@
-"""What pass this is: prefill or decode and which cache's rows, or which denoising step and which guidance rows."""
+"""What pass this is: prefill or decode and which rows of a cache, which denoising step and which rows of guidance; and what is kept between passes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..interventions import Call, Edit, ReattendError
+from ..interventions import Edit, ReattendError
 from .doors.edits import Edits, Intervention
 from .doors.spans import Spans
 from .plan import Plan
@@ -53,17 +53,7 @@ def edit(
 
 def _intervention(given: Any) -> Intervention:
     if callable(given):
-
-        def checked(call: Call) -> list[Edit]:
-            wanted = given(call)
-            edits = [] if wanted is None else [wanted] if isinstance(wanted, Edit) else wanted
-            if not isinstance(edits, (list, tuple)) or not all(isinstance(item, Edit) for item in edits):
-                raise ReattendError(
-                    f"an intervention returns an edit, a list of edits or None, but this one returned {wanted!r:.80}"
-                )
-            return list(edits)
-
-        return checked
+        return given
     edits = [given] if isinstance(given, Edit) else list(given) if isinstance(given, (list, tuple)) else []
     if not edits or not all(isinstance(item, Edit) for item in edits):
         raise ReattendError(

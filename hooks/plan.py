@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..interventions import Site
+from ..interventions import Edit, ReattendError, Site
 from .actions import RootCall
 from .handles import Handles, Holder
 from .host import Host
@@ -81,6 +81,14 @@ class Step:
         For what nobody knows when a session begins: words, grids, second texts.
         """
         return ""
+
+
+def edits_of(wanted: Any) -> list[Edit]:
+    """What a user's function asks for at a call. Raises ReattendError for what is neither an edit, edits nor None."""
+    edits = [] if wanted is None else [wanted] if isinstance(wanted, Edit) else wanted
+    if not isinstance(edits, (list, tuple)) or not all(isinstance(item, Edit) for item in edits):
+        raise ReattendError(f"an intervention returns an edit, a list of edits or None, but this one returned {wanted!r:.80}")
+    return list(edits)
 
 
 def sites_misfit(table: SiteTable) -> str:

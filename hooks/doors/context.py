@@ -34,7 +34,7 @@ from ..actions import Action, Rank, RootCall
 from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
-from ..plan import Facts, Plan, Step, sites_misfit
+from ..plan import Facts, Plan, Step, edits_of, sites_misfit
 from ..prompts.longer_text import columns_of, lengthened, lengthening_misfit, level, padding_of, put
 from ..prompts.second_text import Encoded, encoded, encoder_misfit, given_as, pooled_misfit
 from ..sites.families import family_of
@@ -183,8 +183,7 @@ class Context(Step):
             if text is None:
                 return ()
             call.memory = forward.memory(plan.memory_key)
-            wanted = self.use(call, text)
-            edits = [] if wanted is None else [wanted] if isinstance(wanted, Edit) else list(wanted)
+            edits = edits_of(self.use(call, text))
             if any(not e.is_identity for e in edits):
                 assert call.site is not None
                 counter[call.site.name] += 1

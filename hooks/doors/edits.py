@@ -18,7 +18,7 @@ from ...interventions import Call, Edit
 from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
-from ..plan import Facts, Plan, Step, sites_misfit
+from ..plan import Facts, Plan, Step, edits_of, sites_misfit
 from ..sites.table import SiteTable
 
 Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
@@ -42,10 +42,7 @@ class Edits(Step):
 
         def edit(call: Call, forward: Forward) -> Sequence[Edit]:
             call.memory = forward.memory(key)
-            wanted = self.intervention(call)
-            if wanted is None:
-                return ()
-            edits = [wanted] if isinstance(wanted, Edit) else list(wanted)
+            edits = edits_of(self.intervention(call))
             if any(not e.is_identity for e in edits):
                 assert call.site is not None
                 counter[call.site.name] += 1

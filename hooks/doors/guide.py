@@ -75,8 +75,8 @@ class Guide(Step):
     def __post_init__(self) -> None:
         if not self.name or self.name in ("conditional", "unconditional"):
             raise ReattendError(f"a guide's name must not be empty, 'conditional' or 'unconditional', got {self.name!r}")
-        if not callable(self.scale) and not math.isfinite(self.scale):
-            raise ReattendError(f"guide {self.name!r}: scale must be a finite number, got {self.scale}")
+        if not callable(self.scale) and (not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale)):
+            raise ReattendError(f"guide {self.name!r}: scale must be a finite number, got {self.scale!r:.60}")
         if not 0 <= self.start < self.stop <= 1:
             raise ReattendError(f"guide {self.name!r}: 0 <= start < stop <= 1 must hold, got {self.start} and {self.stop}")
         if self.of not in ("conditional", "all"):
@@ -134,6 +134,8 @@ class Guide(Step):
     def own_arguments(self, call: RootCall) -> Arguments:
         """The arguments that are others in its rows."""
         given = self.arguments(call) if callable(self.arguments) else self.arguments
+        if given is not None and not isinstance(given, Mapping):
+            raise ReattendError(f"guide {self.name!r}: its arguments must be tensors by name, got {type(given).__name__}")
         return {} if given is None else given
 
     def _cached(self, root: nn.Module, *, deep: bool = True) -> str:

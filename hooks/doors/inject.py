@@ -186,14 +186,13 @@ class Inject(Step):
             raise ReattendError(
                 f"Inject at {seen.site.name}: its function changed an input in place; return a new tensor instead"
             )
-        written: dict[str, Tensor] = {}
-        new = {first: new} if isinstance(new, Tensor) else {} if new is None else new
-        if not isinstance(new, Mapping) or not all(isinstance(value, Tensor) for value in new.values()):
+        changes = {first: new} if isinstance(new, Tensor) else {} if new is None else new
+        if not isinstance(changes, Mapping) or not all(isinstance(value, Tensor) for value in changes.values()):
             raise ReattendError(
-                f"Inject at {seen.site.name}: its function answers with hidden states, {{argument's name: its new value}} or None, "
-                f"got {new!r:.60}"
+                f"Inject at {seen.site.name}: its function answers with hidden states, {{argument's name: its new value}} or None, got {new!r:.80}"
             )
-        for name, value in new.items():
+        written: dict[str, Tensor] = {}
+        for name, value in changes.items():
             old = seen.given.get(name)
             if old is None:
                 raise ReattendError(

@@ -9,10 +9,11 @@ edits act in these passes, only `steps`.
 Costs: nothing is kept; the input is scaled back and compared once a step. A change under a ControlNet costs one more pass of that. `predict`
 costs a pass of the rows it runs, with a gradient about three, and the memory of what the backward pass needs; `look` ends at the last site.
 
-Refuses: a bare denoiser (the latents are the scheduler's); latents that cannot be recovered from the denoiser's input (channels or tokens of
-other things that cannot be told apart, a `step` that is given others, a scheduler that the pipeline does not know); a ControlNet in guess
-mode; `predict` while a cache of diffusers is on, and a gradient through quantised parameters. A change acts at a step's first evaluation:
-where a scheduler would drop it (the second evaluations of Heun, KDPM2 and PNDM), at the next call that keeps it.
+Refuses: a bare denoiser (the latents are the scheduler's); `steps` that change whole passes (guides, second texts, latents); latents that
+cannot be recovered from the denoiser's input (channels or tokens of other things that cannot be told apart, a `step` that is given others,
+a scheduler that the pipeline does not know); a ControlNet in guess mode; `predict` while a cache of diffusers is on, and a gradient through
+quantised parameters. A change acts at a step's first evaluation: where a scheduler would drop it (the second evaluations of Heun, KDPM2 and
+PNDM), at the next call that keeps it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Clock, Memory, ReattendError, Site
+from ...interventions import Clock, Memory, ReattendError, Site, UnsupportedError
 from ..actions import Action, Rank, RootCall
 from ..handles import Handles, Holder
 from ..host import Host
@@ -78,11 +79,14 @@ class AtStep:
     def gradient(self, loss: Callable[[Tensor], Tensor], latents: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, its gradient with respect to the latents): of a function that runs passes with grad=True on the latents it is given.
 
-        The gradient is 0 where the loss depends on no latents.
+        The gradient is 0 where the loss depends on no latents. Raises ReattendError for a loss that is not one number.
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = latents.detach().clone().requires_grad_()
             value = loss(x)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ReattendError(f"a loss is a tensor of one number, got {got}")
             if not value.requires_grad:
                 return value, torch.zeros_like(latents)
             (slope,) = torch.autograd.grad(value, x, allow_unused=True)
@@ -116,6 +120,11 @@ class Latents(Step):
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles = session.handles()
         readers = session.nest(handles, Plan(plan.recipe, list(self.steps), plan.memory_key))
+        if any(action.rank != Rank.FACTS and (action.before or action.after) for action in readers.actions):
+            raise UnsupportedError(
+                f"recipe {plan.recipe!r} does not fit this model: the steps of its Latents change whole passes, as guides, second texts and "
+                "latents do, but further passes have only steps that read or edit at sites: let the others stand in the plan itself"
+            )
         own = _Installed(self, host, session, plan, readers, handles)
         # what ends it first
         handles.at_end(lambda: unfollow(handles))

@@ -29,7 +29,7 @@ from ..actions import RootCall
 from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
-from ..plan import Facts, Plan, Step, sites_misfit
+from ..plan import Facts, Plan, Step, edits_of, sites_misfit
 from ..sites.families import family_of
 from ..sites.table import SiteTable
 from ..trackers.parts import parts_of
@@ -167,8 +167,7 @@ class Share(Step):
             if shared is None:
                 return ()
             call.memory = forward.memory(plan.memory_key)
-            wanted = self.use(call, shared)
-            edits = [] if wanted is None else [wanted] if isinstance(wanted, Edit) else list(wanted)
+            edits = edits_of(self.use(call, shared))
             if any(not e.is_identity for e in edits):
                 assert call.site is not None
                 counter[call.site.name] += 1

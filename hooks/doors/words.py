@@ -67,7 +67,7 @@ class Words(Step):
         if self.words is not None and self.columns is not None:
             raise ReattendError("give words or columns, not both")
         for given, what in ((self.words, "words"), (self.columns, "columns")):
-            if given is not None and not any(given):
+            if given is not None and not (isinstance(given, (list, tuple)) and any(given) and all(map(_listed, given))):
                 raise ReattendError(
                     f"{what} must hold a list for every prompt, or one for all, that names something, got {given!r:.80}"
                 )
@@ -76,7 +76,7 @@ class Words(Step):
             if not isinstance(text, str) or not text.strip():
                 raise ReattendError(f"a word to find in the prompt must be a text that is not empty, got {word!r:.80}")
         for columns in (c for row in self.columns or () for c in row):
-            if not columns or not all(isinstance(column, int) and column >= 0 for column in columns):
+            if not _listed(columns) or not columns or not all(isinstance(column, int) and column >= 0 for column in columns):
                 raise ReattendError(f"columns of a word must be numbers from 0 on, one or more, got {columns!r:.80}")
         if self.occurrence not in (None, "all") and not isinstance(self.occurrence, int):
             raise ReattendError(f'occurrence must be a number, "all" or None, got {self.occurrence!r:.80}')
@@ -133,6 +133,10 @@ def text_encoders(model: Any) -> dict[str, tuple[nn.Module, Any]]:
             if tokenizer is not None:
                 found[name] = encoder, tokenizer
     return found
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, (list, tuple, range))
 
 
 class _Reader:

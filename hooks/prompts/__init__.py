@@ -1,1 +1,1 @@
-"""The same prompt in another form: with parts left out or replaced, with fewer tokens, in further rows, or beside a second text; installed by `doors`."""
+"""The same prompt in another form: parts left out or replaced, fewer tokens, further rows, a second text; installed by `doors`."""

@@ -167,6 +167,23 @@ class Further:
             arguments["timestep"] = torch.full_like(timestep, self.timestep) if isinstance(timestep, Tensor) else self.timestep
         for key, value in self.text.items():
             if key in arguments:
-                before = arguments[key]
-                arguments[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+                arguments[key] = _instead(key, arguments[key], value)
         return arguments
+
+
+def _instead(name: str, before: Any, value: Any) -> Any:
+    """A text argument in the place of the call's. Raises ReattendError for one of another kind, number of rows or width."""
+    if isinstance(before, Mapping) and isinstance(value, Mapping):
+        return {**before, **{key: _instead(f"{name}.{key}", before.get(key), item) for key, item in value.items()}}
+    if not isinstance(before, Tensor):
+        return value
+    # a text may be longer or shorter
+    wanted = list(before.shape[:1] + before.shape[2:]) if before.dim() > 2 else list(before.shape[:1])
+    found = value.shape if isinstance(value, Tensor) else ()
+    if len(found) != before.dim() or list(found[:1] + found[2:] if before.dim() > 2 else found[:1]) != wanted:
+        got = tuple(found) if isinstance(value, Tensor) else type(value).__name__
+        raise ReattendError(
+            f"the text argument {name} of a further pass must have {len(before)} rows and the shape {tuple(before.shape)}, but for its "
+            f"length, got {got}"
+        )
+    return value

@@ -1,1 +1,1 @@
-"""What a model attends with: discovery, the table of sites, and facts about positions, projections, arguments, denoisers and encoders."""
+"""What a model attends with: discovery, the table of sites; facts of positions, projections, arguments, denoisers, encoders."""

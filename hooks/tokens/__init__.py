@@ -1,1 +1,1 @@
-"""Which token is what: roles, chat turns, images, patches, frames, spans, segments, words of a picture's prompt; computed here, installed by `doors`."""
+"""Which token is what: roles, chat, images, patches, frames, spans, the question, words of a picture's prompt; installed by `doors`."""

@@ -1,1 +1,1 @@
-"""What pass this is: prefill or decode and which rows of a cache, which denoising step and which rows of guidance; and what is kept between passes."""
+"""What pass this is: prefill or decode, which denoising step, which rows; and what is kept from one pass to the next."""

@@ -95,7 +95,13 @@ class GuidedPass:
             seen = Predictions(
                 self.conditional, self.branches[part.name], self.branches, unconditional, part.scale, guidance, self.clock
             )
+            tensors = [self.conditional, *self.branches.values(), *([] if unconditional is None else [unconditional])]
+            versions = [_version(tensor) for tensor in tensors]
             own = part.formula(seen)
+            if [_version(tensor) for tensor in tensors] != versions:
+                raise ReattendError(
+                    f"guide {part.name!r}: its formula changed a prediction in place, which other guides read too; return a new tensor instead"
+                )
             if not isinstance(own, Tensor) or own.shape != self.conditional.shape:
                 got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
                 raise ReattendError(
@@ -193,6 +199,11 @@ def _unconditional_alone(sample: Tensor, guided: GuidedPass, unconditional: list
     delta = late.shift(half)
     if delta is not None:
         _add(sample, unconditional, delta, -1 / (late.combination.scale - 1))
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with every change in place; tensors of inference mode do not count theirs."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _first(output: Any) -> Any:

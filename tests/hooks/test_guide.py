@@ -686,3 +686,25 @@ def test_half_precision() -> None:
     with guided(pipe, Guide("weak", 2.0)):
         after = draw(pipe, call)
     assert after.dtype == before.dtype and after.isfinite().all() and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("scale", ["2", None, torch.tensor(2.0)])
+def test_a_scale_is_a_number_or_a_function(scale: Any) -> None:
+    with pytest.raises(ReattendError, match="scale must be a finite number"):
+        Guide("weak", scale=scale)
+
+
+def test_formulas_change_no_prediction_in_place() -> None:
+    pipe, call, _, _ = stable_diffusion()
+    changes = Guide("weak", formula=lambda seen: seen.conditional.sub_(seen.branch))
+    with (
+        attach(pipe, [Plan("weak", [changes])]),
+        pytest.raises(ReattendError, match="'weak': its formula changed a prediction"),
+    ):
+        draw(pipe, call)
+    listed: Any = Guide("weak", arguments=lambda call: [1])  # type: ignore[arg-type, return-value]
+    with (
+        attach(pipe, [Plan("weak", [listed])]),
+        pytest.raises(ReattendError, match="arguments must be tensors by name, got list"),
+    ):
+        draw(pipe, call)

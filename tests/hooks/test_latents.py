@@ -15,11 +15,11 @@ import tiny_denoisers
 import tiny_pipelines
 import tiny_runs
 import torch
-from reattend.hooks import AtStep, Capture, Latents, Plan, Words, attach, sites
+from reattend.hooks import AtStep, Capture, Guide, Latents, Plan, Words, attach, sites
 from reattend.hooks.tokens.latents import place_of
 from reattend.hooks.trackers.scheduler import drops
 from reattend.interventions import ReattendError, UnsupportedError
-from tiny_llama import tiny_llama
+from tiny_llama import tiny_llama, traces
 from torch import Tensor, nn
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -599,6 +599,48 @@ def test_refusals_when_a_session_begins():
     pipe.register_modules(scheduler=None)
     with pytest.raises(UnsupportedError, match="has no `step` that is given latents"):
         changing(pipe)
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (
+            lambda at: at.predict(at.latents, text={"encoder_hidden_states": noise(3, 64, 16)}),
+            r"must have 1 rows .* got \(3, 64, 16\)",
+        ),
+        (
+            lambda at: at.predict(at.latents, text={"encoder_hidden_states": noise(1, 64, 7)}),
+            r"the shape \(1, 64, 16\), but for its length",
+        ),
+        (lambda at: at.predict(at.latents, text={"encoder_hidden_states": "a dog"}), "encoder_hidden_states .* got str"),
+        (lambda at: at.gradient(lambda x: at.predict(x, grad=True), at.latents), "a loss is a tensor of one number"),
+        (lambda at: at.gradient(lambda x: 3.0, at.latents), "a loss is a tensor of one number, got float"),
+    ],
+)
+def test_what_a_further_pass_is_given(use, words):
+    pipe = tiny_pipelines.stable_diffusion()
+    with pytest.raises(ReattendError, match=words), attach(pipe, [Plan("x", [Latents(lambda at: use(at) and None)])]):
+        pipe("a fox", num_inference_steps=2, output_type="latent")
+
+
+def test_a_text_of_another_length_in_a_further_pass():
+    pipe, found = tiny_pipelines.stable_diffusion(), []
+
+    def look(at: AtStep) -> None:
+        found.append(at.predict(at.latents, text={"encoder_hidden_states": noise(1, 9, 16)}))
+
+    with attach(pipe, [Plan("x", [Latents(look)])]):
+        pipe("a fox", num_inference_steps=2, output_type="latent")
+    assert len(found) == 2 and len(found[0]) == 1
+
+
+@pytest.mark.parametrize("step", [Guide("weak"), Latents(lambda at: None)])
+def test_steps_that_change_whole_passes_are_none_of_a_further_pass(step):
+    pipe = tiny_pipelines.stable_diffusion()
+    before = traces(pipe.unet)
+    with pytest.raises(UnsupportedError, match="the steps of its Latents change whole passes"):
+        attach(pipe, [Plan("x", [Latents(lambda at: None, steps=[step])])])
+    assert "step" not in vars(pipe.scheduler) and traces(pipe.unet) == before
 
 
 def test_latents_that_cannot_be_recovered_are_refused():

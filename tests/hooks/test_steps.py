@@ -7,7 +7,21 @@ import pytest
 import reattend.hooks
 import tiny_denoisers
 import torch
-from reattend.hooks import Branch, Edits, Guide, Observe, Plan, Probe, Step, attach, sites
+from reattend.hooks import (
+    Branch,
+    Context,
+    Edits,
+    Guide,
+    Inject,
+    Observe,
+    Plan,
+    Probe,
+    Projection,
+    Share,
+    Step,
+    attach,
+    sites,
+)
 from reattend.interventions import HeadGain, ReattendError, UnsupportedError
 from tiny_llama import tiny_llama
 
@@ -154,3 +168,19 @@ def test_edits_of_conditional_rows_and_a_guide_of_no_weight() -> None:
     apart = predicted(Edits(table, weaken), Guide("near", 1e3, conditional=False))
     effect = (edited - plain).norm()
     assert effect > 1e-3 and (both - edited).norm() < 1e-2 * effect < (apart - edited).norm()
+
+
+@pytest.mark.filterwarnings("ignore:recipe .* never acted")
+@pytest.mark.parametrize("door", ["Edits", "Share", "Context", "Inject", "Projection"])
+def test_what_a_function_returns_is_looked_at(door: str) -> None:
+    unet, inputs = tiny_denoisers.build("UNet2DConditionModel")
+    table, text = sites(unet), {"prompt_embeds": torch.zeros(1, 5, 8)}
+    step = {
+        "Edits": lambda: Edits(table, lambda call: 3),
+        "Share": lambda: Share(table.kind("self"), lambda call, shared: [3]),
+        "Context": lambda: Context("second", table.kind("cross"), lambda call, text: 3, tensors=text),
+        "Inject": lambda: Inject(table, lambda seen: {"hidden_states": 3}),
+        "Projection": lambda: Projection(table, lambda seen: 3),
+    }[door]()
+    with attach(unet, [Plan("x", [step])]), pytest.raises(ReattendError, match=r"returns? .*\b3\b"):
+        unet(**inputs)

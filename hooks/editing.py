@@ -53,7 +53,8 @@ def edit(
 
 def _intervention(given: Any) -> Intervention:
     if callable(given):
-        return given
+        function: Any = given  # what it returns is looked at call by call
+        return function
     edits = [given] if isinstance(given, Edit) else list(given) if isinstance(given, (list, tuple)) else []
     if not edits or not all(isinstance(item, Edit) for item in edits):
         raise ReattendError(

@@ -14,7 +14,7 @@ nobody reads. With weighed sizes one key bias per layer. With tokens given back 
 Refuses: encoders whose layers take positions or windows (DINOv3, SAM, Pixtral, Qwen-VL) and every other stack, unless around a module;
 a second merge in the same encoder; rows that keep different numbers of tokens where nobody puts them back; backbones and masked image
 modelling without `restore`; in vision-language models that do not read one square of features per image, merging without `restore`;
-dropping tokens around causal attention; training mode.
+dropping tokens around causal attention; training mode, where tokens are merged within a layer.
 """
 
 from __future__ import annotations

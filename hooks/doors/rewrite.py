@@ -87,7 +87,7 @@ class Rewrite(Step):
             forward = call.forward
             if forward is None or not forward.fresh:
                 return
-            found = begun_with(known, call.given, 0 if forward.sequence is None else forward.sequence.planned)
+            found = begun_with(tuple(known), call.given, 0 if forward.sequence is None else forward.sequence.planned)
             if found is None:
                 raise ReattendError(
                     f"{plan.recipe}: it changes requests before they are read, and this prompt has not been through it: "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class Rewritten:
     seen: dict[str, Tensor]
     memory: Memory
     begun: bool = False
+    # the thread that rewrote it, which is the one to generate from it where others have the same tokens
+    thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], memory: Memory) -> Rewritten | None:
@@ -71,6 +74,7 @@ def begun_with(known: Sequence[Rewritten], given: Mapping[str, Any], planned: in
     found = [each for each in found if each[2]] or [each for each in found if each[2] is None]
     # those that have been generated from already are not meant, unless their images say so
     waiting = [each for each in found if not each[0].begun] or found
+    waiting = [each for each in waiting if each[0].thread == threading.get_ident()] or waiting
     if not found:
         return None
     one, times, told = waiting[0]

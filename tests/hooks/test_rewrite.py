@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import tiny_denoisers
 import torch
@@ -148,6 +150,33 @@ def test_images_tell_requests_of_the_same_tokens_apart(generate):
             session.rewrite(third), session.rewrite({**one, "pixel_values": one["pixel_values"] * 3})
             with pytest.raises(ReattendError, match="which one it is: rewrite each just before"):
                 run(third)
+
+
+def test_threads_know_their_own_requests_of_the_same_tokens():
+    tiny, met = build("llava"), {n: [] for n in range(4)}
+
+    def change(request):
+        request.memory["first"] = float(request.arguments["pixel_values"].flatten()[0])
+
+    def edit(call):
+        met[int(threading.current_thread().name)].append(call.memory["first"])
+        return HeadGain(factor=0.5)
+
+    def run(session, inputs):
+        with torch.no_grad():
+            for _ in range(5):
+                tiny.model.generate(**session.rewrite(inputs), max_new_tokens=1, do_sample=False)
+
+    one = tiny.inputs([[1, "image", 5, 6]])
+    several = [{**one, "pixel_values": one["pixel_values"] + n} for n in met]
+    plan = Plan("x", [Rewrite(change), Edits(sites(tiny.model).stack("decoder")[:1], edit)])
+    with attach(tiny.model, [plan]) as session:
+        threads = [threading.Thread(target=run, args=(session, several[n]), name=str(n)) for n in met]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert met == {n: [float(several[n]["pixel_values"].flatten()[0])] * 5 for n in met}
 
 
 def test_chunks_embeddings_and_beams_are_known(model):

@@ -15,6 +15,7 @@ from ..call import Call
 from ..edits import (
     AppendKV,
     Edit,
+    HeldKV,
     Keep,
     OperandEdit,
     Operands,
@@ -52,7 +53,29 @@ def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
             "one recipe leaves the order of segments open (pine), another hides keys by their place in the prompt (streaming): the "
             "answer would depend on the order again, so use one of the two"
         )
+    held = [edit for edit in acting if isinstance(edit, HeldKV)]
+    odd = next(
+        (edit for edit in acting if held and _names_columns(edit) and any(_share_heads(edit, own) for own in held)), None
+    )
+    if odd is not None:
+        raise ReattendError(
+            f"{type(odd).__name__} names columns of a sequence of which tokens have left the cache, so that its columns are others: let it "
+            "act before they leave, or hide the tokens instead (Keep)"
+        )
     return acting
+
+
+def _names_columns(edit: Edit) -> bool:
+    """Whether it says by number which keys it acts on."""
+    if isinstance(edit, (HeldKV, Keep)):
+        return isinstance(edit, Keep)
+    sets = [getattr(edit, name, None) for name in ("source", "target", "columns")]
+    wide = [getattr(edit, name) for name in edit.per_column]
+    return any(isinstance(x, Tensor) for x in sets) or any(isinstance(x, Tensor) and x.shape[-1] > 1 for x in wide)
+
+
+def _share_heads(a: Edit, b: Edit) -> bool:
+    return a.heads is None or b.heads is None or not set(a.heads).isdisjoint(b.heads)
 
 
 def reference(call: Call, edits: list[Edit]) -> Tensor:

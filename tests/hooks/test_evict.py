@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from reattend.hooks import Edits, Evict, Plan, attach, sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
-from reattend.interventions import HeadGain, Keep, ReattendError, UnsupportedError
+from reattend.interventions import HeadGain, Keep, KeyBias, ReattendError, Transfer, UnsupportedError
 from tiny_language import language_model
 from transformers import StaticCache
 
@@ -176,6 +176,29 @@ def test_asked_after_every_pass(model):
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(wanted.logits), atol=1e-5, rtol=1e-5)
     assert set(session.stats["window"].values()) == {6}
     assert [part.key.shape[2] for part in cache_of(out).layers[1].parts] == [5]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda call: KeyBias(bias=torch.ones(call.num_keys)),
+        lambda call: Transfer(source=[3], strength=0.5),
+        lambda call: Keep(pattern=torch.ones(call.num_queries, call.num_keys, dtype=torch.bool)),
+    ],
+    ids=["bias", "transfer", "keep"],
+)
+def test_columns_cannot_be_named_once_tokens_have_left(model, edit):
+    """By the recipe itself: other recipes are refused when they begin."""
+    late = Edits(sites(model)[:1], lambda call: edit(call) if call.clock.phase == "decode" else None)
+    plan = evicted(model)
+    with (
+        pytest.raises(ReattendError, match="names columns of a sequence of which tokens have left the cache"),
+        attach(model, [Plan("evict", [*plan.steps, late])]),
+    ):
+        model.generate(**INPUTS, **GREEDY)
+    gain = Edits(sites(model)[:1], lambda call: HeadGain(factor=0.5) if call.clock.phase == "decode" else None)
+    with attach(model, [Plan("evict", [*plan.steps, gain])]):
+        model.generate(**INPUTS, **GREEDY)
 
 
 def test_without_its_session_it_refuses(model):

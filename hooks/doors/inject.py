@@ -189,7 +189,7 @@ class Inject(Step):
         changes = {first: new} if isinstance(new, Tensor) else {} if new is None else new
         if not isinstance(changes, Mapping) or not all(isinstance(value, Tensor) for value in changes.values()):
             raise ReattendError(
-                f"Inject at {seen.site.name}: its function answers with hidden states, {{argument's name: its new value}} or None, "
+                f"Inject at {seen.site.name}: its function must return hidden states, {{argument's name: its new value}} or None, "
                 f"got {new!r:.60}"
             )
         written: dict[str, Tensor] = {}

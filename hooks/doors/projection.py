@@ -218,7 +218,7 @@ def _changed(edit: ProjectKey | Tensor | None, seen: Projected) -> Tensor | None
         return edit.to(seen.states.device, seen.states.dtype)
     if not isinstance(edit, ProjectKey):
         raise ReattendError(
-            f"Projection at {seen.site.name}: its function answers with states, ProjectKey or None, got {edit!r:.80}"
+            f"Projection at {seen.site.name}: its function must return states, ProjectKey or None, got {edit!r:.80}"
         )
     if edit.is_identity:
         return None

@@ -313,7 +313,7 @@ def test_refusals(model):
     refused(model, "rows must be", rows=torch.tensor([0, 1]))
     refused(model, "rows must be", rows=1)
     for answer in (5, [1], {"hidden_states": None}):
-        refused(model, "its function answers with hidden states", write=lambda entering, answer=answer: answer)
+        refused(model, "its function must return hidden states", write=lambda entering, answer=answer: answer)
     unet, inputs = tiny_denoisers.build("UNet2DConditionModel")
     where = sites(unet).stack("denoiser.mid")
     with pytest.raises(ReattendError, match="row 7 does not exist"), attach(unet, inject(where, lambda e: None, rows=[7])):

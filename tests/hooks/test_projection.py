@@ -213,7 +213,7 @@ def test_refusals(model):
         logits(model)
     for answer in (5, [1]):
         wrong = projection(sites(model), lambda s, answer=answer: answer)
-        with pytest.raises(ReattendError, match="answers with states, ProjectKey or None"), attach(model, wrong):
+        with pytest.raises(ReattendError, match="must return states, ProjectKey or None"), attach(model, wrong):
             logits(model)
     for step in (
         Projection(sites(model), reader=lambda s: s.states.detach().mul_(2)),

@@ -243,6 +243,8 @@ class Forward:
 
     def tokens_of(self, states: Tensor, site: Site) -> TokenMap | None:
         """The tokens of what enters a site's layer or comes out of its projections, [B, ..., T, width]."""
+        if site.stack == "decoder" and site.kind == "self":
+            return self.tokens  # in every step of decoding: without a tensor
         row = states.new_empty(states.shape[0], 1, states.shape[-2], 0)
         call = Call(row, row, row, site=site)
         self.locate(call, site)

@@ -11,10 +11,11 @@ Costs: the function; one gather, or a product [K, N] x [N, width] for tokens tha
 nobody reads. With weighed sizes one key bias per layer. With tokens given back one gather of all states per layer. EViT at a keep rate of
 0.7 in three of twelve layers of a ViT-S/16 takes 0.66 of the plain model's time (batch 8, one CPU core, median of four).
 
-Refuses: encoders whose layers take positions or windows (DINOv3, SAM, Pixtral, Qwen-VL) and every other stack, unless around a module;
-a second merge in the same encoder; rows that keep different numbers of tokens where nobody puts them back; backbones and masked image
-modelling without `restore`; in vision-language models that do not read one square of features per image, merging without `restore`;
-dropping tokens around causal attention; training mode, where tokens are merged within a layer.
+Refuses: encoders whose layers take positions or windows (DINOv3, SAM, Pixtral, Qwen-VL) and every other stack, unless around a module; a
+second merge in the same encoder or around the same module; around a module, arguments per token that are not merged with them (RoPE);
+rows that keep different numbers of tokens where nobody puts them back; backbones and masked image modelling without `restore`; in
+vision-language models that do not read one square of features per image, merging without `restore`; dropping tokens around causal
+attention; training mode, where tokens are merged within a layer.
 """
 
 from __future__ import annotations
@@ -79,11 +80,13 @@ class Merge(Step):
         return "" if self.restore else dense_misfit(facts.model, facts.root, self.sites)
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
-        if self.place == "around":
-            return ""
+        around, own = self.place == "around", {module for _, module in self.where}
         for other, step in others:
-            if step is not self and isinstance(step, Merge) and step.place != "around":
-                return f"{plan.recipe!r} and {other.recipe!r} both merge tokens of an image encoder: only one can"
+            if step is self or not isinstance(step, Merge) or (step.place == "around") is not around:
+                continue
+            both = next((site.name for site, module in step.where if module in own), "") if around else "an image encoder"
+            if both:
+                return f"{plan.recipe!r} and {other.recipe!r} both merge tokens of {both}: only one can"
         return ""
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -269,8 +272,11 @@ class Merge(Step):
             return None
         if site.causal and new.groups is not None:
             raise UnsupportedError(f"{site.name} is causal: around it tokens can be repeated, not merged or dropped")
-        rest = {name: value for name, value in given.items() if name not in (names[0], "encoder_hidden_states")}
-        other = next((name for name, value in rest.items() if _per_token(value, hidden.shape[1])), "")
+        rest, text = {name: value for name, value in given.items() if name != names[0]}, given.get("encoder_hidden_states")
+        rest.pop("encoder_hidden_states", None)
+        # in joint attention a text stands beside them
+        lengths = {hidden.shape[1], hidden.shape[1] + (text.shape[1] if isinstance(text, Tensor) and text.dim() == 3 else 0)}
+        other = next((name for name, value in rest.items() if _per_token(value, lengths)), "")
         if other and new.count != hidden.shape[1]:
             raise UnsupportedError(f"{site.name} takes {other!r} per token, which is not merged with them")
         self.passing[threading.get_ident()] = new
@@ -290,7 +296,7 @@ class Merge(Step):
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
-def _per_token(value: Any, length: int) -> bool:
-    """Whether an argument of a module has a dimension of as many tokens."""
+def _per_token(value: Any, lengths: set[int]) -> bool:
+    """Whether an argument of a module has a dimension of as many tokens as one of these."""
     parts = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(part, Tensor) and part.dim() > 1 and length in part.shape[:-1] for part in parts)
+    return any(isinstance(part, Tensor) and part.dim() > 1 and bool(lengths & set(part.shape[:-1])) for part in parts)

@@ -589,6 +589,16 @@ def test_refused_in_a_pass():
         attach(tiny.model, [Plan("x", [late])])
 
 
+def test_refused_around_a_module():
+    model, inputs = tiny_denoisers.build("FluxTransformer2DModel")
+    step = lambda: Merge(sites(model), lambda p: largest(p.hidden, 1, 4), place="around")  # noqa: E731
+    # its rotary table counts the text too
+    with pytest.raises(UnsupportedError, match="takes 'image_rotary_emb' per token"), attach(model, [Plan("x", [step()])]):
+        model(**inputs)
+    with attach(model, [Plan("x", [step()])]), pytest.raises(UnsupportedError, match="both merge tokens of .*: only one can"):
+        attach(model, [Plan("y", [step()])])
+
+
 def test_what_needs_places_of_images_finds_none():
     tiny = tiny_models.build("llava")
     model = tiny.model

@@ -41,6 +41,7 @@ from ..sites.families import family_of
 from ..sites.table import SiteTable
 from ..sites.text_keys import reading_misfit, second_keys, text_at_sites
 from ..tokens.denoisers import DenoiserForward
+from ..tokens.pass_text import AFTER
 from ..trackers.parts import partners, shared_out
 from .guide import Guide
 from .inject import Entering, Inject
@@ -222,6 +223,7 @@ class Context(Step):
                 f"{text.count} second texts cannot be shared out to {count} rows of the prompt: give one, or one per prompt"
             )
         if self.place == "after":
+            call.kept[AFTER] = call.kept.get(AFTER, 0) + text.embeds.shape[1]
             put(call, lengthened(call.given, text, shared_out(call.clock, len(rows), text.count, alone=True)))
             return
         if self._held:

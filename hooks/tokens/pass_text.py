@@ -13,13 +13,16 @@ from ..actions import RootCall
 from .denoisers import DenoiserForward
 from .text_columns import Encoded, Held, Stream, held_by, read_row, row_held
 
+# under which a call keeps how many columns after its prompt hold a second text
+AFTER = "columns after the prompt"
 ENCODE_WITHIN = "encode the prompt while the session lasts (pipe.encode_prompt), or give columns"
 
 
 @dataclass
 class PassText:
     """texts: [rows, columns, width] each, whose columns run on from one to the next. frames: rows of the text for each of the batch.
-    conditional: such rows of the batch; source: of each row of the batch, the one that it was copied from. held: prints of the texts."""
+    conditional: such rows of the batch; source: of each row of the batch, the one that it was copied from. held: prints of the texts.
+    after: further columns, of a second text after the prompt."""
 
     texts: list[Tensor]
     frames: int
@@ -27,6 +30,7 @@ class PassText:
     source: list[int]
     encoded: Sequence[Encoded]
     held: list[Held]
+    after: int = 0
 
     @classmethod
     def of(cls, call: RootCall, encoded: Sequence[Encoded]) -> PassText:
@@ -43,11 +47,14 @@ class PassText:
             raise ReattendError(f"{kind} gets its text in another form than [rows, columns, width], where words are not found")
         if len(texts[0]) % forward.batch:
             raise ReattendError(f"this denoiser gets {len(texts[0])} rows of text for a batch of {forward.batch}")
+        after = call.kept.get(AFTER, 0)
+        if after:
+            texts[-1] = texts[-1][:, :-after]
         marked = clock.branches.get("conditional")
         conditional = [] if marked is None else marked.nonzero()[:, 0].tolist()
         source = list(range(forward.batch)) if clock.source is None else clock.source.tolist()
         held = [held_by(text, encoded) for text in texts] if conditional else []
-        return cls(texts, len(texts[0]) // forward.batch, conditional, source, encoded, held)
+        return cls(texts, len(texts[0]) // forward.batch, conditional, source, encoded, held, after)
 
     @property
     def rows(self) -> int:
@@ -56,7 +63,7 @@ class PassText:
     @property
     def width(self) -> int:
         """All columns."""
-        return sum(text.shape[1] for text in self.texts)
+        return sum(text.shape[1] for text in self.texts) + self.after
 
     @property
     def own(self) -> list[int]:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import reattend
 import torch
-from reattend.hooks import Capture, Guide, Latents, Plan, Words, attach
+from reattend.hooks import Capture, Context, Guide, Latents, Plan, Words, attach
 from reattend.hooks.module_hooks import Hook
-from reattend.interventions import ReattendError, UnsupportedError
+from reattend.interventions import KeyBias, ReattendError, UnsupportedError
 from reattend.zoo.loading import pipeline as load_pipeline
 from tiny_denoisers import build
 from tiny_llama import tiny_llama
@@ -242,6 +242,15 @@ def test_a_guide_with_a_text_of_its_own_has_its_own_words() -> None:
 
         rows = run(pipe, {**call, "guidance_scale": 4.0}, Words("w", [["red"]]), Guide("other", 2.0, arguments=own)).rows
         assert [row["w"] for row in rows] == [[], [2, 3, 4], wanted]
+
+
+def test_a_second_text_after_the_prompt_has_none_of_its_words() -> None:
+    pipe, call = sd()
+    words, reading = Words("w", [["red"]]), reattend.sites(pipe).stack("denoiser").kind("cross")
+    use: Any = lambda at, text: KeyBias(bias=text.columns * 0.1)  # noqa: E731
+    second = Context("second", reading, use, texts="a red sky", place="after")
+    plain, longer = run(pipe, call, words), run(pipe, call, words, second)
+    assert longer.rows == plain.rows and longer.rows[-1]["words"]
 
 
 def test_further_passes_of_a_step_know_the_words() -> None:

@@ -7,8 +7,9 @@ key or value stays in the cache, so later steps of a generation cost nothing. Wi
 Costs: one hook per projection and pass and what the function computes; no attention matrix, no copy of what is not changed.
 
 Refuses: projections that are fused into one (unfuse them where the model can), sites whose norm cannot be placed before or after RoPE,
-models without projections of their own (multi-head latent attention); new states of another shape; a function that changes states in
-place (which does not show under torch.inference_mode).
+models without projections of their own (multi-head latent attention); a run after adapters have come or gone, or projections were fused,
+since the session began; new states of another shape; a function that changes states in place (which does not show under
+torch.inference_mode).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...interventions import Clock, ProjectKey, ReattendError, Site, TokenMap
+from ..actions import RootCall
 from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
-from ..sites.projections import WHICH, Split, heads_of, last_module, projection_misfit, projection_of
+from ..sites.projections import WHICH, Hooked, Split, heads_of, projection_misfit, projection_of
 from ..sites.table import SiteTable
 from ..tokens.states import tokens_of, version_of
 
@@ -115,6 +117,8 @@ class Projection(Step):
     label: str = ""
     of: Sequence[str] = ("key",)
     normed: bool = True
+    # what its hooks are on: known once the model is
+    hooked: list[Hooked] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if (self.edit is None) == (self.reader is None):
@@ -127,18 +131,19 @@ class Projection(Step):
     def check(self, facts: Facts) -> str:
         return sites_misfit(self.sites) or projection_misfit(self.sites, self.of)
 
+    def ready(self, call: RootCall) -> str:
+        return next(filter(None, (one.misfit for one in self.hooked)), "")
+
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles = session.handles()
         if self.edit is not None:
             session.counter(self.label or plan.recipe)
-        for site in self.sites:
-            module = self.sites.module(site)
-            for added in (False, True):
-                waiting = Waiting(len(self.of))
-                for which in self.of:
-                    target = (last_module if self.normed else projection_of)(module, which, added=added)
-                    if target is not None:
-                        handles.after(target, self._at(host, session, plan, site, which, added, waiting))
+        self.hooked = Hooked.all_of(self.sites, self.of, normed=self.normed)
+        # one for each stream of a site
+        waiting: dict[tuple[str, bool], Waiting] = {}
+        for one in self.hooked:
+            together = waiting.setdefault((one.site.name, one.added), Waiting(len(self.of)))
+            handles.after(one.module, self._at(host, session, plan, one.site, one.which, one.added, together))
         return handles
 
     def _at(

@@ -9,7 +9,7 @@ of a site its queries and keys before RoPE are held until attention is computed,
 
 Refuses: sites without RoPE; at `apply` those whose projections before RoPE cannot be reached, at the first call of a run those of which no
 known layout gives the queries that attention sees (matrices, tables by part of the head), and models that call attention once for each
-sample (Mochi). On language models what `rotary_misfit` finds.
+sample (Mochi); a run after adapters have come or gone since the session began. On language models what `rotary_misfit` finds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from ...interventions import Call, Edit, ReattendError, Site, UnsupportedError
 from ...interventions.rotary import Turned, Turns
+from ..actions import RootCall
 from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
 from ..sites.denoisers import family_of, turned_by_position
-from ..sites.projections import Split, heads_of, last_module, projection_misfit
+from ..sites.projections import Hooked, Split, heads_of, projection_misfit
 from ..sites.rotary import rotary_misfit
 from ..sites.rotary_tables import Layout, read_layout, rotary_argument
 from ..sites.table import SiteTable
@@ -44,6 +45,8 @@ class Rotary(Step):
     """At every call of `sites`: `call.turned` (denoisers) or `call.rotary` (language models) is known to the steps after it."""
 
     sites: SiteTable
+    # what its hooks are on: known once the model is
+    hooked: list[Hooked] = field(init=False, repr=False, default_factory=list)
 
     at_calls = True
 
@@ -53,7 +56,7 @@ class Rotary(Step):
         plain = self.sites.where(lambda s: not s.stack.startswith("denoiser"))
         if len(plain) and (reason := rotary_misfit(plain)):
             return reason
-        table = self.sites.stack("denoiser") if len(plain) < len(self.sites) else SiteTable([], {})
+        table = self.sites.stack("denoiser") if _on_denoisers(self.sites) else SiteTable([], {})
         for site in table:
             if not turned_by_position(table.module(site)):
                 return f"{site.name} does not turn its queries and keys by position"
@@ -62,8 +65,12 @@ class Rotary(Step):
             return f"{name} calls attention once for each sample of a batch, with tables that are those of the whole batch"
         return projection_misfit(table, PARTS) if len(table) else ""
 
+    def ready(self, call: RootCall) -> str:
+        return next(filter(None, (one.misfit for one in self.hooked)), "")
+
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         handles, tables = session.handles(), Tables()
+        self.hooked = Hooked.all_of(self.sites.stack("denoiser"), PARTS) if _on_denoisers(self.sites) else []
         for site in self.sites:
             module = self.sites.module(site)
             if not site.stack.startswith("denoiser"):
@@ -72,13 +79,15 @@ class Rotary(Step):
             watch = Watch(site, host, session, tables)
             handles.before(module, watch.begin, kwargs=True)
             handles.after(module, watch.end)
-            for part in PARTS:
-                for added in (False, True):
-                    target = last_module(module, part, added=added)
-                    if target is not None:
-                        handles.after(target, watch.keeping(part))
+            for one in self.hooked:
+                if one.site is site:
+                    handles.after(one.module, watch.keeping(one.which))
             handles.edit(site, module, watch.tell)
         return handles
+
+
+def _on_denoisers(table: SiteTable) -> bool:
+    return any(site.stack.startswith("denoiser") for site in table)
 
 
 def _nothing(call: Call, forward: Forward) -> Sequence[Edit]:

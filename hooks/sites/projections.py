@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -88,6 +89,41 @@ def last_module(attention: nn.Module, which: str, *, added: bool = False) -> nn.
         if before or added:
             return norm
     return projection
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """A module after which a step has put its hook: a site's projection, or the norm after it."""
+
+    site: Site
+    attention: nn.Module
+    which: str
+    added: bool
+    normed: bool
+    module: nn.Module
+
+    @classmethod
+    def all_of(cls, table: SiteTable, of: Sequence[str], *, normed: bool = True) -> list[Hooked]:
+        found = []
+        for site in table:
+            attention = table.module(site)
+            for added in (False, True):
+                for which in of:
+                    module = (last_module if normed else projection_of)(attention, which, added=added)
+                    if module is not None:
+                        found.append(cls(site, attention, which, added, normed, module))
+        return found
+
+    @property
+    def misfit(self) -> str:
+        """Why the hook does not see any more what attention does, or ""."""
+        now = (last_module if self.normed else projection_of)(self.attention, self.which, added=self.added)
+        if now is self.module and not getattr(self.attention, "fused_projections", False):
+            return ""
+        return (
+            f"{self.site.name} has another module that projects its {self.which} than when the session began (an adapter was loaded or "
+            "unloaded, or projections were fused): begin the session after that"
+        )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_denoisers
 import torch
-from reattend.hooks import Capture, Guide, Plan, Probe, Projection, attach, sites
+from reattend.hooks import Capture, Guide, Plan, Probe, Projection, Rotary, attach, sites
 from reattend.hooks import rows as named
 from reattend.hooks.sites.projections import last_module
 from reattend.interventions import ProjectKey, ReattendError, UnsupportedError
@@ -274,3 +274,28 @@ def test_norms_of_every_stream_are_found_or_refused():
     odd.to_q, odd.norm_of_its_own, odd.processor = torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), Odd()
     with pytest.raises(ReattendError, match="has a norm_of_its_own of which it is not known"):
         last_module(odd, "query")
+
+
+@pytest.mark.filterwarnings("ignore:recipe .* never acted")
+@pytest.mark.parametrize("door", ["projection", "rotary"])
+@pytest.mark.parametrize("how", ["an adapter", "fused"])
+def test_other_projections_than_when_the_session_began(how, door):
+    """A new run of a denoiser is refused, whose attention sees more than the hooks would."""
+    model, inputs = tiny_denoisers.build("FluxTransformer2DModel")
+    table = sites(model)
+    step = Projection(table, reader=lambda seen: None, of=("query",)) if door == "projection" else Rotary(table)
+
+    def at(*times):
+        with torch.no_grad():
+            for time in times:
+                model(**{**inputs, "timestep": torch.tensor([time, time])})
+
+    with attach(model, [Plan("x", [step])]):
+        at(0.9, 0.5, 0.9)
+        if how == "fused":
+            model.fuse_qkv_projections()
+        else:
+            attention = model.transformer_blocks[1].attn
+            attention.norm_q = torch.nn.Sequential(attention.norm_q)
+        with pytest.raises(ReattendError, match="another module that projects its query than when the session began"):
+            at(0.5, 0.9)

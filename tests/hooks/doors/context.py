@@ -1,4 +1,4 @@
-"""An image looks away from a second text: half of what it reads there is taken off what it reads in its prompt."""
+"""An image looks away from a second text: half as far again from what it reads there as that is from what it reads in its prompt."""
 
 import torch
 from reattend.hooks import Context, Plan, attach, sites

@@ -35,8 +35,9 @@ class Heat:
 
     def read(self, call: Call, edits: Sequence[Edit]) -> None:
         assert call.site is not None
-        if "heat" not in call.memory:
-            call.memory["heat"], self.kept = True, {}
+        if self not in call.memory:
+            # another run: of this one's own, there may be others in the plan
+            call.memory[self], self.kept = True, {}
         rows = call.clock.rows("conditional", call.batch)
         if rows is None:
             return

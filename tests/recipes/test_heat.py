@@ -107,3 +107,17 @@ def daam_call(probs: Tensor, site: Site, side: int, step: int, memory: dict[Any,
         weights.log(), key, key, scale=1.0, site=site, clock=Clock("denoise", step, branches=branches), memory=memory,
         tokens=TokenMap(batch, columns, columns, marks), query_tokens=image,
     )  # fmt: skip
+
+
+def test_two_in_one_plan_hold_the_last_run_each() -> None:
+    pipe, given = FAMILIES["SD"]()
+    table = text_sites(reattend.sites(pipe))
+    both = [Heat(table, Words("w", [["red"]])), Heat(table, Words("v", [["sky"]]))]
+    found = []
+    with attach(pipe, [Plan("look", [step for heat in both for step in heat.steps])]):
+        for _ in range(2):
+            pipe(
+                prompt=PROMPT, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0), **given
+            )
+            found.append([heat.map(f"{heat.words.name}.0") for heat in both])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))

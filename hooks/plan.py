@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ..interventions import Edit, ReattendError, Site
 from .actions import RootCall
 from .handles import Handles, Holder
 from .host import Host
+from .sites.discovery import components
 from .sites.table import SiteTable
 
 
@@ -24,6 +26,20 @@ class Facts:
     table: SiteTable
     root: nn.Module | None
     denoisers: Sequence[nn.Module]
+
+    @functools.cached_property
+    def modules(self) -> set[int]:
+        """Ids of all modules of the model or pipeline."""
+        return {id(module) for part in components(self.model).values() for module in part.modules()}
+
+    def strange(self, step: Step) -> str:
+        """Why a step's sites are not this model's, or ""."""
+        name = next((site.name for site, module in getattr(step, "where", ()) if id(module) not in self.modules), "")
+        return (
+            f"its step {type(step).__name__} names {name} of another model: take sites from this one, reattend.sites(model)"
+            if name
+            else ""
+        )
 
     def without_tokens(self, need: str) -> str:
         """Why no prompt of this model can be followed, or "". need: what a step does with a prompt."""

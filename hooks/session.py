@@ -81,6 +81,7 @@ class Session:
         for plan, step in self.steps:
             check = getattr(step, "check", None)
             reason = check(facts) if callable(check) else f"no door serves a step of class {type(step).__name__}"
+            reason = reason or facts.strange(step)
             if reason:
                 raise UnsupportedError(f"recipe {plan.recipe!r} does not fit this model: {reason}")
         together = [pair for session in (self, *beside) for pair in session.steps]

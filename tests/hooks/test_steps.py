@@ -184,3 +184,10 @@ def test_what_a_function_returns_is_looked_at(door: str) -> None:
     }[door]()
     with attach(unet, [Plan("x", [step])]), pytest.raises(ReattendError, match=r"returns? .*\b3\b"):
         unet(**inputs)
+
+
+def test_sites_of_another_model_are_refused():
+    model, other = tiny_llama(), tiny_llama()
+    for step in (Edits(sites(other), lambda call: None), Observe(sites(other), lambda seen: None)):
+        with pytest.raises(UnsupportedError, match="of another model: take sites from this one"):
+            attach(model, [Plan("strange", [step])])

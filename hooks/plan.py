@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -105,6 +108,38 @@ def edits_of(wanted: Any) -> list[Edit]:
     if not isinstance(edits, (list, tuple)) or not all(isinstance(item, Edit) for item in edits):
         raise ReattendError(f"an intervention returns an edit, a list of edits or None, but this one returned {wanted!r:.80}")
     return list(edits)
+
+
+def wrong_functions(step: Step) -> str:
+    """Which of a step's fields holds no function (or no steps) although that is what its class declares, or ""."""
+    for name, (what, optional) in _declared(type(step)).items():
+        value = getattr(step, name, None)
+        fits = (value is None and optional) or (
+            callable(value)
+            if what == "a function"
+            else isinstance(value, (list, tuple)) and all(callable(getattr(one, "install", None)) for one in value)
+        )
+        if not fits:
+            return f"{type(step).__name__} takes {what} as {name}, got {value!r:.80}"
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _declared(cls: type) -> dict[str, tuple[str, bool]]:
+    """{field: ("a function" or "a list of steps", whether it may be None)} of a step's class."""
+    found: dict[str, tuple[str, bool]] = {}
+    if not dataclasses.is_dataclass(cls):
+        return found
+    hints = typing.get_type_hints(cls)
+    for field_ in dataclasses.fields(cls):
+        hint = hints[field_.name]
+        parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        own = [part for part in parts if part is not type(None)]
+        if all(typing.get_origin(part) is Callable for part in own):
+            found[field_.name] = "a function", len(own) < len(parts)
+        elif own == [Sequence[Step]]:
+            found[field_.name] = "a list of steps", len(own) < len(parts)
+    return found
 
 
 def sites_misfit(table: SiteTable) -> str:

@@ -19,7 +19,7 @@ from .actions import Action, RootCall
 from .attachment import Attachment, enter, forget, leave
 from .handles import Editor, Handles, Reader
 from .passes import Forward
-from .plan import Facts, Plan, Step
+from .plan import Facts, Plan, Step, wrong_functions
 
 _numbers = itertools.count()
 # a session that is over keeps no part of its model: this makes its plans anew, for the same model
@@ -79,6 +79,9 @@ class Session:
     def check(self, facts: Facts, beside: Sequence[Session]) -> None:
         """Raises UnsupportedError for a step that this model cannot serve, or that cannot be at work with those of the others."""
         for plan, step in self.steps:
+            wrong = wrong_functions(step)
+            if wrong:
+                raise ReattendError(f"{plan.recipe}: {wrong}")
             check = getattr(step, "check", None)
             reason = check(facts) if callable(check) else f"no door serves a step of class {type(step).__name__}"
             reason = reason or facts.strange(step)

@@ -92,10 +92,14 @@ class AtStep:
             (slope,) = torch.autograd.grad(value, x, allow_unused=True)
         return value.detach(), torch.zeros_like(latents) if slope is None else slope
 
-    def _run(self, *given: Any) -> Any:
+    def _run(self, latents: Tensor, timestep: Any, text: Any, grad: bool, *more: Any) -> Any:
         if self._pass is None:
             raise ReattendError("there is no call of the denoiser under way after a step: predict before it")
-        return self._pass(*given)
+        if not grad and isinstance(latents, Tensor) and latents.requires_grad:
+            raise ReattendError(
+                "these latents want a gradient, which this pass has only with grad=True: say so, or detach() them"
+            )
+        return self._pass(latents, timestep, text, grad, *more)
 
 
 @dataclass

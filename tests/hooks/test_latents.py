@@ -614,6 +614,7 @@ def test_refusals_when_a_session_begins():
         ),
         (lambda at: at.predict(at.latents, text={"encoder_hidden_states": "a dog"}), "encoder_hidden_states .* got str"),
         (lambda at: at.gradient(lambda x: at.predict(x, grad=True), at.latents), "a loss is a tensor of one number"),
+        (lambda at: at.gradient(lambda x: at.predict(x).square().sum(), at.latents), "only with grad=True"),
         (lambda at: at.gradient(lambda x: 3.0, at.latents), "a loss is a tensor of one number, got float"),
     ],
 )

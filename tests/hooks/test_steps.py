@@ -9,14 +9,21 @@ import tiny_denoisers
 import torch
 from reattend.hooks import (
     Branch,
+    Capture,
     Context,
     Edits,
+    Evict,
     Guide,
     Inject,
+    Latents,
+    Lookahead,
+    Merge,
     Observe,
     Plan,
     Probe,
     Projection,
+    Reuse,
+    Rewrite,
     Share,
     Step,
     attach,
@@ -191,3 +198,29 @@ def test_sites_of_another_model_are_refused():
     for step in (Edits(sites(other), lambda call: None), Observe(sites(other), lambda seen: None)):
         with pytest.raises(UnsupportedError, match="of another model: take sites from this one"):
             attach(model, [Plan("strange", [step])])
+
+
+WRONG = {
+    "Edits takes a function as intervention, got 3": lambda t: Edits(t, 3),
+    "Observe takes a function as tap": lambda t: Observe(t, None),
+    "Capture takes a function as reader": lambda t: Capture(t, reader="a"),
+    "Evict takes a function as keep": lambda t: Evict(t, torch.ones(3)),
+    "Inject takes a function as write": lambda t: Inject(t, 3),
+    "Projection takes a function as edit": lambda t: Projection(t, edit=3),
+    "Latents takes a function as before": lambda t: Latents(3),
+    "Latents takes a list of steps as steps, got .3.": lambda t: Latents(steps=[3]),
+    "Reuse takes a function as when, got None": lambda t: Reuse(t, None),
+    "Merge takes a function as reduce": lambda t: Merge(t, "a"),
+    "Rewrite takes a function as change": lambda t: Rewrite(3),
+    "Rewrite takes a list of steps as look": lambda t: Rewrite(len, look=3),
+    "Probe takes a list of steps as steps": lambda t: Probe([3]),
+    "Branch takes a function as fuse": lambda t: Branch([len], 3),
+    "Lookahead takes a function as score": lambda t: Lookahead(1, t[:1], len, 3),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_stands_where_a_function_or_steps_belong_is_refused(said):
+    model = tiny_llama()
+    with pytest.raises(ReattendError, match=said):
+        attach(model, [Plan("wrong", [WRONG[said](sites(model))])])

@@ -23,8 +23,9 @@ HEAD = """# Doors
 
 Written by `python benchmarks/doors_page.py` from the code. A door is what a method may ask of a model: edits of attention are one, the others
 let it read, run further passes, or change what runs. A method puts steps of these classes into its plan and touches no module itself;
-`reattend.hooks.attach(model, [Plan("name", [step, ...])])` does the same by hand. Every example below is run by a test; the tiny models it
-draws on are in `tests/` and `examples/`. How to add a door: [CONTRIBUTING](../CONTRIBUTING.md).
+`reattend.hooks.attach(model, [Plan("name", [step, ...])])` does the same by hand. Steps act in the order of their plan, but readers see a call
+with all of its edits. Every example below is run by a test; the tiny models it draws on are in `tests/` and `examples/` of a clone
+(`PYTHONPATH=tests:examples python yours.py`). How to add a door: [CONTRIBUTING](../CONTRIBUTING.md).
 
 """
 

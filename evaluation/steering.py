@@ -84,7 +84,9 @@ class Steering:
 
     @contextlib.contextmanager
     def _session(self, chosen: list[Recipe]) -> Iterator[None]:
-        with apply(self.subject.source, *chosen, tokenizer=self.subject.processor) as session:
+        # what prepares images alone reads no text
+        processor = self.subject.processor if hasattr(self.subject.processor, "decode") else None
+        with apply(self.subject.source, *chosen, tokenizer=processor) as session:
             self._open.append(session)
             try:
                 yield

@@ -328,4 +328,8 @@ def attach(
     """Starts a session of these plans on a model or pipeline. again(model): the same plans made anew, for a session that is begun a
     second time. Raises UnsupportedError for sites that cannot be intercepted.
     """
+    if not isinstance(plans, (list, tuple)) or not all(isinstance(plan, Plan) for plan in plans):
+        raise ReattendError(
+            f'attach takes a list of plans, each with its steps: [Plan("name", [step, ...])]; got {plans!r:.80}'
+        )
     return Session(model, plans, isolated=isolated, tokenizer=tokenizer, again=again).attach()

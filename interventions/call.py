@@ -149,6 +149,12 @@ class TokenMap:
     def __contains__(self, role: str) -> bool:
         return role in self.roles or role in ("prompt", "generated")
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{role} {marked.sum(dim=1).tolist()}" for role, marked in self.roles.items())
+        grids = ", ".join(" x ".join(map(str, grid.shape)) for grid in self.grids)
+        said = self.unknown or counts or "no roles"
+        return f"<TokenMap of {self.batch} rows, {self.length} tokens: {said}{f'; grids {grids}' if grids else ''}>"
+
     def anywhere(self, role: str) -> Tensor:
         """Bool [batch, 1]: the sequences that have the role, be it in a chunk of the prompt that is still to come."""
         if role not in self.roles:

@@ -1,12 +1,12 @@
 """The reuse door: at chosen steps of a denoising run blocks are not computed, and give what they gave at an earlier step.
 
 Gives: for chosen blocks (neighbours together as one run) the change that they made to their streams at the last step that computed them,
-added to what enters them now, or their output as it was; for chosen attention modules their output. KeptPass apart for each layout of branches
+added to what enters them now, or their output as it was; for chosen attention modules their output. Kept apart for each layout of branches
 (the conditional and the unconditional call, guide rows) and for each run of a pipeline; a pass that finds nothing of its own kind and shape
 is computed. Steps that compute are bit for bit the model's.
 
 Costs: at steps that reuse, one addition per run of blocks in the place of all that is in them; at steps that compute, one subtraction
-per block. KeptPass is one tensor per stream for each run of blocks, or one per attention module, for each layout of branches: in bf16 a run
+per block. Kept is one tensor per stream for each run of blocks, or one per attention module, for each layout of branches: in bf16 a run
 of blocks of 118,800 tokens of width 3,072 keeps 0.73 GB. No gradient goes into what was kept.
 
 Refuses: a model without a denoiser; a module that another step or session skips too; diffusers' own caches (`enable_cache`), by their

@@ -26,7 +26,9 @@ def mark(tokens: TokenMap, marks: Marks, mask: Tensor | None, sample: int | None
     """
     if tokens.unknown:
         return
-    text = tokens.roles.get("text", torch.zeros(tokens.batch, tokens.length, dtype=torch.bool))
+    text = tokens.roles.get("text")
+    if text is None or not bool(text.any()):
+        return  # who asks there for words is told that there is no text
 
     def rows(of_all: Tensor) -> Tensor:
         if sample is not None:

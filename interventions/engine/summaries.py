@@ -34,7 +34,11 @@ def _chunks(call: Call, edits: Sequence[Edit], rows: Tensor | None, read: Callab
 
 
 def column_weights(call: Call, edits: Sequence[Edit], columns: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Weights [B, H, R, m] of the columns `columns` [m] (or [B, m]), of the query rows `rows` [R], None = all."""
+    """Weights [B, H, R, m] of the columns `columns`, of the query rows `rows` [R], None = all.
+
+    columns: numbers [m] or [B, m], or bool [Tk] or [B, Tk] with as many columns in every row. Raises ReattendError for others.
+    """
+    columns = _numbered(columns)
 
     def read(weights: Tensor, part: Tensor) -> Tensor:
         if columns.dim() == 1:
@@ -43,6 +47,20 @@ def column_weights(call: Call, edits: Sequence[Edit], columns: Tensor, rows: Ten
         return weights.gather(3, index)
 
     return torch.cat(_chunks(call, edits, rows, read), dim=2)
+
+
+def _numbered(columns: Tensor) -> Tensor:
+    """Column numbers [m] or [B, m] of a column set."""
+    if columns.dtype != torch.bool:
+        return columns.long()
+    counts = columns.sum(dim=-1)
+    if columns.dim() > 2 or bool((counts != counts.flatten()[0]).any()):
+        raise ReattendError(
+            f"columns must be numbers, or bool [keys] or [batch, keys] with as many in every row; got {list(columns.shape)} with "
+            f"{counts.flatten().tolist()}: read rows with other numbers of columns by `row_weights`"
+        )
+    index = columns.nonzero()[:, -1]
+    return index if columns.dim() == 1 else index.view(len(columns), -1)
 
 
 def column_sums(call: Call, edits: Sequence[Edit], rows: Tensor | None = None) -> Tensor:

@@ -67,6 +67,17 @@ def test_prepared_as_without_a_processor():
     )
 
 
+def test_recipes_beside_a_processor_of_images():
+    from transformers import ViTImageProcessor, pipeline
+
+    processor = ViTImageProcessor(size={"height": 24, "width": 24})
+    pipe = pipeline("image-classification", model=tiny_encoders.vit(), image_processor=processor)
+    asked = ["none", "evit:keep=0.5"]
+    result = evaluate(reattend.wrap(pipe), ["agreement:side=24"], asked, count=4, batch=2, resamples=20, progress=False)
+    plain, steered = (cell.metrics["distance"].value for cell in result.cells)
+    assert abs(float(plain)) < 1e-6 < float(steered)
+
+
 def test_refused_for_other_kinds_of_models(text_pipe):  # noqa: F811
     with pytest.raises(ReattendError, match="needs an encoder of images"):
         evaluate(text_pipe, ["agreement"], ["none"], count=2)

@@ -330,3 +330,14 @@ def test_a_gradient_through_quantised_parameters_is_refused():
 def test_a_capture_that_does_nothing_is_refused():
     with pytest.raises(ReattendError, match="needs a reader, or at_end"):
         Capture(sites(tiny_llama()))
+
+
+def test_column_weights_of_a_column_set():
+    torch.manual_seed(0)
+    call = Call(*(torch.randn(2, 2, 5, 4) for _ in range(3)))
+    marked = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 1]]).bool()
+    numbers = torch.tensor([[1, 3], [0, 4]])
+    assert torch.equal(column_weights(call, [], marked), column_weights(call, [], numbers))
+    assert torch.equal(column_weights(call, [], marked[0]), column_weights(call, [], numbers[0]))
+    with pytest.raises(ReattendError, match="as many in every row"):
+        column_weights(call, [], torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]]).bool())

@@ -555,10 +555,10 @@ def test_gradients_pass():
 @pytest.mark.parametrize(
     ("name", "steps", "said"),
     [
-        ("sam", lambda table: [Merge(table.stack("vision"), None)], "cannot be merged between its layers"),
-        ("dinov3", lambda table: [Merge(table, None)], "cannot be merged between its layers"),
-        ("clip", lambda table: [Merge(table.stack("text_encoder"), None)], "text_model.*cannot be merged"),
-        ("vit", lambda table: [Merge(table[:1], None), Merge(table[1:2], None, place="layer")], "both merge tokens"),
+        ("sam", lambda table: [Merge(table.stack("vision"), len)], "cannot be merged between its layers"),
+        ("dinov3", lambda table: [Merge(table, len)], "cannot be merged between its layers"),
+        ("clip", lambda table: [Merge(table.stack("text_encoder"), len)], "text_model.*cannot be merged"),
+        ("vit", lambda table: [Merge(table[:1], len), Merge(table[1:2], len, place="layer")], "both merge tokens"),
     ],
 )
 def test_refused_when_a_session_begins(name, steps, said):

@@ -224,3 +224,11 @@ def test_what_stands_where_a_function_or_steps_belong_is_refused(said):
     model = tiny_llama()
     with pytest.raises(ReattendError, match=said):
         attach(model, [Plan("wrong", [WRONG[said](sites(model))])])
+
+
+def test_plans_are_a_list_of_plans():
+    model = tiny_llama()
+    step = Edits(sites(model), lambda call: None)
+    for plans in (Plan("one", [step]), [step], step):
+        with pytest.raises(ReattendError, match=r'each with its steps: .Plan."name", .step, ...'):
+            attach(model, plans)

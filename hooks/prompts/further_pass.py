@@ -5,7 +5,6 @@ A ControlNet of the pipeline sees the latents that the denoiser sees: it runs ag
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ...interventions import ReattendError
 from ..sites.arguments import LISTED, rows_of
 from ..sites.inputs import HIDDEN, name_in
 from ..tokens.latents import Place
+from ..tokens.states import parameters_of
 from .prompt import without_inference
 
 
@@ -37,8 +37,8 @@ class Companions:
     local: threading.local = field(default_factory=threading.local)
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.local.open = Beside(module, {**dict(zip(names, args, strict=False)), **kwargs}, None)
+        given = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
+        self.local.open = Beside(module, given, None)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         one: Beside | None = getattr(self.local, "open", None)

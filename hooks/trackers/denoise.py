@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import threading
 import warnings
 import weakref
@@ -30,6 +29,7 @@ from ..sites.denoisers import controlnet_in, denoiser_in, unwrapped
 from ..sites.discovery import original_of
 from ..sites.inputs import hidden_in, timestep_in
 from ..tokens.denoisers import DenoiserForward, read_forward
+from ..tokens.states import parameters_of
 from .denoising_run import First, Run, Running, advance, running_pipeline
 from .guidance_rows import branches_of, conditioning, halves_differ, layout_of_pipeline, said_rows, same
 from .in_flight import backward_task
@@ -49,7 +49,6 @@ class DenoiseTracker:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.handles = Hooks()
-        self.parameters: dict[type, list[str]] = {}
         self.local = threading.local()
         self.warned: set[str] = set()
         # ControlNets without a denoiser: their passes are the run's own
@@ -131,7 +130,7 @@ class DenoiseTracker:
         if aside is not None:
             if network is not None:
                 running, clock, run = aside
-                names = self._names(type(unwrapped(module)))
+                names = parameters_of(unwrapped(module))
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 self.local.forward = read_forward(network, given, clock, run.memory, run.maps)
                 self.local.forward.probe = running
@@ -147,7 +146,7 @@ class DenoiseTracker:
         if not sessions or network is None:
             return None
         beside = denoiser is None and not self.alone
-        call = RootCall(module, args, kwargs, self._names(type(unwrapped(module))), sessions)
+        call = RootCall(module, args, kwargs, parameters_of(unwrapped(module)), sessions)
         call.given = {**dict(zip(call.names, args, strict=False)), **kwargs}
         self._stands(call, network, beside)
         run = call.run
@@ -198,12 +197,6 @@ class DenoiseTracker:
         call.clock = Clock("denoise", max(run.step, 0), run.steps, run.timestep, branches, unknown=unknown)
         clock, pipeline = call.clock, call.pipeline
         self.host.recomputed.note_pass(call.sessions, lambda: (clock, run.as_it_is(), pipeline))
-
-    def _names(self, kind: type) -> list[str]:
-        """Names of the positional parameters of a denoiser's forward."""
-        if kind not in self.parameters:
-            self.parameters[kind] = list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
-        return self.parameters[kind]
 
     def _advance(self, given: Mapping[str, Any], running: Running | None, pipelines: Sequence[Any], beside: bool) -> Run:
         """This thread's run of the running pipeline, or of a loop of the user's own, moved on by a step where one begins."""

@@ -7,7 +7,6 @@ of its own, whose facts live as long as it does.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Iterable
@@ -22,13 +21,8 @@ from ..module_hooks import Hooks
 from ..passes import OUTSIDE, Forward
 from ..sites.encoders import towers
 from ..tokens.encoders import EncoderPass, read_pass
+from ..tokens.states import parameters_of
 from .in_flight import module_call, on_stack
-
-
-@functools.lru_cache(maxsize=256)
-def _names(cls: type) -> list[str]:
-    """Names of the positional parameters of an encoder's forward."""
-    return list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 @dataclass(eq=False)
@@ -89,7 +83,7 @@ class EncodeTracker:
         if not hasattr(self.local, "entered"):
             self.local.entered = entered
         entered.append(Entered(module, forward, module_call(), own, forward.encoder))
-        given = {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
+        given = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
         forward.encoder = read_pass(self.stacks[id(module)], module, given)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:

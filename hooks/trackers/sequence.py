@@ -137,16 +137,14 @@ class SequenceTracker:
     @contextlib.contextmanager
     def looking(self, running: Running, clock: Clock, memory: dict[Any, Any]) -> Iterator[Forward]:
         """Inside, a pass of the root is read by `running` and edited by nobody; outside of all other passes. memory: by plan."""
-        kept = [(m, m.rope_deltas) for m in self.offset_modules]
         self.local.look = facts = Forward(clock, probe=running, loose_memory=memory)
-        try:
-            yield facts
-        finally:
-            begun, self.local.look, self.local.stack = self.local.look is None, None, []
-            if begun:
-                self.host.land(None)
-            for module, deltas in kept:
-                module.rope_deltas = deltas
+        with self._offsets_kept():
+            try:
+                yield facts
+            finally:
+                begun, self.local.look, self.local.stack = self.local.look is None, None, []
+                if begun:
+                    self.host.land(None)
 
     def _look(self, args: tuple, kwargs: dict) -> None:
         """The pass that `looking` waits for begins."""
@@ -163,12 +161,19 @@ class SequenceTracker:
         """Inside, passes of the root are a door's own: `forward` holds their facts, and no action comes before or after them."""
         outer = self.local.stack
         self.local.stack = [forward]
-        # multimodal RoPE keeps its offset on the module
+        with self._offsets_kept():
+            try:
+                yield
+            finally:
+                self.local.stack = outer
+
+    @contextlib.contextmanager
+    def _offsets_kept(self) -> Iterator[None]:
+        """Multimodal RoPE keeps its offset on the module: what a pass of a door's own makes of it is taken back."""
         kept = [(m, m.rope_deltas) for m in self.offset_modules]
         try:
             yield
         finally:
-            self.local.stack = outer
             for module, deltas in kept:
                 module.rope_deltas = deltas
 

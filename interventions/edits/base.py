@@ -204,7 +204,18 @@ class Edit:
             raise ReattendError(
                 f"this {type(self).__name__} has a tensor with an axis of heads, which belongs to heads {self.heads}"
             )
-        return self._copy(heads=heads)
+        new = self._copy(heads=heads)
+        object.__setattr__(new, "_of_any_heads", self.of_any_heads)
+        return new
+
+    @property
+    def of_any_heads(self) -> dict[Any, Any]:
+        """What has been found that holds for the edit on whatever heads, with its copies `on_heads` too."""
+        store = self.__dict__.get("_of_any_heads")
+        if store is None:
+            store = {}
+            object.__setattr__(self, "_of_any_heads", store)
+        return store
 
     def _copy(self: E, **changes: Any) -> E:
         """The same edit with other values in some fields, which are not looked at again."""

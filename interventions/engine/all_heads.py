@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit, Mix, Operands, Rows, ScoreEdit
+from ..edits import Edit, Mix, Operands, Rows
 from ..edits.base import key_heads, repeat_heads
-from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
+from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows
 from .reference_executor import as_wide, at_chosen, beside, with_columns_alike
 from .tasks import Group, Task, all_rows, group_heads, heads_index, named_rows, plain, take_heads
 
@@ -147,28 +147,6 @@ def can_share(task: Task) -> bool:
 def shared(task: Task, _: object) -> Tensor:
     output = rows_of_all_heads(task.call, task.edits, all_rows(task.call.query))[1].to(task.call.query.dtype)
     return with_untouched(task, output)
-
-
-def are_biases(task: Task) -> bool:
-    """Whether the edits are key biases that a fused kernel takes as they are."""
-    call = task.call
-    if not task.few or not task.names_heads or call.softcap is not None or call.sinks is not None or len(task.groups) == 1:
-        return False
-    return all(isinstance(edit, ScoreEdit) and edit.per_key is not None and edit.rows is None for edit in task.edits)
-
-
-def biased(task: Task, _: object) -> Tensor:
-    """Key biases on some heads: one kernel for all heads with a row of biases each, for less than taking heads apart."""
-    call = task.call
-    bias = None
-    for edit in task.edits:
-        assert isinstance(edit, ScoreEdit) and edit.per_key is not None
-        own = edit.per_key.to(statistics_dtype(call.query))
-        if edit.heads is not None:
-            spread = own.new_zeros(own.shape[0], call.num_heads, own.shape[2])
-            own = spread.index_copy(1, heads_index(edit.heads, own.device), own.expand(-1, len(edit.heads), -1))
-        bias = own if bias is None else bias + own
-    return with_untouched(task, Group(call, list(range(call.num_heads)), []).kernel(bias, False)[0])
 
 
 def with_untouched(task: Task, output: Tensor) -> Tensor:

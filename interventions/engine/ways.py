@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, MixValue
-from . import all_heads, bands, batch, blocks, columns, factors, folded, heads, materialised, rearranged
+from . import all_heads, bands, batch, blocks, columns, decode_row, factors, folded, heads, materialised, rearranged
 from .reference_executor import at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, Task, all_rows, plain
 
@@ -87,6 +87,7 @@ def _folded(group: Group, _: object) -> Tensor:
 
 WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
+    Way("one additive row", "call", decode_row.is_row, decode_row.run, decode_row.find),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
     Way(
@@ -99,7 +100,6 @@ WAYS: list[Way] = [
     ),
     Way("outputs across heads", "call", all_heads.crosses_in_outputs, all_heads.across_outputs),
     Way("across heads", "call", lambda task: task.crosses, all_heads.across, all_heads.crossing_rows),
-    Way("key biases of heads", "call", all_heads.are_biases, all_heads.biased),
     Way("few rows of all heads", "call", all_heads.can_share, all_heads.shared),
     Way("heads", "call", lambda task: True, heads.run, cut=True),
     Way(

@@ -56,9 +56,9 @@ def over_heads(output: Tensor, other: Tensor, rows: Rows) -> Tensor:
 EXAMPLES = {
     "untouched": (12, lambda call: []),
     "batch rows": (12, lambda call: [Gain(columns=FIRST, factor=0.5, rows=rows(call))]),
-    "batch rows and heads": (1, lambda call: [bias(call, rows=rows(call))]),
+    "one additive row": (1, lambda call: [bias(call, heads=[1]), Gain(columns=FIRST, factor=0.5, heads=[2])]),
+    "batch rows and heads": (1, lambda call: [ScoreGain(factor=torch.rand(call.num_keys), rows=rows(call))]),
     "across heads": (12, lambda call: [WeightMap(function=lambda w, _: (w + w.mean(1, keepdim=True)) / 2, reads="heads")]),
-    "key biases of heads": (1, lambda call: [bias(call, heads=[1]), bias(call, heads=[2])]),
     "few rows of all heads": (1, lambda call: [ScoreGain(factor=torch.rand(call.num_keys), heads=[1, 2])]),
     "rows with operands of their own": (
         12,

@@ -1,0 +1,289 @@
+"""Edits of a decode step as ONE additive row: what biases, factors and windows come to where a call has one query row, or rows alike.
+
+A factor on columns whose rows get back their sum is the logarithm of that factor, added to their scores; a window hides all other columns,
+and so does a transfer of all that its columns hold to all others. (One of a part is no row: by how much the others grow differs by row.)
+The row and a factor per head follow from the edits and the sizes of a call alone, so that layers with the same edits share them, and a
+step costs a layer no further operation than its own kernel with a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..edits import Band, Edit, Gain, HeadGain, Keep, ScoreEdit, Transfer, WeightEdit
+from ..edits.base import column_mask
+from .kernels import attend
+from .tasks import Task, group_heads, heads_index, plain
+
+# What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
+# several such edits each earlier one weighs twice as much, so that a later one cannot bring back what it took.
+EMPTYING = -120.0
+# What columns outside a window get: below what any bias may add.
+OUTSIDE = -3e4
+# Rows that are kept with a first edit: of as many sizes of calls.
+KEPT = 8
+
+
+class Facts(NamedTuple):
+    """What a row depends on besides its edits: the sizes of a call, the dtype of its query, its device."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def statistics(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+class Added:
+    """A bias [B or 1, H or 1, Tk] as kernels take it, with the masks of calls."""
+
+    def __init__(self, bias: Tensor, dtype: torch.dtype) -> None:
+        self.bias = bias
+        self.row = bias[:, :, None].to(dtype)
+        # the last mask of a call, its version, and both together: layers are given the same one
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def beside(self, mask: Tensor | None) -> Tensor:
+        """[B or 1, H or 1, Tq or 1, Tk] in the query's dtype; mask as in `Call`."""
+        if mask is None:
+            return self.row
+        version = -1 if mask.is_inference() else mask._version
+        last = self._last
+        if last is not None and last[0] is mask and last[1] == version >= 0:
+            return last[2]
+        if mask.dtype == torch.bool:
+            joined = torch.where(mask, self.row, float("-inf"))
+        else:
+            joined = (self.bias[:, :, None] + mask).to(self.row.dtype)
+        if version >= 0 and not joined.requires_grad:
+            self._last = mask, version, joined
+        return joined
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeRow:
+    """What edits come to in a call of few rows.
+
+    bias: added to the scores of all rows, [B or 1, H or 1, Tk] in statistics dtype; None for nothing. gain: factor on outputs [B or 1, H or 1].
+    named: bool [B or 1, H or 1], the batch rows and heads that an edit names, None for all: the others keep the untouched output, whatever
+    bias says of them. added: `bias` for kernels.
+    """
+
+    bias: Tensor | None
+    gain: Tensor | None
+    named: Tensor | None
+    added: Added | None
+
+
+NOTHING = DecodeRow(None, None, None, None)
+
+
+def facts_of(call: Call) -> Facts:
+    query = call.query
+    return Facts(*query.shape[:3], call.key.shape[2], query.dtype, query.device)
+
+
+def takes(edit: Edit, facts: Facts) -> bool:
+    """Whether an edit is a bias per key, a factor on columns or heads, or a window, the same for all rows; its values are not read."""
+    if edit.rows is not None and facts.queries > 1 and edit.rows.shape[1] > 1:
+        return False
+    if isinstance(edit, ScoreEdit):
+        window = isinstance(edit, Keep) and isinstance(edit.pattern, Band) and facts.queries == 1
+        return window or edit.per_key is not None
+    if isinstance(edit, Gain):
+        factor = edit.factor
+        # below 0 it takes values away, which no bias can
+        if isinstance(factor, Tensor):
+            alike = factor.shape[2] == 1 or facts.queries == 1
+            # a logarithm has no gradient at 0
+            positive = alike and facts.device.type == "cpu" and not edit._needs_gradient()
+        else:
+            positive = factor >= 0
+        return positive and edit.one_factor is not None
+    if isinstance(edit, Transfer):
+        return edit.one_factor is not None and not isinstance(edit.strength, Tensor) and edit.strength == 1
+    return isinstance(edit, HeadGain)
+
+
+def decode_row(facts: Facts, edits: Sequence[Edit]) -> DecodeRow | None:
+    """The row of edits all of which it `takes`; None where their values are none that a row can stand for.
+
+    Made once for edits that layers share. Raises ReattendError for columns beyond the keys.
+    """
+    if len(edits) == 1 and edits[0].heads is not None and edits[0].rows is None and not isinstance(edits[0], HeadGain):
+        edit = edits[0]
+        if not edit._has_head_axis():
+            # one bias for whatever heads: layers that share it but for their heads share its row
+            whole = _kept(edit.of_any_heads, facts, edits, lambda: _row(facts, edits, None))
+            if whole is None or whole.bias is None:
+                return whole
+            return DecodeRow(whole.bias, None, _named_heads(edit.heads, facts.heads, facts.device), whole.added)
+    store = edits[0].remember("decode rows", dict)
+    return _kept(store, (facts, *edits[1:]), edits, lambda: _row(facts, edits, named_pairs(facts, edits)))
+
+
+def _kept(store: dict[Any, Any], key: Any, edits: Sequence[Edit], make: Callable[[], Any]) -> Any:
+    if torch.is_grad_enabled() and any(edit._needs_gradient() for edit in edits):
+        return make()
+    if key not in store:
+        if len(store) >= KEPT:
+            store.clear()  # edits that live longer than a step meet a longer cache in each
+        with torch.inference_mode(False), torch.no_grad():
+            store[key] = make()
+    return store[key]
+
+
+def _row(facts: Facts, edits: Sequence[Edit], named: Tensor | None) -> DecodeRow | None:
+    if named is not None and named.device.type == "cpu" and not bool(named.any()):
+        return NOTHING
+    sets = [chosen for chosen in group_heads(facts.heads, edits) if chosen]
+    apart = len(sets) > 1 or any(edit.heads is not None and edit._has_head_axis() for edit in edits)
+    emptying = sum(isinstance(edit, WeightEdit) for edit in edits)
+    bias = gain = None
+    for edit in edits:
+        if isinstance(edit, HeadGain):
+            own = _on_rows(edit, _factor(edit, facts), 1.0)
+            own = own if edit.heads is None else _spread(own, edit.heads, facts.heads, 1.0)
+            gain = own if gain is None else gain * own
+            continue
+        if isinstance(edit, WeightEdit):
+            emptying -= 1
+            own = _of_factor(edit, facts, EMPTYING * 2**emptying)
+            if own is None:
+                return None
+        else:
+            own = _of_scores(edit, facts)
+        own = _on_rows(edit, own, 0.0)
+        own = _spread(own, edit.heads, facts.heads, 0.0) if apart and edit.heads is not None else own
+        bias = own if bias is None else bias + own
+    return DecodeRow(bias, gain, named, None if bias is None else Added(bias, facts.dtype))
+
+
+def _of_scores(edit: Edit, facts: Facts) -> Tensor:
+    assert isinstance(edit, ScoreEdit)
+    if edit.per_key is not None:
+        return edit.per_key.to(facts.statistics)
+    assert isinstance(edit, Keep) and isinstance(edit.pattern, Band)
+    columns = torch.arange(facts.keys, device=facts.device)
+    return edit.pattern.keep(columns[-1:], columns)[:, :, 0].logical_not().to(facts.statistics) * OUTSIDE
+
+
+def _of_factor(edit: WeightEdit, facts: Facts, emptying: float) -> Tensor | None:
+    """[B or 1, heads or 1, Tk]: the logarithm of what the edit's columns are multiplied by; None for factors below 0."""
+    columns = edit.one_factor
+    assert columns is not None and isinstance(edit, (Gain, Transfer))
+    inside = column_mask(columns, facts.keys, facts.device).to(facts.statistics)
+    factor = edit.factor if isinstance(edit, Gain) else 0.0
+    if not isinstance(factor, Tensor):
+        return inside * (math.log(factor) if factor > 0 else emptying)
+    if bool((factor < 0).any()):
+        return None
+    log = factor.to(facts.statistics).log()
+    return inside * torch.where(log > float("-inf"), log, emptying)
+
+
+def _factor(edit: HeadGain, facts: Facts) -> Tensor:
+    """[B or 1, heads or 1]."""
+    if isinstance(edit.factor, Tensor):
+        return edit.factor.to(facts.statistics)
+    return torch.full((1, 1), edit.factor, dtype=facts.statistics, device=facts.device)
+
+
+def _on_rows(edit: Edit, own: Tensor, otherwise: float) -> Tensor:
+    """For batch rows that the edit does not name: `otherwise`."""
+    if edit.rows is None:
+        return own
+    return torch.where(edit.rows[:, :1] if own.dim() == 2 else edit.rows[:, :1, None], own, otherwise)
+
+
+def _spread(own: Tensor, heads: Sequence[int], count: int, otherwise: float) -> Tensor:
+    """Values [B, heads or 1, ...] of some heads as those of all `count` heads."""
+    whole = own.new_full((own.shape[0], count, *own.shape[2:]), otherwise)
+    own = own.expand(-1, len(heads), *own.shape[2:])
+    return whole.index_copy(1, heads_index(tuple(heads), own.device), own)
+
+
+def named_pairs(facts: Facts, edits: Sequence[Edit]) -> Tensor | None:
+    """Bool [B or 1, H or 1]: the batch rows and heads that an edit names; None for all of them.
+
+    Where edits name rows on an accelerator, whose values are not read, they may also be all of them.
+    """
+    if any(edit.heads is None and edit.rows is None for edit in edits):
+        return None
+    named = None
+    for edit in edits:
+        own = None if edit.heads is None else _named_heads(edit.heads, facts.heads, facts.device)
+        if edit.rows is not None:
+            own = edit.rows[:, :1] if own is None else own & edit.rows[:, :1]
+        assert own is not None
+        named = own if named is None else named | own
+    assert named is not None
+    if all(edit.rows is None for edit in edits):
+        return None if len({head for edit in edits for head in edit.heads or ()}) == facts.heads else named
+    return None if named.device.type == "cpu" and bool(named.all()) else named
+
+
+@functools.lru_cache(maxsize=1024)
+def _named_heads(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Bool [1, H]: these heads; made once, since every layer asks for its own at every step."""
+    named = torch.zeros(1, count, dtype=torch.bool)
+    named[0, list(heads)] = True
+    with torch.inference_mode(False):  # kept longer than the pass that makes it
+        return named.clone().to(device)
+
+
+# -- the way ---------------------------------------------------------------------------------------------------------------
+
+
+def is_row(task: Task) -> bool:
+    call = task.call
+    if not task.few or call.softcap is not None or call.sinks is not None or not task.edits:
+        return False
+    facts = facts_of(call)
+    return all(takes(edit, facts) for edit in task.edits) and not _reads_less(task)
+
+
+def _reads_less(task: Task) -> bool:
+    """Whether all heads read through one window that is so small that its columns are better taken out of the cache.
+
+    Beside a mask this asks whether a row is left without a column: on an accelerator the row is taken.
+    """
+    call = task.call
+    if len(task.edits) > 1 or (call.mask is not None and call.query.device.type != "cpu"):
+        return False
+    edit = task.edits[0]
+    if not isinstance(edit, Keep) or not isinstance(edit.pattern, Band) or edit.heads is not None or edit.rows is not None:
+        return False
+    return 2 * (edit.pattern.sinks + edit.pattern.window) < call.num_keys
+
+
+def find(task: Task) -> DecodeRow | None:
+    return decode_row(facts_of(task.call), task.edits)
+
+
+def run(task: Task, row: DecodeRow) -> Tensor:
+    call = task.call
+    if row.added is None:
+        output = plain(call)
+    else:
+        mask = row.added.beside(call.mask)
+        output = attend(call.query, call.key, call.value, mask, call.is_causal, call.scaling)[0]
+    if row.gain is not None:
+        # what no edit names has a gain of exactly 1
+        output = (output * row.gain[:, :, None, None]).to(call.query.dtype)
+    if row.added is None or row.named is None:
+        return output
+    return torch.where(row.named[:, :, None, None], output, plain(call))

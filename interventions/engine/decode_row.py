@@ -26,8 +26,9 @@ from .tasks import Task, group_heads, heads_index, plain
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
 # several such edits each earlier one weighs twice as much, so that a later one cannot bring back what it took.
 EMPTYING = -120.0
-# What columns outside a window get: below what any bias may add.
-OUTSIDE = -3e4
+# What columns outside a window get: below what such edits give, and with biases beside it below what any of these may add. Rows that see
+# nothing inside keep what they see, as exactly as the sums are.
+OUTSIDE, OUTSIDE_BIASES = -1e3, -3e4
 # Rows that are kept with a first edit: of as many sizes of calls.
 KEPT = 8
 
@@ -152,6 +153,7 @@ def _row(facts: Facts, edits: Sequence[Edit], named: Tensor | None) -> DecodeRow
     sets = [chosen for chosen in group_heads(facts.heads, edits) if chosen]
     apart = len(sets) > 1 or any(edit.heads is not None and edit._has_head_axis() for edit in edits)
     emptying = sum(isinstance(edit, WeightEdit) for edit in edits)
+    outside = OUTSIDE_BIASES if any(isinstance(edit, ScoreEdit) and edit.per_key is not None for edit in edits) else OUTSIDE
     bias = gain = None
     for edit in edits:
         if isinstance(edit, HeadGain):
@@ -165,20 +167,20 @@ def _row(facts: Facts, edits: Sequence[Edit], named: Tensor | None) -> DecodeRow
             if own is None:
                 return None
         else:
-            own = _of_scores(edit, facts)
+            own = _of_scores(edit, facts, outside)
         own = _on_rows(edit, own, 0.0)
         own = _spread(own, edit.heads, facts.heads, 0.0) if apart and edit.heads is not None else own
         bias = own if bias is None else bias + own
     return DecodeRow(bias, gain, named, None if bias is None else Added(bias, facts.dtype))
 
 
-def _of_scores(edit: Edit, facts: Facts) -> Tensor:
+def _of_scores(edit: Edit, facts: Facts, outside: float) -> Tensor:
     assert isinstance(edit, ScoreEdit)
     if edit.per_key is not None:
         return edit.per_key.to(facts.statistics)
     assert isinstance(edit, Keep) and isinstance(edit.pattern, Band)
     columns = torch.arange(facts.keys, device=facts.device)
-    return edit.pattern.keep(columns[-1:], columns)[:, :, 0].logical_not().to(facts.statistics) * OUTSIDE
+    return edit.pattern.keep(columns[-1:], columns)[:, :, 0].logical_not().to(facts.statistics) * outside
 
 
 def _of_factor(edit: WeightEdit, facts: Facts, emptying: float) -> Tensor | None:

@@ -145,6 +145,8 @@ class TokenMap:
     own: int | None = None
     unread: int = 0
     virtual: int = 0
+    # (role, device) -> what it is made of, and its positions there: devices are given them once, not at every layer and step
+    _held: dict[tuple[str, torch.device], tuple[tuple, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __contains__(self, role: str) -> bool:
         return role in self.roles or role in ("prompt", "generated")
@@ -181,16 +183,29 @@ class TokenMap:
             raise ReattendError(f"{role!r} tokens cannot be found in inputs_embeds: pass input_ids instead")
         if role not in self:
             raise ReattendError(f"this input has no {role!r} tokens; it has: {', '.join(sorted(self.roles)) or 'none'}")
-        out = torch.zeros(self.batch, width, dtype=torch.bool, device=device)
+        found = self._on(role, torch.device(device))
+        piece = found[:, start : min(stop, found.shape[1])]
+        return torch.nn.functional.pad(piece, (0, width - piece.shape[1]))
+
+    def _on(self, role: str, device: torch.device) -> Tensor:
+        """Bool [batch, n]: a role that the prompt has, on a device. It is shared: not to be written to."""
+        stored, padding = self.roles.get(role), self.roles.get("padding")
+        source = (padding, self.prompt_length) if role == "prompt" else (stored,)
+        known = self._held.get((role, device))
+        if known is not None and known[0][0] is source[0] and known[0][1:] == source[1:]:
+            return known[1]
         if role == "prompt":
-            out[:, : max(0, min(self.prompt_length, stop) - start)] = True
-            if "padding" in self.roles:
-                out &= ~self.positions("padding", start, stop, device)
-            return out
-        stored = self.roles[role]
-        piece = stored[:, start : min(stop, stored.shape[1])]
-        out[:, : piece.shape[1]] = piece.to(device)
-        return out
+            stored = torch.ones(self.batch, self.prompt_length, dtype=torch.bool)
+            if padding is not None:
+                beyond = self.prompt_length - padding.shape[1]
+                stored = stored & ~torch.nn.functional.pad(padding.cpu(), (0, beyond))
+        assert stored is not None
+        if stored.device == device:
+            return stored
+        with torch.inference_mode(False):  # kept longer than the pass that makes it
+            found = stored.to(device)
+        self._held[role, device] = (source, found)
+        return found
 
 
 @dataclass(eq=False)

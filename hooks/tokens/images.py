@@ -20,7 +20,7 @@ RESAMPLED = {"idefics2", "blip-2", "instructblip", "instructblipvideo", "kosmos-
 
 
 def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any]) -> None:
-    """Fills the roles "image" and "video" and `tokens.grids` from ids [B, T] and the arguments of the forward pass.
+    """Fills the roles "image" and "video" and `tokens.grids` from ids [B, T] on the CPU and the arguments of the forward pass.
 
     "image" holds all visual tokens, those of videos among them; "video" tells these apart. Roles are absent where no row of the batch has
     such tokens. Grids are those of images alone; of tiled images they come per tile, in the order of the prompt.
@@ -32,7 +32,7 @@ def add_images(tokens: TokenMap, model: Any, ids: Tensor, given: dict[str, Any])
     token = getattr(config, "image_token_id", None)
     image = ids == token if isinstance(token, int) else ids.new_zeros(ids.shape, dtype=torch.bool)
     if family not in RESAMPLED and bool(image.any()):
-        tokens.grids = find_grids(model, config, family, image.cpu(), ids.cpu(), given)
+        tokens.grids = find_grids(model, config, family, image, ids, given)
     tokens.roles.update(image_roles(model, ids))
 
 

@@ -32,7 +32,9 @@ def build_roles(
     later [B, n]: ids of the prompt that come in further chunks, where passages may lie. padding [B, m] bool: what is known of the
     tokens that a mask of new tokens alone does not speak of.
     """
-    prompt = tokens.prompt_length
+    prompt, is_decoder_side = tokens.prompt_length, _is_decoder_side(model, ids, given)
+    # roles are kept on the CPU: an accelerator is asked for its ids once, and for nothing after that
+    ids, later = (None if x is None else x.cpu() for x in (ids, later))
     padding = tokens.roles["padding"] = padding_of(mask, tokens.batch, prompt, padding)
     # the first real token: models park attention there whether or not it is a BOS token
     real = ~padding
@@ -46,7 +48,7 @@ def build_roles(
         tokens.unknown = f"{tokens.unread} tokens of this sequence were read when this session did not look: {BEGIN_EARLIER}"
     else:
         add_images(tokens, model, ids, given)
-    if _is_decoder_side(model, ids, given):
+    if is_decoder_side:
         return
     if later is None:
         add_text_roles(tokens, ids, sessions)
@@ -56,7 +58,7 @@ def build_roles(
         tokens.batch, prompt + later.shape[1], prompt + later.shape[1], virtual=tokens.virtual, unread=tokens.unread
     )
     whole.roles = {role: pad(marked, (0, later.shape[1])) for role, marked in tokens.roles.items()}
-    found = torch.cat([ids, later.to(ids.device)], dim=1)
+    found = torch.cat([ids, later], dim=1)
     whole.roles.update(image_roles(model, found))
     add_text_roles(whole, found, sessions)
     by_id = ("image", "video")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,8 @@ class Edit:
         for name, value in self._tensors():
             if value.shape[1] > 1:
                 shared = name in self.per_key_head and value.shape[1] == kv_heads
-                changes[name] = value[:, key_heads(positions, heads // kv_heads) if shared else list(positions)]
+                chosen = key_heads(positions, heads // kv_heads) if shared else positions
+                changes[name] = value.index_select(1, heads_index(tuple(chosen), value.device))
         return self._copy(heads=None, **changes)
 
     def can_split_batch(self, batch: int) -> bool:
@@ -275,6 +277,13 @@ def batch_rows(value: Any, index: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value[index] if value.shape[0] > 1 else value
     return value.at_batch(index)
+
+
+@functools.lru_cache(maxsize=1024)
+def heads_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The heads as a tensor on the device, made once: every layer asks for its own at every step."""
+    with torch.inference_mode(False):  # kept longer than the pass that makes it
+        return torch.tensor(heads, device=device)
 
 
 def key_heads(heads: Sequence[int], shared: int) -> list[int]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, Operands, Rows
-from ..edits.base import key_heads, repeat_heads
+from ..edits.base import heads_index, key_heads, repeat_heads
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows
 from .reference_executor import as_wide, at_chosen, beside, with_columns_alike
-from .tasks import Group, Task, all_rows, group_heads, heads_index, named_rows, plain, take_heads
+from .tasks import Group, Task, all_rows, group_heads, named_rows, plain, take_heads
 
 
 def rows_of_all_heads(call: Call, edits: Sequence[Edit], index: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,8 @@ class _Part:
         rows = self.rows
         places, visible = list(places), rows.visible
         if visible is not None and visible.shape[1] > 1:
-            visible = visible[:, places]
-        mask = rows.mask if rows.mask is None or rows.mask.shape[1] == 1 else rows.mask[:, places]
+            visible = take_heads(visible, places)
+        mask = rows.mask if rows.mask is None or rows.mask.shape[1] == 1 else take_heads(rows.mask, places)
         if not edit.reads_operands:
             return rows if visible is rows.visible else replace(rows, visible=visible, mask=mask)
         times = rows.query.shape[1] // rows.key.shape[1]

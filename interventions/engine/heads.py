@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..call import Call
+from ..edits.base import heads_index
 from .tasks import Group, Task, plain
 
 
@@ -16,7 +17,7 @@ def run(task: Task, _: object) -> Tensor:
     output = _untouched(task, groups.get(()))
     for chosen, heads in groups.items():
         if chosen:
-            output[:, heads] = task.group(heads, chosen)
+            output.index_copy_(1, heads_index(tuple(heads), output.device), task.group(heads, chosen))
     return output
 
 
@@ -29,7 +30,7 @@ def _untouched(task: Task, heads: list[int] | None) -> Tensor:
     output = call.query.new_empty(call.batch, call.num_heads, call.num_queries, call.value.shape[3])
     if heads:
         # SDPA gives a head the same bits whichever others run beside it
-        output[:, heads] = Group(call, heads, []).kernel(None, False)[0]
+        output.index_copy_(1, heads_index(tuple(heads), output.device), Group(call, heads, []).kernel(None, False)[0])
     return output
 
 

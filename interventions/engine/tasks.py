@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, WeightEdit
-from ..edits.base import key_heads
+from ..edits.base import heads_index, key_heads
 from .biases import attend_biased, sum_biases
 from .kernels import attend
 from .reference_executor import at_chosen
@@ -204,17 +204,10 @@ def _grouped(num_heads: int, named: tuple[Sequence[int] | None, ...]) -> dict[tu
     return groups
 
 
-@functools.lru_cache(maxsize=1024)
-def heads_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The heads as a tensor on the device, made once: every layer asks for its own at every step."""
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
-
-
 def take_heads(x: Tensor, heads: list[int]) -> Tensor:
     """Key heads [B, len(heads), ...] as a view where they are neighbours."""
     if heads == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1]
     if x.stride(1) == 0:
         return x[:, :1].expand(-1, len(heads), *x.shape[2:])  # all heads are one
-    return x[:, heads]
+    return x.index_select(1, heads_index(tuple(heads), x.device))

@@ -89,8 +89,8 @@ class CMAI(ImageRecipe):
         found = now.get("hidden") if self.lag else self._least(call, [], now)
         edit = None
         if found is not None and layer >= self.first_layer and call.key_start < where.end:
-            cut = partial(Inhibited(index, found, where.image).without, call.key_start)
-            edit = SoundMap(function=cut, rows=None if call.num_queries == 1 and bool(now["all"]) else rows)
+            cut = Inhibited.of(index, found, where, call.key_start).without
+            edit = SoundMap(function=cut, rows=None if call.num_queries == 1 and now["all"] else rows)
         if self.lag and layer < last:
             now["hidden"] = self._least(call, [edit] if edit is not None else [], now)
         return edit
@@ -106,10 +106,25 @@ class CMAI(ImageRecipe):
             if memory.get("prompt") != tokens.prompt_length:
                 memory["prompt"], memory["where"] = tokens.prompt_length, TextAndImage.of(tokens, call.query.device)
             where = memory["where"]
-            rows = where.rows(call.total - call.num_queries, call.total)
-            index = rows.any(dim=0).nonzero()[:, 0]
-            memory["now"] = {"key": key, "where": where, "rows": rows, "index": index, "all": bool(rows.all())}
+            memory["now"] = {"key": key, "where": where, **self._rows(call, where)}
         return memory["now"]
+
+    @staticmethod
+    def _rows(call: Call, where: TextAndImage) -> dict[str, Any]:
+        """The rows that are changed: bool [B, Tq], and those that are it in any row of the batch by number; all: whether all are."""
+        start, device = call.total - call.num_queries, call.query.device
+        rows = where.rows(start, call.total)
+        every, index = bool(rows.all()), rows.any(dim=0).nonzero()[:, 0]
+        if len(index) < call.num_queries:
+            index = index.to(device)
+        else:
+            index = torch.arange(call.num_queries, device=device)
+        # a step sends an accelerator nothing where all rows of the batch are alike
+        return {
+            "rows": torch.ones(rows.shape, dtype=torch.bool, device=device) if every else rows.to(device),
+            "index": index,
+            "all": every,
+        }
 
     def _least(self, call: Call, own: list[Edit], now: dict[str, Any]) -> torch.Tensor:
         """Bool [B, R, I]: what this layer's weights, after the edits, leave out of focus."""

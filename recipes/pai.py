@@ -27,7 +27,7 @@ from ..hooks.prompts.text_only import placeholders, without_images
 from ..interventions import Call, ReattendError, ScoreGain
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.logits import at_least_float, contrasted
-from ..interventions.families.reweighting import marked_columns, shared_by_layers
+from ..interventions.families.reweighting import marked_prompt, of_call, shared_by_layers
 from .kit.base import Info
 from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told
 from .kit.language import pieces_told
@@ -83,14 +83,15 @@ class PAI(ImageRecipe):
             return None
 
         def make() -> ScoreGain | None:
-            columns = marked_columns(call, "image")
-            if columns is None:
+            known = marked_prompt(call, "image")
+            if known is None:
                 return None
-            if call.num_queries == 1:  # rows without an image have a gain of 0: naming rows would cost every layer an operation
-                return ScoreGain(factor=self.alpha * columns) if bool(columns.any()) else None
-            acting = columns.any(dim=1, keepdim=True)
-            rows = focused_rows(call).to(acting.device) & acting
-            return ScoreGain(factor=self.alpha * columns, rows=rows) if bool(rows.any()) else None
+            # rows without an image have a gain of 0: naming rows would cost every layer of a step an operation
+            acting = known.seen(call) if call.num_queries == 1 else focused_rows(call) & known.seen(call)
+            if not bool(acting.any()):
+                return None
+            rows = None if call.num_queries == 1 else acting.to(call.query.device)
+            return ScoreGain(factor=self.alpha * of_call(call, known.there), rows=rows)
 
         return shared_by_layers(call, None, make)
 

@@ -27,7 +27,7 @@ from ..hooks.plan import Step
 from ..hooks.tokens.patches import PatchReader, encoder_sites
 from ..interventions import Call, Edit, ReattendError, ScoreGain, TokenGrid, require_whole
 from ..interventions.families.gaze import focused_rows
-from ..interventions.families.reweighting import of_call, shared_by_layers
+from ..interventions.families.reweighting import OverPrompt, of_call, shared_by_layers
 from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
 from .kit.base import Info
 from .kit.images import EACH_LAST_ROW, ImageRecipe, image_before, images_told
@@ -100,12 +100,12 @@ class SelectiveEmphasis(ImageRecipe):
 
         def make() -> ScoreGain | None:
             call.columns("image")  # says what is missing: a token map, or ids
-            gain = self._gain(patches, call)
-            rows = None if call.num_queries == 1 else focused_rows(call).to(call.query.device)
-            if gain is None or (rows is not None and not bool(rows.any())):
+            known = self._gain(patches, call)
+            rows = None if call.num_queries == 1 else focused_rows(call)
+            # a window may have left the image behind
+            if known is None or (rows is not None and not bool(rows.any())) or not bool(known.seen(call).any()):
                 return None
-            seen = of_call(call, gain)
-            return ScoreGain(factor=seen, rows=rows) if bool(seen.any()) else None  # a window may have left the image behind
+            return ScoreGain(factor=of_call(call, known.there), rows=None if rows is None else rows.to(call.query.device))
 
         found = shared_by_layers(call, None, make)
         if found is None or not self.by_head:
@@ -120,8 +120,8 @@ class SelectiveEmphasis(ImageRecipe):
             for i in range(len(index))
         ]
 
-    def _gain(self, patches: PatchReader, call: Call) -> torch.Tensor | None:
-        """[B, prompt]: alpha on local tokens, beta on summary tokens, 0 elsewhere; images of a later turn join those before."""
+    def _gain(self, patches: PatchReader, call: Call) -> OverPrompt | None:
+        """Alpha on local tokens, beta on summary tokens, 0 elsewhere; images of a later turn join those before."""
         tokens, memory = call.tokens, call.memory
         assert tokens is not None
         if memory.get("read") is not call.clock and call.clock.phase != "decode":
@@ -145,10 +145,10 @@ class SelectiveEmphasis(ImageRecipe):
                     each["first"], each["penultimate"], self.local_share, each.get("spatial"), self.spatial_share
                 )
                 gain[grid.row, grid.index.flatten().to(gain.device)] = self.alpha * local + self.beta * summary
-            memory.update(gain=gain, known=known, read=call.clock)
+            memory.update(gain=gain, shown=gain.cpu(), known=known, read=call.clock)
         if call.clock.phase == "decode" and (not memory.get("known") or len(memory["known"]) < len(tokens.grids)):
             raise ReattendError(
                 "selective-emphasis cannot tell which places of the image the image tokens of this prompt are: pass the images "
                 "as the model's processor makes them, and the whole prompt at once (prefill_chunk_size=None)"
             )
-        return memory["gain"] if memory["known"] else None
+        return OverPrompt(memory["shown"], memory["gain"]) if memory["known"] else None

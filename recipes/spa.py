@@ -102,5 +102,7 @@ class SPA(Marked):
     def fuse(self, step: Fusion) -> torch.Tensor:
         """z0 + strength (z - z0) in the rows that have a passage."""
         real, hidden = at_least_float(step.logits), at_least_float(step.others[0])
-        rows = step.memory["rows"].to(real.device)[:, None, None]
+        if step.memory["rows"].device != real.device:  # with the prompt; the steps after it find them there
+            step.memory["rows"] = step.memory["rows"].to(real.device)
+        rows = step.memory["rows"][:, None, None]
         return torch.where(rows, anchored(real, hidden, self.strength, self.modulated), real)

@@ -27,6 +27,7 @@ from ..hooks.doors.exit import token_exit_misfit
 from ..hooks.plan import Step
 from ..interventions import Call, KeyBias
 from ..interventions.engine.bands import hide_columns
+from ..interventions.families.reweighting import OverPrompt, of_call, shared_by_layers
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.images import image_misfit, images_told
@@ -102,15 +103,24 @@ class VisualTokenExit(Recipe):
 
     def hide(self, call: Call) -> KeyBias | None:
         """No row sees a visual token; one edit per pass for all layers that hold the same keys."""
-        key = (call.total, call.num_keys, call.query.device)
-        if call.memory.get("pass") != key:
-            tokens = call.tokens
-            known = tokens is not None and not tokens.blind and not tokens.unknown
+        tokens = call.tokens
+        if tokens is None:
+            call.columns("image")  # says what is missing
+        assert tokens is not None
+        key = (tokens.prompt_length, call.query.device)
+        if call.memory.get("prompt") != key:
+            known = not tokens.blind and not tokens.unknown
             # where roles cannot be told, asking for one says why
-            roles = [role for role in VISUAL if tokens is not None and role in tokens] if known else ["image"]
-            columns = [call.columns(role) for role in roles]
-            call.memory.update({"pass": key, "edit": hide_columns(columns)})
-        return call.memory["edit"]
+            roles = [role for role in VISUAL if role in tokens] if known else ["image"]
+            found = hide_columns([tokens.positions(role, 0, tokens.prompt_length) for role in roles])
+            bias = None if found is None else found.bias[:, 0]
+            call.memory.update(prompt=key, hidden=None if bias is None else OverPrompt(bias, bias.to(call.query.device)))
+        hidden: OverPrompt | None = call.memory["hidden"]
+        if hidden is None:
+            return None
+        return shared_by_layers(
+            call, "hide", lambda: KeyBias(bias=of_call(call, hidden.there)) if bool(hidden.seen(call).any()) else None
+        )
 
     @classmethod
     def profile(cls, model: Any, processor: Any, **options: Any) -> Any:

@@ -220,10 +220,12 @@ def _begin(memory: dict[Any, Any], forward: Forward, step: Exit, cache: Any, sit
                 # those that stay come first in a stable sort; what follows fills the rows that have fewer
                 index = filler.to(torch.uint8).argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
                 filler = filler.gather(1, index)
-    where = torch.arange(length).expand(batch, -1) if index is None else index
-    new = Keys((where + past).to(hidden.device), filler.to(hidden.device))
+    fillers = bool(filler.any())
+    # made where the model computes: a step sends an accelerator nothing
+    where = torch.arange(length, device=hidden.device).expand(batch, -1) if index is None else index.to(hidden.device)
+    new = Keys(where + past, filler.to(hidden.device) if fillers else torch.zeros_like(where, dtype=torch.bool))
     keys = new if old is None else old.joined(new)
-    memory["fillers"] = bool(filler.any()) or (old is not None and memory.get("fillers", False))
+    memory["fillers"] = fillers or (old is not None and memory.get("fillers", False))
     memory["keys"] = keys
     return Shortened(None if index is None else index.to(hidden.device), new, keys, memory["fillers"], acts, length)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class Rearrange(OperandEdit):
     start: int
     rotary: Rotary
     hidden: Tensor | None = None
-    # what follows from all but the steps, kept by the layers of a pass together
+    # what follows from all but the steps, kept by the layers of a pass together; "held": what follows from spans and first, kept longer
     shared: dict[Any, Any] = field(default_factory=dict, repr=False)
     broadcast = {"spans": 2, "steps": 2, "first": 0, "hidden": 1}
     per_row = ("steps",)
@@ -55,14 +56,28 @@ class Rearrange(OperandEdit):
         inside = (column >= self.spans[:, 0, :, 0, None]) & (column < self.spans[:, 0, :, 1, None])  # [B, m, Tk]
         return (inside * torch.arange(1, inside.shape[1] + 1)[:, None]).sum(dim=1)
 
+    def groups_on(self, num_keys: int, device: torch.device) -> Tensor:
+        """`groups` on a device, which is given them once for all steps after the segments."""
+        end = min(num_keys, int(self.spans.max()))
+        return torch.nn.functional.pad(self._held(("groups", end), device, lambda: self.groups(end)), (0, num_keys - end))
+
+    def _held(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """What follows from spans and first, on a device, kept for all passes that share them."""
+        # the batch may have been cut to some of its rows
+        held, key = self.shared.get("held", self.shared), (key, len(self.spans), device)
+        if key not in held:
+            with torch.inference_mode(False):  # kept longer than the pass that makes it
+                held[key] = make().to(device)
+        return held[key]
+
     def visible(self, rows: Tensor, num_keys: int) -> Tensor:
         """Bool [B, 1, R, Tk]: what the query rows `rows` [R] see. Rows of padding see themselves."""
         column = torch.arange(num_keys, device=rows.device)
         place = rows[:, None] + self.start
-        real = column >= self.first.to(rows.device)
+        real = column >= self._held("first", rows.device, lambda: self.first)
         if self.hidden is not None:
             real = real & ~self.hidden[:, 0].to(rows.device)
-        group = self.groups(num_keys).to(rows.device)
+        group = self.groups_on(num_keys, rows.device)
         own = group.gather(1, (rows + self.start).expand(group.shape[0], -1))[:, :, None]
         other = (own > 0) & (group > 0)[:, None] & (own != group[:, None])
         return ((real[:, None] & ((column <= place) | other)) | (column == place))[:, None]

@@ -192,7 +192,7 @@ def _few_rows(x: Operands, edit: Rearrange, scale: float, softcap: float | None,
         scores = grouped_matmul(blocks.reshape(batch, heads, (m + 1) * rows, dim), key).unflatten(2, (m + 1, rows))
         group = edit.shared.get(("groups", stop))
         if group is None:
-            group = edit.shared[("groups", stop)] = edit.groups(stop).to(scores.device)
+            group = edit.shared[("groups", stop)] = edit.groups_on(stop, scores.device)
         scores = scores.gather(2, group[:, None, None, None].expand(batch, heads, 1, rows, -1))[:, :, 0]
     else:
         scores = grouped_matmul(query, key)

@@ -24,7 +24,8 @@ class TextAndImage:
     """Which positions of a prompt are image tokens, and which are text after an image, for all rows of the batch together.
 
     image [I] and text [n] long: positions that are one in any row of the batch; is_image [B, I], is_text [B, n] bool: in which.
-    length: of the prompt. end: the position after the last image token.
+    length: of the prompt. Where the model computes; on the CPU are places [I], the same as image, marked [B, length] bool, the text, and
+    after [B, 1] bool: the rows of the batch in which all that is generated is text after an image.
     """
 
     image: Tensor
@@ -32,7 +33,9 @@ class TextAndImage:
     text: Tensor
     is_text: Tensor
     length: int
-    end: int
+    places: Tensor
+    marked: Tensor
+    after: Tensor
 
     @classmethod
     def of(cls, tokens: TokenMap, device: torch.device) -> TextAndImage:
@@ -47,34 +50,44 @@ class TextAndImage:
             near.to(device),
             text[:, near].to(device),
             length,
-            int(at[-1]) + 1 if len(at) else 0,
+            at,
+            text,
+            image.any(dim=1, keepdim=True),
         )
 
+    @property
+    def end(self) -> int:
+        """The position after the last image token."""
+        return int(self.places[-1]) + 1 if len(self.places) else 0
+
     def rows(self, start: int, stop: int) -> Tensor:
-        """Bool [B, stop - start]: the text rows after an image among these positions; what is generated is text."""
-        marked = torch.zeros(self.is_text.shape[0], max(stop, self.length), dtype=torch.bool, device=self.text.device)
-        marked[:, self.text] = self.is_text
-        marked[:, self.length :] = self.is_image.any(dim=1, keepdim=True)
-        return marked[:, start:stop]
+        """Bool [B, stop - start] on the CPU: the text rows after an image among these positions; what is generated is text."""
+        generated = self.after.expand(-1, max(0, stop - self.length))
+        return torch.cat([self.marked, generated], dim=1)[:, start:stop]
 
 
 @dataclass(eq=False)
 class Inhibited:
-    """Image tokens hidden from rows of one pass: index [R] long, the query rows; hidden [B, R, I] bool; at what [I] positions."""
+    """Image tokens hidden from rows of one pass: index [R] long, the query rows; hidden [B, R, I] bool; at what [I] columns."""
 
     index: Tensor
     hidden: Tensor
-    image: Tensor
+    columns: Tensor
 
-    def without(self, key_start: int, weights: Tensor, rows: Rows) -> Tensor:
+    @classmethod
+    def of(cls, index: Tensor, hidden: Tensor, where: TextAndImage, key_start: int) -> Inhibited:
+        """key_start: the position of a call's first column; image tokens before it have left its window."""
+        left = int((where.places < key_start).sum())
+        columns = where.image[left:]
+        return cls(index, hidden[:, :, left:], columns - key_start if key_start else columns)
+
+    def without(self, weights: Tensor, rows: Rows) -> Tensor:
         """Weights [B, H, R, Tk] without those of the hidden pairs; rows keep their sum, and all of their weights where nothing is left."""
         # rows of other edits may be among them: they are not looked at
         place = torch.searchsorted(self.index, rows.index).clamp_max(self.index.numel() - 1)
         part = self.hidden[:, place]
-        columns = self.image - key_start
-        seen = columns >= 0
         drop = torch.zeros(weights.shape[0], part.shape[1], weights.shape[3], dtype=torch.bool, device=weights.device)
-        drop[:, :, columns[seen]] = part[:, :, seen]
+        drop[:, :, self.columns] = part
         kept = weights.masked_fill(drop[:, None], 0.0)
         total = kept.sum(dim=-1, keepdim=True)
         scale = weights.sum(dim=-1, keepdim=True) / total.clamp_min(torch.finfo(weights.dtype).tiny)
@@ -106,7 +119,7 @@ def focus_scores(
         weights = pad(row_weights(call, edits, part).mean(dim=1).float(), (first, 0))  # on absolute positions
         at = part + start
         on_image = weights[:, :, where.image] * where.is_image[:, None]
-        if int(at[0]) < where.length:
+        if start < where.length and where.text.numel():
             place = torch.searchsorted(where.text, at).clamp_max(where.text.numel() - 1)
             own = where.text[place] == at
             looks[:, place[own]] = on_image[:, own] * where.is_text[:, place[own], None]

@@ -5,8 +5,8 @@ Importance is attention without positions, from queries and keys that are turned
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Layout:
 
     spans: Tensor
     first: Tensor
+    # what steps after the segments need of them, by device and dtype
+    held: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, segments: list[Tensor], bos: Tensor) -> Layout | None:
@@ -47,6 +49,23 @@ class Layout:
     def end(self) -> Tensor:
         """Int32 [B]: where the last segment ends."""
         return self.spans[..., 1].amax(dim=1)
+
+    def sizes(self, longest: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """For rows after the segments: lengths, their logarithms and `following` [B, 1, 1, m] on a device, and which of `longest` places
+        of a segment are empty, bool [B, 1, 1, m, longest], or None.
+        """
+        key = (longest, device, dtype)
+        if key not in self.held:
+            with torch.inference_mode(False):  # kept longer than the pass that makes it
+                empty = torch.arange(longest) >= self.lengths[..., None]
+                lengths, following = (x[:, None, None].to(device, dtype) for x in (self.lengths, self.following))
+                self.held[key] = {
+                    "empty": empty[:, None, None].to(device) if bool(empty.any()) else None,
+                    "lengths": lengths,
+                    "log": lengths.clamp_min(1).log(),
+                    "following": following,
+                }
+        return self.held[key]
 
     @property
     def following(self) -> Tensor:
@@ -150,13 +169,17 @@ def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
             ids = rotary.positions[row if rotary.positions.shape[0] > 1 else 0, low:high]
             if bool((ids.diff() != 1).any()):
                 raise ReattendError(f"position_ids of prompt {row} must count up by one over its segments")
-    padding = tokens.positions("padding", 0, call.num_keys, "cpu")
-    late = padding & (torch.arange(call.num_keys) >= layout.first[:, None])
-    return {
-        "hidden": late.to(call.query.device) if bool(late.any()) else None,
-        "inside": start < end,
-        "rows": None if bool(real.all()) else real[:, None],
-    }
+    key = ("rows", tokens.prompt_length, call.query.device)
+    if key not in layout.held:
+        padding = tokens.positions("padding", 0, tokens.prompt_length)
+        late = padding & (torch.arange(tokens.prompt_length) >= layout.first[:, None])
+        layout.held[key] = (
+            late.to(call.query.device) if bool(late.any()) else None,
+            None if bool(real.all()) else real[:, None].to(call.query.device),
+        )
+    late, rows = layout.held[key]
+    hidden = None if late is None else pad(late, (0, call.num_keys - late.shape[1]))
+    return {"hidden": hidden, "inside": start < end, "rows": rows, "held": layout.held}
 
 
 def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, start: int, order: Order) -> Tensor:
@@ -201,13 +224,7 @@ def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, 
         raise ReattendError(
             f"{call.site.name}: the segments were read before this session began; start it before the prompt is read"
         )
-    device = call.query.device
-    if "lengths" not in shared:
-        empty = torch.arange(keys.shape[3]) >= layout.lengths[..., None]
-        shared["empty"] = empty[:, None, None].to(device) if bool(empty.any()) else None
-        shared["lengths"] = layout.lengths[:, None, None].to(device, keys.dtype)
-        shared["log"] = shared["lengths"].clamp_min(1).log()
-        shared["following"] = layout.following[:, None, None].to(device, keys.dtype)
+    sizes = layout.sizes(keys.shape[3], call.query.device, keys.dtype)
     back = shared.get(id(rotary.frequencies))
     if back is None:  # layers share their angles, or come in two kinds
         back = shared[id(rotary.frequencies)] = rotary.trigonometry(-positions[:, None], keys)
@@ -215,10 +232,10 @@ def _later_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, 
     scores = grouped_matmul(query * call.scaling, keys.flatten(2, 3)).unflatten(3, keys.shape[2:4])
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    if shared["empty"] is not None:
-        scores = scores.masked_fill(shared["empty"], float("-inf"))
-    importance = scores.logsumexp(dim=-1) - shared["log"]
-    return pad(moves(importance, shared["lengths"], order) - shared["following"], (1, 0)).int()
+    if sizes["empty"] is not None:
+        scores = scores.masked_fill(sizes["empty"], float("-inf"))
+    importance = scores.logsumexp(dim=-1) - sizes["log"]
+    return pad(moves(importance, sizes["lengths"], order) - sizes["following"], (1, 0)).int()
 
 
 def alike(layout: Layout) -> list[list[int]]:

@@ -24,7 +24,7 @@ def strongest_row(call: Call, edits: list[Edit] | tuple[Edit, ...] = ()) -> Tens
 
     Columns are absolute positions; those that a window has left behind are 0.
     """
-    last = torch.tensor([call.num_queries - 1], device=call.query.device)
+    last = torch.full((1,), call.num_queries - 1, device=call.query.device)
     row = row_weights(call, list(edits), last)[:, :, 0].amax(dim=1)
     return pad(row / row.sum(dim=-1, keepdim=True), (call.key_start, 0))[:, : call.total]
 

@@ -49,6 +49,14 @@ def marked_columns(call: Call, role: str, more: Sequence[str] = (), apart: bool 
     apart: None also where the call sees all columns or none of them (see `OverPrompt.tells_apart`). The prompt is read once and kept in
     call.memory; see `shared_by_layers` for the rest.
     """
+    known = marked_prompt(call, role, more)
+    if known is None or (apart and not known.tells_apart(call)):
+        return None
+    return of_call(call, known.there)
+
+
+def marked_prompt(call: Call, role: str, more: Sequence[str] = ()) -> OverPrompt | None:
+    """What `marked_columns` cuts to the columns of a call; None without any such token."""
     tokens = call.tokens
     if tokens is None:
         call.columns(role)
@@ -60,10 +68,7 @@ def marked_columns(call: Call, role: str, more: Sequence[str] = (), apart: bool 
         for other in more:
             whole = whole | (tokens.positions(other, 0, tokens.prompt_length) & there)
         call.memory[key] = OverPrompt(whole, whole.to(call.query.device)) if bool(whole.any()) else None
-    known = call.memory[key]
-    if known is None or (apart and not known.tells_apart(call)):
-        return None
-    return of_call(call, known.there)
+    return call.memory[key]
 
 
 @dataclass
@@ -89,6 +94,10 @@ class OverPrompt:
         if key not in self.found:
             self.found[key] = self._differ(self.whole[:, start:stop], tokens.positions("prompt", start, stop), key[2])
         return self.found[key]
+
+    def seen(self, call: Call) -> Tensor:
+        """Bool [B, 1] on the CPU: the rows of the batch with a value other than 0 among the columns that a call sees."""
+        return (self.whole[:, call.key_start : call.key_start + call.num_keys] != 0).any(dim=1, keepdim=True)
 
     @staticmethod
     def _differ(part: Tensor, real: Tensor, generated: bool) -> bool:

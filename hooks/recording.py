@@ -211,7 +211,7 @@ def _reading(
     batch, heads = call.batch, call.num_heads
     counts = chosen.sum(dim=1).clamp_min(1)
     mass = entropy = column_sum = None
-    step = rows_per_chunk(batch, heads, call.num_keys)
+    step = rows_per_chunk(batch, heads, call.num_keys, call.query.device)
     for start in range(0, index.numel(), step):
         weights = row_weights(call, edits, index[start : start + step])
         share = (chosen[:, start : start + step].to(weights.dtype) / counts[:, None])[:, None, :, None]

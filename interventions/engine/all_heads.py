@@ -204,7 +204,7 @@ def across(task: Task, index: Tensor) -> Tensor:
     output = None if whole else task.again(call, [edit for edit in edits if not edit.reads_heads])
     if output is not None and not index.numel():
         return output
-    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys, call.query.device)
     step = index.numel() if any(edit.reads_rows for edit in edits) else step
     chunks = [rows_of_all_heads(call, edits, part)[1].to(call.query.dtype) for part in index.split(step)]
     new = torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]

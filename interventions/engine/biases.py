@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,7 @@ def with_bias_dimensions(
     """
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
-    constant = 2.0 ** round(torch.tensor(1.0 / scale).log2().item())
+    constant = 2.0 ** round(math.log2(1.0 / scale))
     exact = statistics_dtype(query)
     rest = bias.to(exact) / (scale * constant)
     parts = []

@@ -294,7 +294,7 @@ def _see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, sca
     if not index.numel():
         return output
     pieces = []
-    for part in index.split(rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2])):
+    for part in index.split(rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2], x.query.device)):
         mask = visible_rows(x.mask, x.is_causal, part, x.query.shape[2], x.key.shape[2])
         added = None if bias is None else bias[:, :, None]
         if x.mask is not None and x.mask.dtype != torch.bool:

@@ -130,7 +130,7 @@ def _chunks(call: Call, edits: Sequence[Edit]) -> Iterator[Chunk]:
     if not edits:
         yield from weight_chunks(call, range(call.num_heads))
         return
-    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+    step = rows_per_chunk(call.batch, call.num_heads, call.num_keys, call.query.device)
     for start in range(0, call.num_queries, step):
         index = torch.arange(start, min(start + step, call.num_queries), device=call.query.device)
         weights = at_positions(row_weights(call, edits, index), edits, call.num_keys)

@@ -216,7 +216,8 @@ def corrected(group: Group, plan: Plan) -> Tensor:
     key, value = x.key[:, :, columns], x.value[:, :, columns]
     dtype = statistics_dtype(x.query)
     pieces, flags = [], []
-    step = rows_per_chunk(x.query.shape[0], x.query.shape[1], max(64, columns.numel()) + 2 * x.value.shape[3])
+    width = max(64, columns.numel()) + 2 * x.value.shape[3]
+    step = rows_per_chunk(x.query.shape[0], x.query.shape[1], width, x.query.device)
     for start in range(0, x.query.shape[2], step):
         index = torch.arange(start, min(start + step, x.query.shape[2]), device=x.query.device)
         rows = group.rows(index)

@@ -96,7 +96,8 @@ def around(group: Group, factor: Factor) -> Tensor:
 def _chunks(group: Group, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Query rows a chunk at a time, as a slice and as [R] long."""
     query = group.x.query
-    step = rows_per_chunk(query.shape[0], query.shape[1], 64 + columns.numel() + 2 * group.x.value.shape[3])
+    width = 64 + columns.numel() + 2 * group.x.value.shape[3]
+    step = rows_per_chunk(query.shape[0], query.shape[1], width, query.device)
     for start in range(0, query.shape[2], step):
         stop = min(start + step, query.shape[2])
         yield slice(start, stop), torch.arange(start, stop, device=query.device)

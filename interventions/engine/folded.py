@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _factors(edit: LowRankBias, x: Operands, scale: float) -> tuple[Tensor, Tens
     smallest, 2^-16 of the bias (bfloat16), is left out.
     """
     exact, dtype = statistics_dtype(x.query), x.query.dtype
-    half = 2.0 ** round(torch.tensor(1.0 / scale).log2().item() / 2)
+    half = 2.0 ** round(math.log2(1.0 / scale) / 2)
     left, right = edit.U.to(exact) * half, edit.V.to(exact) / (half * scale)
     if edit.rows is not None:
         left = left * edit.rows[:, None, :, None]

@@ -1,10 +1,11 @@
-"""Plain attention: the fused kernel with its log-sum-exp where the device has one, and exact row chunks everywhere.
+"""Plain attention: the fused kernel with its log-sum-exp where the device has one, and exact chunks of rows everywhere.
 
 Masks follow torch: bool True = visible, or additive. Statistics are float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,17 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from ..edits.base import repeat_heads
+from . import accelerators
 
-# Values of one temporary [B, H, R, Tk] when rows are materialised in chunks: 4 Mi float32 = 16 MiB.
+# Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
+FEW_ROWS = 4
+# Values of one temporary [B, H, R, Tk] when rows are materialised in chunks on a CPU: 4 Mi float32 = 16 MiB.
 CHUNK_VALUES = 1 << 22
+# The same on an accelerator, where each operation of a chunk costs a launch whatever its size: this share of the memory it has, so that
+# the three or four temporaries that live at a time take a sixteenth. Of all of it and not of what is free: where rows are cut, and so the
+# last bits of sums over them, must not change from run to run. At least 256 MiB of float32, also where the memory is not known.
+SHARE_OF_MEMORY = 64
+LEAST_VALUES = 1 << 26
 # Before torch 2.9, which is the floor, the CPU kernel with log-sum-exp takes each query head for a key head and reads past the end
 # of shared ones without an error. By version and not by a trial: the trial would read there too.
 CPU_KERNEL_SHARES_HEADS = TorchVersion(torch.__version__) >= TorchVersion("2.9")
@@ -31,8 +40,22 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def rows_per_chunk(batch: int, heads: int, keys: int) -> int:
-    return max(16, CHUNK_VALUES // max(1, batch * heads * keys))
+def chunk_values(device: torch.device) -> int:
+    """How many float32 one temporary of a chunk of rows may hold on a device."""
+    return CHUNK_VALUES if device.type == "cpu" else _values_of_memory(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _values_of_memory(device: torch.device) -> int:
+    try:
+        memory = torch.get_device_module(device).get_device_properties(device).total_memory
+    except (RuntimeError, AttributeError, AssertionError):
+        return LEAST_VALUES
+    return max(LEAST_VALUES, memory // (4 * SHARE_OF_MEMORY))
+
+
+def rows_per_chunk(batch: int, heads: int, keys: int, device: torch.device) -> int:
+    return max(16, chunk_values(device) // max(1, batch * heads * keys))
 
 
 def grouped_matmul(query: Tensor, key: Tensor) -> Tensor:
@@ -96,7 +119,10 @@ def softmax_rows(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 @dataclass(slots=True, eq=False)
 class Attention:
-    """Plain attention as a kernel is asked for it. scale: the factor on q k; softcap, sinks [H] and is_causal as in `Call`."""
+    """Plain attention as a kernel is asked for it. scale: the factor on q k; softcap, sinks [H] and is_causal as in `Call`.
+
+    piece: its sizes come once, so that a kernel which makes a plan for every size would make one for nothing.
+    """
 
     query: Tensor
     key: Tensor
@@ -106,6 +132,7 @@ class Attention:
     scale: float
     softcap: float | None
     sinks: Tensor | None
+    piece: bool = False
 
     def aligned(self) -> tuple[Tensor | None, bool]:
         """(mask, is_causal) as torch's kernels take them: their causal flag holds from the first key on, and beside no mask."""
@@ -118,12 +145,13 @@ class Attention:
 class Kernel:
     """One way to compute plain attention.
 
-    fits: whether it can, from types, shapes and device. run: (output [B, H, Tq, Dv], log-sum-exp [B, H, Tq] or None).
+    fits: whether it can, from types, shapes and device. run: (output [B, H, Tq, Dv], log-sum-exp [B, H, Tq] or None); None where torch
+    says that the device has no kernel for it, or that another one of the list is the right one.
     """
 
     name: str
     fits: Callable[[Attention], bool]
-    run: Callable[[Attention], tuple[Tensor, Tensor | None]]
+    run: Callable[[Attention], tuple[Tensor, Tensor | None] | None]
 
 
 def attend(
@@ -136,14 +164,20 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     need_lse: bool = False,
+    piece: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention output [B, H, Tq, Dv] and, on request, the log-sum-exp [B, H, Tq] of each row's scores over the keys (sink logits included)."""
+    """Attention output [B, H, Tq, Dv] and, on request, the log-sum-exp [B, H, Tq] of each row's scores over the keys (sink logits included).
+
+    piece: these are rows or keys of a call, in sizes that come once.
+    """
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
-    asked = Attention(query, key, value, mask, is_causal, scale, softcap, sinks)
+    asked = Attention(query, key, value, mask, is_causal, scale, softcap, sinks, piece)
     # learned sinks are joined by the log-sum-exp
     for kernel in STATISTICS if need_lse or sinks is not None else OUTPUTS:
         if kernel.fits(asked):
-            return kernel.run(asked)
+            found = kernel.run(asked)
+            if found is not None:
+                return found
     raise AssertionError("the last kernel of each list takes everything")
 
 
@@ -176,10 +210,33 @@ def _sdpa(x: Attention) -> tuple[Tensor, None]:
         output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=x.scale)
         return output.reshape(*query.shape[:3], value.shape[3]), None
     shared = query.shape[1] != key.shape[1]
+    if shared and query.device.type == "cuda" and accelerators.choose(query, key, value, mask, is_causal, False, False).repeats:
+        key, value, shared = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]), False
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, scale=x.scale, enable_gqa=shared
     )
     return output, None
+
+
+def _additive(x: Attention) -> tuple[Tensor | None, bool]:
+    """`Attention.aligned` with a mask that is added, in the query's dtype, as kernels take it that are called directly."""
+    mask, is_causal = x.aligned()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=x.query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask = mask.to(x.query.dtype)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask, is_causal
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Called directly, kernels take the last axis to be contiguous without checking it."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _cuda_with_gradient(x: Attention) -> tuple[Tensor, None] | None:
+    output = accelerators.with_gradient(*_contiguous(x.query, x.key, x.value), *_additive(x), x.scale)
+    return None if output is None else (output, None)
 
 
 def _gives_lse(x: Attention) -> bool:
@@ -189,22 +246,19 @@ def _gives_lse(x: Attention) -> bool:
     return x.softcap is None and not gradient and x.query.shape[-1] == x.value.shape[-1]
 
 
-def _with_lse(
-    x: Attention, kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+LseKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor] | None]
+
+
+def _with_lse(x: Attention, kernel: LseKernel) -> tuple[Tensor, Tensor] | None:
     """The same kernel that torch's SDPA picks, called so that it also returns the log-sum-exp."""
-    mask, is_causal = x.aligned()
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=x.query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        mask = mask.to(x.query.dtype)
-    # called directly, the kernels take the last axis to be contiguous without checking it
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.query, x.key, x.value))
-    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
+    mask, is_causal = _additive(x)
+    query, key, value = _contiguous(x.query, x.key, x.value)
     packed = _pack(query, key, mask)
     q, bias = (query, mask) if packed is None else packed
-    output, lse = kernel(q, key, value, bias, is_causal, x.scale)
-    output, lse = output.reshape(*query.shape[:3], value.shape[3]), lse.reshape(query.shape[:3])
+    found = kernel(q, key, value, bias, is_causal, x.scale)
+    if found is None:
+        return None
+    output, lse = found[0].reshape(*query.shape[:3], value.shape[3]), found[1].reshape(query.shape[:3])
     if x.sinks is None:
         return output, lse
     joint = torch.logaddexp(lse, x.sinks.to(lse.dtype).view(1, -1, 1))
@@ -219,28 +273,9 @@ def _cpu_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     )
 
 
-def _cuda_flash_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
-    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
-    return out[0], out[1][..., : query.shape[2]]
-
-
-def _cuda_efficient_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
-    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    rows = query.shape[2]
-    if bias is not None:
-        # the kernel wants rows of the bias to start at multiples of 16 bytes
-        keys = key.shape[2]
-        padded = F.pad(bias, (0, -keys % 8)).expand(query.shape[0], query.shape[1], rows, -1)
-        bias = padded[..., :keys]
-    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, is_causal, scale=scale)
-    return out[0], out[1][..., :rows]
-
-
-def _flash_takes(x: Attention) -> bool:
-    """Whether CUDA's flash kernel takes it: half precision, and no mask, not even the one that a causal cache would need."""
-    half, dim = x.query.dtype in (torch.float16, torch.bfloat16), x.query.shape[-1]
-    return half and dim <= 256 and dim % 8 == 0 and x.mask is None and (not x.is_causal or x.query.shape[2] == x.key.shape[2])
+def _cuda_with_lse(x: Attention) -> tuple[Tensor, Tensor] | None:
+    unplanned = x.piece or x.query.shape[2] <= FEW_ROWS
+    return _with_lse(x, lambda *asked: accelerators.with_lse(*asked, unplanned))
 
 
 def _in_chunks(x: Attention) -> tuple[Tensor, Tensor]:
@@ -248,7 +283,7 @@ def _in_chunks(x: Attention) -> tuple[Tensor, Tensor]:
     query = x.query
     dtype = statistics_dtype(query)
     outputs, statistics = [], []
-    step = rows_per_chunk(query.shape[0], query.shape[1], x.key.shape[2])
+    step = rows_per_chunk(query.shape[0], query.shape[1], x.key.shape[2], query.device)
     for start in range(0, query.shape[2], step):
         index = torch.arange(start, min(start + step, query.shape[2]), device=query.device)
         scores, _ = score_rows(query, x.key, x.mask, x.is_causal, x.scale, x.softcap, index)
@@ -264,20 +299,16 @@ def _in_chunks(x: Attention) -> tuple[Tensor, Tensor]:
 
 # Which kernel gives an output, and which one a log-sum-exp with it: the first that fits.
 OUTPUTS = [
+    Kernel(
+        "CUDA's with a gradient",
+        lambda x: x.query.device.type == "cuda" and x.softcap is None and needs_gradient(x.query, x.key, x.value, x.mask),
+        _cuda_with_gradient,
+    ),
     Kernel("sdpa", lambda x: x.softcap is None, _sdpa),
     Kernel("chunks of rows", lambda x: True, _in_chunks),
 ]
 STATISTICS = [
     Kernel("flash on CPUs", lambda x: x.query.device.type == "cpu" and _gives_lse(x), lambda x: _with_lse(x, _cpu_with_lse)),
-    Kernel(
-        "flash on CUDA",
-        lambda x: x.query.device.type == "cuda" and _flash_takes(x) and _gives_lse(x),
-        lambda x: _with_lse(x, _cuda_flash_with_lse),
-    ),
-    Kernel(
-        "memory-efficient on CUDA",
-        lambda x: x.query.device.type == "cuda" and _gives_lse(x),
-        lambda x: _with_lse(x, _cuda_efficient_with_lse),
-    ),
+    Kernel("CUDA's own choice", lambda x: x.query.device.type == "cuda" and _gives_lse(x), _cuda_with_lse),
     Kernel("chunks of rows", lambda x: True, _in_chunks),
 ]

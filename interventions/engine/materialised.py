@@ -31,7 +31,7 @@ def edited_weights(x: Operands, index: Tensor, edits: Sequence[Edit], call: Call
 def materialise(group: Group, index: Tensor) -> Tensor:
     """Rows `index` [R] with every edit of scores and weights: [B, heads, R, Dv] in statistics dtype."""
     x = group.complete()
-    step = rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2])
+    step = rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2], x.query.device)
     value = x.value.to(statistics_dtype(x.query))
     parts = [index] if index.numel() <= step else index.split(step)
     outputs = [grouped_values(edited_weights(x, part, group.edits, group.call, group.sinks), value) for part in parts]

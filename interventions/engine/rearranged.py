@@ -160,7 +160,7 @@ class _Blocks:
         return self._attend(query, key, value, mask=((causal & ~hidden[:, None]) | own)[:, None])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask=None, is_causal: bool = False) -> tuple[Tensor, Tensor]:
-        output, lse = attend(query, key, value, mask, is_causal, self.scale, self.softcap, None, True)
+        output, lse = attend(query, key, value, mask, is_causal, self.scale, self.softcap, None, True, piece=True)
         assert lse is not None
         return output, lse
 

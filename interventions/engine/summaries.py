@@ -23,7 +23,7 @@ def _chunks(call: Call, edits: Sequence[Edit], rows: Tensor | None, read: Callab
     """What `read(weights [B, H, R, Tk], index [R])` gives for the chunks of the query rows `rows` (None = all)."""
     device = call.query.device
     index = torch.arange(call.num_queries, device=device) if rows is None else rows.to(device)
-    parts = index.split(rows_per_chunk(call.batch, call.num_heads, call.num_keys)) if index.numel() else (index,)
+    parts = index.split(rows_per_chunk(call.batch, call.num_heads, call.num_keys, device)) if index.numel() else (index,)
     if len(parts) == 1 or not torch.is_grad_enabled():
         return [read(row_weights(call, edits, part), part) for part in parts]
 

@@ -16,11 +16,8 @@ from ..call import Call
 from ..edits import Edit, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, WeightEdit
 from ..edits.base import heads_index, key_heads
 from .biases import attend_biased, sum_biases
-from .kernels import attend
+from .kernels import FEW_ROWS, attend
 from .reference_executor import at_chosen
-
-# Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
-FEW_ROWS = 4
 
 
 class Task:

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import Call
-from ..engine.kernels import score_rows, statistics_dtype
+from ..engine.kernels import chunk_values, score_rows, statistics_dtype
 from ..engine.reading import untouched_heads
 from ..errors import ReattendError
 
-# Weights of one chunk: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.
+# Weights of one chunk on a CPU: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.
 CHUNK_WEIGHTS = 1 << 18
 
 
@@ -102,7 +102,8 @@ def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
     lse, query, key, mask = lse.detach(), x.query.detach(), x.key.detach(), x.mask
     lse = lse.to(statistics_dtype(query)).masked_fill(lse == float("-inf"), 0.0)
     keys, offset = call.num_keys, call.num_keys - call.num_queries
-    step = max(16, CHUNK_WEIGHTS // (call.batch * len(heads) * keys))
+    held = CHUNK_WEIGHTS if query.device.type == "cpu" else chunk_values(query.device)
+    step = max(16, held // (call.batch * len(heads) * keys))
     for start in range(0, call.num_queries, step):
         stop = min(start + step, call.num_queries)
         seen = offset + stop if call.is_causal else keys

@@ -84,7 +84,7 @@ def positive_shift(call: Call, rows: Tensor, columns: Tensor, known: Shift | Non
         one = call_at(call, torch.tensor([row], device=call.query.device), call.original or _no_output)
         chosen = rows[row].nonzero()[:, 0].to(call.query.device)
         before = None if known is None else _widened(known.last[row : row + 1], first + keys)[0, :, index + first]
-        step = rows_per_chunk(1, call.num_heads, keys)
+        step = rows_per_chunk(1, call.num_heads, keys, call.query.device)
         for part in chosen.split(step) if chosen.numel() else ():
             # each row and the one before it, every row once
             needed = torch.cat([part - 1, part]).unique()

@@ -115,7 +115,7 @@ def focus_scores(
         old = seen[:, torch.isin(before.text, where.text)][:, :, torch.isin(before.image, where.image)]
         looks[:, text.nonzero(), image.nonzero()[:, 0]] = old
     parts = []
-    for part in index.split(rows_per_chunk(call.batch, call.num_heads, call.num_keys)):
+    for part in index.split(rows_per_chunk(call.batch, call.num_heads, call.num_keys, call.query.device)):
         weights = pad(row_weights(call, edits, part).mean(dim=1).float(), (first, 0))  # on absolute positions
         at = part + start
         on_image = weights[:, :, where.image] * where.is_image[:, None]

@@ -86,7 +86,7 @@ def segment_scores(
     for j, (part, (low, high)) in enumerate(zip(key.split(lengths, dim=2), own, strict=True)):
         for start, stop in ((0, low), (high, rows)) if high > low else ((0, rows),):
             if stop > start:
-                lse = attend(query[:, :, start:stop], part, part, None, False, scale, softcap, None, True)[1]
+                lse = attend(query[:, :, start:stop], part, part, None, False, scale, softcap, None, True, piece=True)[1]
                 assert lse is not None
                 result[:, :, start:stop, j] = lse
     return result

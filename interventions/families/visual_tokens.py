@@ -16,7 +16,7 @@ def attention_received(call: Call, query: int | None = None) -> Tensor:
     if query is not None:
         return row_weights(call, [], torch.tensor([query % count], device=device)).sum(dim=(1, 2))
     total = torch.zeros(call.batch, call.num_keys, device=device)
-    for part in torch.arange(count, device=device).split(rows_per_chunk(call.batch, call.num_heads, call.num_keys)):
+    for part in torch.arange(count, device=device).split(rows_per_chunk(call.batch, call.num_heads, call.num_keys, device)):
         total += row_weights(call, [], part).sum(dim=(1, 2))
     return total / count
 

@@ -52,7 +52,7 @@ class Heat:
         shares = {role: call.columns(role)[own] for role in self.words.roles}
         shares = {role: marked / marked.sum(dim=1, keepdim=True).clamp_min(1) for role, marked in shares.items()}
         parts: dict[str, list[Tensor]] = {role: [] for role in shares}
-        chunk = rows_per_chunk(call.batch, call.num_heads, call.num_keys)
+        chunk = rows_per_chunk(call.batch, call.num_heads, call.num_keys, call.query.device)
         for index in places.flatten().to(call.query.device).split(chunk):
             weights = row_weights(call, edits, index)[own, :, :, : call.num_keys]
             for role, share in shares.items():

@@ -113,7 +113,7 @@ class Edit:
                 raise ReattendError("rows must be a bool tensor [queries] or [batch, queries]")
             if self.rows.dim() == 1:
                 object.__setattr__(self, "rows", self.rows[None])
-        for name, value in self._tensors():
+        for name, value in self.tensors():
             value = lead(value, self.broadcast.get(name) or self.indices.get(name, 0), name)
             object.__setattr__(self, name, value)
             if self.heads and value.shape[1] not in (1, len(self.heads)):
@@ -144,7 +144,7 @@ class Edit:
         if self.rows is not None:
             self._check_size("rows", self.rows, 0, shape.batch, "batch rows")
             self._check_size("rows", self.rows, 1, shape.queries, "query rows")
-        for name, value in self._tensors():
+        for name, value in self.tensors():
             self._check_size(name, value, 0, shape.batch, "batch rows")
             if name not in self.per_key_head or self.heads is not None or value.shape[1] != shape.kv_heads:
                 self._check_size(name, value, 1, heads, "heads")
@@ -160,7 +160,7 @@ class Edit:
                 f"(or 1 for all); its shape is {list(value.shape)}"
             )
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `broadcast` and `indices`, each with the axes batch and heads first."""
         for name in (*self.broadcast, *self.indices):
             value = getattr(self, name)
@@ -180,7 +180,7 @@ class Edit:
         return told() if self._needs_gradient() else self.remember(("fitted", heads, kv_heads), told)
 
     def _is_per_key_head(self, kv_heads: int) -> bool:
-        return any(name in self.per_key_head and value.shape[1] == kv_heads for name, value in self._tensors())
+        return any(name in self.per_key_head and value.shape[1] == kv_heads for name, value in self.tensors())
 
     @property
     def is_identity(self) -> bool:
@@ -236,15 +236,15 @@ class Edit:
         return store[key]
 
     def _has_head_axis(self) -> bool:
-        return any(value.shape[1] > 1 for _, value in self._tensors())
+        return any(value.shape[1] > 1 for _, value in self.tensors())
 
     def _needs_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(value.requires_grad for _, value in self._tensors())
+        return torch.is_grad_enabled() and any(value.requires_grad for _, value in self.tensors())
 
     def _cut(self: E, positions: Sequence[int]) -> E:
         heads, kv_heads = getattr(self, "_call_heads", (0, 0))
         changes = {}
-        for name, value in self._tensors():
+        for name, value in self.tensors():
             if value.shape[1] > 1:
                 shared = name in self.per_key_head and value.shape[1] == kv_heads
                 chosen = key_heads(positions, heads // kv_heads) if shared else positions
@@ -260,7 +260,7 @@ class Edit:
 
     def at_batch(self: E, index: Tensor) -> E:
         """The same edit for these rows of the batch, `index` [n] long."""
-        names = ("rows", *(name for name, _ in self._tensors()), *self.batched)
+        names = ("rows", *(name for name, _ in self.tensors()), *self.batched)
         values = {name: getattr(self, name) for name in names}
         return self._copy(**{name: batch_rows(value, index) for name, value in values.items() if value is not None})
 

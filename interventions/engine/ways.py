@@ -19,7 +19,20 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Mix, MixValue
-from . import all_heads, bands, batch, blocks, columns, decode_row, factors, folded, heads, materialised, rearranged
+from . import (
+    all_heads,
+    bands,
+    batch,
+    blocks,
+    columns,
+    decode_row,
+    factors,
+    folded,
+    heads,
+    materialised,
+    one_kernel,
+    rearranged,
+)
 from .reference_executor import at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, Task, all_rows, plain
 
@@ -116,6 +129,7 @@ WAYS: list[Way] = [
         lambda group: not (group.biases or group.scores or group.weights),
         lambda group, _: group.kernel(None, False)[0],
     ),
+    Way("columns in one kernel", "group", one_kernel.is_known, one_kernel.run, one_kernel.restate),
     Way(
         "key biases",
         "group",

@@ -115,7 +115,8 @@ def test_each_way_is_taken_and_right(name):
 
 
 def test_every_way_has_an_example():
-    assert {way.name for way in WAYS} == set(EXAMPLES)
+    elsewhere = {"columns in one kernel"}  # on accelerators: test_triton.py
+    assert {way.name for way in WAYS} == set(EXAMPLES) | elsewhere
 
 
 class Unreadable(torch.Tensor):

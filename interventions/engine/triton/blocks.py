@@ -1,0 +1,89 @@
+"""What the kernels share: weights of a block of keys, products with the right operands, and what a launch has to know of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, WIDE: tl.constexpr):
+    """a b in float32. WIDE: operands become float32 first; what they hold stays (triton's interpreter multiplies no bfloat16)."""
+    if WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def block_scores(
+    query,
+    key,
+    columns,
+    there,
+    row,
+    real,
+    mask_base,
+    key_stride,
+    key_dim_stride,
+    mask_column_stride,
+    offset,
+    scale,
+    softcap,
+    lowest,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(scores float32, visible) [rows, columns] of the keys `columns` (long), of which those `there` exist.
+
+    query [rows, WIDTH] is at hand; key points to the key head's first row; mask_base [rows, 1] points to each row's first mask value.
+    offset: the column of query row 0's own token, as causality counts it. lowest: additive masks hide what is not above it.
+    """
+    dims = tl.arange(0, WIDTH)
+    part = tl.load(
+        key + columns[None, :] * key_stride + dims[:, None] * key_dim_stride,
+        mask=there[None, :] & (dims[:, None] < DIM),
+        other=0.0,
+    )
+    scores = product(query, part, WIDE) * scale
+    if SOFTCAP:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    visible = there[None, :] & real[:, None]
+    if MASK == "bool":
+        visible = visible & (tl.load(mask_base + columns[None, :] * mask_column_stride, mask=visible, other=0) != 0)
+    if MASK == "additive":
+        added = tl.load(mask_base + columns[None, :] * mask_column_stride, mask=visible, other=0.0).to(tl.float32)
+        visible = visible & (added > lowest)
+        scores = scores + added
+    if CAUSAL:
+        visible = visible & (columns[None, :] <= (row + offset)[:, None])
+    return scores, visible
+
+
+INTERPRETED = not isinstance(product, triton.JITFunction)
+
+
+def strides(x: Tensor, sizes: tuple[int, ...]) -> list[int]:
+    """Strides of a tensor that is read as if expanded to these sizes: 0 where it has one value for all."""
+    return [0 if own == 1 and size != 1 else stride for own, size, stride in zip(x.shape, sizes, x.stride(), strict=True)]
+
+
+def readable(mask: Tensor | None) -> tuple[Tensor | None, str, float]:
+    """(mask as kernels read it, its kind for `block_scores`, what counts as hidden in it)."""
+    if mask is None:
+        return None, "none", 0.0
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), "bool", 0.0
+    return mask, "additive", torch.finfo(mask.dtype).min / 2
+
+
+def padded(size: int) -> int:
+    """Width of a block that holds a head: a power of two that products take."""
+    return max(16, triton.next_power_of_2(size))

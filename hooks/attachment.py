@@ -100,6 +100,7 @@ class Attachment:
 
     def _let_go(self, session: Attached) -> None:
         session.uninstall()
+        self.interface.leave(session)
         run_compiled(session)
         session.forget()
 

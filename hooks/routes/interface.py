@@ -26,7 +26,8 @@ from ..sites.source import source_of
 from ..steering import acting_at, edits_of
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
-from .names import NO_PAGES, PREFIX, SUPPORTED, Name, Switched, configs, original_name, register, release
+from .graphs import acts_in, plans, traced
+from .names import NO_PAGES, SUPPORTED, Name, Switched, configs, original_name, plain, register, release
 
 # the attachments of all models that a module belongs to, by its id
 _owners: dict[int, list[Host]] = {}
@@ -37,8 +38,9 @@ class InterfaceRoute:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        # (site, the module's own attributes, its config) of all modules that sessions act at
-        self.modules: dict[int, tuple[Site, dict[str, Any], Any]] = {}
+        self.sessions: list[Steered] = []
+        # (site, module, its config) of all modules that sessions act at
+        self.modules: dict[int, tuple[Site, Any, Any]] = {}
         self.switched: list[Switched] = []
 
     def install(self, session: Steered) -> None:
@@ -47,14 +49,38 @@ class InterfaceRoute:
         for site, module in modules:
             original_name(site, module.config)
         with lifecycle:
+            self.sessions = [*self.sessions, session]
             for site, module in modules:
                 self._switch(site, module.config)
                 owners = _owners.get(id(module), [])
                 if self.host not in owners:
                     _owners[id(module)] = [*owners, self.host]
-                self.modules[id(module)] = (site, vars(module), module.config)
+                self.modules[id(module)] = (site, module, module.config)
+            for entry in self.switched:
+                _name(entry, entry.original)
 
-    def _switch(self, site: Site, config: Any) -> None:
+    def leave(self, session: Steered) -> None:
+        """Lets go of what only this session acts at; safe to call twice."""
+        with lifecycle:
+            self.sessions = [other for other in self.sessions if other is not session]
+            if not self.sessions:
+                return  # `uninstall` restores it all
+            wanted = set().union(*(other.modules for other in self.sessions))
+            for key in [key for key in self.modules if key not in wanted]:
+                self._disown(key)
+                del self.modules[key]
+            for entry in self.switched:
+                if entry.left_for is None:
+                    _name(entry, entry.original)
+
+    def _disown(self, key: int) -> None:
+        rest = [owner for owner in _owners.get(key, ()) if owner is not self.host]
+        if rest:
+            _owners[key] = rest
+        else:
+            _owners.pop(key, None)
+
+    def _switch(self, site: Site, config: Any) -> Switched:
         entry = configs.get(id(config)) or Switched(config, original_name(site, config))
         # this route knows it before anybody else does, so that after an interrupt `uninstall` finds all of it
         if entry not in self.switched:
@@ -62,11 +88,7 @@ class InterfaceRoute:
         if self not in entry.users:
             entry.users.append(self)
         configs[id(config)] = entry
-        self._name(entry)
-
-    def _name(self, entry: Switched) -> None:
-        register(entry.name.original, self, _attention)
-        entry.config._attn_implementation_internal = entry.name
+        return entry
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -81,18 +103,19 @@ class InterfaceRoute:
                 entry.left_for = None
             elif now != entry.left_for:
                 self._adopt(entry, sessions)
-        for key, (site, own, config) in self.modules.items():
-            if own.get("config") is not config:
+        for key, (site, module, config) in list(self.modules.items()):
+            if module.config is not config:
                 with lifecycle:
-                    self._switch(site, own["config"])
-                    self.modules[key] = (site, own, own["config"])
+                    entry = self._switch(site, module.config)
+                    self.modules[key] = (site, module, module.config)
+                    _name(entry, entry.original)
 
     def _adopt(self, entry: Switched, sessions: Sequence[Steered]) -> None:
         site = self._site_under(entry, sessions)
         if site is None:
             return
         with lifecycle:
-            now = (entry.config._attn_implementation_internal or "eager").removeprefix(PREFIX)
+            now = plain(entry.config._attn_implementation_internal or "eager")
             entry.left_for = None if now in SUPPORTED else now
             if entry.left_for is not None:
                 warnings.warn(
@@ -102,9 +125,7 @@ class InterfaceRoute:
                     stacklevel=2,
                 )
                 return
-            entry.name = Name(now)
-            for user in entry.users:
-                user._name(entry)
+            _name(entry, now)
 
     def _site_under(self, entry: Switched, sessions: Sequence[Steered]) -> Site | None:
         """A site with this config that these sessions act at; None where there is none."""
@@ -115,7 +136,9 @@ class InterfaceRoute:
         """After a pass. Raises ReattendError where attention was computed by something that this route cannot see."""
         for entry in self.switched:
             now = entry.config._attn_implementation_internal
-            if now is not entry.name and now != entry.left_for and self._site_under(entry, landed.sessions) is not None:
+            if isinstance(now, Name) or now == entry.left_for:
+                continue
+            if self._site_under(entry, landed.sessions) is not None:
                 raise ReattendError(
                     f"the attention implementation was switched to {now!r} while a forward pass was under way, which has missed recipes "
                     f"in some layers: switch between passes"
@@ -137,21 +160,19 @@ class InterfaceRoute:
         with lifecycle:
             for key, owners in list(_owners.items()):
                 if self.host in owners:
-                    rest = [owner for owner in owners if owner is not self.host]
-                    if rest:
-                        _owners[key] = rest
-                    else:
-                        del _owners[key]
+                    self._disown(key)
+            self.modules = {}
             while self.switched:
                 entry = self.switched[-1]
                 entry.users = [user for user in entry.users if user is not self]
-                if not entry.users:
-                    now = entry.config._attn_implementation_internal
-                    if now == entry.name:
-                        entry.config._attn_implementation_internal = entry.name.original
+                now = entry.config._attn_implementation_internal
+                if entry.users and now is entry.name:
+                    _name(entry, entry.original)
+                elif not entry.users:
+                    if isinstance(now, Name):
+                        entry.config._attn_implementation_internal = entry.original
                     configs.pop(id(entry.config), None)
                 self.switched.pop()
-            self.modules = {}
 
     def release(self) -> None:
         """Takes our names out of transformers' registries, if no other model needs them; safe to call twice."""
@@ -159,16 +180,61 @@ class InterfaceRoute:
             release(self)
 
 
+def _name(entry: Switched, original: str) -> None:
+    """Names our function for implementation `original` in a config, with all modules that sessions act at under it."""
+    acted = [module for user in entry.users for _, module, config in user.modules.values() if config is entry.config]
+    name = Name(original, plans.number(acted))
+    for user in entry.users:
+        register(name, user, _attention)
+    entry.original, entry.name = original, name
+    entry.config._attn_implementation_internal = name
+
+
 def _attention(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    name: str,
+    plan: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Stands in for implementation `name`: edits the call if a session asks for it, and delegates otherwise."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced(name, plan, module, query, key, value, attention_mask, kwargs)
     owners = _owners.get(id(module))
     if owners is not None:
-        result = _steered(owners, name, module, query, key, value, attention_mask, kwargs)
+        result = _edited(owners, name, module, query, key, value, attention_mask, kwargs)
         if result is not None:
             return result
     return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _traced(
+    name: str, plan: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The same in code that is traced."""
+    if not acts_in(plan, module):
+        return _constant(name, type(module))(module, query, key, value, mask, **kwargs)
+    if name == "eager" and _constant_reading(id(module), bool(kwargs.get("output_attentions"))):
+        return _apart(name, plan, module, query, key, value, mask, **kwargs)
+    output = traced(_attention, name, plan, module, query, key, value, mask, kwargs)
+    return _apart(name, plan, module, query, key, value, mask, **kwargs) if output is None else (output, None)
+
+
+# ends the graph: what it calls is not traced
+_apart = uncompiled(_attention)
+
+
+@torch.compiler.assume_constant_result
+def _constant(name: str, cls: type) -> Any:
+    return _lookup(name, cls)
+
+
+@torch.compiler.assume_constant_result
+def _constant_reading(module: int, asked: bool) -> bool:
+    return asked or _weights_are_read(plans.modules[module], {})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -256,9 +322,6 @@ def _paged(kwargs: dict[str, Any]) -> bool:
     """Whether a call is one of continuous batching, whose cache is no `Cache`."""
     cache = kwargs.get("cache")
     return cache is not None and "Paged" in type(cache).__name__
-
-
-_steered = uncompiled(_edited)
 
 
 def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ...interventions import ReattendError, Site, UnsupportedError
 
 PREFIX = "reattend_"
+OURS = re.compile(rf"^{PREFIX}\d+_")
 SUPPORTED = ("sdpa", "eager")
 NO_PAGES = "paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
 
@@ -17,13 +19,17 @@ CONTINUOUS_BATCHING = "transformers.generation.continuous_batching"
 
 
 class Name(str):
-    """The name of our attention function for implementation `original`, as it stands in a config; a copy or a pickle names the original."""
+    """The name of our attention function for implementation `original`, as it stands in a config; a copy or a pickle names the original.
+
+    plan: the number of the plan that is in it (see `graphs`). It compares and hashes as any str does, so that compilers can trace it.
+    """
 
     original: str
+    plan: int
 
-    def __new__(cls, original: str) -> Name:
-        self = super().__new__(cls, PREFIX + original)
-        self.original = original
+    def __new__(cls, original: str, plan: int) -> Name:
+        self = super().__new__(cls, f"{PREFIX}{plan}_{original}")
+        self.original, self.plan = original, plan
         return self
 
     def __deepcopy__(self, memo: Any) -> str:
@@ -32,21 +38,25 @@ class Name(str):
     def __reduce__(self) -> Any:
         return str, (self.original,)
 
-    def __eq__(self, other: object) -> bool:
-        # continuous batching asks for these before it would refuse our name in words of its own
-        paged = isinstance(other, str) and other.startswith("paged|")
-        if paged and sys._getframe(1).f_globals.get("__name__", "").startswith(CONTINUOUS_BATCHING):
+    def __format__(self, spec: str) -> str:
+        # continuous batching puts our name into a message when it refuses it, in words that do not help
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(CONTINUOUS_BATCHING):
             raise ReattendError(NO_PAGES)
-        return str.__eq__(self, other)
+        return str.__format__(self, spec)
 
-    __hash__ = str.__hash__
+
+def plain(name: str) -> str:
+    """The implementation that a name of ours stands for, be it a copy as a plain str; any other name as it is."""
+    return OURS.sub("", str(name))
 
 
 class Switched:
     """A config that names our function. users: the routes of the models whose sessions need it; several models may share one config."""
 
     def __init__(self, config: Any, original: str) -> None:
-        self.config, self.name = config, Name(original)
+        self.config, self.original = config, original
+        # as it stands in the config; None before it does
+        self.name: Name | None = None
         # an implementation that the user has switched to and that cannot be edited: recipes are off as long as it stands there
         self.left_for: str | None = None
         self.users: list[Any] = []
@@ -61,9 +71,9 @@ def original_name(site: Site, config: Any) -> str:
     """The implementation that a config names, by the name that it has outside of sessions."""
     entry = configs.get(id(config))
     name: str = config._attn_implementation or "eager"
-    if entry is not None and name == entry.name:
-        return entry.name.original
-    return _supported(site, name.removeprefix(PREFIX) if name.startswith(PREFIX) else name)
+    if entry is not None and isinstance(name, Name):
+        return entry.original
+    return _supported(site, plain(name))
 
 
 def _supported(site: Site, name: str) -> str:
@@ -75,16 +85,16 @@ def _supported(site: Site, name: str) -> str:
     return name
 
 
-def register(name: str, user: Any, function: Callable[..., Any]) -> None:
-    """Puts function(name, module, query, ...) into transformers' registries as ours for implementation `name`, until `release(user)`."""
+def register(name: Name, user: Any, function: Callable[..., Any]) -> None:
+    """Puts function(original, plan, module, query, ...) into transformers' registries under a name of ours, until `release(user)`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    users = _names.setdefault(name, [])
+    users = _names.setdefault(str(name), [])
     if user not in users:
         users.append(user)
-    if PREFIX + name not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface._global_mapping[name])
-        AttentionInterface.register(PREFIX + name, functools.partial(function, name))
+    if name not in AttentionInterface._global_mapping:
+        AttentionMaskInterface.register(str(name), AttentionMaskInterface._global_mapping[name.original])
+        AttentionInterface.register(str(name), functools.partial(function, name.original, name.plan))
 
 
 def release(user: Any) -> None:
@@ -94,6 +104,6 @@ def release(user: Any) -> None:
     for name, users in list(_names.items()):
         _names[name] = [other for other in users if other is not user]
         if not _names[name]:
-            AttentionInterface._global_mapping.pop(PREFIX + name, None)
-            AttentionMaskInterface._global_mapping.pop(PREFIX + name, None)
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
             del _names[name]

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import nn
+from torch._dynamo.decorators import skip
 from torch.utils.hooks import RemovableHandle
 
 from .routes.compiled import Uncompiled, run_compiled
@@ -83,8 +83,9 @@ class _AtTheEnd:
         return weakref.finalize, (OrderedDict(), RemovableHandle.remove, self.handle)
 
 
-# a compiled graph ends before a hook: what comes after it is decided there
-Hook.__call__ = torch.compiler.disable(Hook.__call__, recursive=False)  # type: ignore[method-assign]
+# A compiled graph ends before a hook: what comes after it is decided there. The compiler is not asked again at every call, as it is
+# after `torch.compiler.disable`.
+skip(Hook.__call__)
 
 
 class Replaced:
@@ -119,7 +120,7 @@ class Replaced:
 
 
 # what it calls may be compiled, it may not
-Replaced.__call__ = torch.compiler.disable(Replaced.__call__, recursive=False)  # type: ignore[method-assign]
+skip(Replaced.__call__)
 
 
 def _pass_on(before: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame  # type: ignore[import-not-found]
+from torch._dynamo.decorators import skip
 
 from ...interventions import ReattendWarning
 from ..trackers.in_flight import lifecycle
@@ -67,6 +68,11 @@ class Uncompiled:
 
     def __exit__(self, *error: Any) -> None:
         set_eval_frame(self.compiler)
+
+
+# no frame of its own is one to compile
+skip(Uncompiled.__init__)
+skip(Uncompiled.__enter__)
 
 
 def run_compiled(user: Any) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Band, Edit, Gain, HeadGain, Keep, ScoreEdit, Transfer, WeightEdit
-from ..edits.base import column_mask
+from ..edits.base import column_mask, heads_index
 from .kernels import attend
-from .tasks import Task, group_heads, heads_index, plain
+from .tasks import Task, group_heads, plain
 
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
 # several such edits each earlier one weighs twice as much, so that a later one cannot bring back what it took.

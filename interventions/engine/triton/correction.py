@@ -8,10 +8,9 @@ one. Rows where that would amplify the rounding of what is corrected are compute
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...edits.weights import TINY
 from ..correction import LARGEST_FACTOR, SMALLEST_DENOMINATOR

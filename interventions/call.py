@@ -235,6 +235,8 @@ class Call:
     memory: MutableMapping = field(default_factory=Memory)
     original: Callable[[], Tensor] | None = None
     original_is_sdpa: bool = True
+    # the model's own function once more, giving its output with the log-sum-exp [B, H, Tq] of each row, or None where it has none
+    original_with_lse: Callable[[], tuple[Tensor, Tensor] | None] | None = field(default=None, repr=False)
     # how the site turns q and k by position, looked up when `rotary` is asked for
     rotation: Callable[[], Rotary] | None = field(default=None, repr=False)
     # the same on a denoiser, where a step `Rotary` has seen it

@@ -1,13 +1,16 @@
 """The route for modules that call torch's SDPA themselves: diffusers' processors, timm, remote code.
 
 Forward hooks mark the module; while its forward runs, a `TorchFunctionMode` sees `F.scaled_dot_product_attention` with q, k, v
-after projection, norm and RoPE. The function itself is never replaced, and the mode is on only inside marked modules.
+after projection, norm and RoPE. The function itself is never replaced, and the mode is on only inside marked modules. Where a processor of
+diffusers' has another backend, which never comes to SDPA, its calls are seen beside: see `dispatch`.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +23,13 @@ from ..host import Host
 from ..module_hooks import Hooks
 from ..passes import Forward
 from ..protocols import Steered
+from ..sites.backends import carrier_of
 from ..sites.discovery import dispatch
 from ..steering import Acting, acting_at, edits_of
 from ..tokens.denoisers import DenoiserForward, locate
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import module_call, on_stack
+from .dispatch import Backend, Loan, call_of, close, give_back, lend, take_back
 
 _local = threading.local()
 
@@ -32,18 +37,20 @@ _local = threading.local()
 class Marked:
     """A module that sessions edit, with its hooks and the attachments of all models that it belongs to."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.hooks = Hooks()
         self.owners: list[Host] = []
 
-    def put_on(self, module: nn.Module) -> None:
-        self.hooks.after(module, self._unmark)
-        self.hooks.before(module, self._mark)
+    def put_on(self) -> None:
+        self.hooks.after(self.module, self._unmark)
+        self.hooks.before(self.module, self._mark)
 
     def _mark(self, module: nn.Module, args: tuple) -> None:
         acting = acting_at(self.owners, module)
         if acting:
             mode = _Interception(module, acting)
+            mode.loan = lend(carrier_of(module), mode.dispatched)
             _marks().append(mode)
             mode.__enter__()
 
@@ -52,7 +59,7 @@ class Marked:
         if not marks or marks[-1].module is not module:
             return
         mode = marks.pop()
-        mode.__exit__(None, None, None)
+        mode.leave()
         if output is not None and not mode.calls:
             check_bypassed(mode)
 
@@ -70,11 +77,11 @@ class SdpaRoute:
         for site, module in session.acted:
             if site.route != "sdpa":
                 continue
-            marked = _marked.setdefault(id(module), Marked())
+            marked = _marked.setdefault(id(module), Marked(module))
             if self.host not in marked.owners:
                 marked.owners = [*marked.owners, self.host]
             if not marked.hooks:
-                marked.put_on(module)
+                marked.put_on()
 
     def uninstall(self) -> None:
         """Takes the marks away, where no other model's sessions need them; safe to call twice."""
@@ -85,8 +92,11 @@ class SdpaRoute:
             rest = [owner for owner in marked.owners if owner is not self.host]
             if not rest:
                 marked.hooks.remove()
+                take_back(carrier_of(marked.module))
                 del _marked[key]
             marked.owners = rest
+        if not _marked:
+            close()
 
 
 def check_bypassed(mode: _Interception) -> None:
@@ -115,7 +125,7 @@ def clear_marks() -> None:
     """Leaves every mode that an interrupt (which runs no forward hooks) left behind in this thread."""
     marks = _marks()
     while marks and marks[-1].left_behind():
-        marks.pop().__exit__(None, None, None)
+        marks.pop().leave()
 
 
 class _Interception(TorchFunctionMode):
@@ -124,10 +134,18 @@ class _Interception(TorchFunctionMode):
         self.module, self.acting = module, acting
         self.calls = 0
         self.frame = module_call()
+        self.loan: Loan | None = None
+        # inside a call that is seen already: what calls SDPA there is our engine, or the user's own backend
+        self.within = False
+
+    def leave(self) -> None:
+        self.__exit__(None, None, None)
+        if self.loan is not None:
+            give_back(self.loan)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self.left_behind():
+        if func is not F.scaled_dot_product_attention or self.within or self.left_behind():
             return func(*args, **kwargs)
         return self._attention(*args, **kwargs)
 
@@ -153,22 +171,41 @@ class _Interception(TorchFunctionMode):
                 enable_gqa=enable_gqa,
             )
 
+        def call(site: Site) -> Call:
+            mask, causal = attn_mask, is_causal
+            if query.dim() != 4:
+                raise ReattendError(
+                    f"{site.name}: expected attention over [batch, heads, tokens, dim], got {tuple(query.shape)}"
+                )
+            if mask is not None and mask.dim() < 4:
+                mask = mask[(None,) * (4 - mask.dim())]
+            if causal and query.shape[2] != key.shape[2]:
+                # torch aligns its flag with the first key, a Call with the last one
+                hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+                mask, causal = hidden[None, None], False
+            return Call(query, key, value, mask, causal, scale, site=site, original=run)
+
+        output = self._edited(call, dropout_p)
+        return run() if output is None else output
+
+    def dispatched(self, backend: Backend, arguments: dict[str, Any]) -> Tensor:
+        """A call of diffusers' dispatch_attention_fn that goes to one of the user's backends."""
+        if self.within or self.left_behind():
+            return backend.run(arguments)
+        self.within = True
+        try:
+            output = self._edited(functools.partial(call_of, backend, arguments), arguments.get("dropout_p", 0.0))
+            return backend.run(arguments) if output is None else output.transpose(1, 2)
+        finally:
+            self.within = False
+
+    def _edited(self, make: Callable[[Site], Call], dropout: float) -> Tensor | None:
+        """What the sessions make of the call that make(site) gives, [B, H, T, D]; None where they leave it as it is."""
         acting, number = self.acting, self.calls
         self.calls += 1
         site = acting[0][0].site_at(self.module)
-        if dropout_p and self.module.training:
+        if dropout and self.module.training:
             raise ReattendError(f"{site.name}: attention dropout is on; call eval() on the model before using a recipe")
-        if query.dim() != 4:
-            raise ReattendError(f"{site.name}: expected attention over [batch, heads, tokens, dim], got {tuple(query.shape)}")
-        mask = attn_mask
-        if mask is not None and mask.dim() < 4:
-            mask = mask[(None,) * (4 - mask.dim())]
-        if is_causal and query.shape[2] != key.shape[2]:
-            # torch aligns its flag with the first key, a Call with the last one
-            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-            mask, is_causal_here = causal[None, None], False
-        else:
-            is_causal_here = is_causal
 
         def place(call: Call, site: Site, owner: Host) -> Forward:
             forward = owner.current()
@@ -179,12 +216,14 @@ class _Interception(TorchFunctionMode):
             if forward.merged:
                 forward.locate_merged(call, site)
             if site.stack == "decoder" and site.kind == "self":
-                call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
+                call.keep_columns(filled_columns(call.query, call.key, call.mask, call.tokens, forward.buffered))
             return forward
 
-        call = Call(query, key, value, mask, is_causal_here, scale, site=site, original=run)
+        call = make(site)
         edits = edits_of(acting, self.module, call, place)
-        output = fused(call, edits) if edits else run()
+        if not edits and not call.then:
+            return None
+        output = fused(call, edits)
         for look in call.then:
             look(output)
         return output

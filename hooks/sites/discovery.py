@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...interventions import ReattendError, Site, UnsupportedError
+from .backends import problem_of
 from .denoisers import STACKS, controlnet_in, denoiser_in, stack_of
 from .denoisers import describe as describe_denoiser_site
 from .encoders import ENCODERS, is_causal, model_type, reads_texts, towers
@@ -23,7 +24,6 @@ from .source import source_of
 from .table import SiteTable
 
 SDPA_NAMES = {"scaled_dot_product_attention", "dispatch_attention_fn"}
-NATIVE_BACKENDS = {None, "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"}
 
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -130,7 +130,7 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if callable(processor) and type(processor).__call__ is not nn.Module.__call__:
         names = source_of(type(processor).__call__).names
         if names & SDPA_NAMES:
-            return "sdpa", _elsewhere(processor, names)
+            return "sdpa", problem_of(processor, names)
         if hasattr(module, "to_q") or hasattr(module, "to_qkv"):
             name = type(processor).__name__
             reason = "linear attention has no softmax" if "Linear" in name else "it never calls torch's SDPA"
@@ -140,7 +140,7 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if "ALL_ATTENTION_FUNCTIONS" in names:
         return "attention_interface", None
     if names & SDPA_NAMES:
-        return "sdpa", None
+        return "sdpa", problem_of(module, names)
     named = type(module).__name__
     own = frozenset().union(
         *(source_of(f).names for f in vars(type(module)).values() if callable(f) and hasattr(f, "__code__"))
@@ -148,19 +148,6 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
     if "Attention" in named and "softmax" in own and not any(dispatch(child) for child in module.children()):
         return "none", f"{named} computes its softmax itself: neither the attention interface nor torch's SDPA is called"
     return None
-
-
-def _elsewhere(processor: Any, names: frozenset[str]) -> str | None:
-    """Why a processor's attention does not come to torch's SDPA, by its backend; None where it does. names: those of its code."""
-    if "FLEX" in names:
-        return f"processor {type(processor).__name__}: it calls flex attention, which never reaches torch's SDPA"
-    backend = getattr(processor, "_attention_backend", None)
-    backend = getattr(backend, "value", backend)
-    if backend in NATIVE_BACKENDS:
-        return None
-    if backend == getattr(type(processor), "_attention_backend", None):
-        return f"processor {type(processor).__name__}: it needs the backend {backend!r}, which never reaches torch's SDPA"
-    return f"attention backend {backend!r} never reaches torch's SDPA: call set_attention_backend('native')"
 
 
 def _from_transformers(module: nn.Module) -> bool:

@@ -93,6 +93,7 @@ def call_at(call: Call, index: Tensor, original: Callable[[], Tensor]) -> Call:
         mask=mask,
         original=original,
         original_is_sdpa=False,
+        original_with_lse=None,
         tokens=None,
         attended=attended,
     )

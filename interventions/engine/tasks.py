@@ -16,7 +16,7 @@ from ..call import Call
 from ..edits import Edit, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, WeightEdit
 from ..edits.base import heads_index, key_heads
 from .biases import attend_biased, sum_biases
-from .kernels import FEW_ROWS, attend
+from .kernels import FEW_ROWS, attend, needs_gradient
 from .reference_executor import at_chosen
 
 
@@ -148,6 +148,8 @@ class Group:
         if self.original and self.whole and not need_lse:
             return plain(call), None
         if self.original and need_lse:
+            if self.whole:
+                self._ask_original()
             for known, (output, lse) in call.attended.items():
                 if known == tuple(self.heads):
                     return output, lse
@@ -155,6 +157,15 @@ class Group:
                     index = [known.index(h) for h in self.heads]
                     return output[:, index], lse[:, index]
         return attend(x.query, x.key, x.value, x.mask, x.is_causal, call.scaling, call.softcap, self.sinks, need_lse)
+
+    def _ask_original(self) -> None:
+        """Leaves the output and log-sum-exp of the model's own kernel on the call, where it gives both and nobody wants gradients."""
+        call = self.call
+        if call.original_with_lse is None or call.attended or needs_gradient(call.query, call.key, call.value, call.mask):
+            return
+        found = call.original_with_lse()
+        if found is not None:
+            call.attended[tuple(range(call.num_heads))] = found
 
 
 def plain(call: Call) -> Tensor:

@@ -261,18 +261,16 @@ def test_linear_attention_is_reported() -> None:
     assert hooks_of(model) == 0
 
 
-def test_other_backends_are_reported() -> None:
+def test_a_processor_that_needs_a_backend_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = build("FluxTransformer2DModel")
     before = run(model, inputs)
     processor = reattend.sites(model).module(reattend.sites(model)[1]).processor
-    processor._attention_backend = "flash"  # what set_attention_backend("flash") leaves; that call itself needs the package
-    bad = reattend.sites(model).problems
-    assert [s.name for s in bad] == ["transformer_blocks.1.attn"]
-    assert "'flash' never reaches torch's SDPA: call set_attention_backend('native')" in (bad[0].problem or "")
-    with pytest.raises(UnsupportedError, match="flash"):
+    monkeypatch.setattr(type(processor), "_attention_backend", "flex")
+    for site in reattend.sites(model):
+        assert "it needs the backend 'flex', which never reaches torch's SDPA" in (site.problem or "")
+    with pytest.raises(UnsupportedError, match="flex"):
         attach(model, [Plan("any", [Edits(reattend.sites(model), lambda call: None)])])
-    processor._attention_backend = None
-    model.set_attention_backend("native")  # type: ignore[operator]
+    monkeypatch.undo()
     assert not reattend.sites(model).problems
     assert_restored(model, inputs, before)
 

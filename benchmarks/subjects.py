@@ -13,7 +13,7 @@ import torch
 from reattend.comparison.loading import packaged_smollm2
 from reattend.hooks.trackers.caches import cache_name, cache_of
 from reattend.recipes import Profile, recipe_class
-from timing import Answer, PromptUpTo, Variant
+from timing import Answer, PromptUpTo, Variant, switched
 
 MARKED = "Answer with a single word and nothing else."
 SENTENCE = "The {n}th visitor of the museum wrote in the guest book that the lamps were too bright for the old maps. "
@@ -248,16 +248,3 @@ class Trying:
             module(input_ids=token, use_cache=True, **{cache_name(module): cache})
             cache.crop(-1)
         self.busy = False
-
-
-class switched:
-    """Another attention implementation for a while."""
-
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name
-
-    def __enter__(self) -> None:
-        self.model.set_attn_implementation(self.name)
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.set_attn_implementation("sdpa")

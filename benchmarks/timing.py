@@ -78,6 +78,19 @@ class PromptUpTo(Answer):
         raise Stopped
 
 
+class switched:
+    """Another attention implementation for a while."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __enter__(self) -> None:
+        self.model.set_attn_implementation(self.name)
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.set_attn_implementation("sdpa")
+
+
 @dataclass(frozen=True)
 class Pace:
     """The median of ratios, and its 95 % interval (bootstrap)."""

@@ -102,7 +102,7 @@ def run(name: str, file: Path, until: float, dry: bool) -> None:
     os.dup2(2, 1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(min(2 if dry else 8, os.cpu_count() or 1))
+    torch.set_num_threads(1 if dry else min(8, os.cpu_count() or 1))
     section, device = SECTIONS[name], torch.device("cpu" if dry else "cuda")
     part = Part(section.title, file, until, device, dry)
     try:

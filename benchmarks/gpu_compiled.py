@@ -92,6 +92,7 @@ def generated(part: Part, model: Any, inputs: dict[str, Any], **how: Any) -> Wri
 
 def measure(part: Part) -> None:
     shape = fitting(part, [few_layers(SHAPES[0], 10), few_layers(SHAPES[2], 0)])
+    shape = shape._replace(layers=2) if part.dry else shape
     compiler_limits()
     model, length = llama(shape, part), 64 if part.dry else 4096
     inputs = prompt(model, 1, length)

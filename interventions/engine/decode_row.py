@@ -3,7 +3,7 @@
 A factor on columns whose rows get back their sum is the logarithm of that factor, added to their scores; a window hides all other columns,
 and so does a transfer of all that its columns hold to all others. (One of a part is no row: by how much the others grow differs by row.)
 The row and a factor per head follow from the edits and the sizes of a call alone, so that layers with the same edits share them, and a
-step costs a layer no further operation than its own kernel with a mask.
+step costs a layer no further operation than its own kernel with a mask. A factor on queries stands beside it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Band, Edit, Gain, HeadGain, Keep, ScoreEdit, Transfer, WeightEdit
+from ..edits import Band, Edit, Gain, HeadGain, Keep, ScaleQuery, ScoreEdit, Transfer, WeightEdit
 from ..edits.base import column_mask, heads_index
 from .kernels import attend
 from .tasks import Task, group_heads, plain
 
+NAME = "one additive row"
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
 # several such edits each earlier one weighs twice as much, so that a later one cannot bring back what it took.
 EMPTYING = -120.0
@@ -78,18 +79,19 @@ class Added:
 class DecodeRow:
     """What edits come to in a call of few rows.
 
-    bias: added to the scores of all rows, [B or 1, H or 1, Tk] in statistics dtype; None for nothing. gain: factor on outputs [B or 1, H or 1].
-    named: bool [B or 1, H or 1], the batch rows and heads that an edit names, None for all: the others keep the untouched output, whatever
-    bias says of them. added: `bias` for kernels.
+    bias: added to the scores of all rows, [B or 1, H or 1, Tk] in statistics dtype; None for nothing. gain, sharpness: factors on outputs and
+    on queries, [B or 1, H or 1]. named: bool [B or 1, H or 1], the batch rows and heads that an edit names, None for all: the others keep
+    the untouched output, whatever bias says of them. added: `bias` for kernels.
     """
 
-    bias: Tensor | None
-    gain: Tensor | None
-    named: Tensor | None
-    added: Added | None
+    bias: Tensor | None = None
+    gain: Tensor | None = None
+    named: Tensor | None = None
+    added: Added | None = None
+    sharpness: Tensor | None = None
 
 
-NOTHING = DecodeRow(None, None, None, None)
+NOTHING = DecodeRow()
 
 
 def facts_of(call: Call) -> Facts:
@@ -116,6 +118,8 @@ def takes(edit: Edit, facts: Facts) -> bool:
         return positive and edit.one_factor is not None
     if isinstance(edit, Transfer):
         return edit.one_factor is not None and not isinstance(edit.strength, Tensor) and edit.strength == 1
+    if isinstance(edit, ScaleQuery):
+        return not isinstance(edit.factor, Tensor) or edit.factor.shape[2] == 1 or facts.queries == 1
     return isinstance(edit, HeadGain)
 
 
@@ -124,14 +128,12 @@ def decode_row(facts: Facts, edits: Sequence[Edit]) -> DecodeRow | None:
 
     Made once for edits that layers share. Raises ReattendError for columns beyond the keys.
     """
-    if len(edits) == 1 and edits[0].heads is not None and edits[0].rows is None and not isinstance(edits[0], HeadGain):
-        edit = edits[0]
-        if not edit._has_head_axis():
-            # one bias for whatever heads: layers that share it but for their heads share its row
-            whole = _kept(edit.of_any_heads, facts, edits, lambda: _row(facts, edits, None))
-            if whole is None or whole.bias is None:
-                return whole
-            return DecodeRow(whole.bias, None, _named_heads(edit.heads, facts.heads, facts.device), whole.added)
+    edit = edits[0]
+    alone = len(edits) == 1 and edit.rows is None and isinstance(edit, (ScoreEdit, WeightEdit))
+    if alone and edit.heads is not None and not edit._has_head_axis():
+        # one bias for whatever heads: layers that share it but for their heads share its row
+        whole = _kept(edit.of_any_heads, facts, edits, lambda: _row(facts, edits, None))
+        return whole and replace(whole, named=_named_heads(edit.heads, facts.heads, facts.device))
     store = edits[0].remember("decode rows", dict)
     return _kept(store, (facts, *edits[1:]), edits, lambda: _row(facts, edits, named_pairs(facts, edits)))
 
@@ -154,12 +156,14 @@ def _row(facts: Facts, edits: Sequence[Edit], named: Tensor | None) -> DecodeRow
     apart = len(sets) > 1 or any(edit.heads is not None and edit._has_head_axis() for edit in edits)
     emptying = sum(isinstance(edit, WeightEdit) for edit in edits)
     outside = OUTSIDE_BIASES if any(isinstance(edit, ScoreEdit) and edit.per_key is not None for edit in edits) else OUTSIDE
-    bias = gain = None
+    bias = None
+    factors: dict[type[Edit], Tensor] = {}
     for edit in edits:
-        if isinstance(edit, HeadGain):
+        if isinstance(edit, (HeadGain, ScaleQuery)):
             own = _on_rows(edit, _factor(edit, facts), 1.0)
             own = own if edit.heads is None else _spread(own, edit.heads, facts.heads, 1.0)
-            gain = own if gain is None else gain * own
+            kind = HeadGain if isinstance(edit, HeadGain) else ScaleQuery
+            factors[kind] = factors[kind] * own if kind in factors else own
             continue
         if isinstance(edit, WeightEdit):
             emptying -= 1
@@ -171,7 +175,8 @@ def _row(facts: Facts, edits: Sequence[Edit], named: Tensor | None) -> DecodeRow
         own = _on_rows(edit, own, 0.0)
         own = _spread(own, edit.heads, facts.heads, 0.0) if apart and edit.heads is not None else own
         bias = own if bias is None else bias + own
-    return DecodeRow(bias, gain, named, None if bias is None else Added(bias, facts.dtype))
+    added = None if bias is None else Added(bias, facts.dtype)
+    return DecodeRow(bias, factors.get(HeadGain), named, added, factors.get(ScaleQuery))
 
 
 def _of_scores(edit: Edit, facts: Facts, outside: float) -> Tensor:
@@ -197,10 +202,10 @@ def _of_factor(edit: WeightEdit, facts: Facts, emptying: float) -> Tensor | None
     return inside * torch.where(log > float("-inf"), log, emptying)
 
 
-def _factor(edit: HeadGain, facts: Facts) -> Tensor:
+def _factor(edit: HeadGain | ScaleQuery, facts: Facts) -> Tensor:
     """[B or 1, heads or 1]."""
     if isinstance(edit.factor, Tensor):
-        return edit.factor.to(facts.statistics)
+        return (edit.factor if isinstance(edit, HeadGain) else edit.factor[:, :, 0]).to(facts.statistics)
     return torch.full((1, 1), edit.factor, dtype=facts.statistics, device=facts.device)
 
 
@@ -273,19 +278,45 @@ def _reads_less(task: Task) -> bool:
 
 
 def find(task: Task) -> DecodeRow | None:
-    return decode_row(facts_of(task.call), task.edits)
+    call = task.call
+    row = decode_row(facts_of(call), task.edits)
+    if row is not None:
+        # by all that `is_row` and the checks of edits go by
+        object.__setattr__(task.edits[0], "_row", (_sizes(call), tuple(task.edits[1:]), row))
+    return row
+
+
+def known(call: Call, edits: Sequence[Edit]) -> DecodeRow | None:
+    """The row that these very edits were last found to come to in a call of the same sizes, where no gradient is wanted."""
+    found = edits[0].__dict__.get("_row")
+    if found is None or found[0] != _sizes(call) or torch.is_grad_enabled():
+        return None
+    others = found[1]
+    if len(edits) != len(others) + 1 or (others and any(a is not b for a, b in zip(edits[1:], others, strict=True))):
+        return None
+    return found[2]
+
+
+def _sizes(call: Call) -> tuple:
+    query = call.query
+    return query.shape, call.key.shape, query.dtype, query.device, call.mask is None, call.softcap is None, call.sinks is None
 
 
 def run(task: Task, row: DecodeRow) -> Tensor:
-    call = task.call
-    if row.added is None:
+    return output_of(task.call, row)
+
+
+def output_of(call: Call, row: DecodeRow) -> Tensor:
+    """Attention under a row."""
+    query = call.query
+    changed = row.added is not None or row.sharpness is not None
+    if not changed:
         output = plain(call)
     else:
-        mask = row.added.beside(call.mask)
-        output = attend(call.query, call.key, call.value, mask, call.is_causal, call.scaling)[0]
+        mask = call.mask if row.added is None else row.added.beside(call.mask)
+        own = query if row.sharpness is None else (query * row.sharpness[:, :, None, None]).to(query.dtype)
+        output = attend(own, call.key, call.value, mask, call.is_causal, call.scaling)[0]
     if row.gain is not None:
         # what no edit names has a gain of exactly 1
-        output = (output * row.gain[:, :, None, None]).to(call.query.dtype)
-    if row.added is None or row.named is None:
-        return output
-    return torch.where(row.named[:, :, None, None], output, plain(call))
+        output = (output * row.gain[:, :, None, None]).to(query.dtype)
+    return torch.where(row.named[:, :, None, None], output, plain(call)) if changed and row.named is not None else output

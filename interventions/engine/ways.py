@@ -100,7 +100,7 @@ def _folded(group: Group, _: object) -> Tensor:
 
 WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
-    Way("one additive row", "call", decode_row.is_row, decode_row.run, decode_row.find),
+    Way(decode_row.NAME, "call", decode_row.is_row, decode_row.run, decode_row.find),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
     Way(
@@ -153,6 +153,12 @@ _OF_SCOPE = {scope: [way for way in WAYS if way.scope == scope] for scope in ("c
 
 def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
+    if edits:
+        row = decode_row.known(call, edits)
+        if row is not None:
+            if call.ways is not None:
+                call.ways[decode_row.NAME] += 1
+            return decode_row.output_of(call, row)
     return compute(Task(call, check_edits(call, list(edits)), compute))
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from every_edit import a_call
-from reattend.interventions import Band, Call, Edit, Gain, HeadGain, Keep, KeyBias, Lift, Transfer, fused, reference
+from reattend.interventions import Band, Call, Edit, Gain, HeadGain, Keep, KeyBias, Lift, ScaleQuery, Transfer, fused, reference
 from reattend.interventions.engine import decode_row as module
 from reattend.interventions.engine.decode_row import decode_row, facts_of, takes
 from torch import Tensor
@@ -38,6 +38,8 @@ def kinds(call: Call, heads: list[int] | None = None, rows: Tensor | None = None
         "transfer": Transfer(source=[0, 3], **who),
         "window": Keep(pattern=Band(1, 9), **who),
         "window from each first column": Keep(pattern=Band(2, 8, first=torch.arange(call.batch)), **who),
+        "sharper": ScaleQuery(factor=1.7, **who),
+        "sharper per row": ScaleQuery(factor=torch.rand(call.batch, count, 1), **who),
         "head gain": HeadGain(factor=0.3, **who),
         "head gain per row": HeadGain(factor=torch.randn(call.batch, count), **who),
     }

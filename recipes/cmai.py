@@ -106,25 +106,14 @@ class CMAI(ImageRecipe):
             if memory.get("prompt") != tokens.prompt_length:
                 memory["prompt"], memory["where"] = tokens.prompt_length, TextAndImage.of(tokens, call.query.device)
             where = memory["where"]
-            memory["now"] = {"key": key, "where": where, **self._rows(call, where)}
+            start = call.total - call.num_queries
+            rows = where.rows(start, call.total)
+            if start < where.length:
+                index, every = rows.any(dim=0).nonzero()[:, 0], False
+            else:  # a step: all of its rows are text, if there is an image at all
+                index, every = torch.arange(call.num_queries if where.end else 0, device=rows.device), where.everywhere
+            memory["now"] = {"key": key, "where": where, "rows": rows, "index": index, "all": every}
         return memory["now"]
-
-    @staticmethod
-    def _rows(call: Call, where: TextAndImage) -> dict[str, Any]:
-        """The rows that are changed: bool [B, Tq], and those that are it in any row of the batch by number; all: whether all are."""
-        start, device = call.total - call.num_queries, call.query.device
-        rows = where.rows(start, call.total)
-        every, index = bool(rows.all()), rows.any(dim=0).nonzero()[:, 0]
-        if len(index) < call.num_queries:
-            index = index.to(device)
-        else:
-            index = torch.arange(call.num_queries, device=device)
-        # a step sends an accelerator nothing where all rows of the batch are alike
-        return {
-            "rows": torch.ones(rows.shape, dtype=torch.bool, device=device) if every else rows.to(device),
-            "index": index,
-            "all": every,
-        }
 
     def _least(self, call: Call, own: list[Edit], now: dict[str, Any]) -> torch.Tensor:
         """Bool [B, R, I]: what this layer's weights, after the edits, leave out of focus."""

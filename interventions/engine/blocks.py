@@ -16,7 +16,7 @@ from torch import Tensor
 from ..edits import Blocks, Chosen, Keep, Operands
 from ..edits.base import repeat_heads
 from .kernels import attend, needs_gradient, rows_per_chunk, visible_rows
-from .tasks import Group
+from .tasks import FEW_ROWS, Group, all_rows
 
 # Lists of different lengths are padded to the longest; where less than this share of the places would be used, each list runs alone.
 LEAST_USED = 0.8
@@ -199,7 +199,7 @@ def _over(
     """(output [B, H, R, Dv] of the query rows low..high-1 over the columns [b, g, m] of their heads, emptied).
 
     valid bool [b, g, 1, m]: places that count, None for all. emptied: bool [B or 1, H, g or 1, R], rows that see none of the columns and
-    have got numbers of no meaning; None where there are none.
+    have got numbers of no meaning; None where there are none (an accelerator is not asked whether that is so).
     """
     query = x.query[:, :, low:high]
     batch, heads, rows, _ = query.shape
@@ -219,7 +219,7 @@ def _over(
     emptied = None
     if keep is not None:
         alive = keep.any(dim=-1)
-        if not bool(alive.all()):
+        if alive.device.type != "cpu" or not bool(alive.all()):
             keep, emptied = keep | ~alive[..., None], ~alive.expand(*alive.shape[:2], rows)
     mask = keep
     if added is not None:
@@ -290,7 +290,10 @@ def _first_rows(batch: int, groups: int, shared: int, steps: tuple[int, int], de
 
 def _see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """The output with what the rows [B or 1, H or fewer, Tq] give over everything that they see."""
-    index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0]
+    if x.query.shape[2] <= FEW_ROWS and rows.device.type != "cpu":
+        index = all_rows(x.query)  # to work out all of them costs less than to wait for which
+    else:
+        index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0]
     if not index.numel():
         return output
     pieces = []

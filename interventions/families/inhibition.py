@@ -24,18 +24,20 @@ class TextAndImage:
     """Which positions of a prompt are image tokens, and which are text after an image, for all rows of the batch together.
 
     image [I] and text [n] long: positions that are one in any row of the batch; is_image [B, I], is_text [B, n] bool: in which.
-    length: of the prompt. Where the model computes; on the CPU are places [I], the same as image, marked [B, length] bool, the text, and
-    after [B, 1] bool: the rows of the batch in which all that is generated is text after an image.
+    after [B, 1] bool: the rows of the batch in which all that is generated is text after an image. length: of the prompt. All of these are
+    where the model computes; on the CPU are places [I], the same as image, and marked [B, length] bool, the text. everywhere: whether all rows
+    of the batch have an image.
     """
 
     image: Tensor
     is_image: Tensor
     text: Tensor
     is_text: Tensor
+    after: Tensor
     length: int
     places: Tensor
     marked: Tensor
-    after: Tensor
+    everywhere: bool
 
     @classmethod
     def of(cls, tokens: TokenMap, device: torch.device) -> TextAndImage:
@@ -49,10 +51,11 @@ class TextAndImage:
             image[:, at].to(device),
             near.to(device),
             text[:, near].to(device),
+            image.any(dim=1, keepdim=True).to(device),
             length,
             at,
             text,
-            image.any(dim=1, keepdim=True),
+            bool(image.any(dim=1).all()),
         )
 
     @property
@@ -61,9 +64,11 @@ class TextAndImage:
         return int(self.places[-1]) + 1 if len(self.places) else 0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Bool [B, stop - start] on the CPU: the text rows after an image among these positions; what is generated is text."""
-        generated = self.after.expand(-1, max(0, stop - self.length))
-        return torch.cat([self.marked, generated], dim=1)[:, start:stop]
+        """Bool [B, stop - start]: the text rows after an image among these positions; what is generated is text."""
+        generated = self.after.expand(-1, max(0, stop - max(start, self.length)))
+        return (
+            torch.cat([self.marked[:, start:stop].to(generated.device), generated], dim=1) if start < self.length else generated
+        )
 
 
 @dataclass(eq=False)

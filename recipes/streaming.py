@@ -59,11 +59,7 @@ class Streaming(Recipe):
         return shared_by_layers(call, self.slug, lambda: self._band(call))
 
     def _band(self, call: Call) -> Keep:
-        first, tokens = None, call.tokens
-        if tokens is not None and bool(tokens.positions("padding", 0, tokens.prompt_length).any()):
-            first = tokens.positions("bos", 0, tokens.prompt_length).long().argmax(dim=1) - call.key_start
-        elif call.key_start:
-            first = torch.tensor([-call.key_start])  # a sliding-window cache has dropped sinks
+        tokens = call.tokens
         dense_after = dense_until = None
         if self.last_rows and tokens is not None and call.total - call.num_queries < tokens.prompt_length:
             # the prompt's last real tokens, wherever padding and drafted or generated tokens of this pass lie
@@ -72,4 +68,29 @@ class Streaming(Recipe):
             dense_after, dense_until = end - self.last_rows, end
         elif self.last_rows and tokens is None and call.clock.phase == "prefill":
             dense_after = call.num_keys - self.last_rows
-        return Keep(pattern=Band(self.sinks, self.window, first, dense_after, dense_until))
+        first, there = self._first(call)
+        band = Band(self.sinks, self.window, first, dense_after, dense_until)
+        if there is not None:
+            band.on(there.device, "first", there)
+        return Keep(pattern=band)
+
+    @staticmethod
+    def _first(call: Call) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Each sequence's first real column [B], on the CPU and where the model computes; None where that is column 0."""
+        tokens, device = call.tokens, call.query.device
+        if tokens is not None:
+            key = (tokens.prompt_length, device)
+            if call.memory.get("prompt") != key:
+                found = None
+                if bool(tokens.positions("padding", 0, tokens.prompt_length).any()):
+                    first = tokens.positions("bos", 0, tokens.prompt_length).long().argmax(dim=1)
+                    found = first, first.to(device)
+                call.memory.update(prompt=key, first=found)
+            if call.memory["first"] is not None:
+                here, there = call.memory["first"]
+                return here - call.key_start, there - call.key_start
+        if not call.key_start:
+            return None, None
+        # a sliding-window cache has dropped sinks
+        here, there = (torch.full((1,), -call.key_start, device=at) for at in ("cpu", device))
+        return here, there

@@ -67,14 +67,30 @@ class Band(Pattern):
 
     def keep(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Bool [B or 1, 1, R, C] for row positions [R] and column positions [C], both as key columns of the call."""
-        first = torch.zeros(1, dtype=torch.long, device=rows.device) if self.first is None else self.first.to(rows.device)
         near = (rows[:, None] - columns[None, :] < self.window)[None]
         if self.dense_after is not None:
-            dense = rows[None, :] >= _per_row(self.dense_after, rows)
+            dense = rows[None, :] >= self._per_row("dense_after", rows.device)
             if self.dense_until is not None:
-                dense = dense & (rows[None, :] < _per_row(self.dense_until, rows))
+                dense = dense & (rows[None, :] < self._per_row("dense_until", rows.device))
             near = near | dense[..., None]
-        return (near | (columns[None, None, :] < first[:, None, None] + self.sinks))[:, None]
+        first = 0 if self.first is None else self._per_row("first", rows.device)[..., None]  # type: ignore[index]
+        return (near | (columns[None, None, :] - first < self.sinks))[:, None]
+
+    def _per_row(self, name: str, device: torch.device) -> int | Tensor:
+        """A position, or [B, 1] of them beside rows [1, R]."""
+        place = getattr(self, name)
+        return self.on(device, name)[:, None] if isinstance(place, Tensor) else place
+
+    def on(self, device: torch.device, name: str, there: Tensor | None = None) -> Tensor:
+        """A tensor of the band on a device, sent once; there: that tensor, where it is known already, to be sent never."""
+        place = getattr(self, name)
+        if place.device == device:
+            return place
+        held = self.__dict__.setdefault("_held", {})
+        if there is not None or (name, device) not in held:
+            with torch.inference_mode(False):  # kept longer than the pass that makes it
+                held[name, device] = place.to(device) if there is None else there
+        return held[name, device]
 
     def has_dense(self, low: int, high: int) -> bool:
         """Whether some row of positions low..high sees everything in some sequence."""
@@ -83,11 +99,6 @@ class Band(Pattern):
         after = self.dense_after if isinstance(self.dense_after, int) else int(self.dense_after.min())
         until = high + 1 if self.dense_until is None else self.dense_until
         return high >= after and low < (until if isinstance(until, int) else int(until.max()))
-
-
-def _per_row(place: int | Tensor, rows: Tensor) -> int | Tensor:
-    """A position, or [B, 1] of them beside rows [1, R]."""
-    return place[:, None].to(rows.device) if isinstance(place, Tensor) else place
 
 
 @dataclass(frozen=True, eq=False)

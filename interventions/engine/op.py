@@ -83,7 +83,9 @@ def columns(
         marks = torch.nn.functional.pad(marks, (0, key.shape[2] - marks.shape[2]), value=rest)
         marks = marks[:, :, None]
     amounts = None if amounts is None else amounts.to(dtype)[..., None]
-    for part in torch.arange(query.shape[2], device=device).split(rows_per_chunk(query.shape[0], query.shape[1], key.shape[2])):
+    for part in torch.arange(query.shape[2], device=device).split(
+        rows_per_chunk(query.shape[0], query.shape[1], key.shape[2], device)
+    ):
         old = output[:, :, part]
         amount = number if amounts is None else amounts if amounts.shape[2] == 1 else amounts[:, :, part]
         visible = visible_rows(mask, is_causal, part, query.shape[2], key.shape[2])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
-from .packaged import FILES, PACKAGED, packaged_smollm2, quiet
+from ..zoo.packaged import FILES, PACKAGED, packaged_smollm2, quiet
 
 __all__ = ["load", "packaged_smollm2", "skeleton", "task_of"]
 

@@ -12,8 +12,8 @@ import reattend
 import torch
 from PIL import Image
 from reattend.command_line import listing
-from reattend.comparison import packaged
 from reattend.evaluation.suites.registry import registry as suites
+from reattend.zoo import packaged
 from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
 
 PROMPT = "the red dog sat on a big house and the small cat ran in the garden"

@@ -1,4 +1,4 @@
-"""Real language models that install as Python packages, so that a comparison needs no network: SmolLM2-135M and Gemma 3 270M."""
+"""Real language models that install as Python packages, so that they need no network: SmolLM2-135M and Gemma 3 270M."""
 
 from __future__ import annotations
 

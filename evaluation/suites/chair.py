@@ -16,13 +16,13 @@ from ..metrics.chair import Vocabulary, chair_counts, chair_metrics
 from ..metrics.sums import Sums
 from ..subject import Subject
 from .base import Item
-from .shapes_world import ShapesSuite
+from .shapes_world import CrowdSuite
 
 VOCABULARY = Vocabulary.of([[shape, f"{shape}es" if shape.endswith("s") else f"{shape}s"] for shape in SHAPES])
 LONGEST = 48  # tokens of a description
 
 
-class Chair(ShapesSuite):
+class Chair(CrowdSuite):
     name = "chair"
     does = "Descriptions of scenes: shapes that are mentioned but not there (CHAIR), and how many of those there are mentioned."
     shown = ("chair_i", "chair_s", "recall", "f1", "length")
@@ -35,7 +35,7 @@ class Chair(ShapesSuite):
     def items(self, count: int, seed: int) -> list[Item]:
         found = []
         for number in range(count):
-            data = {"scene": [seed, number], "truth": sorted(self.scene(seed, number).shapes)}
+            data = {"scene": [seed, number], "truth": sorted(self.scene(seed, number).kinds)}
             found.append(Item(f"{seed}-{number}", data))
         return found
 

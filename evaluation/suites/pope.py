@@ -19,12 +19,12 @@ from ..metrics.sums import Sums
 from ..subject import Subject
 from .base import Item
 from .chair import LONGEST, VOCABULARY
-from .shapes_world import ShapesSuite, frequencies, together
+from .shapes_world import CrowdSuite, frequencies, together
 
 SPLITS = ("random", "popular", "adversarial")
 
 
-class Pope(ShapesSuite):
+class Pope(CrowdSuite):
     name = "pope"
     does = "Yes-or-no questions about the presence of shapes (POPE), absent ones chosen in three ways."
     shown = ("accuracy", *(f"accuracy/{split}" for split in SPLITS), "f1", "yes_ratio")
@@ -45,7 +45,7 @@ class Pope(ShapesSuite):
         for number in range(count):
             scene = self.scene(seed, number)
             rng = np.random.default_rng([seed, number, 1])
-            there = [scene.shapes[i] for i in rng.permutation(len(scene.shapes))[: self.pairs]]
+            there = [scene.kinds[i] for i in rng.permutation(len(scene.kinds))[: self.pairs]]
             absent = self.absent(scene, len(there), rng)
             splits = {shape: list(SPLITS) for shape in there}
             for split in SPLITS:
@@ -59,7 +59,7 @@ class Pope(ShapesSuite):
     def absent(self, scene: Scene, count: int, rng: np.random.Generator) -> dict[str, list[str]]:
         """`count` absent shapes for each split."""
         left = [shape for shape in SHAPES if shape not in scene.shapes]
-        likely = {shape: max(together(present)[shape] for present in scene.shapes) for shape in left}
+        likely = {shape: max(together(present)[shape] for present in scene.kinds) for shape in left}
         return {
             "random": [left[i] for i in rng.permutation(len(left))[:count]],
             "popular": sorted(left, key=lambda shape: -frequencies()[shape])[:count],

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from ...zoo.worlds.drawing import picture
-from ...zoo.worlds.shapes import SHAPES, Habit, Scene, World, sample_scene
+from ...zoo.worlds.shapes import CROWDED, SHAPES, Habit, Scene, World, sample_scene
 from .base import Item, Suite
 
 # scenes from which the statistics of the world are taken, always the same
@@ -33,7 +33,12 @@ class ShapesSuite(Suite):
 
     @property
     def world(self) -> World:
-        return replace(World(), noise=self.noise, contrast=self.contrast, patches=self.patches)
+        return replace(self.inhabited, noise=self.noise, contrast=self.contrast, patches=self.patches)
+
+    @property
+    def inhabited(self) -> World:
+        """The world before it is made hard to see."""
+        return World()
 
     def scene(self, seed: int, number: int) -> Scene:
         """The number-th scene of a seed; the same whatever came before."""
@@ -44,6 +49,16 @@ class ShapesSuite(Suite):
 
     def picture(self, item: Item) -> Any:
         return picture(self.scene_of(item), self.side, self.world)
+
+
+class CrowdSuite(ShapesSuite):
+    """Base of suites whose questions also fit scenes that show a shape more than once."""
+
+    crowded: bool = Field(False, description="up to twelve smaller things, several of one shape, instead of up to five")
+
+    @property
+    def inhabited(self) -> World:
+        return CROWDED if self.crowded else World()
 
 
 @functools.cache

@@ -55,6 +55,7 @@ def test_a_run_and_its_files(call, folder, tmp_path):
             "patches": 3,
             "habits": "kept",
             "side": 48,
+            "crowded": False,
             "tokens": 4,
         }
         | {"prompt": "describe the image ."}

@@ -43,6 +43,21 @@ def test_pope_is_balanced_and_true():
     assert all(item.data["splits"] == list(SPLITS) for item in items if item.data["truth"])
 
 
+def test_a_crowd_is_asked_for_each_shape_once_and_stays_balanced():
+    one = Pope(crowded=True)
+    items = one.items(60, 0)
+    assert len({item.id for item in items}) == len(items)
+    for split in SPLITS:
+        truths = [item.data["truth"] for item in items if split in item.data["splits"]]
+        assert 2 * sum(truths) == len(truths) > 100
+    truths = [item.data["truth"] for item in Chair(crowded=True).items(60, 0)]
+    assert all(len(set(truth)) == len(truth) for truth in truths)
+    assert max(len(one.scene_of(item).things) for item in items) > 10
+    assert Pope().items(20, 0) == Pope(crowded=False).items(20, 0) != one.items(20, 0)
+    with pytest.raises(reattend.ReattendError, match="crowded"):
+        Questions(crowded=True)  # "the star" is one thing
+
+
 def test_the_splits_ask_for_what_they_say():
     one = Pope(pairs=1, habits="broken")
     assert together("circle")["square"] > 0.8 * frequencies()["circle"], "a habit of the world"

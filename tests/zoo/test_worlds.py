@@ -9,7 +9,7 @@ from reattend.evaluation.metrics.images import box_iou
 from reattend.zoo.worlds import language
 from reattend.zoo.worlds.drawing import mask, picture
 from reattend.zoo.worlds.reading import judge, read
-from reattend.zoo.worlds.shapes import CLEAR, COLOURS, HABITS, SHAPES, Scene, Thing, World, sample_scene
+from reattend.zoo.worlds.shapes import CLEAR, COLOURS, CROWDED, HABITS, SHAPES, Scene, Thing, World, sample_scene
 
 
 def drawn(count: int, seed: int = 0, **how):
@@ -34,6 +34,14 @@ def test_scenes_keep_the_worlds_limits():
         for thing in scene.things:
             assert 0.1 <= thing.size <= 0.15 and min(thing.box) >= 0 and max(thing.box) <= 1
             assert thing.shape in SHAPES and thing.colour in COLOURS
+
+
+def test_a_crowd_repeats_shapes_and_leaves_some_out():
+    scenes = drawn(300, world=CROWDED)
+    counts = [len(scene.things) for scene in scenes]
+    assert max(counts) > 10 and max(counts) <= 12 and np.mean(counts) > 5
+    assert all(1 <= len(scene.kinds) <= 5 and set(scene.kinds) == set(scene.shapes) for scene in scenes)
+    assert sum(len(scene.kinds) < len(scene.things) for scene in scenes) > 200
 
 
 def test_habits():

@@ -61,7 +61,13 @@ class Scene:
 
     @property
     def shapes(self) -> list[str]:
+        """Each thing's shape; in a crowd a shape comes more than once."""
         return [thing.shape for thing in self.things]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Each shape once."""
+        return list(dict.fromkeys(self.shapes))
 
     def find(self, shape: str) -> Thing | None:
         return next((thing for thing in self.things if thing.shape == shape), None)
@@ -75,12 +81,14 @@ class Scene:
 class World:
     """How scenes are drawn by chance.
 
-    things: fewest and most things. sizes: smallest and largest half extent. overlap: largest share of a thing's box that another may
-    cover. companions: how often a shape of HABITS brings its companion. left_out: (colour, shape) pairs that never occur.
+    things: fewest and most things, each of another shape. repeats: at most so many further things repeat a shape. sizes: smallest and
+    largest half extent. overlap: largest share of a thing's box that another may cover. companions: how often a shape of HABITS brings
+    its companion. left_out: (colour, shape) pairs that never occur.
     The rest is the picture's: noise (standard deviation on a [-1, 1] picture), contrast (lowest share kept), patches that hide.
     """
 
     things: tuple[int, int] = (1, 5)
+    repeats: int = 0
     sizes: tuple[float, float] = (0.11, 0.17)
     overlap: float = 0.15
     companions: float = 0.85
@@ -105,10 +113,16 @@ CLEAR = World(
 )
 
 
+# what is hard to count and to name: up to twelve smaller things of at most five shapes, so that some shapes are always missing
+CROWDED = World(repeats=7, sizes=(0.08, 0.12))
+
+
 def sample_scene(rng: np.random.Generator, world: World | None = None, *, habits: Habit = "kept") -> Scene:
     """One scene. habits: "kept" as in training, "absent" (companions only by chance), "broken" (a shape of HABITS without its companion)."""
     world = world or World()
     shapes = _shapes(rng, world, habits)
+    if world.repeats:
+        shapes += [shapes[i] for i in rng.integers(len(shapes), size=int(rng.integers(world.repeats + 1)))]
     things: list[Thing] = []
     for shape in shapes:
         placed = _place(rng, world, things)

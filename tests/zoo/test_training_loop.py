@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -72,3 +74,53 @@ def test_it_learns_and_watching_changes_nothing(tmp_path):
     losses = [entry["fit"] for entry in plain.log if "fit" in entry]
     assert losses and losses[-1] < 0.5
     assert {"step": 300, "metric": 1.0} in watched.log
+
+
+def test_a_budget_of_time_ends_the_training_and_its_schedule(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    rates = []
+
+    def go(folder, steps: int, budget: float, pieces: int = 1) -> Loop:
+        for _ in range(pieces):
+            loop = training(folder, steps, budget=budget)
+            fit = loop.loss
+
+            def slow(rng, chance, loop=loop, fit=fit):
+                rates.append(loop.optimizer.param_groups[0]["lr"])
+                now[0] += 1.0  # a step takes a second
+                return fit(rng, chance)
+
+            loop.loss = slow
+            loop.run()
+        return loop
+
+    loop = go(tmp_path / "timed", 1000, 20)
+    assert loop.step == 20 and loop.seconds == 20
+    assert loop.log[-1]["step"] == 20 and (tmp_path / "timed" / "checkpoint.safetensors").is_file()
+    timed, rates[:] = list(rates), []
+    go(tmp_path / "counted", 20, 0)
+    assert timed == rates, "the rate follows the time as it follows the steps"
+    again = go(tmp_path / "timed", 1000, 20)
+    assert again.step == 20, "the budget is that of all pieces together"
+
+
+def test_modules_learn_at_rates_of_their_own(tmp_path):
+    plain, slower = training(tmp_path / "a", 1), training(tmp_path / "b", 1, rates={"model": 0.5})
+    before = weights(plain)
+    plain.run(), slower.run()
+    # Adam's first step is as long as the rate, whatever the gradient
+    for start, one, half in zip(before, weights(plain), weights(slower)):
+        torch.testing.assert_close(one - start, 2 * (half - start), atol=1e-6, rtol=1e-3)
+
+
+def test_a_checkpoint_goes_on_upon_another_device(tmp_path):
+    training(tmp_path, 5).run()
+    elsewhere = training(tmp_path, 10)
+    for module in elsewhere.modules.values():
+        module.to("meta")
+    moved = Loop(tmp_path, elsewhere.modules, elsewhere.loss, 10, average=0.9)
+    moved._resume()
+    states = [moved.optimizer.state[p] for p in moved.modules["model"].parameters()]
+    assert {state[key].device.type for state in states for key in ("exp_avg", "exp_avg_sq")} == {"meta"}
+    assert {state["step"].device.type for state in states} == {"cpu"}, "as AdamW keeps it"

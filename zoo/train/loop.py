@@ -25,8 +25,10 @@ class Loop:
     """Trains `modules` on `loss` (a dict of parts that are added up) with AdamW, warm-up and cosine decay.
 
     folder: where checkpoints and the log lie; a run that finds a checkpoint there goes on from it. average: decay of the running mean
-    of the weights (0: none), which `averaged()` puts in place of the weights at the end. watch: every `watch_every` steps,
-    watch(step) -> metrics for the log.
+    of the weights (0: none), which `averaged()` puts in place of the weights at the end. rates: factor of the rate for modules that
+    learn slower. budget: seconds of the whole training, in however many pieces (0: as long as it takes): the schedule follows the steps
+    or the seconds, whichever is further, and the training ends with it. watch: every `watch_every` steps, watch(step) -> metrics for
+    the log.
     """
 
     folder: Path
@@ -38,6 +40,8 @@ class Loop:
     warmup: int = 200
     clip: float = 1.0
     average: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
+    budget: float = 0.0
     seed: int = 0
     save_every: int = 250
     watch: Callable[[int], dict[str, float]] | None = None
@@ -49,31 +53,49 @@ class Loop:
         self.parameters = {
             f"{m}.{n}": p for m, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad
         }
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": self.decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = []
+        for module, held in self.modules.items():
+            learned = [p for p in held.parameters() if p.requires_grad]
+            matrices, vectors = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
+            for params, decay in ((matrices, self.decay), (vectors, 0.0)):
+                groups.append({"params": params, "weight_decay": decay, "factor": self.rates.get(module, 1.0)})
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98))
         self.mean = {n: p.detach().clone() for n, p in self.parameters.items()} if self.average else {}
-        self.step, self.seconds = 0, 0.0
+        # seconds: up to the last checkpoint
+        self.step, self.seconds, self.began = 0, 0.0, time.monotonic()
 
     def run(self) -> None:
         self._resume()
-        began, first, recent = time.monotonic(), self.step, []
+        self.began = time.monotonic()
+        began, first, recent = self.began, self.step, []
         for module in self.modules.values():
             module.train()
-        while self.step < self.steps:
+        over = self.gone >= 1
+        while not over:
             recent.append(self._step())
-            if self.step % 50 == 0:
-                self._report(recent, began, first)
+            over = self.gone >= 1  # asked once a step: time goes on
+            if self.step % 50 == 0 or over:
+                self._report(recent, began, first, over)
                 recent = []
             if self.watch is not None and self.step % self.watch_every == 0:
                 self._watch()
-            if self.step % self.save_every == 0 or self.step == self.steps:
-                self.seconds += time.monotonic() - began
-                began, first = time.monotonic(), self.step
+            if self.step % self.save_every == 0 or over:
+                now = time.monotonic()
+                self.seconds, self.began = self.seconds + now - self.began, now
+                began, first = now, self.step
                 self._save()
         for module in self.modules.values():
             module.eval()
+
+    @property
+    def gone(self) -> float:
+        """How much of the training is over, 0 to 1 or a little more."""
+        return max(self.step / self.steps, self.spent / self.budget if self.budget else 0.0)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all pieces so far."""
+        return self.seconds + time.monotonic() - self.began
 
     def averaged(self) -> None:
         """Puts the running mean in place of the weights."""
@@ -83,9 +105,9 @@ class Loop:
 
     def _step(self) -> dict[str, float]:
         rate = self.rate * min(1.0, (self.step + 1) / self.warmup)
-        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(self.gone, 1.0)))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         chance = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         parts = self.loss(np.random.default_rng([self.seed, self.step]), chance)
         self.optimizer.zero_grad(set_to_none=True)
@@ -99,13 +121,15 @@ class Loop:
                 value.lerp_(self.parameters[name], 1 - keep)
         return {name: float(part.detach()) for name, part in parts.items()}
 
-    def _report(self, recent: list[dict[str, float]], began: float, first: int) -> None:
+    def _report(self, recent: list[dict[str, float]], began: float, first: int, over: bool) -> None:
         means = {name: round(float(np.mean([r[name] for r in recent])), 5) for name in recent[0]}
         pace = (time.monotonic() - began) / max(self.step - first, 1)
         left = pace * (self.steps - self.step) / 60
+        if self.budget:
+            left = min(left, (self.budget - self.spent) / 60)
         shown = "  ".join(f"{n} {v:.4f}" for n, v in means.items())
         print(f"step {self.step}/{self.steps}  {shown}  {pace:.2f} s/step  {left:.0f} min left", flush=True)
-        if self.step % 250 == 0:
+        if self.step % 250 == 0 or over:
             self.log.append({"step": self.step, **means})
 
     def _watch(self) -> None:
@@ -154,6 +178,7 @@ class Loop:
                 if self.mean:
                     self.mean[name].copy_(held[f"mean.{name}"])
                 if f"state.{name}.step" in held:  # a parameter that the loss does not reach has none
-                    self.optimizer.state[p] = {key: held[f"state.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                    moments = {key: held[f"state.{name}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[p] = {"step": held[f"state.{name}.step"], **moments}
         self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
         print(f"goes on from step {self.step}", flush=True)

@@ -158,7 +158,7 @@ def test_wheel_runs_in_an_empty_environment(wheel, tmp_path):
     ).stdout
     assert str(tmp_path) in where
     loads = (
-        "import reattend; [print(type(reattend.zoo.load(n)).__name__) for n, m in reattend.zoo.MODELS.items() if not m.script]"
+        "import reattend; [print(type(reattend.zoo.load(n)).__name__) for n, m in reattend.zoo.MODELS.items() if not m.around]"
     )
     loaded = subprocess.run(
         [python, "-c", loads], cwd=empty, env=environment, capture_output=True, text=True, check=True

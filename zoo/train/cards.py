@@ -33,7 +33,8 @@ LOG = "training.json"
 class Card:
     """What a card says that its own evaluation does not measure.
 
-    suites: (specification, what it shows). again: what became of a second training. guidance: of the sample pictures.
+    suites: (specification, what it shows). again: what became of a second training. options: of the training script. trained: on what.
+    guidance: of the sample pictures.
     """
 
     is_a: str
@@ -41,8 +42,9 @@ class Card:
     use: str
     failures: str
     suites: Sequence[tuple[str, str]]
-    script: str
     again: str
+    options: str = ""
+    trained: str = "from nothing, seed 0, one thread of a shared CPU"
     guidance: float = 2.0
 
 
@@ -72,7 +74,6 @@ CARDS = {
             ("chair:habits=broken", HARD),
             ("questions", SEEN),
         ),
-        script="shapes_llava",
         again="with seed 1: POPE accuracy 0.777 (random 0.789, popular 0.779, adversarial 0.763), inside the intervals below but for random; "
         "CHAIR_i 0.207 and recall 0.770, somewhat better than they say. With seed 0 on the same kind of machine, all 2000 steps of the vision "
         "tower and the first 500 of the model gave the logged losses to the last digit; there the run was ended.",
@@ -91,7 +92,6 @@ CARDS = {
             ("binding:least=4", "4 things"),
             ("binding:guidance=1", "no guidance"),
         ),
-        script="shapes_sd",
         again="these weights are its second training, one uninterrupted run of the script. The first one, whose schedule was changed on the "
         "way, had reached binding 0.433 (0.385 to 0.484) on the first suite; its autoencoder came out the same, bit for bit. Since then the "
         "script numbers the tokens in a fixed order, where each run had its own: a third run would begin from other numbers.",
@@ -111,7 +111,7 @@ CARDS = {
             ("binding", "2 to 4 things, guidance 2"),
         ),
         guidance=4.0,
-        script="shapes_sd3 --vae runs/shapes-sd",
+        options=" --vae runs/shapes-sd",
         again="no; only its autoencoder, with shapes-sd.",
     ),
 }
@@ -201,7 +201,7 @@ def written(name: str, card: Card, found: dict[str, Any], parameters: dict[str, 
 
 - **Parameters**: {counted}; {size / 2**20:.1f} MiB in half precision, loaded in float32.
 - **Data**: {card.data}
-- **Training**: `python -m reattend.zoo.train.{card.script}`, from nothing, seed 0, one thread of a shared CPU ({cost}).
+- **Training**: `python -m reattend.zoo.train.{MODELS[name].script}{card.options}`, {card.trained} ({cost}).
   Last values in the log ({LOG}): {", ".join(f"{k} {v}" for k, v in last.items())}.
 - **Trained again**: {card.again}
 - **Use**: {card.use}

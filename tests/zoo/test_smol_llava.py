@@ -7,6 +7,7 @@ import reattend
 import torch
 from reattend.zoo import smol_llava
 from reattend.zoo.smol_llava import IMAGE, PATCH, SIDE, build, build_processor, put, trained
+from reattend.zoo.train import cards
 from reattend.zoo.train import smol_llava as script
 from reattend.zoo.train.ahead import Ahead, processes
 from reattend.zoo.train.loop import Loop
@@ -162,6 +163,20 @@ def test_a_trained_folder_loads_by_the_zoos_name(language, tmp_path, monkeypatch
     assert reattend.sites(skeleton("zoo:smol-llava")).rows() == reattend.sites(model).rows()
 
 
+def test_a_finished_run_gets_its_card(language, tmp_path, monkeypatch):
+    script.train(made(language), language[1], Place(tmp_path / "run"), Size(1, 4), Size(1, 4))
+    monkeypatch.setattr(reattend.zoo.loading, "HERE", tmp_path)
+    monkeypatch.setattr(smol_llava, "packaged_smollm2", lambda: language)
+    monkeypatch.setattr("sys.argv", ["cards", "smol-llava", "--run", str(tmp_path / "run"), "--count", "1"])
+    cards.main()
+    there = tmp_path / "smol-llava"
+    files = {file.name for file in there.iterdir()}
+    assert files == {"config.json", smol_llava.WEIGHTS, "training.json", "baseline.json", "samples.png", "card.md"}
+    card = (there / "card.md").read_text(encoding="utf-8")
+    assert "(model: 1 steps in 0 minutes, eye: 1 steps in 0 minutes)" in card and "up to twelve things" in card
+    assert not {"float16", "bfloat16"} & set((there / "config.json").read_text().split('"'))
+
+
 def check_processor(model, tokenizer):
     processor = build_processor(tokenizer)
     ids, _ = ChatTeacher(tokenizer).encode([(DESCRIBE, "a red star ."), ("is there a moon in the image ?", "no")])
@@ -195,6 +210,18 @@ def test_around_smollm2(smollm2, tmp_path):
     prepare(model, place)
     (one,) = losses(lambda: learn_to_talk(model, smollm2[1], place, Size(1, 2)))
     assert 0 < one["describe"] < 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_in_pieces(language, tmp_path):
+    for steps in (1, 3):
+        model, place = made(language), Place(tmp_path, "cuda", processes=2, half=True)
+        prepare(model, place)
+        eye = learn_to_see(model, language[1], place, Size(steps, 4))
+        chats = learn_to_talk(model, language[1], place, Size(steps, 4))
+    assert eye.step == chats.step == 3
+    assert all(bool(value.isfinite().all()) for value in trained(model).values())
 
 
 def test_answers_end_and_padding_is_not_an_end(language):

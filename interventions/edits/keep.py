@@ -66,20 +66,25 @@ class Band(Pattern):
         return self.keep(rows.own, torch.arange(num_keys, device=rows.index.device))
 
     def keep(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Bool [B or 1, 1, R, C] for row positions [R] and column positions [C], both as key columns of the call."""
-        near = (rows[:, None] - columns[None, :] < self.window)[None]
-        if self.dense_after is not None:
-            dense = rows[None, :] >= self._per_row("dense_after", rows.device)
-            if self.dense_until is not None:
-                dense = dense & (rows[None, :] < self._per_row("dense_until", rows.device))
-            near = near | dense[..., None]
-        first = 0 if self.first is None else self._per_row("first", rows.device)[..., None]  # type: ignore[index]
-        return (near | (columns[None, None, :] - first < self.sinks))[:, None]
+        """Bool [B or 1, 1, ..., R, C] for row positions [..., R] and column positions [..., C], both as key columns of the call."""
+        rows, columns = rows[..., :, None], columns[..., None, :]
+        near = (rows - columns < self.window)[None]
+        dense = self.dense_rows(rows)
+        near = near if dense is None else near | dense
+        first = 0 if self.first is None else self._per_row("first", rows)
+        return (near | (columns[None] - first < self.sinks))[:, None]
 
-    def _per_row(self, name: str, device: torch.device) -> int | Tensor:
-        """A position, or [B, 1] of them beside rows [1, R]."""
+    def dense_rows(self, rows: Tensor) -> Tensor | None:
+        """Bool [B or 1, ...]: which of the row positions [...] see everything; None where none can."""
+        if self.dense_after is None:
+            return None
+        dense = rows[None] >= self._per_row("dense_after", rows)
+        return dense if self.dense_until is None else dense & (rows[None] < self._per_row("dense_until", rows))
+
+    def _per_row(self, name: str, rows: Tensor) -> int | Tensor:
+        """A position, or [B, 1, ...] of them beside rows [1, ...]."""
         place = getattr(self, name)
-        return self.on(device, name)[:, None] if isinstance(place, Tensor) else place
+        return self.on(rows.device, name).view(-1, *[1] * rows.dim()) if isinstance(place, Tensor) else place
 
     def on(self, device: torch.device, name: str, there: Tensor | None = None) -> Tensor:
         """A tensor of the band on a device, sent once; there: that tensor, where it is known already, to be sent never."""

@@ -9,10 +9,21 @@ from torch import Tensor
 
 from ..edits import Band, Keep, KeyBias, Operands
 from ..edits.scores import LARGEST_BIAS
-from .kernels import attend, visible_rows
+from .blocks import see_all
+from .kernels import FEW_ROWS, attend, chunk_values, rows_per_chunk, visible_rows
 from .tasks import Group
 
+# Query rows that meet their columns at a time on a CPU.
 BLOCK = 256
+# On an accelerator blocks are this share of the window, in multiples of `STEP`: shorter ones meet fewer columns that their mask hides, but
+# repeat more of the keys.
+SHARE_OF_WINDOW = 2
+STEP = 128
+
+
+def pays_by_launch(device: torch.device) -> bool:
+    """Whether operations of many small blocks cost more than what they compute, and so does a question about a value."""
+    return device.type != "cpu"
 
 
 def hide_columns(columns: Sequence[Tensor]) -> KeyBias | None:
@@ -48,20 +59,22 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     alone = num_queries == 1 and offset == num_keys - 1 and x.mask is None and bias is None and not x.appended
     if alone and band.first is None and not band.has_dense(offset, offset):
         return _newest_row(x, band, scale)
+    if pays_by_launch(device):
+        if num_queries > FEW_ROWS and _looks_back(x, offset):
+            return _blocks_at_once(x, band, bias, scale, offset)
+        return _over_everything(x, band, bias, scale, offset)
     everything = torch.arange(num_keys, device=device)
     pieces = []
     for start in range(0, num_queries, BLOCK):
         index = torch.arange(start, min(start + BLOCK, num_queries), device=device)
-        columns = _columns(band, index + offset, num_keys, x.is_causal, x.appended, device)
-        keep, emptied = _keep(x, band, index, offset, columns)
-        if emptied:
+        span = (start + offset, start + offset + index.numel() - 1)
+        columns = _columns(band, span, num_keys, x.is_causal, x.appended, device)
+        keep, alive = _keep(x, band, index, offset, columns)
+        if alive is not None and not bool(alive.all()):
             # some row's visible keys all lie outside the band, perhaps outside these columns: it keeps what it could see
             columns = everything
             keep, _ = _keep(x, band, index, offset, columns)
-        added = _added(x, bias, index, columns)
-        mask = keep if added is None else added.masked_fill(~keep, float("-inf")).to(x.query.dtype)
-        query = x.query[:, :, start : start + BLOCK]
-        pieces.append(attend(query, x.key[:, :, columns], x.value[:, :, columns], mask, False, scale)[0])
+        pieces.append(_attend(x, slice(start, start + BLOCK), index, columns, keep, bias, scale))
     return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
 
@@ -74,20 +87,101 @@ def _newest_row(x: Operands, band: Band, scale: float) -> Tensor:
     return attend(x.query, key, value, None, False, scale)[0]
 
 
-def _keep(x: Operands, band: Band, index: Tensor, offset: int, columns: Tensor) -> tuple[Tensor, bool]:
-    """(bool [B, 1 or H, R, C] pairs that stay, whether the band leaves some row without a key)."""
+def _over_everything(x: Operands, band: Band, bias: Tensor | None, scale: float, offset: int) -> Tensor:
+    """Every row with all columns, of which a mask hides what the band leaves out: nothing is asked of the device."""
+    num_queries, num_keys = x.query.shape[2], x.key.shape[2]
+    columns, pieces = torch.arange(num_keys, device=x.query.device), []
+    step = rows_per_chunk(x.query.shape[0], 1 if x.mask is None else x.mask.shape[1], num_keys, x.query.device)
+    for start in range(0, num_queries, step):
+        index = torch.arange(start, min(start + step, num_queries), device=x.query.device)
+        keep, _ = _keep(x, band, index, offset, columns)
+        pieces.append(_attend(x, slice(start, start + step), index, columns, keep, bias, scale))
+    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+
+def _looks_back(x: Operands, offset: int) -> bool:
+    """Whether no row sees a column after its own, besides appended ones. A mask is asked, once a call."""
+    if x.is_causal or x.mask is None or min(x.mask.shape[2:]) == 1:
+        return x.is_causal
+    return not bool(_shown(x.mask[..., : x.key.shape[2] - x.appended]).triu(offset + 1).any())
+
+
+def _shown(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _blocks_at_once(x: Operands, band: Band, bias: Tensor | None, scale: float, offset: int) -> Tensor:
+    """Blocks of rows that look back as a batch, each with the sinks, the columns that its window reaches and appended ones: a handful of
+    operations, however long the sequence is."""
+    batch, heads, rows, dim = x.query.shape
+    device, num_keys = x.query.device, x.key.shape[2]
+    own = num_keys - x.appended
+    sinks = min(_sinks(band), own)
+    window = min(band.window, num_keys)
+    size = min(rows, -(-window // (SHARE_OF_WINDOW * STEP)) * STEP)
+    ends = torch.cat([torch.arange(sinks, device=device), torch.arange(own, num_keys, device=device)])
+    reach = window - 1 + size
+    reach += -(reach + ends.numel()) % 8  # kernels want rows of masks at multiples of 16 bytes
+    masks = max(1 if t is None else t.shape[1] for t in (x.mask, bias))
+    held = batch * (2 * heads * dim + masks * size) * (reach + ends.numel())
+    blocks = -(-rows // size)
+    parts = -(-blocks * held // chunk_values(device))
+    pieces, flags = [], []
+    for block in torch.arange(blocks, device=device).split(-(-blocks // parts)):  # of one size as far as can be
+        index = (block[:, None] * size + torch.arange(size, device=device)).clamp_max(rows - 1)
+        near = (offset - window + 1 + block[:, None] * size) + torch.arange(reach, device=device)
+        inside = (near >= sinks) & (near < own)  # not one of the sinks once more, and there at all
+        columns = torch.cat([ends.expand(len(block), -1), near.clamp(0, num_keys - 1)], dim=1)
+        there = torch.nn.functional.pad(inside, (ends.numel(), 0), value=True)
+        places = index + offset
+        keep = band.keep(places, columns)  # [B or 1, 1, n, R, C]
+        keep = (keep & (columns[:, None] <= places[..., None]) | (columns >= own)[:, None]) & there[:, None]
+        added = None if bias is None else bias[:, :, columns][..., None, :]
+        if x.mask is not None:
+            part = x.mask.expand(-1, -1, rows, num_keys)[:, :, index[..., None], columns[:, None]]
+            keep = keep & _shown(part)
+            flags.append(keep.any(dim=-1).flatten(2))
+            if part.dtype != torch.bool:
+                added = part.float() if added is None else added + part.float()
+        mask = keep if added is None else added.masked_fill(~keep, float("-inf")).to(x.query.dtype)
+        mask = mask.transpose(1, 2).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        query = x.query.transpose(1, 2)[:, index].transpose(2, 3).flatten(0, 1)
+        key, value = (t.transpose(1, 2)[:, columns].transpose(2, 3).flatten(0, 1) for t in (x.key, x.value))
+        output = attend(query, key, value, mask, False, scale)[0]
+        pieces.append(output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3))
+    output = torch.cat(pieces, dim=2)[:, :, :rows]
+    if x.mask is not None:
+        # rows whose visible keys all lie outside the band keep what they could see
+        seen = _shown(x.mask).any(dim=-1)
+        output = see_all(x, output, seen & ~torch.cat(flags, dim=2)[:, :, :rows], bias, scale)
+    dense = band.dense_rows(torch.arange(offset, offset + rows))
+    return output if dense is None else see_all(x, output, dense[:, None], bias, scale)
+
+
+def _attend(
+    x: Operands, span: slice, index: Tensor, columns: Tensor, keep: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """The rows of `span`, which are those of `index`, over these columns."""
+    added = _added(x, bias, index, columns)
+    mask = keep if added is None else added.masked_fill(~keep, float("-inf")).to(x.query.dtype)
+    key, value = (x.key, x.value) if columns.numel() == x.key.shape[2] else (x.key[:, :, columns], x.value[:, :, columns])
+    return attend(x.query[:, :, span], key, value, mask, False, scale)[0]
+
+
+def _keep(x: Operands, band: Band, index: Tensor, offset: int, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(bool [B, 1 or H, R, C] pairs that stay, bool [B, 1 or H, R, 1] rows that the band leaves a key, None where it leaves all one)."""
     keep = band.keep(index + offset, columns)
     if x.appended:
         keep = keep | (columns >= x.key.shape[2] - x.appended)
     visible = visible_rows(x.mask, x.is_causal, index, x.query.shape[2], x.key.shape[2])
     if visible is None:
-        return keep, False
+        return keep, None
     visible = visible if visible.shape[3] == 1 else visible[..., columns]
     kept = keep & visible
     if x.mask is None:
-        return kept, False
+        return kept, None
     alive = kept.any(dim=-1, keepdim=True)
-    return torch.where(alive, kept, visible), not bool(alive.all())
+    return torch.where(alive, kept, visible), alive
 
 
 def _added(x: Operands, bias: Tensor | None, index: Tensor, columns: Tensor) -> Tensor | None:
@@ -100,11 +194,16 @@ def _added(x: Operands, bias: Tensor | None, index: Tensor, columns: Tensor) -> 
     return added
 
 
-def _columns(band: Band, places: Tensor, num_keys: int, is_causal: bool, appended: int, device: torch.device) -> Tensor:
-    """Long [C]: columns that some row of the block may keep, in ascending order."""
-    low, high = int(places[0]), int(places[-1])
+def _sinks(band: Band) -> int:
+    """How many of the first columns hold every sequence's sinks. Recipes say on the CPU where sequences begin."""
+    return max(0, band.sinks + (0 if band.first is None else int(band.first.max())))
+
+
+def _columns(band: Band, span: tuple[int, int], num_keys: int, is_causal: bool, appended: int, device: torch.device) -> Tensor:
+    """Long [C]: columns that some row of the block may keep, in ascending order. span: the positions of its first and last row."""
+    low, high = span
     last = min(high + 1 if is_causal else num_keys, num_keys)
-    sinks = max(0, band.sinks + (0 if band.first is None else int(band.first.max())))
+    sinks = _sinks(band)
     start = 0 if band.has_dense(low, high) else max(0, low - band.window + 1)
     parts = [torch.arange(start, last, device=device)]
     if start > 0:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from ..edits import Operands, ScoreEdit
 from ..edits.base import repeat_heads
-from .kernels import attend, statistics_dtype
+from .kernels import attend, rows_per_chunk, statistics_dtype, visible_rows
+
+# Dimensions that a fold adds to each head: as few as kernels take at a time.
+EXTRA = 8
+# The widest head that fused kernels of accelerators take.
+WIDEST = 256
 
 
 def sum_biases(biases: Sequence[ScoreEdit], x: Operands) -> Tensor | None:
@@ -23,6 +28,28 @@ def sum_biases(biases: Sequence[ScoreEdit], x: Operands) -> Tensor | None:
     if total is None:
         return None
     return torch.nn.functional.pad(total, (0, x.appended)) if x.appended else total
+
+
+def folds(query: Tensor) -> bool:
+    """Whether key biases of many rows go into more dimensions of q and k.
+
+    On an accelerator only where its fused kernels still take the wider heads. One that has a kernel for the columns themselves does
+    better with that where few of them are biased, because the wider heads are slower in all rows.
+    """
+    return query.device.type == "cpu" or query.shape[-1] + EXTRA <= WIDEST
+
+
+def mask_of_rows(x: Operands, bias: Tensor | None, index: Tensor) -> Tensor | None:
+    """What the query rows `index` [R] see, and key biases [B or 1, H or 1, Tk], as one mask [B or 1, H or 1, R or 1, Tk]: bool where
+    nothing is added, else in the query's dtype."""
+    visible = visible_rows(x.mask, x.is_causal, index, x.query.shape[2], x.key.shape[2])
+    added = None if bias is None else bias[:, :, None]
+    if x.mask is not None and x.mask.dtype != torch.bool:
+        own = (x.mask if x.mask.shape[2] == 1 else x.mask[:, :, index]).float()
+        added = own if added is None else added + own
+    if added is None:
+        return visible
+    return (added if visible is None else added.masked_fill(~visible, float("-inf"))).to(x.query.dtype)
 
 
 def attend_biased(
@@ -40,15 +67,31 @@ def attend_biased(
             mask = row + mask.to(row.dtype)
         mask = mask.to(x.query.dtype if softcap is None else row.dtype)
         return attend(x.query, x.key, x.value, mask, False, scale, softcap, sinks, need_lse)
+    if not folds(x.query):
+        return _in_pieces(x, bias, scale, sinks, need_lse)
     query, key, value = with_bias_dimensions(x.query, x.key, x.value, bias, scale)
     output, lse = attend(query, key, value, x.mask, x.is_causal, scale, None, sinks, need_lse)
     return output[..., : x.value.shape[3]], lse
 
 
+def _in_pieces(x: Operands, bias: Tensor, scale: float, sinks: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Heads that are too wide for a fold: additive masks of some rows at a time, so that none of all pairs is held."""
+    rows, keys, device = x.query.shape[2], x.key.shape[2], x.query.device
+    sizes = bias.shape[:2] if x.mask is None else torch.broadcast_shapes(bias.shape[:2], x.mask.shape[:2])
+    outputs, statistics = [], []
+    for index in torch.arange(rows, device=device).split(rows_per_chunk(*sizes, keys, device)):
+        query = x.query if index.numel() == rows else x.query[:, :, index]
+        mask = mask_of_rows(x, bias, index)
+        output, lse = attend(query, x.key, x.value, mask, False, scale, None, sinks, need_lse, piece=query is not x.query)
+        outputs.append(output)
+        statistics.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(statistics, dim=2) if need_lse else None
+
+
 def with_bias_dimensions(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with 8 more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
+    """q, k, v with `EXTRA` more dimensions whose product adds bias [B or 1, H or 1, Tk] to the scores; v is padded with zeros.
 
     The constant on q's side is a power of two and the bias is split into three parts of the working dtype, so that half precision
     loses nothing of it.
@@ -63,13 +106,13 @@ def with_bias_dimensions(
         part = rest.to(query.dtype)
         parts.append(part)
         rest = rest - part.to(exact)
-    extra_key = torch.zeros(*rest.shape, 8, dtype=key.dtype, device=key.device)
+    extra_key = torch.zeros(*rest.shape, EXTRA, dtype=key.dtype, device=key.device)
     for i, part in enumerate(parts):
         extra_key[..., i] = part
     if rest.shape[1] > 1 and key.shape[1] != heads:
         key, value = repeat_heads(key, heads), repeat_heads(value, heads)
-    extra_query = torch.zeros(8, dtype=query.dtype, device=query.device)
+    extra_query = torch.zeros(EXTRA, dtype=query.dtype, device=query.device)
     extra_query[:3] = constant
-    query = torch.cat([query, extra_query.expand(batch, heads, rows, 8)], dim=3)
-    key = torch.cat([key, extra_key.expand(batch, key.shape[1], keys, 8)], dim=3)
-    return query, key, torch.nn.functional.pad(value, (0, 8))
+    query = torch.cat([query, extra_query.expand(batch, heads, rows, EXTRA)], dim=3)
+    key = torch.cat([key, extra_key.expand(batch, key.shape[1], keys, EXTRA)], dim=3)
+    return query, key, torch.nn.functional.pad(value, (0, EXTRA))

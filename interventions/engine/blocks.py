@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..edits import Blocks, Chosen, Keep, Operands
 from ..edits.base import repeat_heads
-from .kernels import attend, needs_gradient, rows_per_chunk, visible_rows
+from .biases import mask_of_rows
+from .kernels import attend, needs_gradient, rows_per_chunk
 from .tasks import FEW_ROWS, Group, all_rows
 
 # Lists of different lengths are padded to the longest; where less than this share of the places would be used, each list runs alone.
@@ -37,7 +38,7 @@ def run(group: Group, _: object) -> Tensor:
         return attend_blocks(group.x, keep.pattern, bias, scale, others)
     assert isinstance(keep.pattern, Chosen)
     output = attend_chosen(group.x, keep.pattern, bias, scale)
-    return output if others is None else _see_all(group.x, output, others[:, None], bias, scale)
+    return output if others is None else see_all(group.x, output, others[:, None], bias, scale)
 
 
 def attend_chosen(x: Operands, chosen: Chosen, bias: Tensor | None, scale: float) -> Tensor:
@@ -50,7 +51,7 @@ def attend_chosen(x: Operands, chosen: Chosen, bias: Tensor | None, scale: float
         columns = torch.cat([columns, tail.expand(*columns.shape[:2], -1)], dim=2)
         valid = None if valid is None else torch.nn.functional.pad(valid, (0, x.appended), value=True)
     output, emptied = _over(x, 0, x.query.shape[2], columns, valid, x.is_causal, bias, scale)
-    return output if emptied is None else _see_all(x, output, emptied, bias, scale)
+    return output if emptied is None else see_all(x, output, emptied, bias, scale)
 
 
 def attend_blocks(x: Operands, blocks: Blocks, bias: Tensor | None, scale: float, dense_rows: Tensor | None = None) -> Tensor:
@@ -72,7 +73,7 @@ def attend_blocks(x: Operands, blocks: Blocks, bias: Tensor | None, scale: float
     for rows in (blocks.dense_rows, dense_rows):
         sight = sight if rows is None else sight | rows[:, None]
     wide = [repeat_heads(flag, heads).expand(batch, -1, -1) for flag in flags]
-    return _see_all(x, output, sight | torch.cat(wide, dim=2), bias, scale)
+    return see_all(x, output, sight | torch.cat(wide, dim=2), bias, scale)
 
 
 @dataclass
@@ -288,24 +289,20 @@ def _first_rows(batch: int, groups: int, shared: int, steps: tuple[int, int], de
         return (torch.arange(batch, device=device)[:, None] * steps[0] + head * steps[1])[..., None]
 
 
-def _see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The output with what the rows [B or 1, H or fewer, Tq] give over everything that they see."""
+def see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The output with what the rows [B or 1, H or fewer, Tq] give over everything that they see.
+
+    Where the rows are on the CPU, the device is not asked which they are.
+    """
     if x.query.shape[2] <= FEW_ROWS and rows.device.type != "cpu":
         index = all_rows(x.query)  # to work out all of them costs less than to wait for which
     else:
-        index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0]
+        index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0].to(x.query.device)
     if not index.numel():
         return output
     pieces = []
     for part in index.split(rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2], x.query.device)):
-        mask = visible_rows(x.mask, x.is_causal, part, x.query.shape[2], x.key.shape[2])
-        added = None if bias is None else bias[:, :, None]
-        if x.mask is not None and x.mask.dtype != torch.bool:
-            own = (x.mask if x.mask.shape[2] == 1 else x.mask[:, :, part]).float()
-            added = own if added is None else added + own
-        if added is not None:
-            mask = (added if mask is None else added.masked_fill(~mask, float("-inf"))).to(x.query.dtype)
-        pieces.append(attend(x.query[:, :, part], x.key, x.value, mask, False, scale)[0])
-    flags = rows if rows.shape[1] == 1 else repeat_heads(rows, output.shape[1])
+        pieces.append(attend(x.query[:, :, part], x.key, x.value, mask_of_rows(x, bias, part), False, scale, piece=True)[0])
+    flags = (rows if rows.shape[1] == 1 else repeat_heads(rows, output.shape[1])).to(index.device)
     chosen = (flags if flags.shape[2] == 1 else flags[:, :, index])[..., None]
     return output.index_copy(2, index, torch.where(chosen, torch.cat(pieces, dim=2), output[:, :, index]))

@@ -152,15 +152,31 @@ class Attachment:
         module: one whose attention is about to be computed. Raises ReattendError where backward computes it anew in a way that cannot be
         followed.
         """
-        moment = self._computed_anew(module)
-        if moment is not None:
+        # every layer of every step of decoding asks: one pass of a model alone is told by a few looks
+        if backward_task() != -1 and (moment := self._computed_anew(module)) is not None:
             return list(moment.sessions)
-        sessions = self._active(module)
-        if sessions and module is not None:
-            here = self.in_flight.here()
-            if torch.is_grad_enabled() or (here is not None and here.differentiable):
-                self.recomputed.note(sessions, self.current)
+        here = self.in_flight.here()
+        probe = self.tracker.probing() or self.denoiser.probing()
+        if probe is not None:
+            sessions = [probe.session]
+        else:
+            if here is not None and module is not None:
+                key = id(module)
+                if key in here.seen or key not in self.once:
+                    here = self.in_flight.checked()
+                if here is not None:
+                    here.seen.add(key)
+            sessions = self._outside() if here is None else list(here.sessions)
+        if module is not None and sessions and (torch.is_grad_enabled() or (here is not None and here.differentiable)):
+            self.recomputed.note(sessions, self.current)
         return sessions
+
+    def _outside(self) -> list[Steered]:
+        """The sessions of this thread or task outside of all passes."""
+        if not self.sessions:
+            return []
+        mine = _isolated.get()
+        return [s for s in self.sessions if not s.isolated or s.mark in mine]
 
     def _computed_anew(self, module: nn.Module | None = None) -> Moment | None:
         """What is known of the part that backward computes anew in this thread; None where none is, or a whole pass of it has begun."""
@@ -178,28 +194,10 @@ class Attachment:
             )
         return moment
 
-    def _active(self, module: nn.Module | None) -> list[Steered]:
-        probe = self.tracker.probing() or self.denoiser.probing()
-        if probe is not None:
-            return [probe.session]
-        here = self.in_flight.here()
-        if here is not None and module is not None:
-            if id(module) in here.seen or id(module) not in self.once:
-                here = self.in_flight.checked()
-            if here is not None:
-                here.seen.add(id(module))
-        if here is not None:
-            return list(here.sessions)
-        if not self.sessions:
-            return []
-        mine = _isolated.get()
-        return [s for s in self.sessions if not s.isolated or s.mark in mine]
-
     def current(self) -> Forward:
         """The pass under way in this thread: of a denoiser, of an encoder before the model's own, or of the model that reads tokens; where
         backward computes a part anew, that of the part."""
-        moment = self._computed_anew()
-        if moment is not None and moment.again is not None:
+        if backward_task() != -1 and (moment := self._computed_anew()) is not None and moment.again is not None:
             return moment.again
         return self.denoiser.current() or self.encoder.current() or self.tracker.current()
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Call, Clock, Memory, Site, TokenMap
+from ..interventions.call import OUTSIDE as OUTSIDE
 from .protocols import Steered
 from .tokens.encoders import EncoderPass
 from .tokens.merging import MergedTokens
 from .trackers.caches import has_buffers
 
-OUTSIDE = Clock("encode")
 # Roles that are absent where no token has them.
 OPTIONAL = ("image", "video", "system", "user", "assistant")
 
@@ -196,6 +196,17 @@ class Forward:
     encoder: EncoderPass | None = None
     # by name of a site: the tokens that its module runs on just now, where a door has merged them for it alone
     merged: dict[str, MergedTokens] = field(default_factory=dict)
+    # the last mask that calls were given, and what was left of it: layers share both
+    last_masks: tuple[Tensor, Tensor] | None = None
+
+    def share_mask(self, call: Call, given: Tensor) -> None:
+        """Gives a call the very tensor that the last layer's call was left with, where that was cut out of the same mask to the same size."""
+        assert call.mask is not None
+        last = self.last_masks
+        if last is not None and last[0] is given and last[1].shape == call.mask.shape:
+            call.mask = last[1]
+        elif call.mask is not given:
+            self.last_masks = given, call.mask
 
     def end(self, output: Any) -> None:
         """The pass is over. output: what its root gave; None where it stopped before."""

@@ -104,7 +104,11 @@ class Step:
 
 def edits_of(wanted: Any) -> list[Edit]:
     """What a user's function asks for at a call. Raises ReattendError for what is neither an edit, edits nor None."""
-    edits = [] if wanted is None else [wanted] if isinstance(wanted, Edit) else wanted
+    if wanted is None:
+        return []
+    if isinstance(wanted, Edit):
+        return [wanted]
+    edits = wanted
     if not isinstance(edits, (list, tuple)) or not all(isinstance(item, Edit) for item in edits):
         raise ReattendError(f"an intervention returns an edit, a list of edits or None, but this one returned {wanted!r:.80}")
     return list(edits)

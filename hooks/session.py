@@ -304,7 +304,10 @@ class Session:
             result += new
             call.edits += new
         if result:
-            call.ways = self._ways.setdefault(self._sites[id(module)].name, Counter())
+            name = self._sites[id(module)].name
+            call.ways = self._ways.get(name)
+            if call.ways is None:
+                call.ways = self._ways[name] = Counter()
         return result
 
     def ready(self, call: RootCall) -> None:

@@ -19,8 +19,11 @@ Acting = Sequence[tuple[Steered, Host]]
 def acting_at(owners: Sequence[Host], module: nn.Module) -> list[tuple[Steered, Host]]:
     """The sessions that act at a module in this thread, in the order in which they began."""
     if len(owners) == 1:
-        owner = owners[0]
-        return [(session, owner) for session in owner.active(module) if session.acts_at(module)]
+        owner, acting = owners[0], []
+        for session in owner.active(module):
+            if session.acts_at(module):
+                acting.append((session, owner))
+        return acting
     acting = [(session, owner) for owner in owners for session in owner.active(module) if session.acts_at(module)]
     return sorted(acting, key=lambda pair: pair[0].number)
 
@@ -38,7 +41,8 @@ def edits_of(acting: Acting, module: nn.Module, call: Call, place: Callable[[Cal
             at, call.site = (id(owner), site.name), site
             forward = place(call, site, owner)
         edits += session.edits(module, call, forward)
-    edits = [edit for edit in edits if not edit.is_identity]
+    if edits:
+        edits = [edit for edit in edits if not edit.is_identity]
     for session, owner in acting:
         readers = session.readers_at(module)
         if not readers:

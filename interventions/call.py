@@ -75,6 +75,10 @@ class Clock:
         return rows.repeat_interleave(batch // rows.shape[0])
 
 
+# of calls that belong to no pass
+OUTSIDE = Clock("encode")
+
+
 @dataclass(frozen=True)
 class TokenGrid:
     """Where the tokens of one image or video lie: `index` [frames, rows, cols] long, positions in row `row` of the batch.
@@ -229,7 +233,7 @@ class Call:
     softcap: float | None = None
     sinks: Tensor | None = None
     site: Site | None = None
-    clock: Clock = field(default_factory=lambda: Clock("encode"))
+    clock: Clock = OUTSIDE
     tokens: TokenMap | None = None
     query_tokens: TokenMap | None = None
     memory: MutableMapping = field(default_factory=Memory)

@@ -291,8 +291,10 @@ def _edited(
         if forward.merged:
             forward.locate_merged(call, site)
         call.rotation = functools.partial(rotary_at, owner.model, owner.rotary, site, module, kwargs)
-        if site.stack == "decoder" and site.kind == "self":
+        if site.stack == "decoder" and site.kind == "self" and (forward.buffered or call.tokens is None):
             call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
+            if call.mask is not None and kwargs.get("position_bias") is None:
+                forward.share_mask(call, mask)
         return forward
 
     call = _call(name, module, query, key, value, mask, kwargs)
@@ -303,7 +305,9 @@ def _edited(
     output = fused(call, edits)
     for look in call.then:
         look(output)
-    output = output.transpose(1, 2).contiguous()
+    output = output.transpose(1, 2)
+    if not output.is_contiguous():
+        output = output.contiguous()
     if name != "eager" or not _weights_are_read(module, kwargs):
         return output, None
     weights = row_weights(call, edits, torch.arange(call.num_queries, device=query.device))
@@ -326,9 +330,10 @@ def _paged(kwargs: dict[str, Any]) -> bool:
 
 def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:
     """The call as tensors, with the causality that implementation `name` would have applied."""
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_causal = bool(is_causal) and name == "sdpa" and mask is None and query.shape[2] > 1
+    is_causal = False
+    if mask is None and name == "sdpa" and query.shape[2] > 1:
+        is_causal = kwargs.get("is_causal")
+        is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if is_causal and key.shape[2] > query.shape[2]:
         # prefill into an empty static cache: only its first columns are filled
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]

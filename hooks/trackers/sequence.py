@@ -54,6 +54,10 @@ class SequenceTracker:
         if self.root is None or self.handles:
             return
         self.signature = inspect.signature(type(self.root).forward)
+        # the names of its arguments, the model itself left out, and those that it takes by position
+        own = list(self.signature.parameters.values())[1:]
+        self.names = [one.name for one in own]
+        self.by_position = [one.name for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         # the hook that ends passes first: none may begin that cannot end
         # where no step has hooks inside, attention alone is edited, between the graphs of a compiled model
         self.handles.after(self.root, self._leave, compiled=True)
@@ -94,14 +98,12 @@ class SequenceTracker:
                 f"{type(module).__name__} is called inside torch.utils.checkpoint, so backward would compute it anew as a whole, which no "
                 "session follows: checkpoint its layers instead, as the gradient checkpointing of transformers does"
             )
-        call = RootCall(module, args, kwargs, list(self.signature.parameters)[1:], sessions)
+        call = RootCall(module, args, kwargs, self.names, sessions)
 
         def read() -> Forward:
-            given = self.signature.bind_partial(module, *call.args, **call.kwargs).arguments
-            given = {**given, **given.pop("kwargs", {})}
+            given = self._named(call.args, call.kwargs)
             forward = self._forward(given, sessions)
             self.local.stack.append(forward)
-            del given[next(iter(self.signature.parameters))]
             call.given = given
             return forward
 
@@ -150,8 +152,7 @@ class SequenceTracker:
         """The pass that `looking` waits for begins."""
         forward, self.local.look, self.local.call = self.local.look, None, None
         sessions = self.host.begin()
-        given = self.signature.bind_partial(self.root, *args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
+        given = self._named(args, kwargs)
         ids, embeds, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         forward.tokens = self._new_map(ids, embeds, mask, given, sessions)
         self.local.stack = [forward]
@@ -187,6 +188,14 @@ class SequenceTracker:
         return [] if self.root is None else [m for m in self.root.modules() if hasattr(m, "rope_deltas")]
 
     # -- reading one forward pass --------------------------------------------------------------------------------------
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the root by name. What does not fit its signature is said by its own forward."""
+        if len(args) <= len(self.by_position):
+            return {**dict(zip(self.by_position, args, strict=False)), **kwargs}
+        given = self.signature.bind_partial(self.root, *args, **kwargs).arguments
+        del given[next(iter(self.signature.parameters))]
+        return {**given, **given.pop("kwargs", {})}
 
     def _forward(self, given: dict[str, Any], sessions: list) -> Forward:
         config = getattr(self.root, "config", None)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
@@ -306,6 +307,22 @@ def run(task: Task, row: DecodeRow) -> Tensor:
     return output_of(task.call, row)
 
 
+def _attended(query: Tensor, call: Call, mask: Tensor | None) -> Tensor:
+    batch, heads, rows, dim = query.shape
+    key, value = call.key, call.value
+    if rows > 1 or torch.is_grad_enabled():
+        return attend(query, key, value, mask, call.is_causal, call.scaling)[0]
+    shared = key.shape[1]
+    if shared == heads:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
+    # the heads of a group as rows of their key head, so that keys are read once
+    packed = query.reshape(batch, shared, heads // shared, dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], shared, heads // shared, mask.shape[3])
+    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=call.scale)
+    return output.reshape(batch, heads, 1, value.shape[3])
+
+
 def output_of(call: Call, row: DecodeRow) -> Tensor:
     """Attention under a row."""
     query = call.query
@@ -315,7 +332,7 @@ def output_of(call: Call, row: DecodeRow) -> Tensor:
     else:
         mask = call.mask if row.added is None else row.added.beside(call.mask)
         own = query if row.sharpness is None else (query * row.sharpness[:, :, None, None]).to(query.dtype)
-        output = attend(own, call.key, call.value, mask, call.is_causal, call.scaling)[0]
+        output = _attended(own, call, mask)
     if row.gain is not None:
         # what no edit names has a gain of exactly 1
         output = (output * row.gain[:, :, None, None]).to(query.dtype)

@@ -121,14 +121,15 @@ def of_call(call: Call, whole: Tensor) -> Tensor:
 
 def shared_by_layers(call: Call, key: Hashable, make: Callable[[], T]) -> T:
     """make(), once for all layers of a step that see the same keys. key: what it depends on besides (the heads of a layer)."""
-    now = (call.total, call.num_queries, None if call.tokens is None else call.tokens.prompt_length)
+    total, keys, query = call.total, call.num_keys, call.query
+    now = (total, query.shape[2], None if call.tokens is None else call.tokens.prompt_length)
     step = call.memory.get("step")
     if step is None or step[0] != now:
         step = call.memory["step"] = (now, {})
-    where = (key, call.key_start, call.num_keys, call.query.device)
-    if where not in step[1]:
-        step[1][where] = make()
-    return step[1][where]
+    known, where = step[1], (key, total - keys, keys, query.device)
+    if where not in known:
+        known[where] = make()
+    return known[where]
 
 
 def over_prompt(tokens: TokenMap, terms: Sequence[tuple[str, float]], free: Sequence[str], rows_with: str | None) -> Tensor:

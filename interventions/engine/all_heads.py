@@ -144,6 +144,26 @@ def can_share(task: Task) -> bool:
     return not own and all(edit.level in ("scores", "weights") for edit in task.edits)
 
 
+def is_alone(task: Task) -> bool:
+    """Whether an accelerator has few rows to compute of which some heads have edits, all of them the same.
+
+    All heads under these edits are a few launches then, where any of its ways fits, and a map of all heads is many.
+    """
+    return task.call.query.device.type != "cpu" and can_share(task) and len(task.groups) == 2 and () in task.groups
+
+
+def alone(task: Task, _: object) -> Tensor:
+    """The edits on all heads; those that have none keep the model's own numbers."""
+    call = task.call
+    ((chosen, heads),) = ((chosen, heads) for chosen, heads in task.groups.items() if chosen)
+    edits = []
+    for edit in (task.edits[i] for i in chosen):
+        named = edit.heads or heads
+        # what the others are given as values is not looked at
+        edits.append(edit.at_heads([named.index(head) if head in named else 0 for head in range(call.num_heads)]))
+    return with_untouched(task, task.compute(Group(call, list(range(call.num_heads)), edits)))
+
+
 def shared(task: Task, _: object) -> Tensor:
     output = rows_of_all_heads(task.call, task.edits, all_rows(task.call.query))[1].to(task.call.query.dtype)
     return with_untouched(task, output)

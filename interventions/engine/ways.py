@@ -32,6 +32,7 @@ from . import (
     materialised,
     one_kernel,
     rearranged,
+    uniform,
 )
 from .reference_executor import at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, Task, all_rows, plain
@@ -113,6 +114,7 @@ WAYS: list[Way] = [
     ),
     Way("outputs across heads", "call", all_heads.crosses_in_outputs, all_heads.across_outputs),
     Way("across heads", "call", lambda task: task.crosses, all_heads.across, all_heads.crossing_rows),
+    Way("same edits on some heads", "call", all_heads.is_alone, all_heads.alone, cut=True),
     Way("few rows of all heads", "call", all_heads.can_share, all_heads.shared),
     Way("heads", "call", lambda task: True, heads.run, cut=True),
     Way(
@@ -139,6 +141,7 @@ WAYS: list[Way] = [
     Way("band", "group", bands.is_band, bands.run),
     Way("folded biases", "group", folded.is_low_rank, _folded, cut=True),
     Way("gathered", "group", blocks.is_gathered, blocks.run),
+    Way("towards the mean", "group", uniform.moves_to_mean, uniform.towards_mean),
     Way("towards values", "group", _moves_towards_values, _towards_values),
     Way("around columns", "group", factors.is_avoidable, factors.around, factors.find),
     Way("factor on columns", "group", factors.is_factor, factors.corrected, factors.find),

@@ -1,0 +1,56 @@
+"""The way of accelerators for one row that is mixed with the mean of what it sees: A = (1 - s) A + s / n, so that o = (1 - s) o + s mean v."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..edits import Mix
+from ..edits.base import repeat_heads
+from .kernels import grouped_values, statistics_dtype, visible_rows
+from .reference_executor import at_chosen
+from .tasks import Group, all_rows
+
+
+def moves_to_mean(group: Group) -> bool:
+    """Whether there is one row and nothing but such a mix: without the row's weights that is a few launches."""
+    x = group.x
+    if x.query.shape[2] != 1 or x.query.device.type == "cpu" or group.scores or len(group.weights) != 1:
+        return False
+    edit = group.weights[0]
+    return group.sinks is None and isinstance(edit, Mix) and isinstance(edit.target, str) and edit.target == "uniform"
+
+
+def towards_mean(group: Group, _: object) -> Tensor:
+    """[B, heads, 1, Dv]. A row that sees nothing keeps its output."""
+    (mix,), x = group.weights, group.x
+    assert isinstance(mix, Mix)
+    rows, output = group.rows(all_rows(x.query)), group.kernel(group.bias(), False)[0]
+    dtype = statistics_dtype(x.query)
+    strength = mix.strength[..., None].to(dtype) if isinstance(mix.strength, Tensor) else mix.strength
+    if x.mask is None:
+        mean = x.value.mean(dim=2, keepdim=True, dtype=dtype)
+    else:
+        share, sees = _shares(x.mask, rows.index, x.key.shape[2], dtype)
+        wide = share.expand(x.query.shape[0], max(share.shape[1], x.value.shape[1]), -1, -1)
+        mean, strength = grouped_values(wide, x.value.to(dtype)), strength * sees
+    mean = repeat_heads(mean, output.shape[1])
+    return at_chosen(mix, rows, torch.lerp(output.to(dtype), mean, strength).to(output.dtype), output)
+
+
+def _shares(mask: Tensor, index: Tensor, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(what the mean gives to each key [b, h, 1, Tk], 1 for rows that see any, else 0 [b, h, 1, 1]); made once for a mask."""
+    version = -1 if mask.is_inference() else mask._version
+    known = _of_masks.get(mask)
+    if known is None or known[0] != (version, dtype) or version < 0:
+        visible = visible_rows(mask, False, index, 1, keys)
+        assert visible is not None
+        count = visible.sum(dim=-1, keepdim=True)
+        known = (version, dtype), (visible.to(dtype) / count.clamp_min(1), count.clamp_max(1).to(dtype))
+        _of_masks[mask] = known
+    return known[1]
+
+
+# layers are given the same mask
+_of_masks = WeakTensorKeyDictionary()

@@ -286,6 +286,15 @@ def heads_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(heads, device=device)
 
 
+@functools.lru_cache(maxsize=1024)
+def heads_mask(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Bool [1, count]: these of `count` heads; made once, as `heads_index`."""
+    named = torch.zeros(1, count, dtype=torch.bool)
+    named[0, list(heads)] = True
+    with torch.inference_mode(False):
+        return named.clone().to(device)
+
+
 def key_heads(heads: Sequence[int], shared: int) -> list[int]:
     """Key heads for some query heads such that query head i of them reads key head i // (len(heads) / len(key heads)) of the list."""
     own = [head // shared for head in heads]

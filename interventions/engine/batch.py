@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit
+from ..edits.base import heads_mask
 from .tasks import Task, plain
 
 
@@ -49,21 +50,14 @@ def find_pairs(task: Task) -> Tensor | None:
     count as named: the executor leaves those heads alone. None where nothing is left over; on an accelerator, whose values are not
     read, where that is plain from the edits.
     """
-    call, edits = task.call, task.edits
-    named = torch.zeros(call.batch, 1, dtype=torch.bool, device=call.query.device)
-    every = [edit for edit in edits if edit.heads is None]
-    for edit in every:
-        named = named | _named(edit)
-    if len(every) < len(edits):
-        own, count = named.expand(-1, call.num_heads).clone(), torch.zeros(call.num_heads, dtype=torch.bool)
-        for edit in edits:
-            if edit.heads is not None:
-                heads = list(edit.heads)
-                count[heads] = True
-                own[:, heads] = True if edit.rows is None else own[:, heads] | _named(edit)
-        if not every:
-            own[:, (~count).nonzero()[:, 0].to(own.device)] = True
-        named = own
+    call, found = task.call, []
+    for edit in task.edits:
+        heads = None if edit.heads is None else heads_mask(edit.heads, call.num_heads, call.query.device)
+        found.append(_named(edit) if heads is None else heads if edit.rows is None else _named(edit) & heads)
+    free = task.groups.get(())
+    if free:
+        found.append(heads_mask(tuple(free), call.num_heads, call.query.device))
+    named = functools.reduce(torch.logical_or, found)
     return None if named.device.type == "cpu" and bool(named.all()) else named
 
 
@@ -77,7 +71,7 @@ def run_pairs(task: Task, named: Tensor) -> Tensor:
 def _named(edit: Edit) -> Tensor:
     """Bool [B or 1, 1]: the batch rows that an edit names, in any query row."""
     assert edit.rows is not None
-    return edit.rows.any(dim=1, keepdim=True)
+    return edit.rows if edit.rows.shape[1] == 1 else edit.rows.any(dim=1, keepdim=True)
 
 
 def call_at(call: Call, index: Tensor, original: Callable[[], Tensor]) -> Call:

@@ -8,7 +8,6 @@ step costs a layer no further operation than its own kernel with a mask. A facto
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Band, Edit, Gain, HeadGain, Keep, ScaleQuery, ScoreEdit, Transfer, WeightEdit
-from ..edits.base import column_mask, heads_index
+from ..edits.base import column_mask, heads_index, heads_mask
 from .kernels import attend
 from .tasks import Task, group_heads, plain
 
@@ -134,7 +133,7 @@ def decode_row(facts: Facts, edits: Sequence[Edit]) -> DecodeRow | None:
     if alone and edit.heads is not None and not edit._has_head_axis():
         # one bias for whatever heads: layers that share it but for their heads share its row
         whole = _kept(edit.of_any_heads, facts, edits, lambda: _row(facts, edits, None))
-        return whole and replace(whole, named=_named_heads(edit.heads, facts.heads, facts.device))
+        return whole and replace(whole, named=heads_mask(edit.heads, facts.heads, facts.device))
     store = edits[0].remember("decode rows", dict)
     return _kept(store, (facts, *edits[1:]), edits, lambda: _row(facts, edits, named_pairs(facts, edits)))
 
@@ -233,7 +232,7 @@ def named_pairs(facts: Facts, edits: Sequence[Edit]) -> Tensor | None:
         return None
     named = None
     for edit in edits:
-        own = None if edit.heads is None else _named_heads(edit.heads, facts.heads, facts.device)
+        own = None if edit.heads is None else heads_mask(edit.heads, facts.heads, facts.device)
         if edit.rows is not None:
             own = edit.rows[:, :1] if own is None else own & edit.rows[:, :1]
         assert own is not None
@@ -242,15 +241,6 @@ def named_pairs(facts: Facts, edits: Sequence[Edit]) -> Tensor | None:
     if all(edit.rows is None for edit in edits):
         return None if len({head for edit in edits for head in edit.heads or ()}) == facts.heads else named
     return None if named.device.type == "cpu" and bool(named.all()) else named
-
-
-@functools.lru_cache(maxsize=1024)
-def _named_heads(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor:
-    """Bool [1, H]: these heads; made once, since every layer asks for its own at every step."""
-    named = torch.zeros(1, count, dtype=torch.bool)
-    named[0, list(heads)] = True
-    with torch.inference_mode(False):  # kept longer than the pass that makes it
-        return named.clone().to(device)
 
 
 # -- the way ---------------------------------------------------------------------------------------------------------------

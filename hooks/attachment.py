@@ -40,7 +40,7 @@ class Attached(Steered, Protocol):
     attachment: Attachment | None
 
     @property
-    def hooked(self) -> bool: ...
+    def hooked(self) -> list[str]: ...
 
     def check(self, facts: Facts, beside: Sequence[Any]) -> None: ...
 
@@ -78,7 +78,7 @@ class Attachment:
         session.check(facts, [s for s in self.sessions if not (session.isolated and s.isolated)])
         self.in_flight.sweep()
         self.tracker.install()
-        self.denoiser.install(parts)
+        self.denoiser.install(parts, [plan.recipe for plan in session.plans])
         # passes that began before there were hooks are left alone
         self.in_flight.note_running(self._roots())
         session.install(self)
@@ -87,7 +87,7 @@ class Attachment:
         for route in self.routes:
             route.install(session)
         if session.hooked and inside(parts.values()):
-            run_uncompiled(session, "the model")
+            run_uncompiled(session, "the model", session.hooked)
         self.sessions = [*self.sessions, session]
 
     def discard(self, session: Attached) -> bool:

@@ -20,10 +20,10 @@ Rewriter = Callable[[dict[str, Any], Any, Any], tuple[dict[str, Any], Callable[[
 
 
 class Handles:
-    """Made by the session before anything is put on, so that an interrupt in between loses nothing."""
+    """Made by the session before anything is put on, so that an interrupt in between loses nothing. recipe: of its step's plan."""
 
-    def __init__(self) -> None:
-        self.hooks = Hooks()
+    def __init__(self, recipe: str) -> None:
+        self.hooks = Hooks(recipe)
         self.editors: list[tuple[Site, nn.Module, Editor]] = []
         self.readers: list[tuple[Site, nn.Module, Reader]] = []
         self.actions: list[Action] = []

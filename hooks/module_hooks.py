@@ -26,7 +26,7 @@ class Hook:
 
     kwargs: a hook before the module gets its keyword arguments too: function(module, args, kwargs); after: function(module, args, output).
     first: after the module, before the hooks that are there, so that all of them see what it returns. compiled: what comes after it in a
-    compiled call may go on compiled.
+    compiled call may go on compiled. recipe: whose hook it is.
     """
 
     def __init__(
@@ -38,8 +38,9 @@ class Hook:
         kwargs: bool = False,
         first: bool = False,
         compiled: bool = False,
+        recipe: str = "",
     ) -> None:
-        self.module, self.function, self.after, self.compiled = module, function, after, compiled
+        self.module, self.function, self.after, self.compiled, self.recipe = module, function, after, compiled, recipe
         self.expected = 3 if after or kwargs else 2
         self.handle: RemovableHandle | None = None
         if after:
@@ -48,7 +49,7 @@ class Hook:
             self.handle = module.register_forward_pre_hook(self, with_kwargs=kwargs)
 
     def __call__(self, *given: Any) -> Any:
-        with Uncompiled(self, rest=not self.compiled):
+        with Uncompiled(self, self.recipe, rest=not self.compiled):
             # torch looks up by its number how a hook is called: one that was taken away a moment ago gets no keyword arguments
             return self.function(*given) if len(given) == self.expected else None
 
@@ -138,9 +139,10 @@ class _Forgotten:
 
 
 class Hooks:
-    """Hooks that are taken away together."""
+    """Hooks that are taken away together. recipe: whose they are; "" where they are of all sessions."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: str = "") -> None:
+        self.recipe = recipe
         self.all: list[Hook | Replaced] = []
 
     def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
@@ -163,7 +165,7 @@ class Hooks:
         hook = Hook.__new__(Hook)
         hook.module, hook.after = module, after
         self.all.append(hook)
-        hook.__init__(module, function, after=after, **options)
+        hook.__init__(module, function, after=after, recipe=self.recipe, **options)
 
     def __bool__(self) -> bool:
         return bool(self.all)

@@ -61,6 +61,7 @@ class Session:
 
     def _drop(self) -> None:
         """Nothing is installed."""
+        self._recipe = ""
         self.installed: list[Handles] = []
         self.actions: list[Action] = []
         self._sites: dict[int, Site] = {}
@@ -96,6 +97,7 @@ class Session:
     def install(self, host: Attachment) -> None:
         """Lets every step install itself. Raises UnsupportedError for one that puts nothing on."""
         for plan, step in self.steps:
+            self._recipe = plan.recipe
             if not step.install(host, self, plan):
                 raise UnsupportedError(
                     f"recipe {plan.recipe!r} does not fit this model: its step {type(step).__name__} finds nothing here to act on"
@@ -125,7 +127,7 @@ class Session:
 
     def handles(self) -> Handles:
         """New handles for a step, which the session knows before anything is put on."""
-        self.installed.append(Handles())
+        self.installed.append(Handles(self._recipe))
         return self.installed[-1]
 
     def nest(self, handles: Handles, plan: Plan) -> Session:
@@ -148,9 +150,10 @@ class Session:
         return [inner for one in self.installed for inner in one.nested]
 
     @property
-    def hooked(self) -> bool:
-        """Whether there are hooks of its steps on modules."""
-        return any(one.hooks for one in self.installed) or any(inner.hooked for inner in self.nested)
+    def hooked(self) -> list[str]:
+        """The recipes whose steps have hooks on modules."""
+        own = [one.hooks.recipe for one in self.installed if one.hooks]
+        return [*own, *(recipe for inner in self.nested for recipe in inner.hooked)]
 
     @property
     def acted(self) -> list[tuple[Site, nn.Module]]:

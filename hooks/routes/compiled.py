@@ -39,14 +39,17 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def run_uncompiled(user: Any, what: str) -> None:
-    """Lets compiled models run uncompiled until `run_compiled(user)`, and says so; what: "the denoiser", "the model"."""
+def run_uncompiled(user: Any, what: str, recipes: Iterable[str]) -> None:
+    """Lets compiled models run uncompiled until `run_compiled(user)`, and says so; what: "the denoiser", "the model". recipes: whose hooks
+    would not run in a graph."""
     with lifecycle:
         if id(user) in _users:
             return
-        kind = what.split()[-1]
+        names = " and ".join(f"recipe {label!r}" for label in dict.fromkeys(recipes) if label) or "a session"
         warnings.warn(
-            f"the {kind} is compiled: compiled models run uncompiled until the session ends", ReattendWarning, stacklevel=2
+            f"{what} is compiled, and no graph has a place for the hooks of {names}: compiled models run uncompiled until the session ends",
+            ReattendWarning,
+            stacklevel=2,
         )
         _users.add(id(user))
         if not _stance:
@@ -56,15 +59,15 @@ def run_uncompiled(user: Any, what: str) -> None:
 class Uncompiled:
     """Around a hook that torch.compile's code calls: nothing inside is compiled, nor (rest) what comes after it in that call."""
 
-    def __init__(self, user: Any, rest: bool = True) -> None:
-        self.user, self.rest = user, rest
+    def __init__(self, user: Any, recipe: str, rest: bool = True) -> None:
+        self.user, self.recipe, self.rest = user, recipe, rest
 
     def __enter__(self) -> None:
         # what turns the frames of this thread into compiled ones; None or False where nothing does
         self.compiler = set_eval_frame(None)
         if self.rest and self.compiler is not None and self.compiler is not False:
             self.compiler = None
-            run_uncompiled(self.user, "the model")
+            run_uncompiled(self.user, "the model", [self.recipe])
 
     def __exit__(self, *error: Any) -> None:
         set_eval_frame(self.compiler)

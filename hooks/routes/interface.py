@@ -216,7 +216,7 @@ def _traced(
 ) -> tuple[Tensor, Tensor | None]:
     """The same in code that is traced."""
     if not acts_in(plan, module):
-        return _constant(name, type(module))(module, query, key, value, mask, **kwargs)
+        return _originals[_number_of_original(name, type(module))](module, query, key, value, mask, **kwargs)
     if name == "eager" and _constant_reading(id(module), bool(kwargs.get("output_attentions"))):
         return _apart(name, plan, module, query, key, value, mask, **kwargs)
     output = traced(_attention, name, plan, module, query, key, value, mask, kwargs)
@@ -227,9 +227,17 @@ def _traced(
 _apart = uncompiled(_attention)
 
 
+# the functions that graphs have called, by number: a function itself cannot be a constant of a graph
+_originals: dict[int, Any] = {}
+
+
 @torch.compiler.assume_constant_result
-def _constant(name: str, cls: type) -> Any:
-    return _lookup(name, cls)
+def _number_of_original(name: str, cls: type) -> int:
+    function = _lookup(name, cls)
+    with lifecycle:
+        number = next((number for number, known in _originals.items() if known is function), len(_originals))
+        _originals[number] = function
+    return number
 
 
 @torch.compiler.assume_constant_result

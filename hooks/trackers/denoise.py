@@ -56,15 +56,15 @@ class DenoiseTracker:
 
     # -- lifecycle ---------------------------------------------------------------------------------------------------
 
-    def install(self, parts: Mapping[str, nn.Module]) -> None:
-        """Follows these components of a model, if a denoiser or a ControlNet is among them."""
+    def install(self, parts: Mapping[str, nn.Module], recipes: Sequence[str]) -> None:
+        """Follows these components of a model, if a denoiser or a ControlNet is among them. recipes: of the session that it is for."""
         denoisers = [root for root in parts.values() if denoiser_in(root) is not None]
         followed = [*denoisers, *(root for root in parts.values() if controlnet_in(root) is not None)]
         if not followed:
             return
         self.alone = self.alone or not denoisers
         if inside(followed):
-            run_uncompiled(self, "the denoiser")
+            run_uncompiled(self, "the denoiser", recipes)
         known = {id(root) for root in self.roots()}
         for root in parts.values():
             if id(root) in known:

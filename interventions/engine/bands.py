@@ -10,7 +10,7 @@ from torch import Tensor
 from ..edits import Band, Keep, KeyBias, Operands
 from ..edits.scores import LARGEST_BIAS
 from .blocks import see_all
-from .kernels import FEW_ROWS, attend, chunk_values, rows_per_chunk, visible_rows
+from .kernels import FEW_ROWS, attend, chunk_values, is_accelerator, rows_per_chunk, visible_rows
 from .tasks import Group
 
 # Query rows that meet their columns at a time on a CPU.
@@ -19,11 +19,6 @@ BLOCK = 256
 # repeat more of the keys.
 SHARE_OF_WINDOW = 2
 STEP = 128
-
-
-def pays_by_launch(device: torch.device) -> bool:
-    """Whether operations of many small blocks cost more than what they compute, and so does a question about a value."""
-    return device.type != "cpu"
 
 
 def hide_columns(columns: Sequence[Tensor]) -> KeyBias | None:
@@ -59,7 +54,7 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     alone = num_queries == 1 and offset == num_keys - 1 and x.mask is None and bias is None and not x.appended
     if alone and band.first is None and not band.has_dense(offset, offset):
         return _newest_row(x, band, scale)
-    if pays_by_launch(device):
+    if is_accelerator(device):
         if num_queries > FEW_ROWS and _looks_back(x, offset):
             return _blocks_at_once(x, band, bias, scale, offset)
         return _over_everything(x, band, bias, scale, offset)

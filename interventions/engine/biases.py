@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..edits import Operands, ScoreEdit
 from ..edits.base import repeat_heads
-from .kernels import attend, rows_per_chunk, statistics_dtype, visible_rows
+from .kernels import attend, is_accelerator, rows_per_chunk, statistics_dtype, visible_rows
 
 # Dimensions that a fold adds to each head: as few as kernels take at a time.
 EXTRA = 8
@@ -36,7 +36,7 @@ def folds(query: Tensor) -> bool:
     On an accelerator only where its fused kernels still take the wider heads. One that has a kernel for the columns themselves does
     better with that where few of them are biased, because the wider heads are slower in all rows.
     """
-    return query.device.type == "cpu" or query.shape[-1] + EXTRA <= WIDEST
+    return not is_accelerator(query.device) or query.shape[-1] + EXTRA <= WIDEST
 
 
 def mask_of_rows(x: Operands, bias: Tensor | None, index: Tensor) -> Tensor | None:

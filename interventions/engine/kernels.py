@@ -40,9 +40,14 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def is_accelerator(device: torch.device) -> bool:
+    """Whether operations pay by the launch, so that many small ones cost more than what they compute, and a question about a value waits."""
+    return device.type != "cpu"
+
+
 def chunk_values(device: torch.device) -> int:
     """How many float32 one temporary of a chunk of rows may hold on a device."""
-    return CHUNK_VALUES if device.type == "cpu" else _values_of_memory(device)
+    return _values_of_memory(device) if is_accelerator(device) else CHUNK_VALUES
 
 
 @functools.lru_cache(maxsize=64)

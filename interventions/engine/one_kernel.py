@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..edits import Edit
-from .kernels import needs_gradient
+from .kernels import is_accelerator, needs_gradient
 from .op import DTYPES, LARGEST_HEAD, columns, has_triton
 from .restated import Restated, kind_of, of_bias, restated
 from .tasks import Group
@@ -34,10 +33,6 @@ def _is_served(group: Group) -> bool:
         return False
     largest = max(x.query.shape[3], x.value.shape[3])
     return group.few or x.query.device.type != "cuda" or (largest <= LARGEST_HEAD and has_triton(x.query.device))
-
-
-def is_accelerator(device: torch.device) -> bool:
-    return device.type != "cpu"
 
 
 def _edit(group: Group) -> Edit | None:

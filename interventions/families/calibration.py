@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import Call
-from ..engine.kernels import chunk_values, score_rows, statistics_dtype
+from ..engine.kernels import chunk_values, is_accelerator, score_rows, statistics_dtype
 from ..engine.reading import untouched_heads
 from ..errors import ReattendError
 
@@ -102,7 +102,7 @@ def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
     lse, query, key, mask = lse.detach(), x.query.detach(), x.key.detach(), x.mask
     lse = lse.to(statistics_dtype(query)).masked_fill(lse == float("-inf"), 0.0)
     keys, offset = call.num_keys, call.num_keys - call.num_queries
-    held = CHUNK_WEIGHTS if query.device.type == "cpu" else chunk_values(query.device)
+    held = chunk_values(query.device) if is_accelerator(query.device) else CHUNK_WEIGHTS
     step = max(16, held // (call.batch * len(heads) * keys))
     for start in range(0, call.num_queries, step):
         stop = min(start + step, call.num_queries)

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from reattend.interventions import Call
+from reattend.interventions.edits import Operands
 from reattend.interventions.engine import accelerators, kernels
 from reattend.interventions.engine.accelerators import CUDNN, EFFICIENT, FLASH, LOWEST, MATH
 from reattend.interventions.engine.kernels import OUTPUTS, STATISTICS, Attention, attend, chunk_values
+from reattend.interventions.families import calibration
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -313,6 +316,17 @@ def test_chunks_follow_the_memory_of_the_device(monkeypatch):
     for kind in ("meta", "mps"):
         assert chunk_values(torch.device(kind)) == 64 << 20
     kernels._values_of_memory.cache_clear()
+
+
+@pytest.mark.parametrize(("memory", "count"), [(141 << 30, 15), (80 << 30, 26), (24 << 30, 86)])
+def test_the_weights_of_a_prompt_of_16k_are_read_in_tens_of_chunks(monkeypatch, memory, count):
+    """32 heads on 8 key heads; on the meta device, where asking for a value would raise. A CPU reads them in 1,024 chunks."""
+    x = Operands(*(torch.empty(1, h, 16384, 128, dtype=torch.bfloat16, device="meta") for h in (32, 8, 8)), None, True, 0)
+    monkeypatch.setattr(kernels, "_values_of_memory", lambda device: max(kernels.LEAST_VALUES, memory // 256))
+    monkeypatch.setattr(calibration, "untouched_heads", lambda call, heads: (x, x.query.new_empty(1, 32, 16384)))
+    chunks = list(calibration.weight_chunks(Call(x.query, x.key, x.value, is_causal=True), range(32)))
+    print(f"{memory >> 30} GiB: {len(chunks)} chunks of {chunks[0].weights.shape[2]} rows")
+    assert len(chunks) == count and sum(chunk.weights.shape[2] for chunk in chunks) == 16384
 
 
 @pytest.mark.gpu

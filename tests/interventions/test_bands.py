@@ -10,6 +10,7 @@ from reattend.interventions import AppendKV, Band, Call, Keep, KeyBias, fused, r
 from reattend.interventions.edits import Operands
 from reattend.interventions.engine import bands, biases, kernels
 from reattend.interventions.engine.biases import folds
+from simulated_device import DEVICE, SimulatedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BATCH, HEADS, SHARED, DIM = 2, 4, 2, 8
@@ -18,7 +19,7 @@ BATCH, HEADS, SHARED, DIM = 2, 4, 2, 8
 @pytest.fixture
 def accelerator(monkeypatch):
     """Blocks of 8 rows, three of them at a time."""
-    monkeypatch.setattr(bands, "pays_by_launch", lambda device: True)
+    monkeypatch.setattr(bands, "is_accelerator", lambda device: True)
     monkeypatch.setattr(bands, "STEP", 8)
     taken = []
 
@@ -177,3 +178,24 @@ def test_heads_that_fused_kernels_would_no_longer_take_are_not_widened(monkeypat
         call = call_with(kind, 50, 50)
         for edits in ([KeyBias(bias=torch.randn(BATCH, 1, 50))], [KeyBias(bias=torch.randn(1, HEADS, 50))]):
             same(call, edits)
+
+
+@pytest.mark.parametrize(("kind", "questions"), [("causal", 0), ("causal with padding", 1), ("padding", 2), ("both ways", 1)])
+def test_a_device_is_asked_only_about_a_mask(monkeypatch, kind, questions):
+    """Whether it looks back, and which rows it leaves nothing of the band."""
+    monkeypatch.setattr(bands, "STEP", 8)
+    call, band = call_with(kind, 50, 50), Band(3, 9, first=torch.tensor([5, 0]), dense_after=torch.tensor([46, 46]))
+    wanted = fused(call, [Keep(pattern=band)])
+    with SimulatedDevice() as device:
+        moved = {name: getattr(call, name).to(DEVICE) for name in ("query", "key", "value")}
+        there = Call(**moved, mask=None if call.mask is None else call.mask.to(DEVICE), is_causal=call.is_causal)
+        device.clear()
+        found = fused(there, [Keep(pattern=band)])
+        asked, launches = sum(device.ours("questions").values()), device.total
+    real = (
+        torch.ones(BATCH, 1, 50, 1)
+        if kind in ("causal", "both ways")
+        else (torch.arange(50) >= torch.tensor([[5], [0]]))[:, None, :, None]
+    )
+    torch.testing.assert_close(found.cpu() * real, wanted * real, atol=2e-6, rtol=1e-5)
+    assert asked == questions and launches < 80

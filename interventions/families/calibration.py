@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import Call
-from ..engine.kernels import chunk_values, is_accelerator, score_rows, statistics_dtype
+from ..edits.base import heads_index
+from ..engine.kernels import chunk_values, score_rows, statistics_dtype
 from ..engine.reading import untouched_heads
 from ..errors import ReattendError
 
@@ -102,7 +103,7 @@ def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
     lse, query, key, mask = lse.detach(), x.query.detach(), x.key.detach(), x.mask
     lse = lse.to(statistics_dtype(query)).masked_fill(lse == float("-inf"), 0.0)
     keys, offset = call.num_keys, call.num_keys - call.num_queries
-    held = chunk_values(query.device) if is_accelerator(query.device) else CHUNK_WEIGHTS
+    held = CHUNK_WEIGHTS if query.device.type == "cpu" else chunk_values(query.device)
     step = max(16, held // (call.batch * len(heads) * keys))
     for start in range(0, call.num_queries, step):
         stop = min(start + step, call.num_queries)
@@ -181,6 +182,9 @@ def learn_sinks(
         else:
             limit = alpha / call.tokens.positions("prompt", 0, length, device).sum(dim=1).clamp_min(1)[:, None, None]
     sinks = hidden_sinks(found, limit, first, exempt_first_over, min_rows)
-    keep = [i for i, has in enumerate(sinks.any(dim=2).any(dim=0).tolist()) if has]
-    end = int(sinks.flatten(0, 1).any(dim=0).nonzero()[-1]) + 1 if keep else 0
-    return KnownSinks(found, [list(heads)[i] for i in keep], sinks[:, keep], end)
+    held = sinks.any(dim=0).cpu()  # what the device is asked, once
+    keep = held.any(dim=1).nonzero()[:, 0].tolist()
+    end = int(held.any(dim=0).nonzero()[-1]) + 1 if keep else 0
+    if len(keep) < sinks.shape[1]:
+        sinks = sinks.index_select(1, heads_index(tuple(keep), device)) if keep else sinks[:, :0]
+    return KnownSinks(found, [list(heads)[i] for i in keep], sinks, end)

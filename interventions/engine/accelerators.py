@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
 from ..edits.base import repeat_heads
@@ -64,9 +64,16 @@ def choose(
     """
     if torch.compiler.is_compiling():
         return Choice(MATH, MATH, False)
-    of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.requires_grad)
-    sizes = tuple((t.shape, t.stride(), t.requires_grad) for t in (query, key, value))
-    call = (query.device, query.dtype, *sizes, of_mask, is_causal, unplanned, gradient, torch.is_grad_enabled(), _settings())
+    gradients = torch.is_grad_enabled()
+    call = (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, query.device,
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+        is_causal, unplanned, gradient,
+        gradients and tuple(t is not None and t.requires_grad for t in (query, key, value, mask)),
+        # what a user can change about the answer of torch
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        torch.are_deterministic_algorithms_enabled(), *torch._C._get_sdp_priority_order(),
+    )  # fmt: skip
     known = _answers.get(call)
     if known is None:
         if len(_answers) >= MOST_ANSWERS:
@@ -78,14 +85,6 @@ def choose(
 _answers: dict[tuple, Choice] = {}
 
 
-def _settings() -> tuple:
-    """What a user can change about the answer of torch."""
-    cuda = torch.backends.cuda
-    switches = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled())
-    order = torch._C._get_sdp_priority_order()
-    return (*switches, torch.are_deterministic_algorithms_enabled(), *order)
-
-
 def _ask(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, unplanned: bool, gradient: bool
 ) -> Choice:
@@ -93,8 +92,8 @@ def _ask(
         return int(torch._fused_sdp_choice(q, key, value, bias, 0.0, is_causal, enable_gqa=grouped))
 
     def can_use(q: Tensor, bias: Tensor | None, grouped: bool) -> Callable[[int], bool]:
-        params = SDPAParams(q, key, value, bias, 0.0, is_causal, grouped)
-        return lambda kernel: (can_use_flash_attention if kernel == FLASH else can_use_efficient_attention)(params)
+        params = cuda.SDPAParams(q, key, value, bias, 0.0, is_causal, grouped)
+        return lambda kernel: (cuda.can_use_flash_attention if kernel == FLASH else cuda.can_use_efficient_attention)(params)
 
     shared, grouped = key.shape[1], query.shape[1] != key.shape[1]
     answer = answer_for(query, mask, grouped)

@@ -88,8 +88,8 @@ def hopper(monkeypatch) -> Iterator[tuple[Torch, Device]]:
     card, device = Torch(), Device()
     card.takes = {(mask, grouped): CUDNN for mask in (True, False) for grouped in (True, False)}
     monkeypatch.setattr(torch, "_fused_sdp_choice", card.choice)
-    monkeypatch.setattr(accelerators, "can_use_flash_attention", card.can(FLASH))
-    monkeypatch.setattr(accelerators, "can_use_efficient_attention", card.can(EFFICIENT))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", card.can(FLASH))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", card.can(EFFICIENT))
     monkeypatch.setattr(accelerators, "_answers", {})
     with device:
         yield card, device

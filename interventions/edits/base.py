@@ -200,6 +200,17 @@ class Edit:
         heads = None if heads is None else tuple(heads)
         return self if heads == self.heads else self.remember(("on", heads), lambda: self._renamed(heads))
 
+    def on_every_head(self, count: int) -> Edit:
+        """The same edit on all `count` heads, where nobody looks at what it makes of those that it does not name."""
+        if self.heads is None:
+            return self
+        if self._has_head_axis():
+            return self.at_heads([self.heads.index(head) if head in self.heads else 0 for head in range(count)])
+        # layers that share it but for their heads share this one too
+        if "every head" not in self.of_any_heads:
+            self.of_any_heads["every head"] = self._copy(heads=None)
+        return self.of_any_heads["every head"]
+
     def _renamed(self: E, heads: tuple[int, ...] | None) -> E:
         if self._has_head_axis():
             raise ReattendError(

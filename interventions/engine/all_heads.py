@@ -155,12 +155,7 @@ def is_alone(task: Task) -> bool:
 def alone(task: Task, _: object) -> Tensor:
     """The edits on all heads; those that have none keep the model's own numbers."""
     call = task.call
-    ((chosen, heads),) = ((chosen, heads) for chosen, heads in task.groups.items() if chosen)
-    edits = []
-    for edit in (task.edits[i] for i in chosen):
-        named = edit.heads or heads
-        # what the others are given as values is not looked at
-        edits.append(edit.at_heads([named.index(head) if head in named else 0 for head in range(call.num_heads)]))
+    edits = [edit.on_every_head(call.num_heads) for edit in task.edits]
     return with_untouched(task, task.compute(Group(call, list(range(call.num_heads)), edits)))
 
 

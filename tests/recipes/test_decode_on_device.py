@@ -1,31 +1,56 @@
 """What a decode step of every method costs an accelerator: nothing that it would wait for, and how many launches more.
 
 On the accelerator that does not exist (`simulated_device`): once a prompt is read and one token written, steps ask it nothing and send it
-nothing, and their numbers are those of the CPU. `pytest -s` prints what each method adds, as docs/performance.md has it.
+nothing, and their numbers are those of the CPU. `pytest -s` prints a line for each method: launches that a step has more in each layer that
+is changed, launches that reading the prompt has more, then what is asked and sent while the prompt is read, and in the first step.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 from matrix_models import Case, cases
+from reattend.hooks import sites
 from reattend.hooks.trackers.caches import cache_name, cache_of
-from simulated_device import DEVICE, SimulatedDevice
+from simulated_device import DEVICE, SimulatedDevice, with_kernels_of_cuda
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:var. no first token is a sink"),
     pytest.mark.filterwarnings("ignore:the borders of the segments"),
 ]
 
-# Launches that a step may have more than the untouched model: per layer (for edits of all heads, and with a list of heads), and once.
+# Launches that a step may have more than the untouched model: per layer that is changed (by edits of all heads, of a list of heads), and
+# once. Counted with one prompt; beside other prompts, a mask, windows and rows of the batch that nobody names take more.
 ALL_HEADS, SOME_HEADS, ONCE = 3, 6, 4
-# Methods that take more per layer by what they are, and how many; of two passes one is the untouched model's over again.
+# Methods that take more per layer, by what they are.
 SECOND = "a second pass of the whole model"
-WHOLE = "rows are changed by what they hold, so they are written out"
-MORE: dict[str, tuple[int, str]] = {}
+WHOLE = "what a row holds decides how it changes, so it is written out"
+LISTS = "every layer has columns or factors of its own, which are listed at each step"
+MORE = {
+    "act": (11, LISTS),
+    "act, threshold by length": (11, LISTS),
+    "act, columns of four rows": (11, LISTS),
+    "act, official": (11, LISTS),
+    "retrieval-heads, sink_down": (11, LISTS),
+    "block-topk": (20, "each step scores all blocks and gathers the best"),
+    "pine": (32, "each row ranks the segments and meets each of them at a distance of its own"),
+    "spa": (48, SECOND),
+    "spa, images": (48, SECOND),
+    "pai": (69, f"{SECOND}; {WHOLE}"),
+    "pai, attention part": (8, WHOLE),
+    "selective-emphasis": (8, WHOLE),
+    "var": (19, WHOLE),
+    "gift": (24, WHOLE),
+    "gift, from a probe": (24, WHOLE),
+    "cmai": (64, f"{WHOLE}, and looked at before"),
+    "cmai, own layer": (55, f"{WHOLE}, and looked at before"),
+    "opera": (99, "every candidate is tried in a pass of its own"),
+}
 
 
 def steps(case: Case, rows: list[int], device: SimulatedDevice, there: bool) -> tuple[torch.Tensor, list[SimulatedDevice]]:
@@ -66,14 +91,73 @@ def on_device(kind: str, model: str):
         return copy.deepcopy(case.model).to(DEVICE)
 
 
+PLACES = [*cases("operations", llm=["Llama"], lvlm=["llava"])]
+FURTHER = [
+    pytest.param(*one.values, id=one.id, marks=[*one.marks, pytest.mark.matrix]) for one in cases("operations", llm=["Gemma3"])
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
-@pytest.mark.parametrize(("name", "model", "kind"), cases("operations", llm=["Llama", "Gemma3"], lvlm=["llava"]))
-def test_a_step_asks_an_accelerator_nothing(name, model, kind, batch):
+@pytest.mark.parametrize(("name", "model", "kind"), PLACES)
+def test_a_step_asks_an_accelerator_nothing_and_launches_little(name, model, kind, monkeypatch):
     case = Case(name, model, kind)
     if case.example.refusal(model):
         return
-    rows = list(case.models.rows) if batch else [0]
+    found = asked_of_device(case, model, kind, [0], monkeypatch)
+    allowed, _ = MORE.get(name) or (SOME_HEADS if has_heads(case) else ALL_HEADS, "")
+    assert found.more <= allowed * found.layers + ONCE, found.launches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "model", "kind"), [*(pytest.param(*one.values, id=one.id, marks=[pytest.mark.matrix]) for one in PLACES), *FURTHER]
+)
+def test_with_rows_that_differ_too(name, model, kind, monkeypatch):
+    """Prompts of other lengths, padded on the left, some without a passage or an image; a window."""
+    case = Case(name, model, kind)
+    if not case.example.refusal(model):
+        asked_of_device(case, model, kind, list(case.models.rows), monkeypatch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["instaboost", "emphasise", "streaming", "spotlight"])
+def test_generate_asks_once_per_prompt(name, cache, monkeypatch):
+    """The whole loop of generate: what reattend asks does not grow with the answer."""
+    with_kernels_of_cuda(monkeypatch)
+    case = Case(name, "Llama", "llm")
+    how = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    with case.apply():
+        wanted = case.generate(new=6, **how)
+    inputs = {key: value.to("cpu") for key, value in case.inputs().items()}
+    with SimulatedDevice() as device:
+        case.model = on_device("llm", "Llama")
+        monkeypatch.setattr(case, "inputs", lambda rows=None: {key: value.to(DEVICE) for key, value in inputs.items()})
+        asked = []
+        with case.apply():
+            for new in (3, 6):
+                device.clear()
+                tokens, logits = case.generate(new=new, **how)
+                asked.append((device.ours("questions"), device.ours("copies")))
+    assert torch.equal(tokens.cpu(), wanted[0])
+    torch.testing.assert_close(logits.cpu(), wanted[1], atol=2e-5, rtol=1e-4)
+    assert sum(asked[0][0].values()) >= sum(asked[1][0].values()), asked
+    assert sum(asked[0][1].values()) >= sum(asked[1][1].values()), asked
+
+
+@dataclass
+class Found:
+    """What a step launches more than without the method, in how many layers it acts, and which launches these are."""
+
+    more: int
+    layers: int
+    launches: Counter[str]
+
+
+def asked_of_device(case: Case, model: str, kind: str, rows: list[int], monkeypatch) -> Found:
+    """Runs prompt and steps there and on the CPU, prints what they cost and compares their numbers."""
+    with_kernels_of_cuda(monkeypatch)
+    plain = untouched(kind, model, tuple(rows))
     with SimulatedDevice() as device:
         with case.apply(rows):
             wanted, _ = steps(case, rows, device, False)
@@ -81,22 +165,23 @@ def test_a_step_asks_an_accelerator_nothing(name, model, kind, batch):
         with case.apply(rows) as session:
             found, seen = steps(case, rows, device, True)
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
-    layers = len({site for counts in session.stats.values() for site in counts if site != "logits"}) or 4
-    plain = untouched(kind, model, tuple(rows))
-    more, once = divmod(max(0, seen[2].total - plain[2]), layers)
-    asked = [sum(one.ours(told).values()) for one in (seen[0], seen[1]) for told in ("questions", "copies")]
-    print(
-        f"\n| {name} | {model}{', batch' if batch else ''} | {(seen[2].total - plain[2]) / layers:.1f} | {seen[0].total - plain[0]} "
-        f"| {asked[0]} | {asked[1]} | {asked[2]} | {asked[3]} |",
-        end="",
+    attention = {site.name for site in sites(case.model).stack("decoder").kind("self")}
+    acted = {name for counts in session.stats.values() for name in counts}
+    layers = len(acted & attention or attention)  # logits follow from all of them
+    more = seen[2].total - plain[2]
+    asked = [sum(one.ours(told).values()) for one in seen[:2] for told in ("questions", "copies")]
+    cells = (
+        case.label,
+        model,
+        len(rows),
+        f"{more / layers:.1f}",
+        seen[0].total - plain[0],
+        *asked,
+        MORE.get(case.label, (0, ""))[1],
     )
-    if model == "Llama" or kind == "lvlm":
-        allowed = limit(case) if not batch else float("inf")
-        assert more + (once > ONCE) <= allowed, dict(seen[2].launches)
+    print("\n" + " | ".join(map(str, cells)), end=" ")
+    return Found(more, layers, seen[2].launches)
 
 
-def limit(case: Case) -> float:
-    if case.label in MORE:
-        return MORE[case.label][0]
-    some = "heads" in case.example.parameters or case.example.profile is not None
-    return SOME_HEADS if some else ALL_HEADS
+def has_heads(case: Case) -> bool:
+    return "heads" in case.example.parameters or case.example.profile is not None

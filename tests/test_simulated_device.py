@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from reattend.hooks.trackers.caches import cache_name
 from simulated_device import DEVICE, SimulatedDevice
-from tiny_llama import IDS, tiny_llama
+from tiny_llama import IDS, session_of, tiny_llama
 from transformers import StaticCache
 
 
@@ -147,3 +147,20 @@ def test_whole_models_run_on_it(device, static):
     found = there.generate(IDS.to(DEVICE), **{cache_name(model): caches[1]}, **how)
     assert found.device == DEVICE and torch.equal(found.cpu(), wanted)
     torch.testing.assert_close(there(found).logits.cpu(), model(wanted).logits)
+
+
+@torch.no_grad()
+def test_a_static_cache_is_asked_for_its_length_until_it_is_known(device):
+    """It is held by the device; whoever changes it between two passes is noticed without a question."""
+    model = tiny_llama().to(DEVICE)
+    cache, ids = StaticCache(config=model.config, max_cache_len=30), IDS.to(DEVICE)
+    with session_of(model):
+        model(ids, **{cache_name(model): cache})
+        asked = []
+        for step in range(5):
+            device.clear()
+            if step == 3:
+                cache.crop(-1)
+            model(ids[:, :1], **{cache_name(model): cache})
+            asked.append(sum(device.ours("questions").values()))
+    assert asked == [1, 0, 0, 1, 1] and int(cache.get_seq_length()) == IDS.shape[1] + 4

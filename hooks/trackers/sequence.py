@@ -27,9 +27,10 @@ from ..sites.denoisers import controlnet_in, denoiser_in
 from ..sites.discovery import pretrained_root, unwrapped_model
 from ..tokens.images import join_images
 from ..tokens.roles import add_text_roles, build_roles
-from .caches import NAMES, cache_in, cache_length, cache_of, strange_cache, versions
+from .caches import NAMES, cache_in, cache_of, strange_cache, versions
 from .caller import Caller, caller, virtual_tokens
 from .known import came_from, is_followed, known_sequence, uncached_sequence, uncountable
+from .lengths import Lengths
 from .recomputed import parts
 from .rows import follow, unfollow
 
@@ -41,6 +42,7 @@ class SequenceTracker:
         self.host = host
         self.handles = Hooks()
         self.by_cache: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
+        self.lengths = Lengths()
         self.local = threading.local()
         model = unwrapped_model(host.model)
         # a denoiser and a ControlNet have no sequence: another tracker follows them
@@ -65,6 +67,7 @@ class SequenceTracker:
 
     def uninstall(self) -> None:
         self.handles.remove()
+        self.lengths = Lengths()
         self.local.stack = []
         unfollow(list(self.by_cache))
 
@@ -92,6 +95,7 @@ class SequenceTracker:
         self.local.stack, self.local.call = [], None
         sessions = self.host.begin()
         if not sessions:
+            self.lengths = Lengths()  # nobody notes what this pass makes of its cache
             return None
         if (torch.is_grad_enabled() or module.training) and parts():
             raise ReattendError(
@@ -133,6 +137,8 @@ class SequenceTracker:
             raise
         if forward is not None and forward.sequence is not None and forward.sequence.remembers and is_followed(cache):
             follow(cache, forward.sequence)
+        if forward is not None and forward.tokens is not None:
+            self.lengths.note(cache, forward.tokens.length)
         self.host.land(output)
         return changed
 
@@ -213,7 +219,7 @@ class SequenceTracker:
         if not batch or not width:
             raise ReattendError(f"the prompt is empty: {tuple(source.shape)} input tokens; give at least one token per row")
         cache = cache_in(given)
-        past = cache_length(cache)
+        past = self.lengths.of(cache)
         known = known_sequence(self.by_cache, cache, past, batch)
         if known is not None and width == 1 and past >= known.planned:
             who, drafts = NOBODY, 0

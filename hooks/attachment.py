@@ -39,9 +39,6 @@ class Attached(Steered, Protocol):
 
     attachment: Attachment | None
 
-    @property
-    def hooked(self) -> list[str]: ...
-
     def check(self, facts: Facts, beside: Sequence[Any]) -> None: ...
 
     def install(self, host: Attachment) -> None: ...
@@ -88,6 +85,8 @@ class Attachment:
             route.install(session)
         if session.hooked and inside(parts.values()):
             run_uncompiled(session, "the model", session.hooked)
+        elif session.prompt_hooked and inside(parts.values(), steps=False):
+            run_uncompiled(session, "the model", session.prompt_hooked)
         self.sessions = [*self.sessions, session]
 
     def discard(self, session: Attached) -> bool:

@@ -36,9 +36,10 @@ class Handles:
         """A hook before a module: function(module, args) or function(module, args, kwargs)."""
         self.hooks.before(module, function, kwargs=kwargs)
 
-    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
-        """A hook after a module: function(module, args, output); after an error with output None. first: before the hooks of others."""
-        self.hooks.after(module, function, first=first)
+    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, prompts: bool = False) -> None:
+        """A hook after a module: function(module, args, output); after an error with output None. first: before the hooks of others.
+        prompts: it has nothing to do in a step of decoding, so that steps may run compiled."""
+        self.hooks.after(module, function, first=first, prompts=prompts)
 
     def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """In the place of a module's forward: function(forward before, args, kwargs) -> output."""

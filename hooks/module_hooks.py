@@ -14,6 +14,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo.decorators import skip
 from torch.utils.hooks import RemovableHandle
@@ -82,6 +83,13 @@ class _AtTheEnd:
 
     def __reduce__(self) -> Any:
         return weakref.finalize, (OrderedDict(), RemovableHandle.remove, self.handle)
+
+
+class PromptHook(Hook):
+    """A hook that has nothing to do in a step of decoding. Under one no other pass runs compiled: graphs leave it out."""
+
+    def __call__(self, *given: Any) -> Any:
+        return None if torch.compiler.is_dynamo_compiling() else super().__call__(*given)
 
 
 # A compiled graph ends before a hook: what comes after it is decided there. The compiler is not asked again at every call, as it is
@@ -156,13 +164,29 @@ class Hooks:
         """function(module, args) or function(module, args, kwargs)."""
         self._add(module, function, after=False, kwargs=kwargs, compiled=compiled)
 
-    def after(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, compiled: bool = False) -> None:
-        """function(module, args, output); after an error that is no BaseException too, with output None. first: before other hooks."""
-        self._add(module, function, after=True, first=first, compiled=compiled)
+    def after(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        first: bool = False,
+        compiled: bool = False,
+        prompts: bool = False,
+    ) -> None:
+        """function(module, args, output); after an error that is no BaseException too, with output None. first: before other hooks.
+        prompts: it has nothing to do in a step of decoding."""
+        self._add(module, function, PromptHook if prompts else Hook, after=True, first=first, compiled=compiled or prompts)
 
-    def _add(self, module: nn.Module, function: Callable[..., Any], *, after: bool, **options: bool) -> None:
+    @property
+    def prompts_alone(self) -> bool:
+        """Whether none of them has anything to do in a step of decoding."""
+        return all(isinstance(hook, PromptHook) for hook in self.all)
+
+    def _add(
+        self, module: nn.Module, function: Callable[..., Any], kind: type[Hook] = Hook, *, after: bool, **options: bool
+    ) -> None:
         # noted before it is put on: an interrupt in between must not lose it
-        hook = Hook.__new__(Hook)
+        hook = kind.__new__(kind)
         hook.module, hook.after = module, after
         self.all.append(hook)
         hook.__init__(module, function, after=after, recipe=self.recipe, **options)

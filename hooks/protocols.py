@@ -22,6 +22,9 @@ class Steered(Protocol):
     mark: Any
     counts: dict[str, Counter[str]]
     ended: bool
+    # recipes whose steps have hooks on modules, and those whose hooks have nothing to do in steps of decoding
+    hooked: list[str]
+    prompt_hooked: list[str]
 
     @property
     def model(self) -> Any: ...

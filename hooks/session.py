@@ -62,6 +62,9 @@ class Session:
     def _drop(self) -> None:
         """Nothing is installed."""
         self._recipe = ""
+        # recipes whose steps have hooks on modules, and those whose hooks have nothing to do in steps of decoding
+        self.hooked: list[str] = []
+        self.prompt_hooked: list[str] = []
         self.installed: list[Handles] = []
         self.actions: list[Action] = []
         self._sites: dict[int, Site] = {}
@@ -112,6 +115,12 @@ class Session:
                 self._sites[id(module)] = site
                 self._readers.setdefault(id(module), []).append(reader)
         self.modules = {id(module) for _, module in self.acted}
+        for one in self.installed:
+            if one.hooks:
+                (self.prompt_hooked if one.hooks.prompts_alone else self.hooked).append(one.hooks.recipe)
+        for inner in self.nested:
+            self.hooked += inner.hooked
+            self.prompt_hooked += inner.prompt_hooked
         self.decoder_modules = {
             key for key, site in self._sites.items() if site.route == "attention_interface" and site.stack == "decoder"
         }
@@ -148,12 +157,6 @@ class Session:
     def nested(self) -> list[Session]:
         """The sessions of steps that run passes of their own."""
         return [inner for one in self.installed for inner in one.nested]
-
-    @property
-    def hooked(self) -> list[str]:
-        """The recipes whose steps have hooks on modules."""
-        own = [one.hooks.recipe for one in self.installed if one.hooks]
-        return [*own, *(recipe for inner in self.nested for recipe in inner.hooked)]
 
     @property
     def acted(self) -> list[tuple[Site, nn.Module]]:

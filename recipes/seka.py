@@ -187,11 +187,11 @@ class SEKA(Marked):
             stretch = self.adapting(profile, entry) if self.adaptive else self.fixed(profile, entry)
             if stretch is not None:
                 here = chosen.where(lambda s, site=site: s is site)
-                steps.append(Projection(here, functools.partial(self.edit, role, stretch), of=self.read))
+                steps.append(Projection(here, functools.partial(self.edit, role, stretch), of=self.read, prompts=True))
         return steps
 
     def edit(self, role: str, stretch: Any, seen: Projected) -> ProjectKey | None:
-        """k += (change of k) on the marked tokens of this pass; nothing where there is none, so nothing at decode."""
+        """k += (change of k) on the marked tokens of this pass of a prompt; nothing where there is none."""
         rows = marked_rows(role, seen) if seen.which == "key" else None
         return None if rows is None else stretch(rows, seen)
 

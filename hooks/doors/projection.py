@@ -107,8 +107,9 @@ class Projection(Step):
     of: which of "query", "key" and "value" it is called for, each when it is projected, in the model's order (where
     queries and keys have norms, values are mostly the first).
     reader(Projected): read-only, after all edits of the sessions before. A step has one of the two. normed: after the norms that the model
-    puts on queries and keys before RoPE, else before them. label: its name in the session's counters, for an edit. Raises
-    ReattendError for both functions or neither, and for an `of` that names nothing.
+    puts on queries and keys before RoPE, else before them. prompts: not in steps of decoding, which then run compiled where the model is.
+    label: its name in the session's counters, for an edit. Raises ReattendError for both functions or neither, and for an `of` that names
+    nothing.
     """
 
     sites: SiteTable
@@ -117,6 +118,7 @@ class Projection(Step):
     label: str = ""
     of: Sequence[str] = ("key",)
     normed: bool = True
+    prompts: bool = False
     # what its hooks are on: known once the model is
     hooked: list[Hooked] = field(init=False, repr=False, default_factory=list)
 
@@ -143,7 +145,8 @@ class Projection(Step):
         waiting: dict[tuple[str, bool], Waiting] = {}
         for one in self.hooked:
             together = waiting.setdefault((one.site.name, one.added), Waiting(len(self.of)))
-            handles.after(one.module, self._at(host, session, plan, one.site, one.which, one.added, together))
+            function = self._at(host, session, plan, one.site, one.which, one.added, together)
+            handles.after(one.module, function, prompts=self.prompts)
         return handles
 
     def _at(
@@ -153,6 +156,8 @@ class Projection(Step):
             if output is None or session not in host.active():
                 return None
             forward = host.current()
+            if self.prompts and forward.clock.phase == "decode":
+                return None
             version = version_of(output)
             split = Split(output, args, site, heads_of(site, which))
             known = waiting.met(forward, which, split.states)

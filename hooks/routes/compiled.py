@@ -6,6 +6,7 @@ first hook that runs in it: `Uncompiled` then lets the rest of that very call ru
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -21,21 +22,26 @@ from ..trackers.in_flight import lifecycle
 # who wants compiled models to run uncompiled, and torch's switch, which is one for the whole process
 _users: set[int] = set()
 _stance: list[Any] = []
+# around: the hook that a thread is in
+_thread = threading.local()
 
 
-def inside(roots: Iterable[nn.Module]) -> bool:
-    """Whether one of these modules, or one inside, was compiled in one of the ways that can be seen from outside."""
-    return any(_is_compiled(module) for root in roots for module in root.modules())
+def inside(roots: Iterable[nn.Module], *, steps: bool = True) -> bool:
+    """Whether one of these modules, or one inside, was compiled in one of the ways that can be seen from outside.
+
+    steps: generate's own compilation too, which is of steps of decoding alone.
+    """
+    return any(_is_compiled(module, steps) for root in roots for module in root.modules())
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _is_compiled(module: nn.Module, steps: bool) -> bool:
     """torch.compile(module), module.compile(), module.forward = torch.compile(module.forward), and generate with a static cache."""
     own = vars(module)
     return (
         "_orig_mod" in module._modules
         or module._compiled_call_impl is not None
         or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
-        or own.get("_compiled_call") is not None
+        or (steps and own.get("_compiled_call") is not None)
     )
 
 
@@ -57,7 +63,10 @@ def run_uncompiled(user: Any, what: str, recipes: Iterable[str]) -> None:
 
 
 class Uncompiled:
-    """Around a hook that torch.compile's code calls: nothing inside is compiled, nor (rest) what comes after it in that call."""
+    """Around a hook that torch.compile's code calls: nothing inside is compiled, nor (rest) what comes after it in that call.
+
+    Without `rest` the hook itself may decide that (`rest_as_written`).
+    """
 
     def __init__(self, user: Any, recipe: str, rest: bool = True) -> None:
         self.user, self.recipe, self.rest = user, recipe, rest
@@ -68,9 +77,24 @@ class Uncompiled:
         if self.rest and self.compiler is not None and self.compiler is not False:
             self.compiler = None
             run_uncompiled(self.user, "the model", [self.recipe])
+        elif not self.rest:
+            self.outer, _thread.around = getattr(_thread, "around", None), self
 
     def __exit__(self, *error: Any) -> None:
+        if not self.rest:
+            _thread.around = self.outer
         set_eval_frame(self.compiler)
+
+
+def called_compiled() -> bool:
+    """Whether compiled code has called the hook that this thread is in."""
+    around = getattr(_thread, "around", None)
+    return around is not None and around.compiler is not None and around.compiler is not False
+
+
+def rest_as_written() -> None:
+    """Lets what comes after this hook in a compiled call run as it is written."""
+    _thread.around.compiler = None
 
 
 # no frame of its own is one to compile

@@ -23,6 +23,7 @@ from ..host import Host
 from ..module_hooks import Hooks
 from ..passes import OUTSIDE, Forward, Running, Sequence
 from ..protocols import Steered
+from ..routes.compiled import called_compiled, inside, rest_as_written, run_uncompiled
 from ..sites.denoisers import controlnet_in, denoiser_in
 from ..sites.discovery import pretrained_root, unwrapped_model
 from ..tokens.images import join_images
@@ -112,9 +113,22 @@ class SequenceTracker:
             return forward
 
         changed = call.enter(read)
+        self._let_hooks_run(sessions)
         if call.actions:
             self.local.call = call
         return changed
+
+    def _let_hooks_run(self, sessions: list[Steered]) -> None:
+        """In compiled code no hook runs that was put on after it was made: where this pass has such hooks, it runs as it is written."""
+        for session in sessions:
+            if session.hooked and called_compiled():
+                run_uncompiled(session, "the model", session.hooked)
+                rest_as_written()
+            elif session.prompt_hooked and self.current().clock.phase != "decode":
+                if called_compiled():
+                    rest_as_written()
+                elif self.root is not None and inside([self.root], steps=False):
+                    run_uncompiled(session, "the model", session.prompt_hooked)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self.probing() is not None:

@@ -255,8 +255,14 @@ def test_isolated_sessions_of_threads_on_one_compiled_model() -> None:
 # -- where the graph ends ----------------------------------------------------------------------------------------------
 
 
+def one_layer() -> Any:
+    config = tiny_llama().config
+    config.num_hidden_layers = 1
+    return tiny_llama(config)
+
+
 def test_gradients_flow_where_they_are_wanted() -> None:
-    model = tiny_llama()
+    model = one_layer()
     with torch.enable_grad(), session_of(model, drop_first):
         model(IDS).logits.square().sum().backward()
         wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -267,12 +273,12 @@ def test_gradients_flow_where_they_are_wanted() -> None:
 
 
 def test_weights_of_eager_attention_are_returned_where_they_are_asked_for() -> None:
-    model, graphs = tiny_llama(), Graphs()
+    model, graphs = one_layer(), Graphs()
     model.set_attn_implementation("eager")
     with session_of(model, drop_first):
         step, wanted = torch.compile(model, backend=graphs), model(IDS)
         torch.testing.assert_close(step(IDS).logits, wanted.logits, atol=1e-4, rtol=0)
-        assert graphs.new() == [[EDITED] * 3]
+        assert graphs.new() == [[EDITED]]
         wanted = model(IDS, output_attentions=True)
         found = step(IDS, output_attentions=True)
         torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=0)
@@ -333,3 +339,61 @@ def test_the_warning_names_the_recipe_that_has_hooks_inside() -> None:
         decode(model, step, count=2)
     assert seen == [0, 1, 2] * 3
     assert reattend.sites(model)[0].name in session.stats["edits"]
+
+
+def test_hooks_put_on_inside_code_that_was_compiled_from_outside_run() -> None:
+    """Nothing on the model shows that it is compiled: the hook before it is called by compiled code, and tells."""
+    from reattend.hooks import Observe
+
+    model, seen = tiny_llama(), list[int]()
+    step = wrapped(model, "eager")
+    plain = decode(model, step)
+    plans = [Plan("looks", [Observe(sites(model), lambda o: seen.append(o.site.layer))])]
+    with (
+        pytest.warns(ReattendWarning, match="hooks of recipe 'looks': compiled models run uncompiled") as said,
+        attach(model, plans),
+    ):
+        decode(model, step)
+    assert len(said) == 1 and seen == [0, 1, 2] * 4
+    torch.testing.assert_close(decode(model, step), plain)
+    assert seen == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize("way", [wrapped, call, forward])
+def test_hooks_of_prompts_leave_steps_compiled(way: Any, warm: bool) -> None:
+    """Passes of prompts run as they are written, also where the model is compiled whole; steps stay compiled where they are alone."""
+    from reattend.hooks import Projection
+
+    model, graphs, seen = tiny_llama(), Graphs(), list[str]()
+
+    def double(projected: Any) -> Tensor:
+        seen.append(projected.clock.phase)
+        return projected.states * 2
+
+    def prompts_alone() -> Any:
+        return attach(model, [Plan("doubles", [Projection(sites(model), double, prompts=True)])])
+
+    plain = decode(model)
+    with prompts_alone():
+        wanted = decode(model)
+    assert seen == ["prefill"] * 3 and not torch.allclose(wanted, plain)
+    if warm:
+        step = way(model, graphs)
+        decode(model, step)
+        graphs.new()
+    with warnings.catch_warnings():
+        # where it shows that more than steps is compiled, all of it runs as it is written
+        warnings.simplefilter("ignore" if way is forward else "error", ReattendWarning)
+        with prompts_alone():
+            if not warm:
+                step = way(model, graphs)
+            torch.testing.assert_close(decode(model, step), wanted, atol=1e-4, rtol=0)
+            assert seen == ["prefill"] * 6
+            assert len(graphs.new()) == (0 if warm or way is forward else 1)
+            if way is not forward:
+                # the prompt too through compiled code
+                cache = StaticCache(config=model.config, max_cache_len=32)
+                torch.testing.assert_close(step(IDS, cache=cache).logits[:, -1:], wanted[0], atol=1e-4, rtol=0)
+                assert seen == ["prefill"] * 9
+    torch.testing.assert_close(decode(model, step), plain)

@@ -11,8 +11,8 @@ that hiding the tokens from them would give.
 
 Costs: less than the untouched model: the layers after the exit compute and keep fewer tokens; each pass indexes its hidden states once.
 
-Refuses: types of language models whose layers were not tested with it, sliding windows, sites that are not all layers from one on, other
-steps at these sites, and a cache that was filled under another session.
+Refuses: types of language models whose layers were not tested with it, sliding windows, flash attention's own functions, sites that are not
+all layers from one on, other steps at these sites, and a cache that was filled under another session.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, sites_misfit
+from ..routes.implementations import REMEDY as ON_SDPA
+from ..routes.implementations import is_told_little
 from ..sites.discovery import layer_module
 from ..sites.table import SiteTable
 from ..tokens.merging import Passing
@@ -67,6 +69,7 @@ class Exit(Step):
             or sites_misfit(self.sites)
             or token_exit_misfit(self.sites)
             or _gaps(self.sites, facts.table)
+            or _without_masks(self.sites)
         )
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
@@ -284,6 +287,12 @@ def _shortened(name: str, value: Any, now: Shortened, site: Site) -> Any:
     if isinstance(value, Tensor) and value.dim() > 1 and now.length in value.shape:
         raise UnsupportedError(f"the layer of {site.name} takes {name!r} per token, which tokens cannot leave yet")
     return value
+
+
+def _without_masks(sites: SiteTable) -> str:
+    """Why tokens cannot leave these layers, or "": flash attention takes tokens with gaps between their positions for several sequences."""
+    hit = next((site.name for site in sites if is_told_little(sites.module(site))), "")
+    return f"tokens cannot leave before {hit}, whose attention takes no whole masks: {ON_SDPA}" if hit else ""
 
 
 def _taken(value: Tensor, index: Tensor, axis: int) -> Tensor:

@@ -27,7 +27,8 @@ from ..steering import acting_at, edits_of
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
 from .graphs import acts_in, plans, traced
-from .names import NO_PAGES, SUPPORTED, Name, Switched, configs, original_name, plain, register, release
+from .implementations import PACKED, WITH_MASKS, flash_call, from_outside, is_served, packs
+from .names import NO_PAGES, Name, Switched, configs, original_name, plain, register, release
 
 # the attachments of all models that a module belongs to, by its id
 _owners: dict[int, list[Host]] = {}
@@ -47,7 +48,9 @@ class InterfaceRoute:
         """Switches the configs of the sites that this session edits. Raises UnsupportedError for kernels that cannot be edited."""
         modules: list[tuple[Site, Any]] = [pair for pair in session.acted if pair[0].route == "attention_interface"]
         for site, module in modules:
-            original_name(site, module.config)
+            name = original_name(site, module.config)
+            if name not in WITH_MASKS and packs(module):
+                raise UnsupportedError(f"{site.name} runs attention implementation {name!r}: {PACKED}")
         with lifecycle:
             self.sessions = [*self.sessions, session]
             for site, module in modules:
@@ -116,7 +119,7 @@ class InterfaceRoute:
             return
         with lifecycle:
             now = plain(entry.config._attn_implementation_internal or "eager")
-            entry.left_for = None if now in SUPPORTED else now
+            entry.left_for = None if is_served(now) else now
             if entry.left_for is not None:
                 warnings.warn(
                     f"{site.name} was switched to attention implementation {now!r} inside a session, which cannot be edited: recipes "
@@ -251,7 +254,7 @@ def _lookup(name: str, cls: type) -> Any:
     home = sys.modules[_forward_of(cls).__module__]
     interface = getattr(home, "ALL_ATTENTION_FUNCTIONS", None)
     if interface is not None and name in interface:
-        return interface[name]
+        return from_outside(name, interface[name])
     if name == "eager":
         used = source_of(cls.forward).order  # type: ignore[attr-defined]
         for candidate in [n for n in used if n.endswith("eager_attention_forward")]:
@@ -300,12 +303,13 @@ def _edited(
             forward.locate_merged(call, site)
         call.rotation = functools.partial(rotary_at, owner.model, owner.rotary, site, module, kwargs)
         if site.stack == "decoder" and site.kind == "self" and (forward.buffered or call.tokens is None):
-            call.keep_columns(filled_columns(query, key, mask, call.tokens, forward.buffered))
-            if call.mask is not None and kwargs.get("position_bias") is None:
+            call.keep_columns(filled_columns(call.query, call.key, call.mask, call.tokens, forward.buffered))
+            if call.mask is not None and name in WITH_MASKS and kwargs.get("position_bias") is None:
                 forward.share_mask(call, mask)
         return forward
 
-    call = _call(name, module, query, key, value, mask, kwargs)
+    make = _call if name in WITH_MASKS else flash_call
+    call = make(name, module, query, key, value, mask, kwargs)
     call.original = run
     edits = edits_of(acting, module, call, place)
     if not edits and not call.then:

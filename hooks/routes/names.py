@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ...interventions import ReattendError, Site, UnsupportedError
+from .implementations import REMEDY, is_served
 
 PREFIX = "reattend_"
 OURS = re.compile(rf"^{PREFIX}\d+_")
-SUPPORTED = ("sdpa", "eager")
 NO_PAGES = "paged caches (continuous batching) are not supported; use generate() with an ordinary cache"
 
 CONTINUOUS_BATCHING = "transformers.generation.continuous_batching"
@@ -77,11 +77,8 @@ def original_name(site: Site, config: Any) -> str:
 
 
 def _supported(site: Site, name: str) -> str:
-    if name not in SUPPORTED:
-        raise UnsupportedError(
-            f"{site.name} runs attention implementation {name!r}, which returns no statistics to edit: call "
-            f'model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
-        )
+    if not is_served(name):
+        raise UnsupportedError(f"{site.name} runs attention implementation {name!r}, whose calls cannot be edited: {REMEDY}")
     return name
 
 

@@ -16,6 +16,7 @@ EXAMPLES = {
             **IN_THE_SEQUENCE,
             "gemma3": 'is not tested for language models of type .gemma3_text.*pass mode="hide"',
             "windowed mistral3": "has layers with a sliding window, whose caches keep keys by number",
+            "flash": "tokens cannot leave before model.*takes no whole masks",
             "heads": "has taken tokens out of the sequence",
             "together": "has taken tokens out of the sequence",
             **{f"llava, {cache}": FIXED for cache in ("static", "static, longer", "quantised")},

@@ -1,0 +1,143 @@
+"""transformers' attention implementations beside sdpa and eager: flash attention 2, 3 and 4, and flash kernels from the Hub.
+
+They are called with [B, H, T, D] as all are, and turn that themselves; what they are told of masks is less: causality, a window, and which
+columns are padding. A call is read from these, as flash attention reads them, so that edits run on our own kernels beside the user's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...interventions import Call, ReattendError
+
+# those that are given the whole mask
+WITH_MASKS = ("sdpa", "eager")
+REMEDY = 'call model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
+PACKED = f"several sequences are packed in one row, which cannot be edited: {REMEDY}"
+
+# position ids of a pass -> (their version, whether they begin anew inside)
+_restarts: Any = WeakTensorKeyDictionary()
+
+
+def is_served(name: str) -> bool:
+    """Whether calls of an implementation can be edited."""
+    return name in WITH_MASKS or is_flash(name)
+
+
+def is_flash(name: str) -> bool:
+    """Whether an implementation is called as flash attention is: by its name, as transformers tells it, and by the masks it asks for."""
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    mask = AttentionMaskInterface._global_mapping.get(name)
+    return "flash" in name and "|" not in name and mask is flash_attention_mask
+
+
+def is_told_little(module: nn.Module) -> bool:
+    """Whether a module's attention is told of masks only which columns are padding."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return name is not None and "flash" in name
+
+
+def packs(module: nn.Module) -> bool:
+    """Whether a module packs images of different sizes in one row, where flash attention is told where each begins."""
+    return "cu_seqlens" in inspect.signature(type(module).forward).parameters
+
+
+class Outside:
+    """An object that reads as another one, but for what is set on it."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+
+def from_outside(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an implementation, called with a module whose config names it: it looks its kernel up by that name, not by ours."""
+    return function if name in WITH_MASKS else functools.partial(_from_outside, name, function)
+
+
+def _from_outside(name: str, function: Callable[..., Any], module: nn.Module, *states: Any, **kwargs: Any) -> Any:
+    seen = Outside(module)
+    seen.config = Outside(module.config)
+    seen.config._attn_implementation = name
+    return function(seen, *states, **kwargs)
+
+
+def flash_call(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Call:
+    """The call of a flash implementation; mask: None or [B, Tk], 1 where a column is no padding.
+
+    Raises ReattendError for sequences packed in one row, and for masks of another form.
+    """
+    who = f"{type(module).__name__} under {name!r}"
+    if _is_packed(kwargs, mask, query):
+        raise ReattendError(f"{who}: {PACKED}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise ReattendError(
+            f"{who}: expected a mask [batch, keys] or none, got {getattr(mask, 'shape', type(mask).__name__)}: {REMEDY}"
+        )
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    query, key, value = _in_half_precision(module, query, key, value)
+    if mask is not None:
+        # a static cache's buffer is longer than what it holds
+        mask = mask.bool()
+        key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+    seen = None if mask is None else mask[:, None, None]
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        near = _in_window(mask, window, causal, query.shape[2], key.shape[2], query.device)
+        seen = near if seen is None else seen & near
+    sinks = kwargs.get("s_aux")
+    return Call(
+        query, key, value, seen, causal, kwargs.get("scaling"), softcap=kwargs.get("softcap"),
+        sinks=None if sinks is None else sinks.to(query.dtype), original_is_sdpa=False,
+    )  # fmt: skip
+
+
+def _in_window(mask: Tensor | None, window: int, causal: bool, rows: int, keys: int, device: torch.device) -> Tensor:
+    """Bool [B or 1, 1, Tq, Tk]: the keys less than `window` tokens from a row, before it or on both sides. Padding is no token."""
+    at = torch.arange(keys, device=device)[None] if mask is None else mask.cumsum(dim=1)
+    row, column = at[:, -rows:, None], at[:, None, :]
+    near = column > row - window
+    return (near if causal else near & (column < row + window))[:, None]
+
+
+def _in_half_precision(module: nn.Module, *states: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the dtype that flash attention casts them to where they come in float32: under autocast, and with PEFT's norms."""
+    if states[0].dtype != torch.float32:
+        return states
+    from transformers.integrations.flash_attention import get_target_dtype
+
+    dtype = get_target_dtype(states[0], module)
+    return tuple(x.to(dtype) for x in states)
+
+
+def _is_packed(kwargs: dict[str, Any], mask: Any, query: Tensor) -> bool:
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+        return True
+    positions = kwargs.get("position_ids")
+    if (
+        mask is not None
+        or query.shape[0] != 1
+        or query.shape[2] == 1
+        or not isinstance(positions, Tensor)
+        or positions.dim() != 2
+    ):
+        return False
+    # asked once a pass: all layers are given the same tensor
+    version = 0 if positions.is_inference() else positions._version
+    known = _restarts.get(positions)
+    if known is None or known[0] != version:
+        known = _restarts[positions] = version, int((positions == positions.min()).sum()) > 1
+    return known[1]

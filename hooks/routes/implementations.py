@@ -1,13 +1,15 @@
-"""transformers' attention implementations beside sdpa and eager: flash attention 2, 3 and 4, and flash kernels from the Hub.
+"""transformers' attention implementations beside sdpa and eager: flash attention 2, 3 and 4, flash kernels from the Hub, flex attention.
 
-They are called with [B, H, T, D] as all are, and turn that themselves; what they are told of masks is less: causality, a window, and which
-columns are padding. A call is read from these, as flash attention reads them, so that edits run on our own kernels beside the user's.
+They are called with [B, H, T, D] as all are, but with masks of their own form: flash attention is told of causality, a window, and which
+columns are padding; flex attention gets a function of query and key, compressed to blocks. A call is read from these as they read it, so
+that edits run on our own kernels beside the user's.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +21,19 @@ from ...interventions import Call, ReattendError
 
 # those that are given the whole mask
 WITH_MASKS = ("sdpa", "eager")
+FLEX = "flex_attention"
 REMEDY = 'call model.set_attn_implementation("sdpa") first (on a GPU it uses flash kernels too)'
 PACKED = f"several sequences are packed in one row, which cannot be edited: {REMEDY}"
 
+# block masks, which all layers of a pass share -> the same as tensors
+_dense: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
 # position ids of a pass -> (their version, whether they begin anew inside)
 _restarts: Any = WeakTensorKeyDictionary()
 
 
 def is_served(name: str) -> bool:
     """Whether calls of an implementation can be edited."""
-    return name in WITH_MASKS or is_flash(name)
+    return name in WITH_MASKS or name == FLEX or is_flash(name)
 
 
 def is_flash(name: str) -> bool:
@@ -45,9 +50,9 @@ def is_told_little(module: nn.Module) -> bool:
     return name is not None and "flash" in name
 
 
-def packs(module: nn.Module) -> bool:
-    """Whether a module packs images of different sizes in one row, where flash attention is told where each begins."""
-    return "cu_seqlens" in inspect.signature(type(module).forward).parameters
+def packs(name: str, module: nn.Module) -> bool:
+    """Whether a module packs images of different sizes in one row, of which flash attention alone is told where each begins."""
+    return is_flash(name) and "cu_seqlens" in inspect.signature(type(module).forward).parameters
 
 
 class Outside:
@@ -70,6 +75,40 @@ def _from_outside(name: str, function: Callable[..., Any], module: nn.Module, *s
     seen.config = Outside(module.config)
     seen.config._attn_implementation = name
     return function(seen, *states, **kwargs)
+
+
+def call_of(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:
+    """The call of an implementation that is not given whole masks. Raises ReattendError for what it cannot be read from."""
+    return (flex_call if name == FLEX else flash_call)(name, module, query, key, value, mask, kwargs)
+
+
+def flex_call(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Call:
+    """The call of flex attention; mask: None, a block mask, or numbers [B, 1, Tq, Tk] that are added to the scores."""
+    keys = key.shape[2]
+    if mask is not None:
+        mask = mask.to(query.dtype)[..., :keys] if isinstance(mask, Tensor) else _as_tensor(mask)[..., :keys]
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        bias = bias[..., :keys]
+        hidden = mask is not None and mask.dtype == torch.bool
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf")) if hidden else bias + mask
+    return Call(
+        query, key, value, mask, False, kwargs.get("scaling"), softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+        original_is_sdpa=False,
+    )  # fmt: skip
+
+
+def _as_tensor(block_mask: Any) -> Tensor:
+    """Bool [B, 1 or H, Tq, Tk]: a block mask, its blocks unfolded."""
+    if block_mask not in _dense:
+        from torch.nn.attention.flex_attention import create_mask
+
+        batch, heads = block_mask.kv_num_blocks.shape[:2]
+        device = block_mask.kv_num_blocks.device
+        _dense[block_mask] = create_mask(block_mask.mask_mod, batch, heads, *block_mask.seq_lengths, device=device)
+    return _dense[block_mask]
 
 
 def flash_call(

@@ -27,7 +27,7 @@ from ..steering import acting_at, edits_of
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
 from .graphs import acts_in, plans, traced
-from .implementations import PACKED, WITH_MASKS, flash_call, from_outside, is_served, packs
+from .implementations import PACKED, WITH_MASKS, call_of, from_outside, is_served, packs
 from .names import NO_PAGES, Name, Switched, configs, original_name, plain, register, release
 
 # the attachments of all models that a module belongs to, by its id
@@ -49,7 +49,7 @@ class InterfaceRoute:
         modules: list[tuple[Site, Any]] = [pair for pair in session.acted if pair[0].route == "attention_interface"]
         for site, module in modules:
             name = original_name(site, module.config)
-            if name not in WITH_MASKS and packs(module):
+            if packs(name, module):
                 raise UnsupportedError(f"{site.name} runs attention implementation {name!r}: {PACKED}")
         with lifecycle:
             self.sessions = [*self.sessions, session]
@@ -308,7 +308,7 @@ def _edited(
                 forward.share_mask(call, mask)
         return forward
 
-    make = _call if name in WITH_MASKS else flash_call
+    make = _call if name in WITH_MASKS else call_of
     call = make(name, module, query, key, value, mask, kwargs)
     call.original = run
     edits = edits_of(acting, module, call, place)

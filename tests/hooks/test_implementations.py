@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,13 @@ import reattend
 import torch
 from flash_kernels import Kernels, installed, under
 from reattend.hooks import Edits, Plan, attach
-from reattend.hooks.routes.implementations import flash_call, from_outside
+from reattend.hooks.routes.implementations import FLEX, flash_call, flex_call, from_outside
+from reattend.hooks.routes.interface import _lookup
 from reattend.interventions import Call, Gain, HeadGain, KeyBias, ReattendError, Transfer, UnsupportedError
 from tiny_llama import IDS, logits, session_of, tiny_llama, traces
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AutoModelForCausalLM, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 HUB = "kernels-community/flash-attn2"
@@ -217,6 +220,63 @@ def test_a_compiled_model(kernels: Kernels, name: str, some: bool) -> None:
     torch.testing.assert_close(logits(model), before)
 
 
+# -- flex attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Flex attention without its compiler: the masks are transformers' own, and attention on them is computed in float64."""
+    masks: list[Any] = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+        masks.append(attention_mask)
+        shared = query.shape[1] // key.shape[1]
+        q, k, v = query.double(), key.double().repeat_interleave(shared, 1), value.double().repeat_interleave(shared, 1)
+        scores = q @ k.transpose(-1, -2) * scaling
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        rows, columns = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+        mod = attention_mask.mask_mod
+        seen = [[[bool(mod(torch.tensor(b), torch.tensor(0), i, j)) for j in columns] for i in rows] for b in range(q.shape[0])]
+        scores = scores.masked_fill(~torch.tensor(seen)[:, None], float("-inf"))
+        return (scores.softmax(-1).nan_to_num() @ v).to(query.dtype).transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, FLEX, attention)
+    monkeypatch.setattr(masking_utils, "create_block_mask", functools.partial(_uncompiled, masking_utils.create_block_mask))
+    _lookup.cache_clear()
+    yield masks
+    _lookup.cache_clear()
+
+
+def _uncompiled(make: Callable[..., Any], **options: Any) -> Any:
+    return make(**options | {"_compile": False})
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_flex_attention(flex: list[Any], kind: str, side: str) -> None:
+    model, inputs = tiny_llama() if kind == "llama" else sliding(kind), padded(side)
+    with session_of(under(model, "eager"), EDITS["gain"]):
+        wanted = written(model, inputs, 3)
+    plain = written(under(model, FLEX), inputs, 3)
+    with session_of(model, lambda call: HeadGain(factor=1.0)):
+        assert torch.equal(written(model, inputs, 3), plain)
+    flex.clear()
+    with session_of(model, EDITS["gain"]):
+        found = written(model, inputs, 3)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not flex and torch.equal(written(model, inputs, 3), plain) and model.config._attn_implementation == FLEX
+
+
+def test_numbers_added_by_flex_attention() -> None:
+    module, states = tiny_llama().model.layers[0].self_attn, [torch.randn(2, 4, 3, 16) for _ in range(3)]
+    added, bias = torch.randn(2, 1, 3, 8), torch.randn(1, 4, 3, 8)
+    assert flex_call(FLEX, module, *states, None, {}).mask is None
+    assert torch.equal(flex_call(FLEX, module, *states, added, {"position_bias": bias}).mask, (added + bias)[..., :3])
+    block = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 3, 3, device="cpu")
+    call = flex_call(FLEX, module, *states, block, {"position_bias": bias})
+    assert torch.equal(call.mask.isinf()[0, 0], torch.ones(3, 3).triu(1).bool()) and not call.is_causal
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +316,7 @@ def test_images_packed_in_one_row_are_refused_at_apply(kernels: Kernels, name: s
         assert tiny.model.config.get_text_config()._attn_implementation.endswith(f"_{name}")
 
 
-@pytest.mark.parametrize("other", ["flex_attention", "paged|flash_attention_2", "my_flash_attention"])
+@pytest.mark.parametrize("other", ["paged|flash_attention_2", "my_flash_attention", "my_flex_attention"])
 def test_other_implementations_keep_the_one_error(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         AttentionMaskInterface._global_mapping, "my_flash_attention", AttentionMaskInterface._global_mapping["sdpa"]

@@ -45,9 +45,9 @@ def is_flash(name: str) -> bool:
 
 
 def is_told_little(module: nn.Module) -> bool:
-    """Whether a module's attention is told of masks only which columns are padding."""
+    """Whether a module's attention is given no whole masks, be it under its own name or under ours."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return name is not None and "flash" in name
+    return name is not None and not name.endswith(WITH_MASKS)
 
 
 def packs(name: str, module: nn.Module) -> bool:

@@ -199,3 +199,28 @@ def test_a_device_is_asked_only_about_a_mask(monkeypatch, kind, questions):
     )
     torch.testing.assert_close(found.cpu() * real, wanted * real, atol=2e-6, rtol=1e-5)
     assert asked == questions and launches < 80
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_cuda_kernels_give_the_numbers_of_windows_and_biases(dtype, dim):
+    n, heads = 700, 8
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(BATCH, h, n, dim, generator=g).to(dtype) for h in (heads, 2, 2))
+    first = torch.tensor([5, 0])
+    ways = {
+        "window": Keep(pattern=Band(4, 100, first)),
+        "last rows": Keep(pattern=Band(4, 100, first, dense_after=650)),
+        "many columns": KeyBias(bias=torch.linspace(-2, 2, n)),
+        "of each head": KeyBias(bias=torch.randn(1, heads, n, generator=g)),
+    }
+    for kind in ("causal", "causal with padding", "padding", "additive", "both ways"):
+        how = masked(kind, n, n)
+        exact = Call(*(t.double() for t in (q, k, v)), **how)
+        real = torch.ones(1) if kind != "causal with padding" else (torch.arange(n) >= first[:, None])[:, None, :, None]
+        there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in how.items()}
+        for edit in ways.values():
+            found = fused(Call(q.cuda(), k.cuda(), v.cuda(), **there), [edit]).cpu().double() * real
+            error = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+            torch.testing.assert_close(found, reference(exact, [edit]) * real, atol=error, rtol=error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 from ..errors import ReattendError
 from .base import Columns, Rows, Shape, as_columns, batch_rows, column_mask, key_heads, lead, repeat_heads
 from .scores import ScoreEdit
+
+T = TypeVar("T")
 
 
 class Pattern:
@@ -91,11 +95,20 @@ class Band(Pattern):
         place = getattr(self, name)
         if place.device == device:
             return place
-        held = self.__dict__.setdefault("_held", {})
-        if there is not None or (name, device) not in held:
+        if there is not None:
+            self._held[name, device] = there
+        return self.remember((name, device), lambda: place.to(device))
+
+    def remember(self, key: tuple, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for each key: layers share a band, and each of them asks."""
+        if key not in self._held:
             with torch.inference_mode(False):  # kept longer than the pass that makes it
-                held[name, device] = place.to(device) if there is None else there
-        return held[name, device]
+                self._held[key] = make()
+        return self._held[key]
+
+    @functools.cached_property
+    def _held(self) -> dict[tuple, Any]:
+        return {}
 
     def has_dense(self, low: int, high: int) -> bool:
         """Whether some row of positions low..high sees everything in some sequence."""

@@ -108,29 +108,10 @@ def _shown(mask: Tensor) -> Tensor:
 def _blocks_at_once(x: Operands, band: Band, bias: Tensor | None, scale: float, offset: int) -> Tensor:
     """Blocks of rows that look back as a batch, each with the sinks, the columns that its window reaches and appended ones: a handful of
     operations, however long the sequence is."""
-    batch, heads, rows, dim = x.query.shape
-    device, num_keys = x.query.device, x.key.shape[2]
-    own = num_keys - x.appended
-    sinks = min(_sinks(band), own)
-    window = min(band.window, num_keys)
-    size = min(rows, -(-window // (SHARE_OF_WINDOW * STEP)) * STEP)
-    ends = torch.cat([torch.arange(sinks, device=device), torch.arange(own, num_keys, device=device)])
-    reach = window - 1 + size
-    reach += -(reach + ends.numel()) % 8  # kernels want rows of masks at multiples of 16 bytes
-    masks = max(1 if t is None else t.shape[1] for t in (x.mask, bias))
-    held = batch * (2 * heads * dim + masks * size) * (reach + ends.numel())
-    blocks = -(-rows // size)
-    parts = -(-blocks * held // chunk_values(device))
+    batch, rows, num_keys = x.query.shape[0], x.query.shape[2], x.key.shape[2]
     pieces, flags = [], []
-    for block in torch.arange(blocks, device=device).split(-(-blocks // parts)):  # of one size as far as can be
-        index = (block[:, None] * size + torch.arange(size, device=device)).clamp_max(rows - 1)
-        near = (offset - window + 1 + block[:, None] * size) + torch.arange(reach, device=device)
-        inside = (near >= sinks) & (near < own)  # not one of the sinks once more, and there at all
-        columns = torch.cat([ends.expand(len(block), -1), near.clamp(0, num_keys - 1)], dim=1)
-        there = torch.nn.functional.pad(inside, (ends.numel(), 0), value=True)
-        places = index + offset
-        keep = band.keep(places, columns)  # [B or 1, 1, n, R, C]
-        keep = (keep & (columns[:, None] <= places[..., None]) | (columns >= own)[:, None]) & there[:, None]
+    masks = max(1 if t is None else t.shape[1] for t in (x.mask, bias))
+    for index, columns, keep in _layout(x, band, offset, masks):
         added = None if bias is None else bias[:, :, columns][..., None, :]
         if x.mask is not None:
             part = x.mask.expand(-1, -1, rows, num_keys)[:, :, index[..., None], columns[:, None]]
@@ -151,6 +132,44 @@ def _blocks_at_once(x: Operands, band: Band, bias: Tensor | None, scale: float, 
         output = see_all(x, output, seen & ~torch.cat(flags, dim=2)[:, :, :rows], bias, scale)
     dense = band.dense_rows(torch.arange(offset, offset + rows))
     return output if dense is None else see_all(x, output, dense[:, None], bias, scale)
+
+
+Part = tuple[Tensor, Tensor, Tensor]
+
+
+def _layout(x: Operands, band: Band, offset: int, masks: int) -> list[Part]:
+    """Blocks, some at a time: their query rows [n, R], columns [n, C], and which pairs of a causal call stay, bool [B or 1, 1, n, R, C].
+
+    Made once for all layers that share the band. masks: how many heads have masks of their own.
+    """
+    batch, heads, rows, dim = x.query.shape
+    num_keys, device = x.key.shape[2], x.query.device
+    own = num_keys - x.appended
+    sinks = min(_sinks(band), own)
+    window = min(band.window, num_keys)
+    size = min(rows, -(-window // (SHARE_OF_WINDOW * STEP)) * STEP)
+    reach = window - 1 + size
+    ends = sinks + x.appended
+    reach += -(reach + ends) % 8  # kernels want rows of masks at multiples of 16 bytes
+    blocks = -(-rows // size)
+    held = batch * (2 * heads * dim + masks * size) * (reach + ends)
+    count = -(-blocks // -(-blocks * held // chunk_values(device)))  # in parts of one size as far as can be
+
+    def make() -> list[Part]:
+        places = torch.cat([torch.arange(sinks, device=device), torch.arange(own, num_keys, device=device)])
+        parts = []
+        for block in torch.arange(blocks, device=device).split(count):
+            index = (block[:, None] * size + torch.arange(size, device=device)).clamp_max(rows - 1)
+            near = (offset - window + 1 + block[:, None] * size) + torch.arange(reach, device=device)
+            inside = (near >= sinks) & (near < own)  # not one of the sinks once more, and there at all
+            there = torch.nn.functional.pad(inside, (ends, 0), value=True)
+            columns = torch.cat([places.expand(len(block), -1), near.clamp(0, num_keys - 1)], dim=1)
+            keep = band.keep(index + offset, columns)
+            keep = keep & (columns[:, None] <= (index + offset)[..., None]) | (columns >= own)[:, None]
+            parts.append((index, columns, keep & there[:, None]))
+        return parts
+
+    return band.remember(("blocks", rows, num_keys, x.appended, offset, count, device), make)
 
 
 def _attend(

@@ -96,18 +96,20 @@ class Band(Pattern):
         if place.device == device:
             return place
         if there is not None:
-            self._held[name, device] = there
+            self._held[name, device] = None, there
         return self.remember((name, device), lambda: place.to(device))
 
-    def remember(self, key: tuple, make: Callable[[], T]) -> T:
-        """What `make` gives, made once for each key: layers share a band, and each of them asks."""
-        if key not in self._held:
+    def remember(self, key: tuple, make: Callable[[], T], of: Tensor | None = None) -> T:
+        """What `make` gives, made once for each key: layers share a band, and each of them asks. of: what it holds for; another one takes
+        its place."""
+        known = self._held.get(key)
+        if known is None or known[0] is not of:
             with torch.inference_mode(False):  # kept longer than the pass that makes it
-                self._held[key] = make()
-        return self._held[key]
+                known = self._held[key] = of, make()
+        return known[1]
 
     @functools.cached_property
-    def _held(self) -> dict[tuple, Any]:
+    def _held(self) -> dict[tuple, tuple[Tensor | None, Any]]:
         return {}
 
     def has_dense(self, low: int, high: int) -> bool:

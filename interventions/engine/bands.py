@@ -55,7 +55,9 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     if alone and band.first is None and not band.has_dense(offset, offset):
         return _newest_row(x, band, scale)
     if is_accelerator(device):
-        if num_queries > FEW_ROWS and _looks_back(x, offset):
+        if num_queries > FEW_ROWS and band.remember(
+            ("looks back", offset, x.is_causal, x.appended), lambda: _looks_back(x, offset), x.mask
+        ):
             return _blocks_at_once(x, band, bias, scale, offset)
         return _over_everything(x, band, bias, scale, offset)
     everything = torch.arange(num_keys, device=device)
@@ -95,7 +97,7 @@ def _over_everything(x: Operands, band: Band, bias: Tensor | None, scale: float,
 
 
 def _looks_back(x: Operands, offset: int) -> bool:
-    """Whether no row sees a column after its own, besides appended ones. A mask is asked, once a call."""
+    """Whether no row sees a column after its own, besides appended ones. A mask is asked."""
     if x.is_causal or x.mask is None or min(x.mask.shape[2:]) == 1:
         return x.is_causal
     return not bool(_shown(x.mask[..., : x.key.shape[2] - x.appended]).triu(offset + 1).any())
@@ -109,14 +111,12 @@ def _blocks_at_once(x: Operands, band: Band, bias: Tensor | None, scale: float, 
     """Blocks of rows that look back as a batch, each with the sinks, the columns that its window reaches and appended ones: a handful of
     operations, however long the sequence is."""
     batch, rows, num_keys = x.query.shape[0], x.query.shape[2], x.key.shape[2]
-    pieces, flags = [], []
-    masks = max(1 if t is None else t.shape[1] for t in (x.mask, bias))
-    for index, columns, keep in _layout(x, band, offset, masks):
+    layout, pieces = _layout(x, band, offset, max(1 if t is None else t.shape[1] for t in (x.mask, bias))), []
+    for index, columns, keep in layout:
         added = None if bias is None else bias[:, :, columns][..., None, :]
         if x.mask is not None:
-            part = x.mask.expand(-1, -1, rows, num_keys)[:, :, index[..., None], columns[:, None]]
+            part = _mask_at(x, index, columns)
             keep = keep & _shown(part)
-            flags.append(keep.any(dim=-1).flatten(2))
             if part.dtype != torch.bool:
                 added = part.float() if added is None else added + part.float()
         mask = keep if added is None else added.masked_fill(~keep, float("-inf")).to(x.query.dtype)
@@ -128,13 +128,26 @@ def _blocks_at_once(x: Operands, band: Band, bias: Tensor | None, scale: float, 
     output = torch.cat(pieces, dim=2)[:, :, :rows]
     if x.mask is not None:
         # rows whose visible keys all lie outside the band keep what they could see
-        seen = _shown(x.mask).any(dim=-1)
-        output = see_all(x, output, seen & ~torch.cat(flags, dim=2)[:, :, :rows], bias, scale)
+        emptied = band.remember(("emptied", rows, num_keys, x.appended, offset), lambda: _emptied(x, layout), x.mask)
+        output = see_all(x, output, emptied, bias, scale)
     dense = band.dense_rows(torch.arange(offset, offset + rows))
     return output if dense is None else see_all(x, output, dense[:, None], bias, scale)
 
 
 Part = tuple[Tensor, Tensor, Tensor]
+
+
+def _mask_at(x: Operands, index: Tensor, columns: Tensor) -> Tensor:
+    """The mask of blocks with rows [n, R] and columns [n, C]: [B or 1, H or 1, n, R, C]."""
+    assert x.mask is not None
+    return x.mask.expand(-1, -1, x.query.shape[2], x.key.shape[2])[:, :, index[..., None], columns[:, None]]
+
+
+def _emptied(x: Operands, layout: list[Part]) -> Tensor:
+    """Bool [B or 1, H or 1, Tq] on the CPU: rows that see something, but nothing of the band."""
+    assert x.mask is not None
+    left = [(keep & _shown(_mask_at(x, index, columns))).any(dim=-1).flatten(2) for index, columns, keep in layout]
+    return (_shown(x.mask).any(dim=-1) & ~torch.cat(left, dim=2)[:, :, : x.query.shape[2]]).cpu()
 
 
 def _layout(x: Operands, band: Band, offset: int, masks: int) -> list[Part]:

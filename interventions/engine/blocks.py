@@ -297,10 +297,10 @@ def see_all(x: Operands, output: Tensor, rows: Tensor, bias: Tensor | None, scal
     if x.query.shape[2] <= FEW_ROWS and rows.device.type != "cpu":
         index = all_rows(x.query)  # to work out all of them costs less than to wait for which
     else:
-        index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0].to(x.query.device)
+        index = rows.flatten(0, 1).any(dim=0).expand(x.query.shape[2]).nonzero()[:, 0]
     if not index.numel():
         return output
-    pieces = []
+    index, pieces = index.to(x.query.device), []
     for part in index.split(rows_per_chunk(x.query.shape[0], x.query.shape[1], x.key.shape[2], x.query.device)):
         pieces.append(attend(x.query[:, :, part], x.key, x.value, mask_of_rows(x, bias, part), False, scale, piece=True)[0])
     flags = (rows if rows.shape[1] == 1 else repeat_heads(rows, output.shape[1])).to(index.device)

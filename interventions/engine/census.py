@@ -14,9 +14,10 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Edit, PoolKV, Reorder
 from ..errors import ReattendError
-from ..families.calibration import Chunk, weight_chunks
+from ..families.calibration import weight_chunks
 from .kernels import rows_per_chunk, statistics_dtype, visible_rows
 from .reading import row_weights
+from .statistics import Chunk
 
 
 @dataclass

@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from ..call import Call
 from ..edits import Edit, Operands
 from ..errors import ReattendError
-from .kernels import grouped_matmul, grouped_values, rows_per_chunk
-from .reading import by_heads, row_weights
+from .kernels import grouped_matmul, grouped_values, needs_gradient, rows_per_chunk
+from .op import has_triton
+from .reading import by_heads, row_weights, untouched_heads
 from .reference_executor import check_edits
+from .statistics import column_statistics
 from .tasks import Group
 
 
@@ -64,7 +66,14 @@ def _numbered(columns: Tensor) -> Tensor:
 
 
 def column_sums(call: Call, edits: Sequence[Edit], rows: Tensor | None = None) -> Tensor:
-    """[B, H, Tk]: the weights of every column, summed over the query rows `rows` [R] (None = all)."""
+    """[B, H, Tk]: the weights of every column, summed over the query rows `rows` [R], each once (None = all)."""
+    if not edits and has_triton(call.query.device) and not needs_gradient(call.query, call.key, call.mask):
+        chosen = None
+        if rows is not None:
+            chosen = torch.zeros(1, call.num_queries, dtype=torch.bool, device=call.query.device)
+            chosen = chosen.index_fill(1, rows.to(chosen.device), True)
+        x, lse = untouched_heads(call, range(call.num_heads))
+        return column_statistics(x.query, x.key, lse, x.mask, x.is_causal, call.scaling, call.softcap, chosen)[0]
     parts = _chunks(call, edits, rows, lambda weights, part: weights.sum(dim=2))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import Call
 from ..edits.base import heads_index
-from ..engine.kernels import chunk_values, score_rows, statistics_dtype
 from ..engine.reading import untouched_heads
+from ..engine.statistics import Chunk, chunks
+from ..engine.statistics import column_statistics as sums_and_counts
 from ..errors import ReattendError
-
-# Weights of one chunk on a CPU: 256 Ki float32 = 1 MiB, so that score, exp and sum of a chunk run in the processor's own cache.
-CHUNK_WEIGHTS = 1 << 18
 
 
 @dataclass
@@ -58,34 +54,13 @@ def column_statistics(call: Call, heads: Sequence[int]) -> ColumnStatistics:
     heads: as for `weight_chunks`.
     """
     counted = None if call.tokens is None else call.query_rows("prompt")
-    dtype, device, mask = statistics_dtype(call.query), call.query.device, call.mask
-    sums = torch.zeros(call.batch, len(heads), call.num_keys, dtype=dtype, device=device)
-    shared = mask is None or mask.shape[1] == 1
-    counts = torch.zeros(call.batch, 1 if shared else len(heads), call.num_keys, dtype=dtype, device=device)
-    for chunk in weight_chunks(call, heads):
-        size, seen = chunk.weights.shape[2:]
-        rows = torch.ones(call.batch, size, dtype=dtype, device=device)
-        rows = rows if counted is None else rows * counted[:, chunk.start : chunk.start + size]
-        sums[..., :seen] += (rows[:, None, None] @ chunk.weights)[:, :, 0]
-        if chunk.visible is None:
-            counts += rows.sum(dim=1)[:, None, None]
-        else:
-            shown = chunk.visible.to(dtype).expand(call.batch, -1, size, seen)
-            counts[..., :seen] += (rows[:, None, None] @ shown)[:, :, 0]
+    query, key, lse, mask = _constants(call, heads)
+    sums, counts = sums_and_counts(query, key, lse, mask, call.is_causal, call.scaling, call.softcap, counted)
     if call.tokens is not None:
         padding = call.columns("padding")[:, None]
         sums, counts = sums.masked_fill(padding, 0), counts.masked_fill(padding, 0)
     before = call.key_start
     return ColumnStatistics(pad(sums, (before, 0)), pad(counts, (before, 0)), call.total)
-
-
-class Chunk(NamedTuple):
-    """Some query rows of a call. weights [B, heads, R, seen]: of the rows start..start + R - 1 on the first `seen` columns, beyond
-    which they see nothing. visible: bool, broadcastable to it; None where all is visible."""
-
-    start: int
-    weights: Tensor
-    visible: Tensor | None
 
 
 def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
@@ -94,28 +69,18 @@ def weight_chunks(call: Call, heads: Sequence[int]) -> Iterator[Chunk]:
     heads: in ascending order. Their output and log-sum-exp stay on the call, so that editing them costs no second kernel. The weights
     are constants: they carry no gradient.
     """
+    yield from chunks(*_constants(call, heads), call.is_causal, call.scaling, call.softcap)
+
+
+def _constants(call: Call, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(query, key, log-sum-exp, mask) of these heads, without gradients."""
     heads = list(heads)
     if not heads or min(heads) < 0 or max(heads) >= call.num_heads:
         raise ReattendError(f"heads must name heads 0 to {call.num_heads - 1} of this attention, got {heads}")
     if heads != sorted(set(heads)):
         raise ReattendError(f"heads must be distinct and in ascending order, got {heads}")
     x, lse = untouched_heads(call, heads)
-    lse, query, key, mask = lse.detach(), x.query.detach(), x.key.detach(), x.mask
-    lse = lse.to(statistics_dtype(query)).masked_fill(lse == float("-inf"), 0.0)
-    keys, offset = call.num_keys, call.num_keys - call.num_queries
-    held = CHUNK_WEIGHTS if query.device.type == "cpu" else chunk_values(query.device)
-    step = max(16, held // (call.batch * len(heads) * keys))
-    for start in range(0, call.num_queries, step):
-        stop = min(start + step, call.num_queries)
-        seen = offset + stop if call.is_causal else keys
-        index = torch.arange(stop - start, device=query.device)
-        part = None if mask is None else mask if mask.shape[2] == 1 else mask[:, :, start:stop]
-        part = None if part is None else part[..., :seen]
-        # cut to these rows and to the keys up to the last of them, a causal chunk is a causal call of its own
-        scores, visible = score_rows(
-            query[:, :, start:stop], key[:, :, :seen], part, call.is_causal, call.scaling, call.softcap, index
-        )
-        yield Chunk(start, scores.sub_(lse[:, :, start:stop, None]).exp_(), visible)
+    return x.query.detach(), x.key.detach(), lse.detach(), None if x.mask is None else x.mask.detach()
 
 
 def hidden_sinks(

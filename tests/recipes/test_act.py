@@ -104,7 +104,7 @@ def test_a_mean_equal_to_the_threshold_is_no_sink():
 @pytest.mark.parametrize("pads", [(0, 0), (5, 0)])
 @pytest.mark.parametrize("chunk", [16, 4096])
 def test_column_statistics_are_those_of_the_matrix(monkeypatch, heads, pads, chunk):
-    monkeypatch.setattr("reattend.interventions.families.calibration.CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr("reattend.interventions.engine.statistics.CHUNK_WEIGHTS", chunk)
     call = random_call(batch=2, pads=pads)
     weights = reference_with_weights(call, [])[1][:, heads]
     real = call.query_rows("prompt").float()

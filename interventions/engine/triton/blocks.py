@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# float32 on tensor cores in three parts: as exact as float32 products are, and compiled in seconds where "ieee" takes a minute
+PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+
 
 @triton.jit
 def product(a, b, WIDE: tl.constexpr):
@@ -14,51 +17,52 @@ def product(a, b, WIDE: tl.constexpr):
     if WIDE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def keys_at(key, columns, there, key_stride, key_dim_stride, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH, columns]: the keys `columns` (long) of a key head, of which those `there` exist; key points to its first row."""
+    dims = tl.arange(0, WIDTH)
+    return tl.load(
+        key + columns[None, :] * key_stride + dims[:, None] * key_dim_stride,
+        mask=there[None, :] & (dims[:, None] < DIM),
+        other=0.0,
+    )
 
 
 @triton.jit
 def block_scores(
     query,
-    key,
+    keys,
     columns,
     there,
     row,
     real,
     mask_base,
-    key_stride,
-    key_dim_stride,
-    mask_column_stride,
+    mask_stride,
     offset,
     scale,
     softcap,
     lowest,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """(scores float32, visible) [rows, columns] of the keys `columns` (long), of which those `there` exist.
+    """(scores float32, visible) [rows, columns] of the query rows `row`, of which those `real` exist, on the keys of `keys_at`.
 
-    query [rows, WIDTH] is at hand; key points to the key head's first row; mask_base [rows, 1] points to each row's first mask value.
-    offset: the column of query row 0's own token, as causality counts it. lowest: additive masks hide what is not above it.
+    query [rows, WIDTH]; mask_base [rows, 1] points to each row's first mask value. offset: the column of query row 0's own token, as
+    causality counts it. lowest: additive masks hide what is not above it.
     """
-    dims = tl.arange(0, WIDTH)
-    part = tl.load(
-        key + columns[None, :] * key_stride + dims[:, None] * key_dim_stride,
-        mask=there[None, :] & (dims[:, None] < DIM),
-        other=0.0,
-    )
-    scores = product(query, part, WIDE) * scale
+    scores = product(query, keys, WIDE) * scale
     if SOFTCAP:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     visible = there[None, :] & real[:, None]
     if MASK == "bool":
-        visible = visible & (tl.load(mask_base + columns[None, :] * mask_column_stride, mask=visible, other=0) != 0)
+        visible = visible & (tl.load(mask_base + columns[None, :] * mask_stride, mask=visible, other=0) != 0)
     if MASK == "additive":
-        added = tl.load(mask_base + columns[None, :] * mask_column_stride, mask=visible, other=0.0).to(tl.float32)
+        added = tl.load(mask_base + columns[None, :] * mask_stride, mask=visible, other=0.0).to(tl.float32)
         visible = visible & (added > lowest)
         scores = scores + added
     if CAUSAL:

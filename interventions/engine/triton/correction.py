@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...edits.weights import TINY
 from ..correction import LARGEST_FACTOR, SMALLEST_DENOMINATOR
-from .blocks import INTERPRETED, block_scores, padded, product, readable, strides
+from .blocks import INTERPRETED, block_scores, keys_at, padded, product, readable, strides
 
 # Sizes, and strides that follow from them, which change at every step of decoding: nothing is compiled for one value of them.
 CHANGING = (
@@ -63,10 +63,25 @@ def _block_of_keys(
     WIDE: tl.constexpr,
 ):
     """(scores minus the row's log-sum-exp, visible, what the edit says of the columns), each [rows, columns]."""
+    keys = keys_at(key, columns, there, key_stride_k, key_stride_d, DIM, WIDTH)
     scores, visible = block_scores(
-        mine, key, columns, there, row, real, mask_base, key_stride_k, key_stride_d, mask_stride_k, causal_offset, scale, softcap,
-        lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP, WIDE,
-    )  # fmt: skip
+        mine,
+        keys,
+        columns,
+        there,
+        row,
+        real,
+        mask_base,
+        mask_stride_k,
+        causal_offset,
+        scale,
+        softcap,
+        lowest,
+        MASK,
+        CAUSAL,
+        SOFTCAP,
+        WIDE,
+    )
     if ADDED:
         scores += tl.load(added_base + columns[None, :] * added_stride_k, mask=there[None, :], other=0.0).to(tl.float32)
     marked = tl.load(marks + columns[None, :] * marks_stride_k, mask=(there & (columns < known))[None, :], other=REST)
@@ -442,7 +457,7 @@ def correct(
     count_of_rows = queries * shared if packed else queries
     width, value_width = padded(dim), padded(value_dim)
     wide = max(width, value_width) > 128 or query.dtype == torch.float32
-    block = 16 if count_of_rows <= 16 else 32 if wide else 64
+    block = 16 if count_of_rows <= 16 or (wide and query.dtype == torch.float32 and width > 128) else 32 if wide else 64
     columns = 32 if wide or block > 16 else 64
     mask, masked, lowest = readable(mask)
     nothing = (0, 0, 0)

@@ -14,6 +14,10 @@ import pytest
 import torch
 from skips import reason_to_skip
 
+if not torch.cuda.is_available():
+    # read when triton is first imported, by whomever: its kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

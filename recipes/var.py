@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from ..hooks import Edits, Observation, Observe, Plan, SiteTable, attach, sites
 from ..hooks.plan import Step
 from ..hooks.sites.discovery import unwrapped_model
 from ..hooks.tokens.spans import tokenizer_of
-from ..interventions import Call, ReattendError, ReattendWarning, WeightMap, require_whole
-from ..interventions.families.sinks import SoundMap, VisualSinks, rows_after, sink_scores
+from ..interventions import Call, ReattendError, ReattendWarning, require_whole
+from ..interventions.families.sinks import GiveBack, VisualSinks, rows_after, sink_scores
 from .kit.base import Info
 from .kit.contents import Contents, Numbers
 from .kit.images import ImageRecipe, images_told, rows_between_images
@@ -138,7 +137,7 @@ class VAR(ImageRecipe):
         )
         return [images_told(sites, told), Observe(chosen, finder), Edits(chosen, self.redistribute)]
 
-    def redistribute(self, call: Call) -> WeightMap | None:
+    def redistribute(self, call: Call) -> GiveBack | None:
         """The edit of the rows after the image, at layers where some sample has a sink on its image."""
         if self.move == 0 or (call.tokens is not None and "image" not in call.tokens and not call.tokens.blind):
             return None
@@ -153,8 +152,7 @@ class VAR(ImageRecipe):
         rows = self._rows(call)
         if rows is not None and not rows.any():
             return None
-        change = partial(known.redistribute, key_start=call.key_start, move=self.move, rho=self.rho, summ=self.summ)
-        return SoundMap(function=change, rows=rows)
+        return GiveBack(found=known, key_start=call.key_start, move=self.move, rho=self.rho, summ=self.summ, rows=rows)
 
     @staticmethod
     def _rows(call: Call) -> torch.Tensor | None:

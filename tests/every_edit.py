@@ -36,13 +36,14 @@ from reattend.interventions import (
     Second,
     SetScores,
     TakeOutput,
+    TokenMap,
     Transfer,
     WeightMap,
 )
 from reattend.interventions.edits.second import extrapolated
 from reattend.interventions.engine.kernels import attend
 from reattend.interventions.families.guidance import BlurQuery, MixOwnAnd, Soften
-from reattend.interventions.families.sinks import SoundMap
+from reattend.interventions.families.sinks import GiveBack, SoundMap, VisualSinks
 from reattend.interventions.rotary import Rotary
 from torch import Tensor
 
@@ -101,6 +102,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "mix with the largest": lambda: Mix(target="argmax", strength=per_row, **who),
         "mix with a map": lambda: Mix(target=rand(t, n), strength=per_row, **who),
         "weight map": lambda: WeightMap(function=lambda w, r: w.square() + 0.1 * w, **who),
+        "give back": lambda: GiveBack(found=sinks_on_an_image(b, n), key_start=0, move=0.4, rho=0.9, summ=0.01, **who),
         "sound map": lambda: SoundMap(function=lambda w, r: w * (1 + w), **who),
         "weight map across heads": lambda: WeightMap(function=loudest, reads="heads", **who),
         "weight map across the batch": lambda: WeightMap(function=shared_by_batch, reads="batch", **who),
@@ -168,6 +170,13 @@ def merged(batch: int, heads: int, keys: int) -> Tensor:
     """Two neighbours of each head's columns in one group, never the first column, so that every row sees a group."""
     place, start = torch.arange(keys), torch.arange(heads)[:, None] % 2 + 1
     return (place - (place > start).long()).expand(batch, -1, -1)
+
+
+def sinks_on_an_image(batch: int, keys: int) -> VisualSinks:
+    """The second half of the keys as an image, with a sink on its first column and one before it."""
+    image = (torch.arange(keys) >= keys // 2).expand(batch, -1)
+    sinks = ((torch.arange(keys) == keys // 2) | (torch.arange(keys) == 0)).expand(batch, -1)
+    return VisualSinks(sinks, TokenMap(batch, keys, keys, {"image": image, "bos": torch.arange(keys)[None] == 0}))
 
 
 def some_blocks(batch: int, heads: int, queries: int, keys: int) -> Blocks:

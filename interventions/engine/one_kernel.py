@@ -7,7 +7,7 @@ from torch import Tensor
 from ..edits import Edit
 from .kernels import is_accelerator, needs_gradient
 from .op import DTYPES, LARGEST_HEAD, columns, has_triton
-from .restated import Restated, kind_of, of_bias, restated
+from .restated import BIASES, Restated, kind_of, of_bias, restated
 from .tasks import Group
 
 
@@ -20,7 +20,11 @@ def is_known(group: Group) -> bool:
         known = bool(group.biases) and not group.few and not group.scores and not group.weights
     else:
         kind = kind_of(edit)
-        known = bool(kind) and not (kind == "identity" and x.offset is None) and not (kind == "bias" and group.biases)
+        known = (
+            bool(kind)
+            and not (kind in ("identity", "give back") and x.offset is None)
+            and not (kind in BIASES and group.biases)
+        )
     edits = (*group.biases, *group.scores, *group.weights)
     tensors = (tensor for own in edits for _, tensor in own.tensors())
     return known and not needs_gradient(x.query, x.key, x.value, x.mask, group.sinks, *tensors)
@@ -55,7 +59,7 @@ def restate(group: Group) -> Restated:
 
 def run(group: Group, found: Restated) -> Tensor:
     x, call = group.x, group.call
-    added = None if found.kind == "bias" else group.bias()
+    added = None if found.kind in BIASES else group.bias()
     output, lse = group.kernel(added, found.kind != "identity")
     return columns(
         x.query, x.key, x.value, output, lse, x.mask, x.is_causal, call.scaling, call.softcap, group.sinks, added, found.marks,

@@ -17,6 +17,7 @@ from ..edits.base import repeat_heads
 from ..edits.weights import TINY
 from .biases import attend_biased
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype, visible_rows
+from .restated import BIASES
 
 # Products of Triton kernels take these, and heads up to this size.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,8 +102,9 @@ def columns(
             scores, _ = score_rows(query, key, mask, is_causal, scale, softcap, part)
             scores = scores if added is None else scores + added[:, :, None].to(dtype)
             assert marks is not None
-            if kind == "bias":
-                new = softmax_rows(scores + marks.to(dtype), sinks)
+            if kind in BIASES:
+                size = scores.abs().clamp_max(torch.finfo(dtype).max / 1e3) if kind == "score gain" else torch.ones_like(scores)
+                new = softmax_rows(torch.addcmul(scores, marks.to(dtype), size), sinks)
                 changes = torch.ones_like(new[..., :1], dtype=torch.bool)
             else:
                 weights = softmax_rows(scores, sinks)

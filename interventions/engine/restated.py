@@ -7,17 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..edits import Edit, Gain, Lift, Mix, ScoreEdit, Transfer
+from ..edits import Edit, Gain, Lift, Mix, ScoreEdit, ScoreGain, Transfer
 from ..edits.base import Columns, column_mask
+from ..families.sinks import GiveBack
+
+# Kinds of edits that add to scores, and kinds that name more sets of columns than one.
+BIASES = ("bias", "score gain")
+SEVERAL = ("gain over a set", "give back")
 
 
 @dataclass(frozen=True)
 class Restated:
     """Arguments of `op.columns` of the same names, by the kind of edit:
 
-    "gain", "gain alone", "gain over a set": class 1 is gained, 2 is what rows are renormalised over, 3 both. "lift", "exact lift": class 1
-    is lifted; second: largest factor, third: least share. "transfer": from class 1 to class 2. "identity": no columns, each row's own
-    value. "give back": from classes 1 and 3 to class 2, see `GiveBack`. "bias": marks are added to scores.
+    "gain", "gain alone", "gain over a set": class 1 is gained, 2 is what rows are renormalised over, 3 both.
+    "lift", "exact lift": class 1 is lifted; second: largest factor, third: least share.
+    "transfer": from class 1 to class 2. "identity": no columns, each row's own value.
+    "give back" (see `GiveBack`): from classes 1 and 3 to class 2, where class 3 holds at most the limit and second times the image,
+    which is 2 and 3, and the image holds third or more.
+    "bias": marks are added to scores. "score gain": marks times the scores' sizes are.
     """
 
     kind: str
@@ -40,25 +48,33 @@ def kind_of(edit: Edit) -> str:
         return "exact lift" if edit.exact else "lift"
     if isinstance(edit, Transfer):
         return "transfer" if edit.how == "proportional" else ""
+    if isinstance(edit, GiveBack):
+        return "give back"
     if isinstance(edit, Mix):
         return "identity" if isinstance(edit.target, str) and edit.target == "identity" else ""
+    if isinstance(edit, ScoreGain):
+        return "score gain"
     return "bias" if isinstance(edit, ScoreEdit) and edit.per_key is not None else ""
 
 
 def restated(edit: Edit, keys: int, key_heads: int, device: torch.device) -> Restated:
     """An edit that has a kind, for a call with so many keys (without appended ones) and key heads."""
+    if isinstance(edit, GiveBack):
+        return _of_sinks(edit, key_heads, device)
     return edit.remember(("restated", keys, key_heads, device), lambda: _restate(edit, keys, key_heads, device))
 
 
-def of_bias(bias: Tensor, key_heads: int, rows: Tensor | None = None) -> Restated:
-    """Key biases [B or 1, H or 1, n]."""
+def of_bias(bias: Tensor, key_heads: int, rows: Tensor | None = None, kind: str = "bias") -> Restated:
+    """Key biases, or factors of a `ScoreGain` [B or 1, H or 1, n]."""
     bias = bias.float()
     index, count = listed(bias != 0, key_heads)
-    return Restated("bias", 0, bias, index, count, rows=rows)
+    return Restated(kind, 0, bias, index, count, rows=rows)
 
 
 def _restate(edit: Edit, keys: int, key_heads: int, device: torch.device) -> Restated:
     kind, rows = kind_of(edit), None if edit.rows is None else edit.rows.to(device)
+    if isinstance(edit, ScoreGain):
+        return of_bias(edit.factor.to(device), key_heads, rows, kind)
     if isinstance(edit, ScoreEdit):
         assert edit.per_key is not None
         return of_bias(edit.per_key.to(device), key_heads, rows)
@@ -86,6 +102,20 @@ def _restate(edit: Edit, keys: int, key_heads: int, device: torch.device) -> Res
     amounts = amount.to(device) if isinstance(amount, Tensor) else None
     number = 0.0 if isinstance(amount, Tensor) else float(amount)
     return Restated(kind, rest, marks, index, count, amounts, rows, number, second, third)
+
+
+def _of_sinks(edit: GiveBack, key_heads: int, device: torch.device) -> Restated:
+    """What was found holds for all steps of an answer, the edit for one."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sinks, _, _, image = edit.found.groups[:, :, edit.key_start :].to(device).unbind(dim=1)
+        marks = (sinks + 2 * image).to(torch.int8)[:, None]
+        limit = edit.found.limit(edit.rho, sinks)
+        return (marks, *listed(marks > 0, key_heads), limit)
+
+    known = edit.found.remember(("restated", edit.key_start, edit.rho, device), make)
+    rows = None if edit.rows is None else edit.rows.to(device)
+    return Restated("give back", 0, *known, rows, edit.move, edit.rho, edit.summ)
 
 
 def listed(mask: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:

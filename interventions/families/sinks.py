@@ -7,18 +7,22 @@ from the input of a layer, long before any attention is computed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..call import Call, TokenMap
-from ..edits import Rows, WeightMap
+from ..edits import Rows, WeightEdit, WeightMap
 from ..errors import ReattendError
 
 # Room for this many further tokens is kept when column groups are widened for a growing cache.
 SPARE_COLUMNS = 256
+
+T = TypeVar("T")
 
 
 def sink_scores(hidden: Tensor, dims: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -54,12 +58,12 @@ class VisualSinks:
         floor = image.sum(dim=1).mul(1e-6).masked_fill(~visual.any(dim=1), float("-inf"))
         self.floor = floor[:, None, None]
         self.end = int(image.any(dim=0).nonzero()[-1]) + 1 if self.any else 0
-        self.limits: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self.known: dict[Hashable, Any] = {}
 
     def crop(self, length: int) -> VisualSinks:
         """The same for the first `length` tokens."""
         other = copy.copy(self)
-        other.sinks, other.groups, other.limits = self.sinks[:, :length], self.groups[:, :, :length], {}
+        other.sinks, other.groups, other.known = self.sinks[:, :length], self.groups[:, :, :length], {}
         visual, image = other.groups[:, 2].bool().any(dim=1), other.groups[:, 3]
         other.any = bool(visual.any())
         other.floor = image.sum(dim=1).mul(1e-6).masked_fill(~visual, float("-inf"))[:, None, None]
@@ -84,21 +88,15 @@ class VisualSinks:
             self.groups = pad(self.groups, (0, stop + SPARE_COLUMNS - self.groups.shape[2]))
         return self.groups[:, :, start:stop]
 
-    def redistribute(self, weights: Tensor, rows: Rows, *, key_start: int, move: float, rho: float, summ: float) -> Tensor:
-        """`give_back` on the rows of a call whose key column 0 lies at the absolute position key_start."""
-        if rows.offset is None:
-            raise ReattendError("weight cannot be moved between image tokens whose columns another edit has merged")
-        groups = self.columns(key_start, key_start + weights.shape[3])
-        if groups.dtype != weights.dtype or groups.device != weights.device:
-            groups = groups.to(weights)
-        return give_back(weights, groups, self.limit(rho, weights), move=move, rho=rho, summ=summ)
-
     def limit(self, rho: float, like: Tensor) -> Tensor:
-        """rho times the floor [B, 1, 1], the same for all steps of an answer."""
-        key = (rho, like.dtype, like.device)
-        if key not in self.limits:
-            self.limits[key] = rho * self.floor.to(like)
-        return self.limits[key]
+        """rho times the floor [B, 1, 1]."""
+        return self.remember(("limit", rho, like.dtype, like.device), lambda: rho * self.floor.to(like))
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make(), once for all steps of an answer."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,6 +105,30 @@ class SoundMap(WeightMap):
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
         return self.function(weights, rows)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GiveBack(WeightEdit):
+    """`give_back` on the rows of a call whose key column 0 lies at the absolute position key_start."""
+
+    found: VisualSinks
+    key_start: int
+    move: float
+    rho: float
+    summ: float
+    splits_batch = False  # what was found is of the whole batch
+
+    @property
+    def is_identity(self) -> bool:
+        return super().is_identity or self.move == 0
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        if rows.offset is None:
+            raise ReattendError("weight cannot be moved between image tokens whose columns another edit has merged")
+        groups = self.found.columns(self.key_start, self.key_start + weights.shape[3])
+        if groups.dtype != weights.dtype or groups.device != weights.device:
+            groups = groups.to(weights)
+        return give_back(weights, groups, self.found.limit(self.rho, weights), move=self.move, rho=self.rho, summ=self.summ)
 
 
 def rows_after(call: Call, role: str) -> Tensor:

@@ -31,25 +31,13 @@ def keys_at(key, columns, there, key_stride, key_dim_stride, DIM: tl.constexpr, 
     )
 
 
+# fmt: off
 @triton.jit
 def block_scores(
-    query,
-    keys,
-    columns,
-    there,
-    row,
-    real,
-    mask_base,
-    mask_stride,
-    offset,
-    scale,
-    softcap,
-    lowest,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WIDE: tl.constexpr,
+    query, keys, columns, there, row, real, mask_base, mask_stride, offset, scale, softcap, lowest,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
 ):
+    # fmt: on
     """(scores float32, visible) [rows, columns] of the query rows `row`, of which those `real` exist, on the keys of `keys_at`.
 
     query [rows, WIDTH]; mask_base [rows, 1] points to each row's first mask value. offset: the column of query row 0's own token, as
@@ -68,6 +56,28 @@ def block_scores(
     if CAUSAL:
         visible = visible & (columns[None, :] <= (row + offset)[:, None])
     return scores, visible
+
+
+# fmt: off
+@triton.jit
+def block_of_keys(
+    mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
+    added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    ADDED: tl.constexpr, SCORE_GAIN: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr,
+):
+    # fmt: on
+    """(scores minus the row's log-sum-exp, visible, what the edit says of the columns), each [rows, columns]."""
+    keys = keys_at(key, columns, there, key_stride_k, key_stride_d, DIM, WIDTH)
+    scores, visible = block_scores(
+        mine, keys, columns, there, row, real, mask_base, mask_stride_k, causal_offset, scale, softcap, lowest, MASK, CAUSAL, SOFTCAP, WIDE
+    )  # fmt: skip
+    if ADDED:
+        scores += tl.load(added_base + columns[None, :] * added_stride_k, mask=there[None, :], other=0.0).to(tl.float32)
+    marked = tl.load(marks + columns[None, :] * marks_stride_k, mask=(there & (columns < known))[None, :], other=REST)
+    if SCORE_GAIN:
+        marked = marked * tl.abs(scores)
+    return scores - level[:, None], visible, marked
 
 
 INTERPRETED = not isinstance(product, triton.JITFunction)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...edits.weights import TINY
 from ..correction import LARGEST_FACTOR, SMALLEST_DENOMINATOR
-from .blocks import INTERPRETED, block_scores, keys_at, padded, product, readable, strides
+from ..restated import BIASES, SEVERAL
+from .blocks import INTERPRETED, block_of_keys, padded, product, readable, strides
+from .factors import set_factors, two_factors
 
 # Sizes, and strides that follow from them, which change at every step of decoding: nothing is compiled for one value of them.
 CHANGING = (
@@ -25,217 +27,27 @@ CHANGING = (
 )  # fmt: skip
 # Rows in which a bias makes columns outweigh all others by more are computed anew: half precision holds no such weights.
 MOST = 1e4
-# Edits of more than one set of columns.
-SEVERAL = ("gain over a set", "give back")
 # Up to this many query rows the heads that share a key head are rows of one program.
 FEW_ROWS = 16
 
 
-@triton.jit
-def _block_of_keys(
-    mine,
-    columns,
-    there,
-    row,
-    real,
-    level,
-    key,
-    mask_base,
-    added_base,
-    marks,
-    key_stride_k,
-    key_stride_d,
-    mask_stride_k,
-    added_stride_k,
-    marks_stride_k,
-    known,
-    causal_offset,
-    scale,
-    softcap,
-    lowest,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ADDED: tl.constexpr,
-    REST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """(scores minus the row's log-sum-exp, visible, what the edit says of the columns), each [rows, columns]."""
-    keys = keys_at(key, columns, there, key_stride_k, key_stride_d, DIM, WIDTH)
-    scores, visible = block_scores(
-        mine,
-        keys,
-        columns,
-        there,
-        row,
-        real,
-        mask_base,
-        mask_stride_k,
-        causal_offset,
-        scale,
-        softcap,
-        lowest,
-        MASK,
-        CAUSAL,
-        SOFTCAP,
-        WIDE,
-    )
-    if ADDED:
-        scores += tl.load(added_base + columns[None, :] * added_stride_k, mask=there[None, :], other=0.0).to(tl.float32)
-    marked = tl.load(marks + columns[None, :] * marks_stride_k, mask=(there & (columns < known))[None, :], other=REST)
-    return scores - level[:, None], visible, marked
-
-
-@triton.jit
-def _two_factors(held, others, whole, amount, largest, least_held, KIND: tl.constexpr, TINY: tl.constexpr):
-    """Of edits of one set: (factor of its columns, factor of all others, whether the row changes, the denominator).
-
-    held, others: weight of the row on the set and beside it; whole: their sum. See `rescaled` and `on_weights` of `Gain`, `Lift` and
-    `Transfer`.
-    """
-    if KIND == "transfer":
-        inside = 1.0 - amount
-        outside = 1.0 + amount * held / tl.maximum(others, TINY)
-        changes = (others > TINY) & (amount != 0.0)
-        least = others
-    elif KIND == "gain alone":
-        inside = amount
-        outside = amount * 0.0 + 1.0
-        least = others + tl.abs(amount) * held
-        changes = (least > TINY) & (amount != 1.0)
-    else:
-        gain = amount
-        if KIND == "lift":
-            gain = amount * whole / tl.maximum(held, TINY)
-        if KIND == "exact lift":
-            gain = others * (amount / (1.0 - amount)) / tl.maximum(held, TINY)
-        if KIND != "gain":
-            gain = tl.minimum(tl.maximum(gain, 1.0), largest)
-            gain = tl.where((held >= least_held * whole) & (held > 0.0), gain, 1.0)
-        least = others + gain * held
-        changes = (least > TINY) & (gain != 1.0)
-        outside = whole / tl.maximum(least, TINY)
-        inside = gain * outside
-    return inside, outside, changes, least
-
-
-@triton.jit
-def _set_factors(held1, held2, held3, amount, second, third, number, KIND: tl.constexpr, TINY: tl.constexpr):
-    """Of edits of more sets: (factors of the classes 1, 2 and 3, whether the row changes). Columns of class 0 keep their weight."""
-    if KIND == "transfer":  # from 1 to 2
-        inside = 1.0 - amount
-        grown = 1.0 + amount * held1 / tl.maximum(held2, TINY)
-        both = inside
-        changes = (held2 > TINY) & (amount != 0.0)
-    elif KIND == "gain over a set":  # gained: 1 and 3; renormalised: 2 and 3
-        inside = amount
-        spread = held2 + amount * held3
-        target = spread + (1.0 - amount) * (held1 + held3)
-        grown = target / tl.maximum(spread, TINY)
-        both = amount * grown
-        changes = (spread > TINY) & (target >= 0.0) & (amount != 1.0)
-    else:  # "give back": from 1 and 3 to 2, where 2 and 3 are the image
-        image = held2 + held3
-        changes = (held3 - second * image <= amount) & (image >= third) & (held2 > 0.0)
-        inside = held1 * 0.0 + (1.0 - number)
-        grown = 1.0 + number * (held1 + held3) / tl.maximum(held2, TINY)
-        both = inside
-    return inside, grown, both, changes
-
-
+# fmt: off
 @triton.jit(do_not_specialize=CHANGING)
 def _correct(
-    query,
-    key,
-    value,
-    output,
-    lse,
-    result,
-    marks,
-    index,
-    count,
-    amounts,
-    rows,
-    added,
-    mask,
-    sinks,
-    num_queries,
-    num_keys,
-    known,
-    offset,
-    causal_offset,
-    scale,
-    softcap,
-    lowest,
-    number,
-    second,
-    third,
-    largest,
-    query_stride_b,
-    query_stride_h,
-    query_stride_q,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_k,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_k,
-    value_stride_d,
-    output_stride_b,
-    output_stride_h,
-    output_stride_q,
-    output_stride_d,
-    result_stride_b,
-    result_stride_h,
-    result_stride_q,
-    result_stride_d,
-    lse_stride_b,
-    lse_stride_h,
-    lse_stride_q,
-    marks_stride_b,
-    marks_stride_h,
-    marks_stride_k,
-    index_stride_b,
-    index_stride_h,
-    count_stride_b,
-    count_stride_h,
-    amount_stride_b,
-    amount_stride_h,
-    amount_stride_q,
-    rows_stride_b,
-    rows_stride_q,
-    added_stride_b,
-    added_stride_h,
-    added_stride_k,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_q,
-    mask_stride_k,
-    KIND: tl.constexpr,
-    REST: tl.constexpr,
-    ADDED: tl.constexpr,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-    ONE_SET: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    MOST: tl.constexpr,
-    TINY: tl.constexpr,
+    query, key, value, output, lse, result, marks, index, count, amounts, rows, added, mask, sinks, num_queries, num_keys,
+    known, offset, causal_offset, scale, softcap, lowest, number, second, third, largest, query_stride_b, query_stride_h,
+    query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d, value_stride_b, value_stride_h,
+    value_stride_k, value_stride_d, output_stride_b, output_stride_h, output_stride_q, output_stride_d, result_stride_b,
+    result_stride_h, result_stride_q, result_stride_d, lse_stride_b, lse_stride_h, lse_stride_q, marks_stride_b, marks_stride_h,
+    marks_stride_k, index_stride_b, index_stride_h, count_stride_b, count_stride_h, amount_stride_b, amount_stride_h,
+    amount_stride_q, rows_stride_b, rows_stride_q, added_stride_b, added_stride_h, added_stride_k, mask_stride_b, mask_stride_h,
+    mask_stride_q, mask_stride_k,
+    KIND: tl.constexpr, BIAS: tl.constexpr, REST: tl.constexpr, ADDED: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, ONE_SET: tl.constexpr, SMALLEST: tl.constexpr, MOST: tl.constexpr, TINY: tl.constexpr,
 ):
+    # fmt: on
     # -- which rows: of one head, or (PACKED) of all heads that share a key head -------------------------------------------
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if PACKED:
@@ -308,13 +120,13 @@ def _correct(
             place = start + tl.arange(0, COLUMNS)
             there = place < listed
             columns = tl.load(index + place, mask=there, other=0).to(tl.int64)
-            scores, visible, marked = _block_of_keys(
+            scores, visible, marked = block_of_keys(
                 mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
                 added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, REST, WIDE,
+                ADDED, KIND == "score gain", REST, WIDE,
             )  # fmt: skip
             weights = tl.where(visible, tl.exp(scores), 0.0)
-            if KIND == "bias":
+            if BIAS:
                 grown = tl.where(visible, tl.exp(scores + marked), 0.0)
                 held1 += tl.sum(grown, axis=1)
                 held3 += tl.sum(weights, axis=1)
@@ -331,15 +143,15 @@ def _correct(
 
         if not ONE_SET:
             # -- more sets: what each class gets can be said now, and is added in a second pass -------------------------------
-            factor1, factor2, factor3, changes = _set_factors(held1, held2, held3, amount, second, third, number, KIND, TINY)
+            factor1, factor2, factor3, changes = set_factors(held1, held2, held3, amount, second, third, number, KIND, TINY)
             for start in range(0, listed, COLUMNS):
                 place = start + tl.arange(0, COLUMNS)
                 there = place < listed
                 columns = tl.load(index + place, mask=there, other=0).to(tl.int64)
-                scores, visible, marked = _block_of_keys(
+                scores, visible, marked = block_of_keys(
                 mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
                 added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, REST, WIDE,
+                ADDED, KIND == "score gain", REST, WIDE,
             )  # fmt: skip
                 weights = tl.where(visible, tl.exp(scores), 0.0)
                 part = tl.where(marked == 1, (factor1 - 1.0)[:, None], 0.0)
@@ -350,7 +162,7 @@ def _correct(
             new = tl.where((named & changes)[:, None], was + change, was)
         else:
             # -- one set: two factors, and rows whose factors are not accurate are computed from all keys ---------------------
-            if KIND == "bias":
+            if BIAS:
                 # learned sinks are part of what a bias is weighed against
                 least = (1.0 - held3) + held1
                 changes = held1 + held3 > 0.0
@@ -358,7 +170,7 @@ def _correct(
                 unsafe = (least < SMALLEST) | (least > MOST) | (least != least)
                 new = (was + change) * outside[:, None]
             else:
-                inside, outside, changes, least = _two_factors(held1, whole - held1, whole, amount, second, third, KIND, TINY)
+                inside, outside, changes, least = two_factors(held1, whole - held1, whole, amount, second, third, KIND, TINY)
                 unsafe = least < SMALLEST
                 new = was * outside[:, None] + change * (inside - outside)[:, None]
             unsafe = named & (held1 + held3 > 0.0) & (unsafe | (outside > largest))
@@ -370,19 +182,19 @@ def _correct(
                 high = tl.zeros([ROWS], dtype=tl.float32) + float("-inf")
                 held = tl.zeros([ROWS], dtype=tl.float32)
                 others = tl.zeros([ROWS], dtype=tl.float32)
-                if KIND == "bias":  # noqa: SIM102
+                if BIAS:  # noqa: SIM102
                     if sinks is not None:
                         high = tl.log(beyond)
                         others += tl.where(beyond > 0.0, 1.0, 0.0)
                 for start in range(0, stop, COLUMNS):
                     columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
                     there = columns < stop
-                    scores, visible, marked = _block_of_keys(
+                    scores, visible, marked = block_of_keys(
                 mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
                 added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, REST, WIDE,
+                ADDED, KIND == "score gain", REST, WIDE,
             )  # fmt: skip
-                    if KIND == "bias":
+                    if BIAS:
                         scores = tl.where(visible, scores + marked, float("-inf"))
                         top = tl.maximum(high, tl.max(scores, axis=1))
                         base = tl.where(top == float("-inf"), 0.0, top)
@@ -399,7 +211,7 @@ def _correct(
                 changes = others > 0.0
                 if KIND != "bias":
                     total = held + others
-                    inside, outside, changes, least = _two_factors(held, others, total, amount, second, third, KIND, TINY)
+                    inside, outside, changes, least = two_factors(held, others, total, amount, second, third, KIND, TINY)
                     if sinks is None:
                         inside = inside / tl.maximum(total, TINY)
                         outside = outside / tl.maximum(total, TINY)
@@ -407,12 +219,12 @@ def _correct(
                 for start in range(0, stop, COLUMNS):
                     columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
                     there = columns < stop
-                    scores, visible, marked = _block_of_keys(
+                    scores, visible, marked = block_of_keys(
                 mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
                 added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, REST, WIDE,
+                ADDED, KIND == "score gain", REST, WIDE,
             )  # fmt: skip
-                    if KIND == "bias":
+                    if BIAS:
                         part = tl.where(visible, tl.exp(scores + marked - base[:, None]), 0.0) * inside[:, None]
                     else:
                         part = tl.where(visible, tl.exp(scores), 0.0) * tl.where(marked == 1, inside[:, None], outside[:, None])
@@ -474,9 +286,10 @@ def correct(
         *(nothing[:2] if rows is None else strides(rows, (batch, queries))),
         *(nothing if added is None else strides(added, (batch, heads, keys))),
         *((0, 0, 0, 0) if mask is None else strides(mask, (batch, heads, queries, keys))),
-        KIND=kind, REST=rest, ADDED=added is not None, HEADS=heads, SHARED=shared, PACKED=packed, CAUSAL=is_causal, MASK=masked,
-        SOFTCAP=softcap is not None, DIM=dim, VALUE_DIM=value_dim, WIDTH=width, VALUE_WIDTH=value_width, ROWS=block, COLUMNS=columns,
-        WIDE=INTERPRETED and query.dtype == torch.bfloat16, ONE_SET=kind not in SEVERAL and (kind != "transfer" or rest == 2),
-        SMALLEST=SMALLEST_DENOMINATOR, MOST=MOST, TINY=TINY, num_warps=4, num_stages=1 if wide else 2,
+        KIND=kind, BIAS=kind in BIASES, REST=rest, ADDED=added is not None, HEADS=heads, SHARED=shared, PACKED=packed, CAUSAL=is_causal,
+        MASK=masked, SOFTCAP=softcap is not None, DIM=dim, VALUE_DIM=value_dim, WIDTH=width, VALUE_WIDTH=value_width, ROWS=block,
+        COLUMNS=columns, WIDE=INTERPRETED and query.dtype == torch.bfloat16,
+        ONE_SET=kind not in SEVERAL and (kind != "transfer" or rest == 2), SMALLEST=SMALLEST_DENOMINATOR, MOST=MOST, TINY=TINY, num_warps=4,
+        num_stages=1 if wide else 2,
     )  # fmt: skip
     return result

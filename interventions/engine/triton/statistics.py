@@ -16,50 +16,16 @@ CHANGING = (
 )  # fmt: skip
 
 
+# fmt: off
 @triton.jit(do_not_specialize=CHANGING)
 def _sum_columns(
-    query,
-    key,
-    lse,
-    rows,
-    mask,
-    sums,
-    counts,
-    num_queries,
-    num_keys,
-    offset,
-    counted,
-    scale,
-    softcap,
-    lowest,
-    query_stride_b,
-    query_stride_h,
-    query_stride_q,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_k,
-    key_stride_d,
-    lse_stride_b,
-    lse_stride_h,
-    lse_stride_q,
-    rows_stride_b,
-    rows_stride_q,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_q,
-    mask_stride_k,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    query, key, lse, rows, mask, sums, counts, num_queries, num_keys, offset, counted, scale, softcap, lowest, query_stride_b,
+    query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d, lse_stride_b,
+    lse_stride_h, lse_stride_q, rows_stride_b, rows_stride_q, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):
+    # fmt: on
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
     first = tl.program_id(0) * COLUMNS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..edits import Operands
 from ..edits.base import repeat_heads
 from ..edits.weights import TINY
+from ..errors import ReattendWarning
 from .biases import attend_biased
 from .kernels import attend, grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype, visible_rows
 from .restated import BIASES
@@ -26,10 +28,22 @@ LARGEST_HEAD = 256
 
 @functools.lru_cache(maxsize=64)
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run there."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Whether Triton's kernels run there: tried out once, because Triton also needs a C compiler."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        from .triton.blocks import try_out
+
+        with torch.cuda.device(device):
+            try_out(device)
+    except Exception as error:
+        warnings.warn(
+            f"Triton is installed but runs no kernel here, so edits of known columns take a slower way: {error}",
+            ReattendWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @torch.library.custom_op("reattend::columns", mutates_args=())
@@ -75,10 +89,12 @@ def columns(
     if query.dtype in DTYPES and max(query.shape[3], value.shape[3]) <= LARGEST_HEAD and has_triton(query.device):
         from .triton.correction import correct
 
-        return correct(
-            result, query, key, value, output, lse, mask, is_causal, scale, softcap, sinks, added, marks, index, count, amounts, rows, kind,
-            rest, number, second, third, offset,
-        )  # fmt: skip
+        with torch.cuda.device_of(query):
+            correct(
+                result, query, key, value, output, lse, mask, is_causal, scale, softcap, sinks, added, marks, index, count, amounts, rows,
+                kind, rest, number, second, third, offset,
+            )  # fmt: skip
+        return result
     dtype, device = statistics_dtype(query), query.device
     if marks is not None:
         marks = torch.nn.functional.pad(marks, (0, key.shape[2] - marks.shape[2]), value=rest)

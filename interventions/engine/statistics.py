@@ -64,7 +64,8 @@ def column_statistics(
     if query.dtype in DTYPES and query.shape[3] <= LARGEST_HEAD and has_triton(query.device):
         from .triton.statistics import sum_columns
 
-        sum_columns(query, key, lse, mask, is_causal, scale, softcap, rows, sums, counts)
+        with torch.cuda.device_of(query):
+            sum_columns(query, key, lse, mask, is_causal, scale, softcap, rows, sums, counts)
         return sums, counts
     sums.zero_(), counts.zero_()
     for start, weights, visible in chunks(query, key, lse, mask, is_causal, scale, softcap):

@@ -100,3 +100,13 @@ def readable(mask: Tensor | None) -> tuple[Tensor | None, str, float]:
 def padded(size: int) -> int:
     """Width of a block that holds a head: a power of two that products take."""
     return max(16, triton.next_power_of_2(size))
+
+
+@triton.jit
+def _write_one(place):
+    tl.store(place, 1.0)
+
+
+def try_out(device: torch.device) -> None:
+    """Runs a kernel on the device. Raises whatever Triton raises where it cannot: without a C compiler, for instance."""
+    _write_one[(1,)](torch.empty(1, device=device))

@@ -49,17 +49,22 @@ def _correct(
 ):
     # fmt: on
     # -- which rows: of one head, or (PACKED) of all heads that share a key head -------------------------------------------
-    places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if PACKED:
-        batch = (tl.program_id(1) // (HEADS // SHARED)).to(tl.int64)
-        key_head = (tl.program_id(1) % (HEADS // SHARED)).to(tl.int64)
+        blocks = tl.cdiv(num_queries * SHARED, ROWS)
+        pair = tl.program_id(0) // blocks
+        places = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+        batch = (pair // (HEADS // SHARED)).to(tl.int64)
+        key_head = (pair % (HEADS // SHARED)).to(tl.int64)
         real = places < SHARED * num_queries
         head = key_head * SHARED + tl.where(real, places // num_queries, 0)
         row = (places % num_queries).to(tl.int64)
         per_head = head[:, None]
     else:
-        batch = (tl.program_id(1) // HEADS).to(tl.int64)
-        per_head = (tl.program_id(1) % HEADS).to(tl.int64)
+        blocks = tl.cdiv(num_queries, ROWS)
+        pair = tl.program_id(0) // blocks
+        places = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+        batch = (pair // HEADS).to(tl.int64)
+        per_head = (pair % HEADS).to(tl.int64)
         key_head = per_head // SHARED
         real = places < num_queries
         head = per_head + tl.zeros([ROWS], dtype=tl.int64)
@@ -259,12 +264,12 @@ def correct(
     second: float,
     third: float,
     offset: int,
-) -> Tensor:
+) -> None:
     """Fills `result` with the edited output, from the output and log-sum-exp of the same call without the edit: see `op.columns`."""
     batch, heads, queries, dim = query.shape
     shared, keys, value_dim = heads // key.shape[1], key.shape[2], value.shape[3]
     if not result.numel():
-        return result
+        return
     packed = shared > 1 and queries <= FEW_ROWS
     count_of_rows = queries * shared if packed else queries
     width, value_width = padded(dim), padded(value_dim)
@@ -274,7 +279,7 @@ def correct(
     mask, masked, lowest = readable(mask)
     nothing = (0, 0, 0)
     lists = (batch, key.shape[1])
-    _correct[(triton.cdiv(count_of_rows, block), batch * (key.shape[1] if packed else heads))](
+    _correct[(triton.cdiv(count_of_rows, block) * batch * (key.shape[1] if packed else heads),)](
         query, key, value, output, lse, result, marks, index, count, amounts, None if rows is None else rows.view(torch.uint8), added, mask,
         sinks, queries, keys, 0 if marks is None else marks.shape[2], offset, keys - queries, scale, softcap or 0.0, lowest, number, second,
         third, LARGEST_FACTOR[query.dtype], *query.stride(), *key.stride(), *value.stride(), *output.stride(), *result.stride(),
@@ -292,4 +297,3 @@ def correct(
         ONE_SET=kind not in SEVERAL and (kind != "transfer" or rest == 2), SMALLEST=SMALLEST_DENOMINATOR, MOST=MOST, TINY=TINY, num_warps=4,
         num_stages=1 if wide else 2,
     )  # fmt: skip
-    return result

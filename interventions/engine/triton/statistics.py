@@ -26,9 +26,11 @@ def _sum_columns(
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):
     # fmt: on
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = (tl.program_id(1) % HEADS).to(tl.int64)
-    first = tl.program_id(0) * COLUMNS
+    blocks = tl.cdiv(num_keys, COLUMNS)
+    pair = tl.program_id(0) // blocks
+    batch = (pair // HEADS).to(tl.int64)
+    head = (pair % HEADS).to(tl.int64)
+    first = tl.program_id(0) % blocks * COLUMNS
     columns = (first + tl.arange(0, COLUMNS)).to(tl.int64)
     there = columns < num_keys
     key += batch * key_stride_b + head // SHARED * key_stride_h
@@ -99,7 +101,7 @@ def sum_columns(
     exact = query.dtype == torch.float32
     block = 32 if exact or width > 128 else 64
     mask, masked, lowest = readable(mask)
-    _sum_columns[(triton.cdiv(keys, block), batch * heads)](
+    _sum_columns[(triton.cdiv(keys, block) * batch * heads,)](
         query, key, lse, None if rows is None else rows.view(torch.uint8), mask, sums, counts, queries, keys, keys - queries,
         counts.shape[1], scale, softcap or 0.0, lowest, *query.stride(), *key.stride(), *lse.stride(),
         *((0, 0) if rows is None else strides(rows, (batch, queries))),

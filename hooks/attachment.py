@@ -62,6 +62,8 @@ class Attachment:
         self.tracker = SequenceTracker(self)
         self.denoiser = DenoiseTracker(self)
         self.encoder = EncodeTracker(self)
+        # the trackers of passes that come before the model's own, as far as they follow anything here
+        self.before_tokens: list[DenoiseTracker | EncodeTracker] = []
         self.interface = InterfaceRoute(self)
         self.routes = [self.interface, SdpaRoute(self)]
 
@@ -81,6 +83,8 @@ class Attachment:
         session.install(self)
         if any(site.stack.partition(".")[0] in ENCODER_STACKS for site in _touched(session)):
             self.encoder.install(parts.values())
+        followed = [(self.denoiser, self.denoiser.roots()), (self.encoder, self.encoder.handles)]
+        self.before_tokens = [tracker for tracker, what in followed if what]
         for route in self.routes:
             route.install(session)
         if session.hooked and inside(parts.values()):
@@ -198,7 +202,11 @@ class Attachment:
         backward computes a part anew, that of the part."""
         if backward_task() != -1 and (moment := self._computed_anew()) is not None and moment.again is not None:
             return moment.again
-        return self.denoiser.current() or self.encoder.current() or self.tracker.current()
+        for tracker in self.before_tokens:
+            forward = tracker.current()
+            if forward is not None:
+                return forward
+        return self.tracker.current()
 
 
 def _touched(session: Attached) -> list[Site]:

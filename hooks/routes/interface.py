@@ -285,7 +285,7 @@ def _edited(
     acting = acting_at(owners, module)
     if not acting:
         return None
-    if _paged(kwargs):
+    if "cache" in kwargs and _paged(kwargs):
         raise ReattendError(f"{acting[0][0].site_at(module).name}: {NO_PAGES}")
     if module.training and kwargs.get("dropout", 0.0):
         raise ReattendError(

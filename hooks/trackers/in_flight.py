@@ -40,9 +40,8 @@ def on_stack(wanted: FrameType, top: FrameType | None) -> bool:
     return top is not None
 
 
-def backward_task() -> int:
-    """The number of the backward that runs in this thread; -1 outside of one."""
-    return torch._C._current_graph_task_id()
+# the number of the backward that runs in this thread; -1 outside of one
+backward_task: Callable[[], int] = torch._C._current_graph_task_id
 
 
 class Pass:

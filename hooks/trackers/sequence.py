@@ -74,7 +74,8 @@ class SequenceTracker:
 
     def current(self) -> Forward:
         """The forward pass of this thread; outside of one (a vision tower run by `generate` beforehand) an "encode" clock."""
-        return self.under_way() or Forward(OUTSIDE)
+        stack = getattr(self.local, "stack", None)
+        return stack[-1] if stack and self.in_flight.here() is not None else Forward(OUTSIDE)
 
     def under_way(self) -> Forward | None:
         """The forward pass of this thread; None outside of one."""

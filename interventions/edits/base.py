@@ -231,9 +231,10 @@ class Edit:
 
     def _copy(self: E, **changes: Any) -> E:
         """The same edit with other values in some fields, which are not looked at again."""
-        new = object.__new__(type(self))
-        for f in dataclasses.fields(self):
-            object.__setattr__(new, f.name, changes.get(f.name, getattr(self, f.name)))
+        kind, own = type(self), self.__dict__
+        new = object.__new__(kind)
+        new.__dict__.update({name: own[name] for name in _field_names(kind)})
+        new.__dict__.update(changes)
         return new
 
     def remember(self, key: object, make: Callable[[], Any]) -> Any:
@@ -281,6 +282,11 @@ class Edit:
             return None
         chosen = self.rows if self.rows.shape[1] == 1 else self.rows[:, rows.index]
         return chosen[:, None, :, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _field_names(kind: type[Edit]) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind))
 
 
 def batch_rows(value: Any, index: Tensor) -> Any:

@@ -131,9 +131,9 @@ class Lift(WeightEdit):
     def rescaled(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> tuple[float | Tensor, Tensor, Tensor]:
         return _grown(1 + self.growth(mass, whole, rows), mass, whole)
 
-    def growth(self, mass: Tensor, whole: float | Tensor, rows: Rows) -> Tensor:
-        """g - 1 of each row, from the weight on the columns and the row's sum, both [B, H, R, 1]."""
-        share = at_rows(_factor(self.share), rows)
+    def growth(self, mass: Tensor, whole: float | Tensor, rows: Rows | None = None) -> Tensor:
+        """g - 1 of each row, from the weight on the columns and the row's sum, both [B, H, R, 1]. rows: where `share` is a tensor."""
+        share = self.share if rows is None else at_rows(_factor(self.share), rows)
         held = mass.clamp_min(TINY)
         factor = (whole - mass) * (share / (1 - share)) / held if self.exact else share * whole / held
         growth = factor.clamp(1, self.largest) - 1

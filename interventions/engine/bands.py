@@ -51,9 +51,6 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     num_queries, num_keys = x.query.shape[2], x.key.shape[2]
     offset = num_keys - num_queries if x.offset is None else x.offset
     device = x.query.device
-    alone = num_queries == 1 and offset == num_keys - 1 and x.mask is None and bias is None and not x.appended
-    if alone and band.first is None and not band.has_dense(offset, offset):
-        return _newest_row(x, band, scale)
     if is_accelerator(device):
         if num_queries > FEW_ROWS and band.remember(
             ("looks back", offset, x.is_causal, x.appended), lambda: _looks_back(x, offset), x.mask
@@ -73,15 +70,6 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
             keep, _ = _keep(x, band, index, offset, columns)
         pieces.append(_attend(x, slice(start, start + BLOCK), index, columns, keep, bias, scale))
     return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
-
-
-def _newest_row(x: Operands, band: Band, scale: float) -> Tensor:
-    """A decode step: the last row keeps the sinks and the last columns, all of them, so that no mask is needed."""
-    start = x.key.shape[2] - band.window
-    key, value = x.key, x.value
-    if start > band.sinks:
-        key, value = (torch.cat([t[:, :, : band.sinks], t[:, :, start:]], dim=2) for t in (key, value))
-    return attend(x.query, key, value, None, False, scale)[0]
 
 
 def _over_everything(x: Operands, band: Band, bias: Tensor | None, scale: float, offset: int) -> Tensor:

@@ -14,16 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
 from ..edits import Band, Edit, Gain, HeadGain, Keep, ScaleQuery, ScoreEdit, Transfer, WeightEdit
 from ..edits.base import column_mask, heads_index, heads_mask
-from .kernels import attend
-from .tasks import Task, group_heads, plain
+from .tasks import group_heads
 
-NAME = "one additive row"
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
 # several such edits each earlier one weighs twice as much, so that a later one cannot bring back what it took.
 EMPTYING = -120.0
@@ -129,13 +126,20 @@ def decode_row(facts: Facts, edits: Sequence[Edit]) -> DecodeRow | None:
     Made once for edits that layers share. Raises ReattendError for columns beyond the keys.
     """
     edit = edits[0]
-    alone = len(edits) == 1 and edit.rows is None and isinstance(edit, (ScoreEdit, WeightEdit))
-    if alone and edit.heads is not None and not edit._has_head_axis():
+    if all(isinstance(edit, (HeadGain, ScaleQuery)) for edit in edits):
+        facts = facts._replace(keys=0)  # the same however long a cache has grown
+    if edit.heads is not None and is_shared(edits):
         # one bias for whatever heads: layers that share it but for their heads share its row
         whole = _kept(edit.of_any_heads, facts, edits, lambda: _row(facts, edits, None))
         return whole and replace(whole, named=heads_mask(edit.heads, facts.heads, facts.device))
     store = edits[0].remember("decode rows", dict)
     return _kept(store, (facts, *edits[1:]), edits, lambda: _row(facts, edits, named_pairs(facts, edits)))
+
+
+def is_shared(edits: Sequence[Edit]) -> bool:
+    """Whether it is one bias for whatever heads."""
+    edit = edits[0]
+    return len(edits) == 1 and edit.rows is None and isinstance(edit, (ScoreEdit, WeightEdit)) and not edit._has_head_axis()
 
 
 def _kept(store: dict[Any, Any], key: Any, edits: Sequence[Edit], make: Callable[[], Any]) -> Any:
@@ -241,89 +245,3 @@ def named_pairs(facts: Facts, edits: Sequence[Edit]) -> Tensor | None:
     if all(edit.rows is None for edit in edits):
         return None if len({head for edit in edits for head in edit.heads or ()}) == facts.heads else named
     return None if named.device.type == "cpu" and bool(named.all()) else named
-
-
-# -- the way ---------------------------------------------------------------------------------------------------------------
-
-
-def is_row(task: Task) -> bool:
-    call = task.call
-    if not task.few or call.softcap is not None or call.sinks is not None or not task.edits:
-        return False
-    facts = facts_of(call)
-    return all(takes(edit, facts) for edit in task.edits) and not _reads_less(task)
-
-
-def _reads_less(task: Task) -> bool:
-    """Whether all heads read through one window that is so small that its columns are better taken out of the cache.
-
-    Beside a mask this asks whether a row is left without a column: on an accelerator the row is taken.
-    """
-    call = task.call
-    if len(task.edits) > 1 or (call.mask is not None and call.query.device.type != "cpu"):
-        return False
-    edit = task.edits[0]
-    if not isinstance(edit, Keep) or not isinstance(edit.pattern, Band) or edit.heads is not None or edit.rows is not None:
-        return False
-    return 2 * (edit.pattern.sinks + edit.pattern.window) < call.num_keys
-
-
-def find(task: Task) -> DecodeRow | None:
-    call = task.call
-    row = decode_row(facts_of(call), task.edits)
-    if row is not None:
-        # by all that `is_row` and the checks of edits go by
-        object.__setattr__(task.edits[0], "_row", (_sizes(call), tuple(task.edits[1:]), row))
-    return row
-
-
-def known(call: Call, edits: Sequence[Edit]) -> DecodeRow | None:
-    """The row that these very edits were last found to come to in a call of the same sizes, where no gradient is wanted."""
-    found = edits[0].__dict__.get("_row")
-    if found is None or found[0] != _sizes(call) or torch.is_grad_enabled():
-        return None
-    others = found[1]
-    if len(edits) != len(others) + 1 or (others and any(a is not b for a, b in zip(edits[1:], others, strict=True))):
-        return None
-    return found[2]
-
-
-def _sizes(call: Call) -> tuple:
-    query = call.query
-    return query.shape, call.key.shape, query.dtype, query.device, call.mask is None, call.softcap is None, call.sinks is None
-
-
-def run(task: Task, row: DecodeRow) -> Tensor:
-    return output_of(task.call, row)
-
-
-def _attended(query: Tensor, call: Call, mask: Tensor | None) -> Tensor:
-    batch, heads, rows, dim = query.shape
-    key, value = call.key, call.value
-    if rows > 1 or torch.is_grad_enabled():
-        return attend(query, key, value, mask, call.is_causal, call.scaling)[0]
-    shared = key.shape[1]
-    if shared == heads:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
-    # the heads of a group as rows of their key head, so that keys are read once
-    packed = query.reshape(batch, shared, heads // shared, dim)
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask.reshape(mask.shape[0], shared, heads // shared, mask.shape[3])
-    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=call.scale)
-    return output.reshape(batch, heads, 1, value.shape[3])
-
-
-def output_of(call: Call, row: DecodeRow) -> Tensor:
-    """Attention under a row."""
-    query = call.query
-    changed = row.added is not None or row.sharpness is not None
-    if not changed:
-        output = plain(call)
-    else:
-        mask = call.mask if row.added is None else row.added.beside(call.mask)
-        own = query if row.sharpness is None else (query * row.sharpness[:, :, None, None]).to(query.dtype)
-        output = _attended(own, call, mask)
-    if row.gain is not None:
-        # what no edit names has a gain of exactly 1
-        output = (output * row.gain[:, :, None, None]).to(query.dtype)
-    return torch.where(row.named[:, :, None, None], output, plain(call)) if changed and row.named is not None else output

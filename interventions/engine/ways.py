@@ -25,12 +25,13 @@ from . import (
     batch,
     blocks,
     columns,
-    decode_row,
     factors,
     folded,
     heads,
+    lifted,
     materialised,
     one_kernel,
+    one_row,
     rearranged,
     uniform,
 )
@@ -101,7 +102,15 @@ def _folded(group: Group, _: object) -> Tensor:
 
 WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
-    Way(decode_row.NAME, "call", decode_row.is_row, decode_row.run, decode_row.find),
+    Way(one_row.ROW, "call", one_row.is_row, one_row.run, one_row.find),
+    Way(
+        one_row.WINDOW,
+        "call",
+        one_row.is_newest,
+        lambda task, band: one_row.newest(task.call, band),
+        one_row.find_newest,
+    ),
+    Way(lifted.NAME, "call", lifted.is_lifted, lifted.run, lifted.find),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
     Way(
@@ -157,11 +166,9 @@ _OF_SCOPE = {scope: [way for way in WAYS if way.scope == scope] for scope in ("c
 def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
     if edits:
-        row = decode_row.known(call, edits)
-        if row is not None:
-            if call.ways is not None:
-                call.ways[decode_row.NAME] += 1
-            return decode_row.output_of(call, row)
+        run = one_row.known(call, edits)
+        if run is not None:
+            return run(call)
     return compute(Task(call, check_edits(call, list(edits)), compute))
 
 

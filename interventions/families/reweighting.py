@@ -121,8 +121,9 @@ def of_call(call: Call, whole: Tensor) -> Tensor:
 
 def shared_by_layers(call: Call, key: Hashable, make: Callable[[], T]) -> T:
     """make(), once for all layers of a step that see the same keys. key: what it depends on besides (the heads of a layer)."""
-    total, keys, query = call.total, call.num_keys, call.query
-    now = (total, query.shape[2], None if call.tokens is None else call.tokens.prompt_length)
+    tokens, query, keys = call.tokens, call.query, call.key.shape[2]
+    total, prompt = (keys, None) if tokens is None else (tokens.length, tokens.prompt_length)
+    now = (total, query.shape[2], prompt)
     step = call.memory.get("step")
     if step is None or step[0] != now:
         step = call.memory["step"] = (now, {})

@@ -174,7 +174,9 @@ def test_what_is_no_row_is_left_to_other_ways():
 def test_a_small_window_is_taken_out_of_a_long_cache():
     call = a_call(1, 40, mask="none")
     for edits, way in (
-        ([Keep(pattern=Band(2, 8))], "band"),
+        ([Keep(pattern=Band(2, 8))], "newest window"),
+        ([Keep(pattern=Band(0, 8))], "newest window"),
+        ([Keep(pattern=Band(2, 8, first=torch.ones(3).long()))], "band"),
         ([Keep(pattern=Band(2, 30))], "one additive row"),
         ([Keep(pattern=Band(2, 8), heads=[1])], "one additive row"),
     ):

@@ -1,0 +1,160 @@
+"""The ways of a decode step without a map of its weights: the kernel with one additive row, or with the columns of a window alone.
+
+What was found for edits that all layers share is kept with them: the next layer with a call of the same sizes takes it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..call import Call
+from ..edits import Band, Edit, Keep
+from ..edits.base import heads_mask
+from .decode_row import DecodeRow, decode_row, facts_of, is_shared, takes
+from .kernels import attend
+from .tasks import Task, plain
+
+ROW, WINDOW = "one additive row", "newest window"
+
+
+def is_row(task: Task) -> bool:
+    call = task.call
+    if not task.few or call.softcap is not None or call.sinks is not None or not task.edits:
+        return False
+    facts = facts_of(call)
+    if not all(takes(edit, facts) for edit in task.edits):
+        return False
+    # beside a mask, the way of windows asks whether a row is left without a column: an accelerator is not asked
+    return not (_reads_less(task) and (call.query.device.type == "cpu" or is_newest(task)))
+
+
+def _reads_less(task: Task) -> bool:
+    """Whether all heads read through one window that is so small that its columns are better taken out of the cache."""
+    edit = task.edits[0]
+    if len(task.edits) > 1 or not isinstance(edit, Keep) or edit.heads is not None or edit.rows is not None:
+        return False
+    band = edit.pattern
+    return isinstance(band, Band) and 2 * (band.sinks + band.window) < task.call.num_keys
+
+
+def is_newest(task: Task) -> bool:
+    """Whether the one row of a call sees the first columns and the last ones, so that no mask is needed."""
+    call = task.call
+    if call.num_queries > 1 or call.mask is not None or call.softcap is not None or call.sinks is not None or not task.edits:
+        return False
+    band = getattr(task.edits[0], "pattern", None)
+    return _reads_less(task) and band.first is None and band.dense_after is None  # type: ignore[union-attr]
+
+
+def newest(call: Call, band: Band) -> Tensor:
+    """A step of decoding through a window: the last row keeps the sinks and the last columns, all of them."""
+    start, sinks = call.num_keys - band.window, band.sinks
+    key, value = call.key[:, :, start:], call.value[:, :, start:]
+    if sinks:
+        key = torch.cat([call.key[:, :, :sinks], key], dim=2)
+        value = torch.cat([call.value[:, :, :sinks], value], dim=2)
+    return _attended(call.query, key, value, None, call)
+
+
+def find_newest(task: Task) -> Band:
+    band: Band = task.edits[0].pattern  # type: ignore[attr-defined]
+    keep_known(task, WINDOW, lambda call: newest(call, band), True)
+    return band
+
+
+def find(task: Task) -> DecodeRow | None:
+    row = decode_row(facts_of(task.call), task.edits)
+    if row is not None:
+        keep_known(task, ROW, under(row), row.added is not None)
+        if row.added is not None and is_shared(task.edits):
+            # layers whose edit names other heads: all that differs is what they leave alone
+            task.edits[0].of_any_heads["known"] = _sizes(task.call), task.call.num_keys, row.added
+    return row
+
+
+def keep_known(task: Task, name: str, run: Callable[[Call], Tensor], of_keys: bool) -> None:
+    """Keeps with the first edit what the table and the checks of edits have found, by all that they go by."""
+    keys = task.call.num_keys if of_keys else None
+    object.__setattr__(task.edits[0], "_known", (_sizes(task.call), keys, tuple(task.edits[1:]), name, run))
+
+
+def known(call: Call, edits: Sequence[Edit]) -> Callable[[Call], Tensor] | None:
+    """What was last found for these very edits in a call of the same sizes, counted in `call.ways`; None where a gradient is wanted."""
+    if torch.is_grad_enabled():
+        return None
+    own = edits[0].__dict__
+    found = own.get("_known")
+    if found is None:
+        return _on_other_heads(call, edits[0]) if len(edits) == 1 and "_of_any_heads" in own else None
+    sizes, keys, others, name, run = found
+    if len(edits) != len(others) + 1 or sizes != _sizes(call) or (keys is not None and keys != call.key.shape[2]):
+        return None
+    if others and any(a is not b for a, b in zip(edits[1:], others, strict=True)):
+        return None
+    if call.ways is not None:
+        call.ways[name] += 1
+    return run
+
+
+def _on_other_heads(call: Call, edit: Edit) -> Callable[[Call], Tensor] | None:
+    """What was found for the same edit on other heads."""
+    found, heads = edit.of_any_heads.get("known"), edit.heads
+    if found is None or heads is None or max(heads) >= call.num_heads or not is_shared([edit]):
+        return None
+    sizes, keys, added = found
+    if sizes != _sizes(call) or keys != call.key.shape[2]:
+        return None
+    if call.ways is not None:
+        call.ways[ROW] += 1
+    return under(DecodeRow(added.bias, None, heads_mask(heads, call.num_heads, call.query.device), added))
+
+
+def _sizes(call: Call) -> tuple:
+    query = call.query
+    where = query.dtype, query.device, call.mask is None, call.softcap is None, call.sinks is None
+    return query.shape, call.key.shape[1], where
+
+
+def run(task: Task, row: DecodeRow) -> Tensor:
+    return under(row)(task.call)
+
+
+def under(row: DecodeRow) -> Callable[[Call], Tensor]:
+    """Attention under a row, for all calls of its sizes."""
+    added, changed = row.added, row.added is not None or row.sharpness is not None
+    gain, sharpness = (None if factor is None else factor[:, :, None, None] for factor in (row.gain, row.sharpness))
+    # what no edit names has a gain of exactly 1
+    named = row.named[:, :, None, None] if changed and row.named is not None else None
+
+    def attended(call: Call) -> Tensor:
+        query = call.query
+        if not changed:
+            output = plain(call)
+        else:
+            mask = call.mask if added is None else added.beside(call.mask)
+            own = query if sharpness is None else (query * sharpness).to(query.dtype)
+            output = _attended(own, call.key, call.value, mask, call)
+        if gain is not None:
+            output = (output * gain).to(query.dtype)
+        return output if named is None else torch.where(named, output, plain(call))
+
+    return attended
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+    batch, heads, rows, dim = query.shape
+    if rows > 1 or torch.is_grad_enabled():
+        return attend(query, key, value, mask, call.is_causal, call.scaling)[0]
+    shared = key.shape[1]
+    if shared == heads:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
+    # the heads of a group as rows of their key head, so that keys are read once
+    packed = query.reshape(batch, shared, heads // shared, dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], shared, heads // shared, mask.shape[3])
+    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=call.scale)
+    return output.reshape(batch, heads, 1, value.shape[3])

@@ -13,12 +13,28 @@ from reattend.interventions import ReattendWarning
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:var. no first token is a sink"),
+    pytest.mark.filterwarnings("ignore:the borders of the segments"),
+]
+
+# graphs that the untouched model takes: the second for a window's cache that counts what it has taken
+GRAPHS = {"Llama": 1, "Gemma3": 2}
 # methods whose hooks inside the model act in every step: they say so, and steps run as they are written
 WITH_HOOKS = {"spa"}
 
 
+CASES = [
+    *cases("graphs", llm=["Llama"]),
+    *(
+        pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
+        for case in cases("graphs", llm=["Gemma3"])
+    ),
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "model", "kind"), cases("graphs", llm=["Llama", "Gemma3"]))
+@pytest.mark.parametrize(("name", "model", "kind"), CASES)
 def test_steps_that_generate_compiles(name: str, model: str, kind: str) -> None:
     case = Case(name, model, kind)
     if case.example.refusal(model):
@@ -49,7 +65,7 @@ def test_steps_that_generate_compiles(name: str, model: str, kind: str) -> None:
         if case.slug in WITH_HOOKS:
             assert len(words) == 1 and f"recipe {case.slug!r}" in words[0]
         else:
-            assert not words and graphs == [1] and not counters["graph_break"]
+            assert not words and len(graphs) == GRAPHS[model] and not counters["graph_break"]
     finally:
         vars(case.model).pop("_compiled_call", None)
         torch._dynamo.reset()

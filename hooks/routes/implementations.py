@@ -27,6 +27,8 @@ PACKED = f"several sequences are packed in one row, which cannot be edited: {REM
 
 # block masks, which all layers of a pass share -> the same as tensors
 _dense: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+# the padding masks of a pass -> (their version, {(window, causal, rows): what they leave})
+_masks: Any = WeakTensorKeyDictionary()
 # position ids of a pass -> (their version, whether they begin anew inside)
 _restarts: Any = WeakTensorKeyDictionary()
 
@@ -130,13 +132,8 @@ def flash_call(
     query, key, value = _in_half_precision(module, query, key, value)
     if mask is not None:
         # a static cache's buffer is longer than what it holds
-        mask = mask.bool()
         key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
-    seen = None if mask is None else mask[:, None, None]
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] > window:
-        near = _in_window(mask, window, causal, query.shape[2], key.shape[2], query.device)
-        seen = near if seen is None else seen & near
+    seen = _visible(mask, kwargs.get("sliding_window"), causal, query.shape[2], key.shape[2], query.device)
     sinks = kwargs.get("s_aux")
     return Call(
         query, key, value, seen, causal, kwargs.get("scaling"), softcap=kwargs.get("softcap"),
@@ -144,9 +141,30 @@ def flash_call(
     )  # fmt: skip
 
 
-def _in_window(mask: Tensor | None, window: int, causal: bool, rows: int, keys: int, device: torch.device) -> Tensor:
-    """Bool [B or 1, 1, Tq, Tk]: the keys less than `window` tokens from a row, before it or on both sides. Padding is no token."""
-    at = torch.arange(keys, device=device)[None] if mask is None else mask.cumsum(dim=1)
+def _visible(
+    mask: Tensor | None, window: int | None, causal: bool, rows: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Bool [B or 1, 1, Tq or 1, Tk]: what padding and a window leave; None where that is all. One tensor for all layers of a pass."""
+    window = window if window is not None and keys > window else None
+    if mask is None:
+        return None if window is None else _near(torch.arange(keys, device=device)[None], window, causal, rows)
+    if mask.is_inference():
+        return _unpadded(mask, window, causal, rows)
+    known = _masks.get(mask)
+    if known is None or known[0] != mask._version:
+        known = _masks[mask] = mask._version, {}
+    if (window, causal, rows) not in known[1]:
+        known[1][window, causal, rows] = _unpadded(mask, window, causal, rows)
+    return known[1][window, causal, rows]
+
+
+def _unpadded(mask: Tensor, window: int | None, causal: bool, rows: int) -> Tensor:
+    seen = mask.ne(0)[:, None, None]
+    return seen if window is None else seen & _near(mask.ne(0).cumsum(dim=1), window, causal, rows)
+
+
+def _near(at: Tensor, window: int, causal: bool, rows: int) -> Tensor:
+    """Bool [B, 1, Tq, Tk]: the keys less than `window` tokens from a row, before it or on both sides. at [B, Tk]: their numbers."""
     row, column = at[:, -rows:, None], at[:, None, :]
     near = column > row - window
     return (near if causal else near & (column < row + window))[:, None]

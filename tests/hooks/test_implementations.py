@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -200,7 +201,7 @@ def test_layers_without_a_session_and_switches_inside_one(kernels: Kernels, name
         assert under(copy.deepcopy(model), "sdpa") is not model
 
 
-@pytest.mark.parametrize("some", [False])
+@pytest.mark.parametrize("some", [False, True])
 def test_a_compiled_model(kernels: Kernels, name: str, some: bool) -> None:
     """All layers are edited, or one is and the others call the user's kernel inside the graph."""
     model = under(tiny_llama(), name)
@@ -335,6 +336,20 @@ def test_a_mask_of_another_form_is_an_error() -> None:
     states = [torch.randn(2, 4, 3, 16) for _ in range(3)]
     with pytest.raises(ReattendError, match=r"expected a mask \[batch, keys\] or none, got .*2, 1, 3, 3"):
         flash_call("flash_attention_2", module, *states, torch.ones(2, 1, 3, 3), {})
+
+
+def test_layers_share_what_a_mask_leaves() -> None:
+    module, states = tiny_llama().model.layers[0].self_attn, [torch.randn(2, 4, 3, 16) for _ in range(3)]
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    first, again, window = (
+        flash_call("flash_attention_2", module, *states, mask, {"sliding_window": w}).mask for w in (None, 8, 2)
+    )
+    assert first is again and window.shape == (2, 1, 3, 3)
+    mask[1, 0] = 0
+    assert not flash_call("flash_attention_2", module, *states, mask, {}).mask[1, 0, 0, 0]
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
 
 
 def test_states_in_float32_are_cast_as_flash_attention_casts_them() -> None:

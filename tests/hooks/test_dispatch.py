@@ -13,6 +13,7 @@ import reattend
 import tiny_denoisers
 import torch
 import torch.nn.functional as F
+from example import examples
 from reattend.hooks import Edits, Plan, attach
 from reattend.hooks.routes import dispatch
 from reattend.interventions import Call, Gain, HeadGain, KeyBias, ReattendError, Site, Transfer, UnsupportedError
@@ -207,6 +208,27 @@ def test_heads_that_no_edit_names_keep_their_bits(kernel: Kernel) -> None:
     handle.remove()
     plain, edited = seen["plain"][0].unflatten(-1, (2, 8)), seen["edited"][0].unflatten(-1, (2, 8))
     assert torch.equal(plain[:, :, 0], edited[:, :, 0]) and not torch.equal(plain[:, :, 1], edited[:, :, 1])
+
+
+METHODS = examples("diffusion")
+FITTING = [(name, place) for name, (_, example) in METHODS.items() for place in MODELS if not example.refusal(place)]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("method", "place"), FITTING, ids=[f"{name}-{place}" for name, place in FITTING])
+@pytest.mark.parametrize("kernel", ["heads first"], indirect=True)
+def test_every_method_for_pictures_is_as_on_the_native_backend(kernel: Kernel, method: str, place: str) -> None:
+    model, run = build(place, flash=False)
+    slug, example = METHODS[method]
+    with reattend.apply(model, slug, **example.parameters):
+        wanted = run()
+    model.set_attention_backend("flash")  # type: ignore[operator]
+    before = run()
+    with reattend.apply(model, slug, **example.parameters):
+        found = run()
+    scale = wanted.abs().max()
+    torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, before) and torch.equal(run(), before)
 
 
 # -- the user's choices --------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The edit algebra: every change of attention that a recipe can ask for, each as its formula on the materialised matrix."""
 
+from .band import Band
 from .base import Edit, Rows, Shape
 from .columns import AppendKV, PoolKV, Reorder, ReplaceKV
 from .held import HeldKV
-from .keep import Band, Blocks, Chosen, Keep, Pattern
+from .keep import Blocks, Chosen, Keep, Pattern
 from .operands import OperandEdit, Operands, ScaleQuery
 from .outputs import HeadGain, HeadMix, MixValue, OutputEdit
 from .projection import ProjectKey

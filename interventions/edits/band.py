@@ -1,0 +1,97 @@
+"""The pattern of a sliding window with sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ReattendError
+from .base import Rows, batch_rows
+from .keep import Pattern
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Band(Pattern):
+    """The pairs of a sliding window with sinks: key j of row i stays iff j < first + sinks or i - j < window (i, j absolute).
+
+    `first` [B] long: each sequence's first real column (left padding); None = 0. `dense_after`: rows from there on see everything,
+    up to `dense_until` where that is given; numbers, or long [B].
+    """
+
+    sinks: int
+    window: int
+    first: Tensor | None = None
+    dense_after: int | Tensor | None = None
+    dense_until: int | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ReattendError(f"sinks must be 0 or more, got {self.sinks}")
+        if self.window < 1:
+            raise ReattendError(f"window must be 1 or more, got {self.window}")
+
+    def at_batch(self, index: Tensor) -> Band:
+        places = {name: getattr(self, name) for name in ("first", "dense_after", "dense_until")}
+        return dataclasses.replace(self, **{n: batch_rows(p, index) for n, p in places.items() if isinstance(p, Tensor)})
+
+    def pairs(self, rows: Rows, num_keys: int) -> Tensor:
+        return self.keep(rows.own, torch.arange(num_keys, device=rows.index.device))
+
+    def keep(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Bool [B or 1, 1, ..., R, C] for row positions [..., R] and column positions [..., C], both as key columns of the call."""
+        rows, columns = rows[..., :, None], columns[..., None, :]
+        near = (rows - columns < self.window)[None]
+        dense = self.dense_rows(rows)
+        near = near if dense is None else near | dense
+        first = 0 if self.first is None else self._per_row("first", rows)
+        return (near | (columns[None] - first < self.sinks))[:, None]
+
+    def dense_rows(self, rows: Tensor) -> Tensor | None:
+        """Bool [B or 1, ...]: which of the row positions [...] see everything; None where none can."""
+        if self.dense_after is None:
+            return None
+        dense = rows[None] >= self._per_row("dense_after", rows)
+        return dense if self.dense_until is None else dense & (rows[None] < self._per_row("dense_until", rows))
+
+    def _per_row(self, name: str, rows: Tensor) -> int | Tensor:
+        """A position, or [B, 1, ...] of them beside rows [1, ...]."""
+        place = getattr(self, name)
+        return self.on(rows.device, name).view(-1, *[1] * rows.dim()) if isinstance(place, Tensor) else place
+
+    def on(self, device: torch.device, name: str, there: Tensor | None = None) -> Tensor:
+        """A tensor of the band on a device, sent once; there: that tensor, where it is known already, to be sent never."""
+        place = getattr(self, name)
+        if place.device == device:
+            return place
+        if there is not None:
+            self._held[name, device] = None, there
+        return self.remember((name, device), lambda: place.to(device))
+
+    def remember(self, key: tuple, make: Callable[[], T], of: Tensor | None = None) -> T:
+        """What `make` gives, made once for each key: layers share a band, and each of them asks. of: what it holds for; another one takes
+        its place."""
+        known = self._held.get(key)
+        if known is None or known[0] is not of:
+            with torch.inference_mode(False):  # kept longer than the pass that makes it
+                known = self._held[key] = of, make()
+        return known[1]
+
+    @functools.cached_property
+    def _held(self) -> dict[tuple, tuple[Tensor | None, Any]]:
+        return {}
+
+    def has_dense(self, low: int, high: int) -> bool:
+        """Whether some row of positions low..high sees everything in some sequence."""
+        if self.dense_after is None:
+            return False
+        after = self.dense_after if isinstance(self.dense_after, int) else int(self.dense_after.min())
+        until = high + 1 if self.dense_until is None else self.dense_until
+        return high >= after and low < (until if isinstance(until, int) else int(until.max()))

@@ -51,6 +51,9 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
     num_queries, num_keys = x.query.shape[2], x.key.shape[2]
     offset = num_keys - num_queries if x.offset is None else x.offset
     device = x.query.device
+    alone = num_queries == 1 and offset == num_keys - 1 and x.mask is None and bias is None and not x.appended
+    if alone and band.first is None and not band.has_dense(offset, offset):
+        return attend(x.query, *newest(x.key, x.value, band), None, False, scale)[0]
     if is_accelerator(device):
         if num_queries > FEW_ROWS and band.remember(
             ("looks back", offset, x.is_causal, x.appended), lambda: _looks_back(x, offset), x.mask
@@ -70,6 +73,17 @@ def attend_band(x: Operands, band: Band, bias: Tensor | None, scale: float) -> T
             keep, _ = _keep(x, band, index, offset, columns)
         pieces.append(_attend(x, slice(start, start + BLOCK), index, columns, keep, bias, scale))
     return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+
+def newest(key: Tensor, value: Tensor, band: Band) -> tuple[Tensor, Tensor]:
+    """The sinks and the last columns: what the last row keeps, all of it, so that a step of decoding needs no mask."""
+    start, sinks = key.shape[2] - band.window, band.sinks
+    if start <= sinks:
+        return key, value
+    last = key[:, :, start:], value[:, :, start:]
+    if not sinks:
+        return last
+    return torch.cat([key[:, :, :sinks], last[0]], dim=2), torch.cat([value[:, :, :sinks], last[1]], dim=2)
 
 
 def _over_everything(x: Operands, band: Band, bias: Tensor | None, scale: float, offset: int) -> Tensor:

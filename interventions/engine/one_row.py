@@ -14,6 +14,7 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Band, Edit, Keep
 from ..edits.base import heads_mask
+from .bands import newest
 from .decode_row import DecodeRow, decode_row, facts_of, is_shared, takes
 from .kernels import attend
 from .tasks import Task, plain
@@ -50,19 +51,14 @@ def is_newest(task: Task) -> bool:
     return _reads_less(task) and band.first is None and band.dense_after is None  # type: ignore[union-attr]
 
 
-def newest(call: Call, band: Band) -> Tensor:
-    """A step of decoding through a window: the last row keeps the sinks and the last columns, all of them."""
-    start, sinks = call.num_keys - band.window, band.sinks
-    key, value = call.key[:, :, start:], call.value[:, :, start:]
-    if sinks:
-        key = torch.cat([call.key[:, :, :sinks], key], dim=2)
-        value = torch.cat([call.value[:, :, :sinks], value], dim=2)
-    return _attended(call.query, key, value, None, call)
+def through_window(call: Call, band: Band) -> Tensor:
+    """A step of decoding through a window."""
+    return _attended(call.query, *newest(call.key, call.value, band), None, call)
 
 
 def find_newest(task: Task) -> Band:
     band: Band = task.edits[0].pattern  # type: ignore[attr-defined]
-    keep_known(task, WINDOW, lambda call: newest(call, band), True)
+    keep_known(task, WINDOW, lambda call: through_window(call, band), True)
     return band
 
 

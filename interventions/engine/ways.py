@@ -107,7 +107,7 @@ WAYS: list[Way] = [
         one_row.WINDOW,
         "call",
         one_row.is_newest,
-        lambda task, band: one_row.newest(task.call, band),
+        lambda task, band: one_row.through_window(task.call, band),
         one_row.find_newest,
     ),
     Way(lifted.NAME, "call", lifted.is_lifted, lifted.run, lifted.find),

@@ -25,6 +25,7 @@ from ..hooks import Branch, Edits, Fusion, Prompt, SiteTable
 from ..hooks.plan import Step
 from ..hooks.prompts.text_only import placeholders, without_images
 from ..interventions import Call, ReattendError, ScoreGain
+from ..interventions.edits.row_values import sent
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.logits import at_least_float, contrasted
 from ..interventions.families.reweighting import marked_prompt, of_call, shared_by_layers
@@ -90,7 +91,7 @@ class PAI(ImageRecipe):
             acting = known.seen(call) if call.num_queries == 1 else focused_rows(call) & known.seen(call)
             if not bool(acting.any()):
                 return None
-            rows = None if call.num_queries == 1 else acting.to(call.query.device)
+            rows = None if call.num_queries == 1 else sent(acting, call.query.device)
             return ScoreGain(factor=self.alpha * of_call(call, known.there), rows=rows)
 
         return shared_by_layers(call, None, make)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
+from ..interventions.edits.row_values import sent, values_of
 from ..interventions.families.heads import prompt_end
 from ..interventions.families.reweighting import shared_by_layers
 from .kit.base import Info, Recipe
@@ -157,10 +158,8 @@ class RetrievalHeads(Recipe):
         rows = None
         if where != "all" and not _only_generated(call):
             # without a cache a pass holds the prompt too, and the pass that reads a prompt may hold drafts
-            rows = call.query_rows("generated")
-            if end is not None:
-                rows = rows | end
-            elif not bool(rows.any()):
+            rows = shared_by_layers(call, "rows", functools.partial(_generated_or, end, call))
+            if rows is None:
                 return None
         return make(call.site.layer, call.query.device)(call, rows)
 
@@ -203,6 +202,17 @@ def _sees_bos(call: Call) -> bool:
         return call.num_keys > 1 and bool(there.any())
 
     return shared_by_layers(call, "bos", look)
+
+
+def _generated_or(end: Tensor | None, call: Call) -> Tensor | None:
+    """Bool [B, Tq]: rows of generated tokens, and those of `end`; None for none."""
+    if call.tokens is None:
+        call.query_rows("generated")  # says what is missing
+    assert call.tokens is not None
+    rows = call.tokens.positions("generated", call.total - call.num_queries, call.total)
+    if end is not None:
+        rows = rows | values_of(end)
+    return sent(rows, call.query.device) if bool(rows.any()) else None
 
 
 def _only_generated(call: Call) -> bool:

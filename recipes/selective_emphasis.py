@@ -26,6 +26,7 @@ from ..hooks import Edits, SiteTable
 from ..hooks.plan import Step
 from ..hooks.tokens.patches import PatchReader, encoder_sites
 from ..interventions import Call, Edit, ReattendError, ScoreGain, TokenGrid, require_whole
+from ..interventions.edits.row_values import sent
 from ..interventions.families.gaze import focused_rows
 from ..interventions.families.reweighting import OverPrompt, of_call, shared_by_layers
 from ..interventions.families.visual_tokens import attention_received, head_shares, informed_tokens
@@ -105,7 +106,7 @@ class SelectiveEmphasis(ImageRecipe):
             # a window may have left the image behind
             if known is None or (rows is not None and not bool(rows.any())) or not bool(known.seen(call).any()):
                 return None
-            return ScoreGain(factor=of_call(call, known.there), rows=None if rows is None else rows.to(call.query.device))
+            return ScoreGain(factor=of_call(call, known.there), rows=None if rows is None else sent(rows, call.query.device))
 
         found = shared_by_layers(call, None, make)
         if found is None or not self.by_head:

@@ -26,6 +26,7 @@ from ..hooks.plan import Step
 from ..hooks.sites.discovery import unwrapped_model
 from ..hooks.tokens.spans import tokenizer_of
 from ..interventions import Call, ReattendError, ReattendWarning, require_whole
+from ..interventions.edits.row_values import sent, values_of
 from ..interventions.families.sinks import GiveBack, VisualSinks, rows_after, sink_scores
 from .kit.base import Info
 from .kit.contents import Contents, Numbers
@@ -150,7 +151,7 @@ class VAR(ImageRecipe):
         if not known.any or call.key_start >= known.end:
             return None  # no sink on an image, or the image has left the window
         rows = self._rows(call)
-        if rows is not None and not rows.any():
+        if rows is not None and not bool(values_of(rows).any()):
             return None
         return GiveBack(found=known, key_start=call.key_start, move=self.move, rho=self.rho, summ=self.summ, rows=rows)
 
@@ -161,7 +162,7 @@ class VAR(ImageRecipe):
             return None
         key = (call.total, call.num_queries)
         if call.memory.get("pass") != key:
-            call.memory.update({"pass": key, "rows": rows_after(call, "image")})
+            call.memory.update({"pass": key, "rows": sent(rows_after(call, "image"), call.query.device)})
         return call.memory["rows"].to(call.query.device)
 
     # -- what it has to know about a model ---------------------------------------------------------------------------

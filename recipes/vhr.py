@@ -26,6 +26,7 @@ from ..hooks import Capture, Edits, Probe, Prompt, SiteTable, sites
 from ..hooks.plan import Step
 from ..hooks.prompts.text_only import NEVER_WITHOUT, placeholders, without_images
 from ..interventions import Call, Edit, HeadGain, ReattendError, require_whole
+from ..interventions.edits.row_values import values_of
 from ..interventions.families.heads import last_prompt_outputs, vision_aware_heads
 from .kit.base import Info, Recipe
 from .kit.heads import Heads, by_layer, missing_heads
@@ -132,7 +133,7 @@ class VHR(Recipe):
             raise ReattendError("vhr cannot tell which tokens of inputs_embeds are images: pass input_ids instead")
         rows = placeholders(ids, prompt.config).any(dim=1)
         prompt.memory["rows"] = rows
-        if self.heads is not None or not bool(rows.any()):
+        if self.heads is not None or not bool(values_of(rows).any()):
             return None
         return without_images(prompt)
 
@@ -152,7 +153,7 @@ class VHR(Recipe):
             self._check_goes_on(call)
             return call.memory.get(name)
         rows: torch.Tensor | None = call.memory.get("rows")
-        if rows is None or not bool(rows.any()):
+        if rows is None or not bool(values_of(rows).any()):
             return None
         if self.heads is not None:
             heads = torch.zeros(call.num_heads, dtype=torch.bool, device=rows.device)

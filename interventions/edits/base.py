@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReattendError
+from .row_values import tell, values_of
 
 Columns = Tensor | Sequence[int]
 E = TypeVar("E", bound="Edit")
@@ -274,7 +275,10 @@ class Edit:
         """The same edit for these rows of the batch, `index` [n] long."""
         names = ("rows", *(name for name, _ in self.tensors()), *self.batched)
         values = {name: getattr(self, name) for name in names}
-        return self._copy(**{name: batch_rows(value, index) for name, value in values.items() if value is not None})
+        new = self._copy(**{name: batch_rows(value, index) for name, value in values.items() if value is not None})
+        if self.rows is not None and self.rows.shape[0] > 1:
+            tell(new.rows, lambda: values_of(self.rows)[values_of(index)])
+        return new
 
     def chosen(self, rows: Rows) -> Tensor | None:
         """Bool [B, 1, R, 1]: the rows of this chunk that the edit names; None for all."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Edit
 from ..edits.base import heads_mask
+from ..edits.row_values import found_in, sent, values_of
 from .tasks import Task, plain
 
 
@@ -26,9 +27,16 @@ def find_rows(task: Task) -> Tensor | None:
 
 def acting_rows(call: Call, edits: Sequence[Edit]) -> Tensor | None:
     """Long [n]: the batch rows that some edit names; None where that is all of them. For edits that `can_split_batch`."""
-    named = torch.stack([edit.rows.any(dim=1) for edit in edits if edit.rows is not None]).any(dim=0)
-    index = named.nonzero()[:, 0]
-    return None if index.numel() == call.batch else index
+    rows = [edit.rows for edit in edits if edit.rows is not None]
+
+    def find(first: Tensor) -> Tensor | None:
+        named = torch.stack([values.any(dim=1) for values in (first, *map(values_of, rows[1:]))]).any(dim=0)
+        index = named.nonzero()[:, 0]
+        return None if index.numel() == call.batch else sent(index, call.query.device)
+
+    if all(other is rows[0] for other in rows):
+        return found_in(rows[0], ("acting", call.batch, call.query.device), find)
+    return find(values_of(rows[0]))
 
 
 def run_rows(task: Task, acting: Tensor) -> Tensor:
@@ -37,8 +45,15 @@ def run_rows(task: Task, acting: Tensor) -> Tensor:
         return plain(task.call)
     output = plain(task.call).clone()
     own = output[acting]
-    output[acting] = task.again(call_at(task.call, acting, lambda: own), [edit.at_batch(acting) for edit in task.edits])
+    output[acting] = task.again(call_at(task.call, acting, lambda: own), [_cut(edit, acting) for edit in task.edits])
     return output
+
+
+def _cut(edit: Edit, acting: Tensor) -> Edit:
+    """The edit for these rows of the batch; layers that share the edit share it too."""
+    if edit._needs_gradient():
+        return edit.at_batch(acting)  # a cut that is kept would belong to one backward pass
+    return edit.remember(("batch rows", acting), lambda: edit.at_batch(acting))
 
 
 def may_leave_pairs(task: Task) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Edit, OperandEdit, Operands, OutputEdit, Rows, ScoreEdit, WeightEdit
 from ..edits.base import heads_index, key_heads
+from ..edits.row_values import found_in, values_of
 from .biases import attend_biased, sum_biases
 from .kernels import FEW_ROWS, attend, needs_gradient
 from .reference_executor import at_chosen
@@ -189,13 +190,20 @@ def _few_rows(count: int, device: torch.device) -> Tensor:
 
 def named_rows(edits: Sequence[Edit], query: Tensor) -> Tensor:
     """Rows [R] that any of the edits names, in any batch row."""
-    num_queries = query.shape[2]
-    named = torch.zeros(num_queries, dtype=torch.bool, device=query.device)
-    for edit in edits:
-        if edit.rows is None:
-            return torch.arange(num_queries, device=query.device)
-        named |= edit.rows.to(named.device).any(dim=0)
-    return named.nonzero()[:, 0]
+    num_queries, device = query.shape[2], query.device
+    rows = [edit.rows for edit in edits if edit.rows is not None]
+    if len(rows) < len(edits):
+        return torch.arange(num_queries, device=device)
+
+    def find(first: Tensor) -> Tensor:
+        named = first.any(dim=0)
+        for other in rows[1:]:
+            named = named | values_of(other).any(dim=0)
+        return named.expand(num_queries).nonzero()[:, 0].to(device)
+
+    if all(other is rows[0] for other in rows):
+        return found_in(rows[0], ("named", num_queries, device), find)
+    return find(values_of(rows[0]))
 
 
 def group_heads(num_heads: int, edits: Sequence[Edit]) -> dict[tuple[int, ...], list[int]]:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, HeadMix
+from ..edits.row_values import sent
 from ..engine.kernels import score_rows
 from ..engine.reading import row_outputs
 from ..errors import ReattendError
+from .reweighting import shared_by_layers
 
 
 @dataclass
@@ -42,8 +44,15 @@ def last_prompt_rows(call: Call) -> Tensor | None:
     tokens = call.tokens
     if tokens is not None and call.total - call.num_queries >= tokens.prompt_length:
         return None
-    prompt = call.query_rows("prompt")
-    return prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1)
+
+    def find() -> Tensor:
+        if tokens is None or call.query_tokens is not None:
+            prompt = call.query_rows("prompt")
+        else:
+            prompt = tokens.positions("prompt", call.total - call.num_queries, call.total)
+        return sent(prompt & (prompt.flip(1).cumsum(dim=1).flip(1) == 1), call.query.device)
+
+    return shared_by_layers(call, "last prompt rows", find)
 
 
 def prompt_end(call: Call, recipe: str) -> Tensor | None:
@@ -74,10 +83,16 @@ def last_prompt_outputs(call: Call, edits: Sequence[Edit] = ()) -> Tensor:
     start = call.total - call.num_queries
     if tokens is None or tokens.prompt_length <= start:
         raise ReattendError("the last prompt token does not lie among this call's queries")
-    real = tokens.positions("prompt", start, call.total, call.query.device)
-    last = (real * torch.arange(1, call.num_queries + 1, device=real.device)).argmax(dim=1)
-    index, place = last.unique(return_inverse=True)
-    return row_outputs(call, edits, index)[torch.arange(call.batch, device=place.device), :, place]
+
+    def find() -> tuple[Tensor, Tensor, Tensor]:
+        real = tokens.positions("prompt", start, call.total)
+        last = (real * torch.arange(1, call.num_queries + 1)).argmax(dim=1)
+        index, place = last.unique(return_inverse=True)
+        device = call.query.device
+        return index.to(device), torch.arange(call.batch, device=device), place.to(device)
+
+    index, batch, place = shared_by_layers(call, "last prompt token", find)
+    return row_outputs(call, edits, index)[batch, :, place]
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ def sink_tokens(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:
     return (sink_scores(hidden, dims) > threshold).any(dim=-1)
 
 
+def _end(image: Tensor) -> int:
+    """The position after the last image token of any sample, from bool [B, T] on the CPU."""
+    return int(image.any(dim=0).nonzero()[-1]) + 1
+
+
 class VisualSinks:
     """Which prompt tokens are sinks at one layer, as the column groups that `give_back` needs: learned at prefill, read at decode.
 
@@ -57,7 +62,7 @@ class VisualSinks:
         # the share of visual sinks is taken of (mass + count * 1e-6), as in the official code; nothing is below -inf
         floor = image.sum(dim=1).mul(1e-6).masked_fill(~visual.any(dim=1), float("-inf"))
         self.floor = floor[:, None, None]
-        self.end = int(image.any(dim=0).nonzero()[-1]) + 1 if self.any else 0
+        self.end = _end(tokens.positions("image", 0, prompt)) if self.any else 0
         self.known: dict[Hashable, Any] = {}
 
     def crop(self, length: int) -> VisualSinks:
@@ -132,13 +137,13 @@ class GiveBack(WeightEdit):
 
 
 def rows_after(call: Call, role: str) -> Tensor:
-    """Bool [B, Tq]: query rows after the last token of a role, in samples that have such tokens; padding is left out."""
+    """Bool [B, Tq] on the CPU: query rows after the last token of a role, in samples that have such tokens; padding is left out."""
     tokens = call.tokens
     assert tokens is not None
-    marked = tokens.positions(role, 0, call.total, call.query.device)
+    marked = tokens.positions(role, 0, call.total)
     after = marked.flip(1).cumsum(dim=1).flip(1) == 0
     after &= marked.any(dim=1, keepdim=True)
-    return (after & ~tokens.positions("padding", 0, call.total, call.query.device))[:, call.total - call.num_queries :]
+    return (after & ~tokens.positions("padding", 0, call.total))[:, call.total - call.num_queries :]
 
 
 def give_back(weights: Tensor, groups: Tensor, limit: Tensor, *, move: float, rho: float, summ: float) -> Tensor:

@@ -205,7 +205,9 @@ def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor,
         lengths = [b - a for a, b in spans]
         own = [(a - start - low, b - start - low) if len(spans) > 2 else (0, 0) for a, b in spans]
         scores = segment_scores(query, keys, lengths, own, call.scaling, call.softcap)
-        found = segment_steps(scores, spans, layout.following[rows[0]], start, order, call.num_queries)
+        sizes = layout.sizes(longest, scores.device, scores.dtype)
+        long, following = (sizes[name][rows[0], 0, 0, : len(spans)] for name in ("lengths", "following"))
+        found = segment_steps(scores, spans, long, following, start, order, call.num_queries)
         steps[pick, :, :, : found.shape[-1]] = found
         for j, part in enumerate(keys.split(lengths, dim=2)):
             kept[pick, :, j, : part.shape[2]] = part
@@ -247,18 +249,16 @@ def alike(layout: Layout) -> list[list[int]]:
 
 
 def segment_steps(
-    scores: Tensor, spans: list[tuple[int, int]], following: Tensor, start: int, order: Order, rows: int
+    scores: Tensor, spans: list[tuple[int, int]], lengths: Tensor, following: Tensor, start: int, order: Order, rows: int
 ) -> Tensor:
     """Int32 [B, H, rows, m + 1]: the steps of `Rearrange` for batch rows of one layout.
 
     scores [B, H, n, m]: `segment_scores` of the query rows from the first segment on (n = 0 without them). start: absolute position
-    of query row 0. following [m] as in `Layout`.
+    of query row 0. lengths, following [m] as in `Layout`, where and as the scores are.
     """
-    device, m = scores.device, len(spans)
-    lengths = torch.tensor([b - a for a, b in spans], dtype=scores.dtype, device=device)
+    m = len(spans)
     batch, heads, known, _ = scores.shape
-    steps = torch.zeros(batch, heads, rows, m + 1, dtype=torch.int32, device=device)
-    following = following[:m].to(device, scores.dtype)
+    steps = torch.zeros(batch, heads, rows, m + 1, dtype=torch.int32, device=scores.device)
     offset = rows - known  # the query row that the first row of scores stands for
     for i, (a, b) in enumerate(spans):
         low, high = a - start, b - start

@@ -25,6 +25,7 @@ from ..hooks import Capture, Edits, Probe, Prompt, SiteTable
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, Transfer, require_whole
 from ..interventions.families.calibration import learn_sinks
+from ..interventions.families.reweighting import kept_by_steps
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.heads import Head, as_heads, by_layer, missing_heads
@@ -150,7 +151,8 @@ class ACT(Recipe):
             call.memory[call.site.name] = known
         if known is None or not known.heads or call.key_start >= known.end:
             return None  # no sink, or the window has left them behind
-        return Transfer(heads=known.heads, source=known.columns(call), strength=1 - self.beta)
+        edit = Transfer(heads=known.heads, source=known.columns(call), strength=1 - self.beta)
+        return edit.lasting(kept_by_steps(call, known.kept)) if call.clock.phase == "decode" else edit
 
     @classmethod
     def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:

@@ -26,7 +26,7 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit, Gain, HeadGain, Mix, ScaleQuery
 from ..interventions.edits.row_values import sent, values_of
 from ..interventions.families.heads import prompt_end
-from ..interventions.families.reweighting import shared_by_layers
+from ..interventions.families.reweighting import kept_by_steps, shared_by_layers
 from .kit.base import Info, Recipe
 from .kit.contents import Contents, Numbers
 from .kit.heads import Head, as_heads, by_layer, head_scores, missing_heads, random_control, ranked, scores_of_json
@@ -177,11 +177,19 @@ class RetrievalHeads(Recipe):
         }
         if self.mode == "sink_down":
             factor = 1.0 if s == 0 else 1 - s * share
-            return lambda call, rows: (
-                Gain(columns=call.columns("bos"), factor=factor, heads=heads, rows=rows) if _sees_bos(call) else None
-            )
+            return functools.partial(self._less_on_first, heads, factor)
         whole = fixed[self.mode](heads=heads)
         return lambda call, rows: whole if rows is None else fixed[self.mode](heads=heads, rows=rows)
+
+    @staticmethod
+    def _less_on_first(heads: list[int], factor: float | Tensor, call: Call, rows: Tensor | None) -> Gain | None:
+        if not _sees_bos(call):
+            return None
+        columns = shared_by_layers(call, "first", lambda: call.columns("bos"))
+        edit = Gain(columns=columns, factor=factor, heads=heads, rows=rows)
+        if call.clock.phase == "decode":
+            edit.lasting(kept_by_steps(call, call.memory.setdefault("kept", {})))
+        return edit
 
     @classmethod
     def profile(cls, model: Any, processor: Any, **options: Any) -> Profile:

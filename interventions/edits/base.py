@@ -209,7 +209,8 @@ class Edit:
             return self.at_heads([self.heads.index(head) if head in self.heads else 0 for head in range(count)])
         # layers that share it but for their heads share this one too
         if "every head" not in self.of_any_heads:
-            self.of_any_heads["every head"] = self._copy(heads=None)
+            whole = self._copy(heads=None)
+            self.of_any_heads["every head"] = whole if self.lasts is None else whole.lasting(self.lasts)
         return self.of_any_heads["every head"]
 
     def _renamed(self: E, heads: tuple[int, ...] | None) -> E:
@@ -238,6 +239,17 @@ class Edit:
         new.__dict__.update(changes)
         return new
 
+    def lasting(self: E, store: dict[Any, Any]) -> E:
+        """The same edit, which is made anew at every step of an answer but for the columns that were generated since, which it does not
+        mean: what is worked out of its columns is kept in `store` for the next step.
+        """
+        object.__setattr__(self, "_lasting", store)
+        return self
+
+    @property
+    def lasts(self) -> dict[Any, Any] | None:
+        return self.__dict__.get("_lasting")
+
     def remember(self, key: object, make: Callable[[], Any]) -> Any:
         """make(), kept with this edit: recipes share one edit between the layers of a step, so what follows from it is found once."""
         store = self.__dict__.get("_remembered")
@@ -260,9 +272,11 @@ class Edit:
         for name, value in self.tensors():
             if value.shape[1] > 1:
                 shared = name in self.per_key_head and value.shape[1] == kv_heads
-                chosen = key_heads(positions, heads // kv_heads) if shared else positions
-                changes[name] = value.index_select(1, heads_index(tuple(chosen), value.device))
-        return self._copy(heads=None, **changes)
+                chosen = tuple(key_heads(positions, heads // kv_heads) if shared else positions)
+                if chosen != tuple(range(value.shape[1])):
+                    changes[name] = value.index_select(1, heads_index(chosen, value.device))
+        new = self._copy(heads=None, **changes)
+        return new if self.lasts is None else new.lasting(self.lasts.setdefault(("heads", tuple(positions)), {}))
 
     def can_split_batch(self, batch: int) -> bool:
         """Whether `at_batch` gives the same edit: it names its batch rows, and everything it holds tells which of them it belongs to."""

@@ -61,7 +61,13 @@ def restated(edit: Edit, keys: int, key_heads: int, device: torch.device) -> Res
     """An edit that has a kind, for a call with so many keys (without appended ones) and key heads."""
     if isinstance(edit, GiveBack):
         return _of_sinks(edit, key_heads, device)
-    return edit.remember(("restated", keys, key_heads, device), lambda: _restate(edit, keys, key_heads, device))
+    if edit.lasts is None or edit.rows is not None:
+        return edit.remember(("restated", keys, key_heads, device), lambda: _restate(edit, keys, key_heads, device))
+    key = ("restated", key_heads, device)
+    if key not in edit.lasts:
+        with torch.inference_mode(False):  # kept longer than the pass that makes it
+            edit.lasts[key] = _restate(edit, keys, key_heads, device)
+    return edit.lasts[key]
 
 
 def of_bias(bias: Tensor, key_heads: int, rows: Tensor | None = None, kind: str = "bias") -> Restated:

@@ -7,7 +7,8 @@ columns that it can see, and is reduced to one sum per column before the next on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -114,6 +115,8 @@ class KnownSinks:
     heads: list[int]
     sinks: Tensor
     end: int
+    # what steps of an answer keep for the next one
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def columns(self, call: Call) -> Tensor:
         """The sinks as key columns [B, heads, Tk] of a call. Tokens that came later are none."""

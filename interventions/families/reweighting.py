@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -131,6 +131,15 @@ def shared_by_layers(call: Call, key: Hashable, make: Callable[[], T]) -> T:
     if where not in known:
         known[where] = make()
     return known[where]
+
+
+def kept_by_steps(call: Call, store: dict[Any, Any]) -> dict[Any, Any]:
+    """What the steps of an answer keep for one another at a site (see `Edit.lasting`): anew where rows or columns are others."""
+    name = call.site.name if call.site else ""
+    key = (call.batch, call.key_start, None if call.tokens is None else call.tokens.prompt_length)
+    if name not in store or store[name][0] != key:
+        store[name] = (key, {})
+    return store[name][1]
 
 
 def over_prompt(tokens: TokenMap, terms: Sequence[tuple[str, float]], free: Sequence[str], rows_with: str | None) -> Tensor:

@@ -30,13 +30,7 @@ ALL_HEADS, SOME_HEADS, ONCE = 3, 6, 4
 # Methods that take more per layer, by what they are.
 SECOND = "a second pass of the whole model"
 WHOLE = "what a row holds decides how it changes, so it is written out"
-LISTS = "every layer has columns or factors of its own, which are listed at each step"
 MORE = {
-    "act": (11, LISTS),
-    "act, threshold by length": (11, LISTS),
-    "act, columns of four rows": (11, LISTS),
-    "act, official": (11, LISTS),
-    "retrieval-heads, sink_down": (11, LISTS),
     "block-topk": (20, "each step scores all blocks and gathers the best"),
     "pine": (32, "each row ranks the segments and meets each of them at a distance of its own"),
     "spa": (48, SECOND),

@@ -9,6 +9,7 @@ The operation has no gradient and returns no weights: where these are wanted, th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
@@ -22,15 +23,19 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Place(NamedTuple):
-    """Where attention is called in traced code: attention(name, number, module, ...), its further arguments but for tensors, and the
-    names of those."""
+    """Where attention is called in traced code.
+
+    attention(name, plan, module, ...) is what runs there; module: its id; constants, tensors: its further arguments, and the names of those
+    that are tensors. cast: the dtype of autocast, which is on while code is traced and off while a graph runs; None without.
+    """
 
     attention: Attention
     name: str
-    number: int
-    module: weakref.ref[nn.Module]
-    constants: dict[str, Any]
+    plan: int
+    module: int
+    constants: tuple[tuple[str, Any], ...]
     tensors: tuple[str, ...]
+    cast: torch.dtype | None
 
 
 class Plans:
@@ -44,8 +49,8 @@ class Plans:
         self.next_serial = itertools.count()
         self.numbers: dict[frozenset[int], int] = {}
         self.plans: dict[int, frozenset[int]] = {}
-        self.tokens: dict[tuple[Any, ...], int] = {}
-        self.places: list[Place] = []
+        self.tokens: dict[tuple[Place, tuple[type, ...]], int] = {}
+        self.places: list[tuple[Place, weakref.ref[nn.Module]]] = []
 
     def number(self, modules: Iterable[nn.Module]) -> int:
         """The number of the plan of these modules, from 1 on."""
@@ -66,25 +71,15 @@ class Plans:
         found = self.modules.get(module)
         return found is not None and self.serials[found] in self.plans[number]
 
-    def token(
-        self,
-        attention: Attention,
-        name: str,
-        number: int,
-        module: int,
-        constants: tuple[tuple[str, Any], ...],
-        tensors: tuple[str, ...],
-    ) -> int:
+    def token(self, place: Place) -> int:
         """What stands in a graph for a place."""
-        found = self.modules[module]
+        # True and 1 are equal as keys
+        kinds = tuple(type(value) for _, value in place.constants)
         with self.lock:
-            # True and 1 are equal as keys
-            kinds = tuple(type(value) for _, value in constants)
-            token = self.tokens.setdefault(
-                (self.serials[found], attention, name, number, constants, kinds, tensors), len(self.places)
-            )
+            module = self.modules[place.module]
+            token = self.tokens.setdefault((place._replace(module=self.serials[module]), kinds), len(self.places))
             if token == len(self.places):
-                self.places.append(Place(attention, name, number, weakref.ref(found), dict(constants), tensors))
+                self.places.append((place, weakref.ref(module)))
         return token
 
 
@@ -95,10 +90,12 @@ plans = Plans()
 
 
 def _any(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, others: list[Tensor], token: int) -> Tensor:
-    place = plans.places[token]
-    kwargs = {**place.constants, **dict(zip(place.tensors, others, strict=True))}
-    output, _ = place.attention(place.name, place.number, place.module(), query, key, value, mask, **kwargs)
-    output = output.to(_dtype(query)).contiguous()
+    place, module = plans.places[token]
+    kwargs = {**dict(place.constants), **dict(zip(place.tensors, others, strict=True))}
+    casting = contextlib.nullcontext() if place.cast is None else torch.autocast(query.device.type, place.cast)
+    with casting:
+        output, _ = place.attention(place.name, place.plan, module(), query, key, value, mask, **kwargs)
+    output = output.to(_dtype(query, token)).contiguous()
     # a graph may use the memory of its values again
     storage = output.untyped_storage()._cdata
     aliased = any(storage == each.untyped_storage()._cdata for each in (query, key, value))
@@ -106,15 +103,13 @@ def _any(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, others:
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, others: list[Tensor], token: int) -> Tensor:
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]), dtype=_dtype(query))
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]), dtype=_dtype(query, token))
 
 
-def _dtype(query: Tensor) -> torch.dtype:
+def _dtype(query: Tensor, token: int) -> torch.dtype:
     """What attention returns: under autocast the dtype of that."""
-    kind = query.device.type
-    if query.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return query.dtype
+    cast = plans.places[token][0].cast
+    return query.dtype if cast is None or query.dtype == torch.float64 else cast
 
 
 # No `custom_op`: inside one nothing can be differentiated, which an intervention may want to do. CUDA graphs are cut at it, and all
@@ -138,9 +133,20 @@ def _holds(number: int, module: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def _token(
-    attention: Attention, name: str, number: int, module: int, constants: tuple[tuple[str, Any], ...], tensors: tuple[str, ...]
+    attention: Attention,
+    name: str,
+    plan: int,
+    module: int,
+    constants: tuple[tuple[str, Any], ...],
+    tensors: tuple[str, ...],
+    device: str,
 ) -> int:
-    return plans.token(attention, name, number, module, constants, tensors)
+    cast = (
+        torch.get_autocast_dtype(device)
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        else None
+    )
+    return plans.token(Place(attention, name, plan, module, constants, tensors, cast))
 
 
 def acts_in(number: int, module: nn.Module) -> bool:
@@ -151,7 +157,7 @@ def acts_in(number: int, module: nn.Module) -> bool:
 def traced(
     attention: Attention,
     name: str,
-    number: int,
+    plan: int,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -161,15 +167,15 @@ def traced(
 ) -> Tensor | None:
     """Attention of a module in the plan of this number, in code that is traced: output [B, Tq, H, Dv]. None where no graph can hold it.
 
-    attention(name, number, module, query, key, value, mask, **kwargs) -> (output, weights) is what the operation runs.
+    attention(name, plan, module, query, key, value, mask, **kwargs) -> (output, weights) is what the operation runs.
     """
-    tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
-    constants = {key: value for key, value in kwargs.items() if key not in tensors}
-    if not all(value is None or isinstance(value, (bool, int, float, str)) for value in constants.values()):
+    tensors = {name: each for name, each in kwargs.items() if isinstance(each, Tensor)}
+    constants = {name: each for name, each in kwargs.items() if name not in tensors}
+    if not all(each is None or isinstance(each, (bool, int, float, str)) for each in constants.values()):
         return None
     if not (mask is None or isinstance(mask, Tensor)):
         return None
     if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
         return None
-    token = _token(attention, name, number, id(module), tuple(constants.items()), tuple(tensors))
+    token = _token(attention, name, plan, id(module), tuple(constants.items()), tuple(tensors), query.device.type)
     return torch.ops.reattend.any(query, key, value, mask, list(tensors.values()), token)

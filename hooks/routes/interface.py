@@ -220,7 +220,9 @@ def _traced(
     """The same in code that is traced."""
     if not acts_in(plan, module):
         return _originals[_number_of_original(name, type(module))](module, query, key, value, mask, **kwargs)
-    if name == "eager" and _constant_reading(id(module), bool(kwargs.get("output_attentions"))):
+    asked = bool(kwargs.get("output_attentions"))
+    # an exported program would outlive the session
+    if torch.compiler.is_exporting() or (name == "eager" and _constant_reading(id(module), asked)):
         return _apart(name, plan, module, query, key, value, mask, **kwargs)
     output = traced(_attention, name, plan, module, query, key, value, mask, kwargs)
     return _apart(name, plan, module, query, key, value, mask, **kwargs) if output is None else (output, None)

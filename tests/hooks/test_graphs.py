@@ -16,7 +16,16 @@ from reattend.interventions import Gain, HeadGain, ReattendError, ReattendWarnin
 from tiny_llama import IDS, drop_first, halve, registered, session_of, tiny_llama
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StaticCache
+from transformers import (
+    CompileConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 Step = Callable[..., Any]
 
@@ -66,6 +75,12 @@ def decode(model: Any, step: Step | None = None, count: int = 3) -> Tensor:
 
 def at(model: Any, *layers: int) -> Any:
     return attach(model, [Plan("some", [Edits(sites(model).where(lambda site: site.layer in layers), halve)])])
+
+
+def one_layer() -> Any:
+    config = tiny_llama().config
+    config.num_hidden_layers = 1
+    return tiny_llama(config)
 
 
 # -- ways to compile ---------------------------------------------------------------------------------------------------
@@ -175,6 +190,55 @@ def test_layers_without_edits_stay_traced() -> None:
     assert graphs.new() == [[PLAIN, EDITED, PLAIN]]
 
 
+def softcapped() -> Any:
+    config = Gemma2Config(**SMALL, query_pre_attn_scalar=16, attn_logit_softcapping=2.0)
+    return Gemma2ForCausalLM(config), {"input_ids": IDS}
+
+
+def with_sinks() -> Any:
+    return GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)), {"input_ids": IDS}
+
+
+def with_position_bias() -> Any:
+    config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config), {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 63,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [softcapped, with_sinks, with_position_bias])
+def test_what_a_family_gives_attention_besides_comes_along(build: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = build()
+    model.eval().set_attn_implementation("eager" if build is not with_position_bias else "sdpa")
+    graphs = Graphs()
+    step = torch.compile(model, backend=graphs)
+    with session_of(model, drop_first if build is not with_position_bias else halve) as session:
+        wanted, applied = model(**inputs).logits, session.applied
+        torch.testing.assert_close(step(**inputs).logits, wanted, atol=1e-4, rtol=0)
+        assert session.applied == 2 * applied
+    assert graphs.new() == [[EDITED] * applied]
+
+
+def test_under_autocast_and_in_inference_mode() -> None:
+    model = one_layer()
+    step = torch.compile(model, backend="aot_eager")
+    with session_of(model), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        wanted, found = model(IDS).logits, step(IDS).logits
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=0)
+
+
+def test_no_exported_program_holds_a_session() -> None:
+    model = one_layer()
+    with session_of(model, drop_first), pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.export.export(model, (IDS,), strict=True)
+
+
 def test_a_change_of_plan_is_seen_and_an_earlier_one_found_again() -> None:
     model, graphs = tiny_llama(), Graphs()
     step = call(model, graphs)
@@ -255,12 +319,6 @@ def test_isolated_sessions_of_threads_on_one_compiled_model() -> None:
 # -- where the graph ends ----------------------------------------------------------------------------------------------
 
 
-def one_layer() -> Any:
-    config = tiny_llama().config
-    config.num_hidden_layers = 1
-    return tiny_llama(config)
-
-
 def test_gradients_flow_where_they_are_wanted() -> None:
     model = one_layer()
     with torch.enable_grad(), session_of(model, drop_first):
@@ -303,7 +361,7 @@ def test_errors_of_an_intervention_come_out_of_the_graph() -> None:
 
 
 def test_an_output_that_is_an_input_is_copied() -> None:
-    from reattend.hooks.routes.graphs import plans
+    from reattend.hooks.routes.graphs import Place, plans
 
     model = tiny_llama()
     module = model.model.layers[0].self_attn
@@ -313,7 +371,7 @@ def test_an_output_that_is_an_input_is_copied() -> None:
     def attention(name: str, plan: int, module: nn.Module, *tensors: Any, **kwargs: Any) -> Any:
         return tensors[2].transpose(1, 2), None
 
-    token = plans.token(attention, "sdpa", 1, id(module), (), ())
+    token = plans.token(Place(attention, "sdpa", 1, id(module), (), (), None))
     out = torch.ops.reattend.any(x, x, x, None, [], token)
     assert torch.equal(out, x.transpose(1, 2)) and out.data_ptr() != x.data_ptr()
 

@@ -303,7 +303,6 @@ def test_the_op_attends_by_itself(kernel, monkeypatch):
             "transfer to a set",
             "gain over a set with it",
             "mix with itself",
-            "bias",
             "score gain",
             "give back",
         ):

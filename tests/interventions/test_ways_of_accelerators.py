@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from every_edit import a_call
-from reattend.interventions import Call, Gain, Lift, Mix, ScoreGain, Transfer, fused, reference
+from reattend.interventions import Call, Gain, Lift, Mix, Transfer, WeightMap, fused, reference
 from simulated_device import DEVICE, SimulatedDevice, with_kernels_of_cuda
 
 HEADS = [1, 2]
@@ -29,7 +29,7 @@ EDITS = {
         lambda on: Mix(target="uniform", strength=0.6, heads=HEADS),
         lambda on: Mix(target="uniform", strength=share(2).to(on), heads=HEADS),
     ],
-    "materialised": [lambda on: ScoreGain(factor=KEYS.float().to(on), heads=HEADS)],
+    "materialised": [lambda on: WeightMap(function=lambda weights, rows: weights.square(), heads=HEADS)],
 }
 
 
@@ -84,3 +84,24 @@ def test_a_row_that_sees_nothing_keeps_its_output():
         found = fused(there(call), edits).cpu()
     torch.testing.assert_close(found[:-1], wanted[:-1], atol=2e-6, rtol=1e-5)
     assert torch.equal(found[-1], plain[-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [None, HEADS])
+def test_what_lasts_is_worked_out_once_for_an_answer(heads, monkeypatch):
+    """An edit of the prompt's columns that is made anew at every step of a growing cache."""
+    with_kernels_of_cuda(monkeypatch)
+    launched, store = [], {}
+    for keys in (12, 13, 14):
+        call = a_call(1, keys=keys)
+        columns = torch.nn.functional.pad(KEYS, (0, keys - 12)).expand(1, 4 if heads is None else 2, -1).clone()
+        columns[:, 0, 1] = True
+        wanted = reference(call, [Transfer(source=columns, strength=0.5, heads=heads)])
+        with SimulatedDevice() as device:
+            other, source = there(call), columns.to(DEVICE)
+            fused(other, [])
+            device.clear()
+            found = fused(other, [Transfer(source=source, strength=0.5, heads=heads).lasting(store)])
+            launched.append(device.total)
+        torch.testing.assert_close(found.cpu(), wanted, atol=2e-6, rtol=1e-5)
+    assert launched[0] > launched[1] == launched[2]

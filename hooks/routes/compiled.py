@@ -1,7 +1,8 @@
 """Compiled models under sessions: a compiled graph has no place for hooks that come and go, and would silently run without them.
 
-What was compiled before a session is seen when the session begins. What is compiled inside one, the model or a part of it, is seen by the
-first hook that runs in it: `Uncompiled` then lets the rest of that very call run as it is written.
+What was compiled before a session is seen when the session begins, or by the hook before the whole model, where nothing on the model shows
+it. What is compiled inside one, the model or a part of it, is seen by the first hook that runs in it: `Uncompiled` then lets the rest of that
+very call run as it is written. Attention needs no hooks (see `graphs`).
 """
 
 from __future__ import annotations

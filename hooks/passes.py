@@ -208,6 +208,11 @@ class Forward:
         elif call.mask is not given:
             self.last_masks = given, call.mask
 
+    @property
+    def answers(self) -> bool:
+        """Whether it holds none of the prompt's tokens: a step of decoding after a cache. Without one a step holds the whole text."""
+        return self.clock.phase == "decode" and self.past > 0
+
     def end(self, output: Any) -> None:
         """The pass is over. output: what its root gave; None where it stopped before."""
         while self.endings:

@@ -156,7 +156,7 @@ class Projection(Step):
             if output is None or session not in host.active():
                 return None
             forward = host.current()
-            if self.prompts and forward.clock.phase == "decode":
+            if self.prompts and forward.answers:
                 return None
             version = version_of(output)
             split = Split(output, args, site, heads_of(site, which))

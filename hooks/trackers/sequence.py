@@ -125,7 +125,7 @@ class SequenceTracker:
             if session.hooked and called_compiled():
                 run_uncompiled(session, "the model", session.hooked)
                 rest_as_written()
-            elif session.prompt_hooked and self.current().clock.phase != "decode":
+            elif session.prompt_hooked and not self.current().answers:
                 if called_compiled():
                     rest_as_written()
                 elif self.root is not None and inside([self.root], steps=False):

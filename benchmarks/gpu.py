@@ -38,6 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import gpu_calls  # noqa: E402
 import gpu_compiled  # noqa: E402
 import gpu_edits  # noqa: E402
+import gpu_lengths  # noqa: E402
 import gpu_machine  # noqa: E402
 import gpu_models  # noqa: E402
 import gpu_recipes  # noqa: E402
@@ -65,7 +66,7 @@ SECTIONS = {
     "calls": Section("One call of attention", 0.15, gpu_calls.measure),
     "models": Section("End to end, eager Python", 0.36, gpu_models.measure),
     "compiled": Section("End to end, compiled", 0.20, gpu_compiled.measure),
-    "lengths": Section("Decode over key lengths that the process has not seen", 0.06, gpu_models.lengths),
+    "lengths": Section("Decode over key lengths that the process has not seen", 0.06, gpu_lengths.measure),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import tempfile
 import time
 import warnings
@@ -108,6 +107,7 @@ def recipes(model: Any, folder: Path, dry: bool) -> dict[str, Recipe]:
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     some = [h for h in (1, 9, 17, 25) if h < heads] or [0]
     few = [[layer, head] for layer in range(layers) for head in some]
+    every = [[layer, head] for layer in range(layers) for head in range(heads)]
     two = [[layer, head] for layer in (layers // 3, 2 * layers // 3) for head in range(heads)]
     seka, mixed = (gpu_profiles.made(slug, model, folder) for slug in ("seka", "soft-injection"))
 
@@ -123,7 +123,7 @@ def recipes(model: Any, folder: Path, dry: bool) -> dict[str, Recipe]:
         f"retrieval-heads, {len(some)} heads of every layer": Recipe("retrieval-heads", lambda n: {"heads": few}),
         "streaming": Recipe("streaming", lambda n: {"window": min(1020, n // 2)}, prefill=None),
         "spotlight": Recipe("spotlight", lambda n: {**marked(n), "target": 0.3}, compiled=None),
-        "act, all heads": Recipe("act", lambda n: {"heads": "all", "threshold_alpha": 5.0}, prefill=1.30, decode=1.25),
+        "act, all heads": Recipe("act", lambda n: {"heads": every, "threshold_alpha": 5.0}, prefill=1.30, decode=1.25),
         "seka": Recipe("seka", lambda n: {**marked(n), "layers": "all", "profile_path": seka}),
         "soft-injection": Recipe("soft-injection", lambda n: {"profile_path": mixed}),
         "emphasise, 2 layers": Recipe("emphasise", lambda n: {**marked(n), "alpha": 0.05, "heads": two}),
@@ -277,52 +277,3 @@ def targets_of(part: Part, chosen: dict[str, Recipe]) -> None:
         for column, aim in (("prefill 4k", recipe.prefill), ("decode 4k", recipe.decode)):
             if aim is not None:
                 part.figure(f"aim, model, {column}, {label}", aim)
-
-
-# -- lengths ---------------------------------------------------------------------------------------------------------------
-
-
-def lengths(part: Part) -> None:
-    """Steps over key lengths of which the process has seen none: a library that plans by length shows as first times far above second ones."""
-    shapes = [shape._replace(layers=min(shape.layers, 8)) for shape in SHAPES[1:]]
-    shape = fitting(part, shapes)
-    model, steps, start = llama(shape, part), 4 if part.dry else 16, 48 if part.dry else 2500
-    part.say(
-        f"{shape}. {steps} tokens after a prompt, each row at lengths of its own; then the same prompt and lengths again. Milliseconds of a "
-        "step, median and largest; `extra`: what the first time took more than the second, in all."
-    )
-    table = part.table("", ["first, median", "first, largest", "second, median", "second, largest", "extra"])
-    with tempfile.TemporaryDirectory(prefix="reattend-gpu-profiles-") as folder:
-        chosen = recipes(model, Path(folder), part.dry)
-        # what a first pass loads is not what is asked here: one prompt of another length before
-        for i, (label, recipe) in enumerate({"untouched": None, **chosen}.items()):
-            if not part.reached(label, 0.0 if part.dry else 0.5):
-                continue
-            length = start + (4 * steps if part.dry else 64) * i
-            part.attempt(table, label, functools.partial(first_and_second, part, table, model, label, recipe, length, steps))
-
-
-def first_and_second(part: Part, table: Table, model: Any, label: str, recipe: Recipe | None, length: int, steps: int) -> None:
-    warm, inputs = prompt(model, 1, length // 2), prompt(model, 1, length)
-    taken = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with nullcontext() if recipe is None else reattend.apply(model, recipe.slug, **recipe.given(length // 2)):
-            before = Answer(model, warm)
-            before.start()
-            before.step()
-        with nullcontext() if recipe is None else reattend.apply(model, recipe.slug, **recipe.given(length)):
-            for _ in range(2):
-                answer = Answer(model, inputs)
-                answer.start()
-                taken.append([1e3 * part.device.seconds(answer.step) for _ in range(steps)])
-    first, second = taken
-    cells = {
-        "first, median": median(first),
-        "first, largest": max(first),
-        "second, median": median(second),
-        "second, largest": max(second),
-    }
-    part.set(
-        table, label, {**{name: f"{value:.2f}" for name, value in cells.items()}, "extra": f"{sum(first) - sum(second):.1f}"}
-    )

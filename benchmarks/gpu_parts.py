@@ -174,14 +174,14 @@ class Device:
         """How many kernels and copies the device is given; on a CPU, how many operations; None where torch's profiler cannot tell."""
         if not self.cuda:
             return operations(function)
-        from torch.profiler import DeviceType, ProfilerActivity, profile
-
         try:
+            from torch.profiler import DeviceType, ProfilerActivity, profile
+
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
                 function()
                 torch.cuda.synchronize()
             return sum(1 for event in seen.events() if event.device_type == DeviceType.CUDA) or None
-        except Exception:  # where the driver gives no leave to profile
+        except Exception:  # where the driver gives no leave to profile, or torch has other names
             return None
 
     def questions(self, function: Callable[[], Any]) -> int | None:

@@ -121,10 +121,9 @@ def dense(weights: torch.Tensor, window: int = 10, low: int = 10, high: int = 50
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("chunk", [1 << 10, 1 << 22])
 def test_census_equals_the_dense_formulas(monkeypatch, edited, chunk):
-    from reattend.interventions.engine import kernels
-    from reattend.interventions.families import calibration
+    from reattend.interventions.engine import kernels, statistics
 
-    monkeypatch.setattr(calibration, "CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr(statistics, "CHUNK_WEIGHTS", chunk)
     monkeypatch.setattr(kernels, "CHUNK_VALUES", chunk)
     call = random_call()
     bias = torch.zeros(70).index_fill(0, torch.tensor([5]), 3.0)

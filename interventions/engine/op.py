@@ -105,16 +105,12 @@ def columns(
     ):
         old = output[:, :, part]
         amount = number if amounts is None else amounts if amounts.shape[2] == 1 else amounts[:, :, part]
-        visible = visible_rows(mask, is_causal, part, query.shape[2], key.shape[2])
         if kind == "identity":
-            own = (part + offset).clamp(0, key.shape[2] - 1)
-            sees = torch.ones_like(part, dtype=torch.bool)[:, None]
-            if visible is not None:
-                place = own[:, None].expand(*visible.shape[:2], -1, 1)
-                sees = visible.expand(*visible.shape[:2], len(part), key.shape[2]).gather(3, place)
-            mixed = repeat_heads(value[:, :, own], query.shape[1]).to(dtype)
-            new, changes = (1 - amount) * old.to(dtype) + amount * mixed, sees
+            own = part + offset
+            mixed = repeat_heads(value[:, :, own.clamp(0, key.shape[2] - 1)], query.shape[1]).to(dtype)
+            new, changes = (1 - amount) * old.to(dtype) + amount * mixed, ((own >= 0) & (own < key.shape[2]))[:, None]
         else:
+            visible = visible_rows(mask, is_causal, part, query.shape[2], key.shape[2])
             scores, _ = score_rows(query, key, mask, is_causal, scale, softcap, part)
             scores = scores if added is None else scores + added[:, :, None].to(dtype)
             assert marks is not None

@@ -260,6 +260,18 @@ def test_rows_that_see_nothing_stay_finite():
         check(call, [edit], name)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("additive", [True, False])
+def test_rows_that_do_not_see_themselves_are_mixed_all_the_same(additive, kernel, monkeypatch):
+    monkeypatch.setattr(op, "has_triton", lambda device: kernel)
+    monkeypatch.setattr(one_kernel, "has_triton", lambda device: True)
+    call = a_call("prefill")
+    rows = call.num_queries
+    mask = (torch.eye(rows, dtype=torch.bool).logical_not() | (torch.arange(rows) < 1)[:, None])[None, None].to(DEVICE)
+    mask = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, float("-inf")) if additive else mask
+    check(Call(call.query, call.key, call.value, mask), [Mix(target="identity", strength=0.6)])
+
+
 @pytest.mark.parametrize("queries", [1, 18])
 def test_rows_of_a_batch_equal_each_alone(queries):
     torch.manual_seed(0)

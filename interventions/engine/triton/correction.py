@@ -89,14 +89,11 @@ def _correct(
 
     if KIND == "identity":
         own = (row + offset)[:, None]
-        sees = (named & (row + offset >= 0) & (row + offset < num_keys))[:, None]
-        if MASK == "bool":
-            sees = sees & (tl.load(mask_base + own * mask_stride_k, mask=sees, other=0) != 0)
-        if MASK == "additive":
-            sees = sees & (tl.load(mask_base + own * mask_stride_k, mask=sees, other=0.0).to(tl.float32) > lowest)
-        theirs = tl.load(value + own * value_stride_k, mask=sees & has, other=0.0).to(tl.float32)
+        # a row whose own column a mask hides is mixed with it all the same
+        there = (named & (row + offset >= 0) & (row + offset < num_keys))[:, None]
+        theirs = tl.load(value + own * value_stride_k, mask=there & has, other=0.0).to(tl.float32)
         new = (1.0 - amount)[:, None] * was + amount[:, None] * theirs
-        new = tl.where(sees & (amount != 0.0)[:, None], new, was)
+        new = tl.where(there & (amount != 0.0)[:, None], new, was)
     else:
         # -- what the listed columns hold of each row -----------------------------------------------------------------------
         width = tl.arange(0, WIDTH)

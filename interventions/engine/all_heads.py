@@ -124,7 +124,9 @@ def _across(parts: list[_Part], edit: Edit, method: str, values: list[Tensor]) -
     rows, index = beside([single[head] for head in range(whole.shape[1])], heads), heads_index(tuple(heads), whole.device)
     old = whole.index_select(1, index)
     whole = whole.index_copy(1, index, at_chosen(edit, rows, getattr(edit, method)(old, rows), old))
-    return [whole.index_select(1, heads_index(tuple(part.heads), whole.device)) for part in parts]
+    # each with its own columns again: those that edits of operands gave to other heads are not there
+    own = [whole.index_select(1, heads_index(tuple(part.heads), whole.device)) for part in parts]
+    return [new[..., : old.shape[-1]] for new, old in zip(own, values, strict=True)]
 
 
 def _in_order(parts: list[_Part], values: list[Tensor]) -> Tensor:

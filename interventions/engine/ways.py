@@ -84,7 +84,9 @@ def _towards_values(group: Group, _: object) -> Tensor:
 def _rows_with_operands(task: Task, apart: Any) -> Tensor:
     """Rows with other operands than the rest: attention is computed with the edit and without, all rows or none in one go."""
     edit, (all_of_them, none_of_them) = apart
-    if edit.rows.device.type == "cpu" and bool(edit.rows.all()):
+    # heads that it does not name look at others as they are without it
+    alone = edit.heads is None or not task.crosses
+    if alone and edit.rows.device.type == "cpu" and bool(edit.rows.all()):
         return task.again(task.call, all_of_them, task.settled)
     new, old = (task.again(task.call, edits, task.settled) for edits in (all_of_them, none_of_them))
     return torch.where(chosen_pairs(task.call, edit), new, old)

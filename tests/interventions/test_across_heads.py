@@ -6,9 +6,12 @@ import pytest
 import torch
 from every_edit import WHOLE, a_call, examples, loudest, shared_by_batch
 from reattend.interventions import (
+    AppendKV,
     Edit,
     HeadGain,
+    Mix,
     ReattendError,
+    ReplaceKV,
     WeightMap,
     fused,
     reference,
@@ -126,3 +129,30 @@ def test_heads_of_other_widths_are_refused_by_both():
     for run in (fused, reference):
         with pytest.raises(ReattendError, match="rearrange all of them or none"):
             run(call, edits)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_heads_keep_their_own_columns_beside_an_edit_across_heads(queries):
+    """What is appended for some heads is not there for the others, also after an edit that looks across those heads."""
+    call = a_call(queries)
+    more = torch.randn(3, 2, 2, 8)
+    edits = [
+        WeightMap(function=loudest, reads="heads", heads=[1, 3]),
+        Mix(target="uniform", strength=0.5, heads=[0, 1]),
+        AppendKV(key=more, value=more, heads=[1, 2, 3]),
+    ]
+    torch.testing.assert_close(fused(call, edits), reference(call, edits), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_heads_without_other_keys_look_at_heads_as_these_are_without_them(queries):
+    """Whether all rows are named or all but one."""
+    call = a_call(queries)
+    for rows in (torch.ones(3, 1, dtype=torch.bool), torch.tensor([[True], [True], [False]])):
+        edits = [
+            ReplaceKV(
+                columns=torch.tensor([0, 1]), key=torch.randn(1, 2, 2, 8), value=torch.randn(1, 2, 2, 8), heads=[0], rows=rows
+            ),
+            WeightMap(function=loudest, reads="heads", heads=[0, 1]),
+        ]
+        torch.testing.assert_close(fused(call, edits), reference(call, edits), atol=2e-6, rtol=1e-5)

@@ -16,6 +16,8 @@ from .base import Rows, batch_rows
 from .keep import Pattern
 
 T = TypeVar("T")
+# So many things that follow from a band are kept with it.
+KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Band(Pattern):
         its place."""
         known = self._held.get(key)
         if known is None or known[0] is not of:
+            if len(self._held) >= KEPT:
+                self._held.clear()  # a band that lives longer than a pass meets other sizes and masks in each
             with torch.inference_mode(False):  # kept longer than the pass that makes it
                 known = self._held[key] = of, make()
         return known[1]

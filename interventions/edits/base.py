@@ -18,6 +18,8 @@ from .row_values import tell, values_of
 Columns = Tensor | Sequence[int]
 E = TypeVar("E", bound="Edit")
 READS = ("", "heads", "batch", "both")
+# What is made for calls of a size is kept for so many sizes: an edit that lives longer than a step meets a longer cache in each.
+KEPT = 8
 
 
 class Shape(NamedTuple):
@@ -138,7 +140,7 @@ class Edit:
 
         Looked at once, however many layers share the edit.
         """
-        self.remember(("shapes", shape), lambda: self._check_shapes(shape))
+        self.remember_size("shapes", shape, lambda: self._check_shapes(shape))
 
     def _check_shapes(self, shape: Shape) -> None:
         heads = shape.heads if self.heads is None else len(self.heads)
@@ -208,10 +210,11 @@ class Edit:
         if self._has_head_axis():
             return self.at_heads([self.heads.index(head) if head in self.heads else 0 for head in range(count)])
         # layers that share it but for their heads share this one too
-        if "every head" not in self.of_any_heads:
+        store = self.of_any_heads
+        if "every head" not in store:
             whole = self._copy(heads=None)
-            self.of_any_heads["every head"] = whole if self.lasts is None else whole.lasting(self.lasts)
-        return self.of_any_heads["every head"]
+            store["every head"] = whole if self.lasts is None else whole.lasting(self.lasts)
+        return store["every head"]
 
     def _renamed(self: E, heads: tuple[int, ...] | None) -> E:
         if self._has_head_axis():
@@ -224,11 +227,15 @@ class Edit:
 
     @property
     def of_any_heads(self) -> dict[Any, Any]:
-        """What has been found that holds for the edit on whatever heads, with its copies `on_heads` too."""
+        """What has been found that holds for the edit on whatever heads, with its copies `on_heads` too; for as long as `remember` keeps."""
         store = self.__dict__.get("_of_any_heads")
         if store is None:
             store = {}
             object.__setattr__(self, "_of_any_heads", store)
+        state = versions([self])
+        if store.get("versions") != state:
+            store.clear()
+            store["versions"] = state
         return store
 
     def _copy(self: E, **changes: Any) -> E:
@@ -251,14 +258,29 @@ class Edit:
         return self.__dict__.get("_lasting")
 
     def remember(self, key: object, make: Callable[[], Any]) -> Any:
-        """make(), kept with this edit: recipes share one edit between the layers of a step, so what follows from it is found once."""
-        store = self.__dict__.get("_remembered")
-        if store is None:
-            store = {}
-            object.__setattr__(self, "_remembered", store)
+        """make(), kept with this edit: recipes share one edit between the layers of a step, so what follows from it is found once.
+
+        It is found anew where a tensor of the edit has been changed in place, as optimisers do.
+        """
+        state, kept = versions([self]), self.__dict__.get("_remembered")
+        if kept is None or kept[0] != state:
+            kept = state, {}
+            object.__setattr__(self, "_remembered", kept)
+        store = kept[1]
         if key not in store:
             store[key] = make()
         return store[key]
+
+    def remember_size(self, key: object, size: object, make: Callable[[], Any]) -> Any:
+        """`remember` for what depends on the size of a call, which is kept for few sizes."""
+        return kept_few(self.remember(key, dict), size, make)
+
+    @functools.cached_property
+    def _counted(self) -> tuple[Tensor, ...]:
+        """Its tensors, those of its parts too, that count how often they are changed in place."""
+        fields = [self.__dict__[name] for name in _field_names(type(self))]
+        parts = [value for field in fields for value in (field, *getattr(field, "__dict__", {}).values())]
+        return tuple(part for part in parts if isinstance(part, Tensor) and not part.is_inference())
 
     def _has_head_axis(self) -> bool:
         return any(value.shape[1] > 1 for _, value in self.tensors())
@@ -300,6 +322,21 @@ class Edit:
             return None
         chosen = self.rows if self.rows.shape[1] == 1 else self.rows[:, rows.index]
         return chosen[:, None, :, None]
+
+
+def versions(edits: Sequence[Edit]) -> tuple[int, ...]:
+    """What changes where a tensor of one of these edits is changed in place."""
+    return tuple(tensor._version for edit in edits for tensor in edit._counted)
+
+
+def kept_few(store: dict[Any, Any], key: object, make: Callable[[], Any]) -> Any:
+    """make(), kept for as many keys as `KEPT`. Threads share the store: what one of them takes may be gone for the next."""
+    found = store.get(key, store)
+    if found is store:
+        if len(store) >= KEPT:
+            store.clear()
+        found = store[key] = make()
+    return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -140,8 +140,8 @@ class Lift(WeightEdit):
         return growth if not self.least else growth * (mass >= self.least * whole)
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
-        key = ("chosen", rows.key.shape[2], rows.appended, weights.device, weights.dtype)
-        chosen = self.remember(key, lambda: rows.columns(self.columns).to(weights.dtype))
+        size = rows.key.shape[2], rows.appended, weights.device, weights.dtype
+        chosen = self.remember_size("chosen", size, lambda: rows.columns(self.columns).to(weights.dtype))
         before = weights.sum(dim=-1, keepdim=True)
         mass = (weights * chosen).sum(dim=-1, keepdim=True)
         growth = self.growth(mass, before, rows)
@@ -194,7 +194,9 @@ class Transfer(WeightEdit):
         return source, ~source if self.target is None else rows.columns(self.target) & ~source
 
     def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
-        source, target = self.remember(("sets", rows.key.shape[2], rows.appended, rows.key.device), lambda: self._sets(rows))
+        source, target = self.remember_size(
+            "sets", (rows.key.shape[2], rows.appended, rows.key.device), lambda: self._sets(rows)
+        )
         share = source * at_rows(_factor(self.strength), rows)
         taken = weights * share
         budget = taken.sum(dim=-1, keepdim=True)

@@ -36,7 +36,8 @@ def acting_rows(call: Call, edits: Sequence[Edit]) -> Tensor | None:
 
     if all(other is rows[0] for other in rows):
         return found_in(rows[0], ("acting", call.batch, call.query.device), find)
-    return find(values_of(rows[0]))
+    with torch.inference_mode(False):  # so that what is sent can be looked up
+        return find(values_of(rows[0]))
 
 
 def run_rows(task: Task, acting: Tensor) -> Tensor:
@@ -53,7 +54,12 @@ def _cut(edit: Edit, acting: Tensor) -> Edit:
     """The edit for these rows of the batch; layers that share the edit share it too."""
     if edit._needs_gradient():
         return edit.at_batch(acting)  # a cut that is kept would belong to one backward pass
-    return edit.remember(("batch rows", acting), lambda: edit.at_batch(acting))
+
+    def cut() -> Edit:
+        with torch.inference_mode(False):  # kept longer than the pass that makes it, and its rows can be looked up
+            return edit.at_batch(acting)
+
+    return edit.remember_size("batch rows", (acting.device, *values_of(acting).tolist()), cut)
 
 
 def may_leave_pairs(task: Task) -> bool:

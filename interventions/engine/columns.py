@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..edits import Edit, Gain, Mix, Operands, Rows, Transfer, WeightEdit
-from ..edits.base import Columns, column_mask, repeat_heads
+from ..edits.base import Columns, column_mask, repeat_heads, versions
 from .correction import ColumnEdit, ColumnSet, Component, column_weights, correct
 from .kernels import attend, rows_per_chunk, statistics_dtype, visible_rows
 from .materialised import mend
@@ -117,7 +117,7 @@ def single_factor(edits: Sequence[WeightEdit], x: Operands) -> tuple[WeightEdit,
         index = mask.flatten(0, 1).any(dim=0).nonzero()[:, 0]
         return None if index.numel() > most_columns(num_keys) else (index, mask[:, :, None, index])
 
-    found = edits[0].remember(("columns", num_keys, device), find)
+    found = edits[0].remember_size("columns", (num_keys, device), find)
     return None if found is None else (edits[0], *found)
 
 
@@ -146,8 +146,8 @@ def _target(edit: Edit) -> str:
 def plan_columns(group: Group) -> Plan | None:
     """A plan for edits that `can_restate`, or None where materialising is the better way."""
     x, edits = group.x, tuple(group.weights)
-    key = ("plan", edits[1:], x.key.shape[2], x.appended, x.key.device)
-    restated = edits[0].remember(key, lambda: _restate(edits, x))
+    key = edits[1:], versions(edits[1:]), x.key.shape[2], x.appended, x.key.device
+    restated = edits[0].remember_size("plan", key, lambda: _restate(edits, x))
     if restated is None:
         return None
     index, sets = restated

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Band, Edit, Gain, HeadGain, Keep, ScaleQuery, ScoreEdit, Transfer, WeightEdit
-from ..edits.base import column_mask, heads_index, heads_mask
+from ..edits.base import column_mask, heads_index, heads_mask, kept_few, versions
 from .tasks import group_heads
 
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
@@ -27,8 +27,6 @@ EMPTYING = -120.0
 # What columns outside a window get: below what such edits give, and with biases beside it below what any of these may add. Rows that see
 # nothing inside keep what they see, as exactly as the sums are.
 OUTSIDE, OUTSIDE_BIASES = -1e3, -3e4
-# Rows that are kept with a first edit: of as many sizes of calls.
-KEPT = 8
 
 
 class Facts(NamedTuple):
@@ -130,10 +128,11 @@ def decode_row(facts: Facts, edits: Sequence[Edit]) -> DecodeRow | None:
         facts = facts._replace(keys=0)  # the same however long a cache has grown
     if edit.heads is not None and is_shared(edits):
         # one bias for whatever heads: layers that share it but for their heads share its row
-        whole = _kept(edit.of_any_heads, facts, edits, lambda: _row(facts, edits, None))
+        whole = _kept(edit.of_any_heads.setdefault("rows", {}), facts, edits, lambda: _row(facts, edits, None))
         return whole and replace(whole, named=heads_mask(edit.heads, facts.heads, facts.device))
     store = edits[0].remember("decode rows", dict)
-    return _kept(store, (facts, *edits[1:]), edits, lambda: _row(facts, edits, named_pairs(facts, edits)))
+    key = facts, versions(edits[1:]), *edits[1:]
+    return _kept(store, key, edits, lambda: _row(facts, edits, named_pairs(facts, edits)))
 
 
 def is_shared(edits: Sequence[Edit]) -> bool:
@@ -145,12 +144,8 @@ def is_shared(edits: Sequence[Edit]) -> bool:
 def _kept(store: dict[Any, Any], key: Any, edits: Sequence[Edit], make: Callable[[], Any]) -> Any:
     if torch.is_grad_enabled() and any(edit._needs_gradient() for edit in edits):
         return make()
-    if key not in store:
-        if len(store) >= KEPT:
-            store.clear()  # edits that live longer than a step meet a longer cache in each
-        with torch.inference_mode(False), torch.no_grad():
-            store[key] = make()
-    return store[key]
+    with torch.inference_mode(False), torch.no_grad():
+        return kept_few(store, key, make)
 
 
 def _row(facts: Facts, edits: Sequence[Edit], named: Tensor | None) -> DecodeRow | None:

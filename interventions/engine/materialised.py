@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Operands, Rows
+from ..edits.base import versions
 from .kernels import grouped_values, rows_per_chunk, score_rows, softmax_rows, statistics_dtype
 from .reference_executor import at_chosen
 from .tasks import Group, all_rows, named_rows
@@ -52,7 +53,8 @@ def named(group: Group) -> Tensor:
     if group.few or group.pending is not None:
         return all_rows(query)
     edits = (*group.scores, *group.weights)
-    return edits[0].remember(("named", edits[1:], query.shape[2], query.device), lambda: named_rows(edits, query))
+    key = edits[1:], versions(edits[1:]), query.shape[2], query.device
+    return edits[0].remember_size("named", key, lambda: named_rows(edits, query))
 
 
 def run(group: Group, index: Tensor) -> Tensor:

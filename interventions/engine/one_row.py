@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Band, Edit, Keep
-from ..edits.base import heads_mask
+from ..edits.base import heads_mask, versions
 from .bands import newest
 from .decode_row import DecodeRow, decode_row, facts_of, is_shared, takes
 from .kernels import attend
@@ -75,7 +75,8 @@ def find(task: Task) -> DecodeRow | None:
 def keep_known(task: Task, name: str, run: Callable[[Call], Tensor], of_keys: bool) -> None:
     """Keeps with the first edit what the table and the checks of edits have found, by all that they go by."""
     keys = task.call.num_keys if of_keys else None
-    object.__setattr__(task.edits[0], "_known", (_sizes(task.call), keys, tuple(task.edits[1:]), name, run))
+    found = _sizes(task.call), keys, tuple(task.edits[1:]), versions(task.edits), name, run
+    object.__setattr__(task.edits[0], "_known", found)
 
 
 def known(call: Call, edits: Sequence[Edit]) -> Callable[[Call], Tensor] | None:
@@ -86,10 +87,10 @@ def known(call: Call, edits: Sequence[Edit]) -> Callable[[Call], Tensor] | None:
     found = own.get("_known")
     if found is None:
         return _on_other_heads(call, edits[0]) if len(edits) == 1 and "_of_any_heads" in own else None
-    sizes, keys, others, name, run = found
+    sizes, keys, others, state, name, run = found
     if len(edits) != len(others) + 1 or sizes != _sizes(call) or (keys is not None and keys != call.key.shape[2]):
         return None
-    if others and any(a is not b for a, b in zip(edits[1:], others, strict=True)):
+    if others and any(a is not b for a, b in zip(edits[1:], others, strict=True)) or state != versions(edits):
         return None
     if call.ways is not None:
         call.ways[name] += 1

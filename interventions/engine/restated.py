@@ -62,7 +62,7 @@ def restated(edit: Edit, keys: int, key_heads: int, device: torch.device) -> Res
     if isinstance(edit, GiveBack):
         return _of_sinks(edit, key_heads, device)
     if edit.lasts is None or edit.rows is not None:
-        return edit.remember(("restated", keys, key_heads, device), lambda: _restate(edit, keys, key_heads, device))
+        return edit.remember_size("restated", (keys, key_heads, device), lambda: _restate(edit, keys, key_heads, device))
     key = ("restated", key_heads, device)
     if key not in edit.lasts:
         with torch.inference_mode(False):  # kept longer than the pass that makes it

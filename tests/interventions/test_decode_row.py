@@ -9,6 +9,7 @@ import pytest
 import torch
 from every_edit import a_call
 from reattend.interventions import Band, Call, Edit, Gain, HeadGain, Keep, KeyBias, Lift, ScaleQuery, Transfer, fused, reference
+from reattend.interventions.edits.base import KEPT
 from reattend.interventions.engine import decode_row as module
 from reattend.interventions.engine.decode_row import decode_row, facts_of, takes
 from torch import Tensor
@@ -201,7 +202,7 @@ def test_layers_that_share_edits_share_the_row(monkeypatch):
     # what lives longer than a step keeps few of them
     for keys in range(20, 50):
         fused(a_call(1, keys), [edit := edits[1]])
-    assert len(edit.of_any_heads) <= module.KEPT
+    assert len(edit.of_any_heads["rows"]) <= KEPT
 
 
 def test_a_mask_that_changes_in_place_is_read_again():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..interventions import Call, Edit, Site
+from ..interventions import Call, Edit, Site, autocast_dtype, cast, fused, without_autocast
 from .host import Host
 from .passes import Forward
 from .protocols import Steered
@@ -26,6 +26,26 @@ def acting_at(owners: Sequence[Host], module: nn.Module) -> list[tuple[Steered, 
         return acting
     acting = [(session, owner) for owner in owners for session in owner.active(module) if session.acts_at(module)]
     return sorted(acting, key=lambda pair: pair[0].number)
+
+
+def edited(
+    acting: Acting, module: nn.Module, call: Call, place: Callable[[Call, Site, Host], Forward]
+) -> tuple[Call, list[Edit], Tensor] | None:
+    """(a call as sessions see it, their edits, its output [B, H, Tq, Dv] with these); None where they leave it as it is.
+
+    Under autocast they see operands that are cast, and nothing of what they compute is.
+    """
+    dtype = autocast_dtype(call.query.device)
+    if dtype is not None:
+        with without_autocast(call.query.device):
+            return edited(acting, module, cast(call, dtype), place)
+    edits = edits_of(acting, module, call, place)
+    if not edits and not call.then:
+        return None
+    output = fused(call, edits)
+    for look in call.then:
+        look(output)
+    return call, edits, output
 
 
 def edits_of(acting: Acting, module: nn.Module, call: Call, place: Callable[[Call, Site, Host], Forward]) -> list[Edit]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, fused, row_weights
+from ...interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, row_weights, without_autocast
 from ..host import Host
 from ..module_hooks import Hook
 from ..passes import Forward
@@ -23,7 +23,7 @@ from ..protocols import Steered
 from ..sites.discovery import uncompiled
 from ..sites.rotary import rotary_at
 from ..sites.source import source_of
-from ..steering import acting_at, edits_of
+from ..steering import acting_at, edited
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import Pass, lifecycle
 from .graphs import acts_in, plans, traced
@@ -313,18 +313,17 @@ def _edited(
     make = _call if name in WITH_MASKS else call_of
     call = make(name, module, query, key, value, mask, kwargs)
     call.original = run
-    edits = edits_of(acting, module, call, place)
-    if not edits and not call.then:
+    found = edited(acting, module, call, place)
+    if found is None:
         return None
-    output = fused(call, edits)
-    for look in call.then:
-        look(output)
+    call, edits, output = found
     output = output.transpose(1, 2)
     if not output.is_contiguous():
         output = output.contiguous()
     if name != "eager" or not _weights_are_read(module, kwargs):
         return output, None
-    weights = row_weights(call, edits, torch.arange(call.num_queries, device=query.device))
+    with without_autocast(query.device):
+        weights = row_weights(call, edits, torch.arange(call.num_queries, device=query.device))
     return output, torch.nn.functional.pad(weights, (0, key.shape[2] - call.num_keys)).to(query.dtype)
 
 

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...interventions import Call, ReattendError, Site, fused
+from ...interventions import Call, ReattendError, Site
 from ..host import Host
 from ..module_hooks import Hooks
 from ..passes import Forward
 from ..protocols import Steered
 from ..sites.backends import carrier_of
 from ..sites.discovery import dispatch
-from ..steering import Acting, acting_at, edits_of
+from ..steering import Acting, acting_at, edited
 from ..tokens.denoisers import DenoiserForward, locate
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import module_call, on_stack
@@ -219,11 +219,5 @@ class _Interception(TorchFunctionMode):
                 call.keep_columns(filled_columns(call.query, call.key, call.mask, call.tokens, forward.buffered))
             return forward
 
-        call = make(site)
-        edits = edits_of(acting, self.module, call, place)
-        if not edits and not call.then:
-            return None
-        output = fused(call, edits)
-        for look in call.then:
-            look(output)
-        return output
+        found = edited(acting, self.module, make(site), place)
+        return None if found is None else found[2]

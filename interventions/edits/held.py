@@ -85,5 +85,5 @@ class HeldKV(OperandEdit):
                 mask = valid
             else:
                 mask = mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, float("-inf"))
-        key, value = (own.expand(x.query.shape[0], -1, -1, -1) for own in (self.key, self.value))
+        key, value = (own.to(x.key.dtype).expand(x.query.shape[0], -1, -1, -1) for own in (self.key, self.value))
         return dataclasses.replace(x, key=key, value=value, mask=mask, is_causal=False, offset=None)

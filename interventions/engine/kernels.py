@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 from ..edits.base import repeat_heads
 from . import accelerators
+from .of_masks import of_mask
 
 # Up to this many query rows a call counts as decode: its rows are materialised, which costs what the kernel would.
 FEW_ROWS = 4
@@ -143,7 +144,10 @@ class Attention:
         """(mask, is_causal) as torch's kernels take them: their causal flag holds from the first key on, and beside no mask."""
         if not self.is_causal or (self.mask is None and self.query.shape[2] == self.key.shape[2]):
             return self.mask, self.is_causal
-        return _with_causal(self.mask, self.query.shape[2], self.key.shape[2], self.query.device), False
+        sizes = self.query.shape[2], self.key.shape[2]
+        if self.mask is None:
+            return _with_causal(None, *sizes, self.query.device), False
+        return of_mask(self.mask, ("causal", *sizes), lambda: _with_causal(self.mask, *sizes, self.query.device)), False
 
 
 @dataclass(frozen=True)
@@ -208,8 +212,8 @@ def _pack(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
 def _sdpa(x: Attention) -> tuple[Tensor, None]:
     query, key, value = x.query, x.key, x.value
     mask, is_causal = x.aligned()
-    if mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype:
-        mask = mask.to(query.dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = _as_added(mask, query.dtype)
     packed = _pack(query, key, mask)
     if packed is not None:
         output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=x.scale)
@@ -227,11 +231,22 @@ def _additive(x: Attention) -> tuple[Tensor | None, bool]:
     """`Attention.aligned` with a mask that is added, in the query's dtype, as kernels take it that are called directly."""
     mask, is_causal = x.aligned()
     if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=x.query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        mask = mask.to(x.query.dtype)
+        mask = _as_added(mask, x.query.dtype)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     return mask, is_causal
+
+
+def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added, once for all calls that are given the same one."""
+    if mask.dtype == dtype:
+        return mask
+
+    def make() -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask.to(dtype)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+    return of_mask(mask, dtype, make)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

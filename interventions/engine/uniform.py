@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..edits import Mix
 from ..edits.base import repeat_heads
 from .kernels import grouped_values, statistics_dtype, visible_rows
+from .of_masks import of_mask
 from .reference_executor import at_chosen
 from .tasks import Group, all_rows
 
@@ -41,16 +41,11 @@ def towards_mean(group: Group, _: object) -> Tensor:
 
 def _shares(mask: Tensor, index: Tensor, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(what the mean gives to each key [b, h, 1, Tk], 1 for rows that see any, else 0 [b, h, 1, 1]); made once for a mask."""
-    version = -1 if mask.is_inference() else mask._version
-    known = _of_masks.get(mask)
-    if known is None or known[0] != (version, dtype) or version < 0:
+
+    def make() -> tuple[Tensor, Tensor]:
         visible = visible_rows(mask, False, index, 1, keys)
         assert visible is not None
         count = visible.sum(dim=-1, keepdim=True)
-        known = (version, dtype), (visible.to(dtype) / count.clamp_min(1), count.clamp_max(1).to(dtype))
-        _of_masks[mask] = known
-    return known[1]
+        return visible.to(dtype) / count.clamp_min(1), count.clamp_max(1).to(dtype)
 
-
-# layers are given the same mask
-_of_masks = WeakTensorKeyDictionary()
+    return of_mask(mask, ("shares", keys, dtype), make)

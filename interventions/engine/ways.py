@@ -35,6 +35,7 @@ from . import (
     rearranged,
     uniform,
 )
+from .autocast import autocast_dtype, cast, without_autocast
 from .reference_executor import at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, Task, all_rows, plain
 
@@ -166,7 +167,11 @@ _OF_SCOPE = {scope: [way for way in WAYS if way.scope == scope] for scope in ("c
 
 
 def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
-    """Output [B, H, Tq, Dv] in the query's dtype. Raises ReattendError for heads that do not exist."""
+    """Output [B, H, Tq, Dv] in the query's dtype, or that of autocast. Raises ReattendError for heads that do not exist."""
+    dtype = autocast_dtype(call.query.device)
+    if dtype is not None:
+        with without_autocast(call.query.device):
+            return fused(cast(call, dtype), edits)
     if edits:
         run = one_row.known(call, edits)
         if run is not None:

@@ -44,6 +44,7 @@ SKIPS = [
         on_transformers("<5.24"),
         "transformers 5.23 does not repeat Llama 4's pictures for beams and refuses",
     ),
+    Skip(r"test_calls_per_layer\.py::", on_transformers("<5.24"), "its bounds were counted with the newest libraries"),
     Skip(r"test_generation\.py::test_cache_implementations\[offloaded_static\]", NO_GPU, "offloaded caches need a GPU"),
     Skip(r"::test_cuda_(equals_the_reference|kernels_give_the_numbers)", NO_GPU, "needs a CUDA device"),
 ]

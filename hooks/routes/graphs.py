@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
     attention: Attention
     name: str
-    plan: int
+    plan: str
     module: int
     constants: tuple[tuple[str, Any], ...]
     tensors: tuple[str, ...]
@@ -47,16 +47,16 @@ class Plans:
         self.serials: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self.modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
         self.next_serial = itertools.count()
-        self.numbers: dict[frozenset[int], int] = {}
-        self.plans: dict[int, frozenset[int]] = {}
+        self.numbers: dict[frozenset[int], str] = {}
+        self.plans: dict[str, frozenset[int]] = {}
         self.tokens: dict[tuple[Place, tuple[type, ...]], int] = {}
         self.places: list[tuple[Place, weakref.ref[nn.Module]]] = []
 
-    def number(self, modules: Iterable[nn.Module]) -> int:
-        """The number of the plan of these modules, from 1 on."""
+    def number(self, modules: Iterable[nn.Module]) -> str:
+        """The number of the plan of these modules, from 1 on, as text: compilers take a number that changes for a size that may vary."""
         with self.lock:
             plan = frozenset(self._serial(module) for module in modules)
-            number = self.numbers.setdefault(plan, len(self.numbers) + 1)
+            number = self.numbers.setdefault(plan, str(len(self.numbers) + 1))
             self.plans[number] = plan
         return number
 
@@ -66,7 +66,7 @@ class Plans:
         self.modules[id(module)] = module
         return self.serials[module]
 
-    def holds(self, number: int, module: int) -> bool:
+    def holds(self, number: str, module: int) -> bool:
         """Whether the module of this id is in a plan."""
         found = self.modules.get(module)
         return found is not None and self.serials[found] in self.plans[number]
@@ -127,7 +127,7 @@ torch.library.register_fake("reattend::any", _fake, lib=_library)
 
 
 @torch.compiler.assume_constant_result
-def _holds(number: int, module: int) -> bool:
+def _holds(number: str, module: int) -> bool:
     return plans.holds(number, module)
 
 
@@ -135,7 +135,7 @@ def _holds(number: int, module: int) -> bool:
 def _token(
     attention: Attention,
     name: str,
-    plan: int,
+    plan: str,
     module: int,
     constants: tuple[tuple[str, Any], ...],
     tensors: tuple[str, ...],
@@ -149,7 +149,7 @@ def _token(
     return plans.token(Place(attention, name, plan, module, constants, tensors, cast))
 
 
-def acts_in(number: int, module: nn.Module) -> bool:
+def acts_in(number: str, module: nn.Module) -> bool:
     """Whether a module is in the plan of this number, for code that is traced: a constant of it."""
     return _holds(number, id(module))
 
@@ -157,7 +157,7 @@ def acts_in(number: int, module: nn.Module) -> bool:
 def traced(
     attention: Attention,
     name: str,
-    plan: int,
+    plan: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -195,7 +195,7 @@ def _name(entry: Switched, original: str) -> None:
 
 def _attention(
     name: str,
-    plan: int,
+    plan: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -215,7 +215,7 @@ def _attention(
 
 
 def _traced(
-    name: str, plan: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    name: str, plan: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """The same in code that is traced."""
     if not acts_in(plan, module):

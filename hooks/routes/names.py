@@ -25,9 +25,9 @@ class Name(str):
     """
 
     original: str
-    plan: int
+    plan: str
 
-    def __new__(cls, original: str, plan: int) -> Name:
+    def __new__(cls, original: str, plan: str) -> Name:
         self = super().__new__(cls, f"{PREFIX}{plan}_{original}")
         self.original, self.plan = original, plan
         return self

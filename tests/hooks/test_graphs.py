@@ -378,10 +378,10 @@ def test_an_output_that_is_an_input_is_copied() -> None:
     plans.number([module])
     x = torch.randn(1, 2, 1, 4)
 
-    def attention(name: str, plan: int, module: nn.Module, *tensors: Any, **kwargs: Any) -> Any:
+    def attention(name: str, plan: str, module: nn.Module, *tensors: Any, **kwargs: Any) -> Any:
         return tensors[2].transpose(1, 2), None
 
-    token = plans.token(Place(attention, "sdpa", 1, id(module), (), (), None))
+    token = plans.token(Place(attention, "sdpa", "1", id(module), (), (), None))
     out = torch.ops.reattend.any(x, x, x, None, [], token)
     assert torch.equal(out, x.transpose(1, 2)) and out.data_ptr() != x.data_ptr()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from .sites.denoisers import denoiser_in
 from .sites.discovery import components, pretrained_root, sites, unwrapped_model
 from .sites.encoders import STACKS as ENCODER_STACKS
 from .sites.table import SiteTable
+from .steering import Acting
 from .trackers.denoise import DenoiseTracker
 from .trackers.encode import EncodeTracker
 from .trackers.in_flight import InFlight, backward_task, lifecycle
@@ -58,6 +60,8 @@ class Attachment:
         self.rotary: dict[int, nn.Module | None] = {}
         self.sessions: list[Attached] = []
         self.in_flight = InFlight()
+        # the sessions of the last pass, and what they do at modules: passes under the same ones share it
+        self._acting: tuple[list[Steered], dict[int, Acting]] = ([], {})
         self.recomputed = Recomputed(self)
         self.tracker = SequenceTracker(self)
         self.denoiser = DenoiseTracker(self)
@@ -102,6 +106,7 @@ class Attachment:
         return session.ended
 
     def _let_go(self, session: Attached) -> None:
+        self._acting = ([], {})
         session.uninstall()
         self.interface.leave(session)
         run_compiled(session)
@@ -138,8 +143,11 @@ class Attachment:
         Raises UnsupportedError where the user has switched to a kernel that cannot be edited.
         """
         sessions = self.active()
-        self.in_flight.begin(sessions)
+        begun = self.in_flight.begin(sessions)
         if sessions:
+            if self._acting[0] != sessions:
+                self._acting = (sessions, {})
+            begun.acting = self._acting[1]
             self.interface.follow(sessions)
         return sessions
 
@@ -173,6 +181,26 @@ class Attachment:
         if module is not None and sessions and (torch.is_grad_enabled() or (here is not None and here.differentiable)):
             self.recomputed.note(sessions, self.current)
         return sessions
+
+    def in_step(self, module: nn.Module) -> tuple[Acting, Forward] | None:
+        """What sessions do at a module, and the pass under way, where a pass of the model that reads tokens comes to it for the first time
+        and nobody wants gradients: what every layer of every step of decoding asks. None where it takes `active` and `current` to tell.
+        """
+        if self.before_tokens or torch.is_grad_enabled() or backward_task() != -1:
+            return None
+        mine, key = self.in_flight.by_thread.get(get_ident()), id(module)
+        if not mine or key not in self.once:
+            return None
+        here, forward = mine[-1], self.tracker.last()
+        doubtful = here.over or here.before or here.differentiable or key in here.seen
+        if doubtful or forward is None or forward.probe is not None:
+            return None
+        here.seen.add(key)
+        acting = here.acting.get(key)
+        if acting is None:
+            places = (session.at(module) for session in here.sessions)
+            acting = here.acting[key] = [(place, self) for place in places if place is not None]
+        return acting, forward
 
     def _outside(self) -> list[Steered]:
         """The sessions of this thread or task outside of all passes."""

@@ -46,7 +46,7 @@ class Handles:
         self.hooks.around(module, function)
 
     def edit(self, site: Site, module: nn.Module, editor: Editor) -> None:
-        """editor(call, forward) -> edits, whenever the site's attention is computed."""
+        """editor(call, forward) -> edits, none of them an identity, whenever the site's attention is computed."""
         self.editors.append((site, module, editor))
 
     def read(self, site: Site, module: nn.Module, reader: Reader) -> None:

@@ -75,6 +75,10 @@ class Host(Protocol):
         """Sessions that the current thread or task runs under; module: one whose attention is about to be computed."""
         ...
 
+    def in_step(self, module: nn.Module) -> Any:
+        """What sessions do at a module (see `steering.Acting`) and the pass under way, where that is told by a few looks; else None."""
+        ...
+
     def current(self) -> Forward:
         """The pass under way in this thread, of a denoiser or of the model that reads tokens."""
         ...

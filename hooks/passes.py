@@ -234,6 +234,9 @@ class Forward:
         None where they are frames of sound, or those of an encoder whose pass is not followed.
         """
         call.clock, call.tokens, call.query_tokens = self.clock, None, None
+        if site.stack == "decoder" and self.encoder is None:  # in every step of decoding
+            call.tokens = self.tokens if site.kind == "self" else None
+            return
         stack = site.stack.partition(".")[0]
         if self.encoder is not None and self.encoder.stack == stack:
             call.tokens, call.query_tokens = self.encoder.maps_at(site, call)

@@ -103,15 +103,15 @@ class Step:
 
 
 def edits_of(wanted: Any) -> list[Edit]:
-    """What a user's function asks for at a call. Raises ReattendError for what is neither an edit, edits nor None."""
+    """What a user's function asks for at a call, identities left out. Raises ReattendError for what is neither an edit, edits nor None."""
     if wanted is None:
         return []
     if isinstance(wanted, Edit):
-        return [wanted]
+        return [] if wanted.is_identity else [wanted]
     edits = wanted
     if not isinstance(edits, (list, tuple)) or not all(isinstance(item, Edit) for item in edits):
         raise ReattendError(f"an intervention returns an edit, a list of edits or None, but this one returned {wanted!r:.80}")
-    return list(edits)
+    return [edit for edit in edits if not edit.is_identity]
 
 
 def wrong_functions(step: Step) -> str:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
 
 from ..interventions import Call, Edit, Site
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """What a session does at one module. number: the session's; site: by the name that it has in this session's model.
+
+    editors(call, forward) -> the edits that act; readers(call, edits, forward) look at it with the edits of all sessions. ways: what the
+    executor counts there.
+    """
+
+    number: int
+    site: Site
+    ways: Counter[str]
+    editors: list[Callable[[Call, Any], Sequence[Edit]]] = field(default_factory=list)
+    readers: list[Callable[[Call, list[Edit], Any], None]] = field(default_factory=list)
 
 
 class Steered(Protocol):
@@ -53,13 +69,9 @@ class Steered(Protocol):
     @property
     def decoder_modules(self) -> set[int]: ...
 
-    def acts_at(self, module: nn.Module) -> bool: ...
-
-    def site_at(self, module: nn.Module) -> Site: ...
-
-    def edits(self, module: nn.Module, call: Call, forward: Any) -> list[Edit]: ...
-
-    def readers_at(self, module: nn.Module) -> Sequence[Callable[[Call, list[Edit], Any], None]]: ...
+    def at(self, module: nn.Module) -> Place | None:
+        """What it does at a module; None where nothing."""
+        ...
 
     def ready(self, call: Any) -> None: ...
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from ..interventions import Call, Edit, ReattendError, ReattendWarning, Site, UnsupportedError
+from ..interventions import ReattendError, ReattendWarning, Site, UnsupportedError
 from .actions import Action, RootCall
 from .attachment import Attachment, enter, forget, leave
-from .handles import Editor, Handles, Reader
-from .passes import Forward
+from .handles import Handles
 from .plan import Facts, Plan, Step, wrong_functions
+from .protocols import Place
 
 _numbers = itertools.count()
 # a session that is over keeps no part of its model: this makes its plans anew, for the same model
@@ -67,9 +67,8 @@ class Session:
         self.prompt_hooked: list[str] = []
         self.installed: list[Handles] = []
         self.actions: list[Action] = []
-        self._sites: dict[int, Site] = {}
-        self._editors: dict[int, list[Editor]] = {}
-        self._readers: dict[int, list[Reader]] = {}
+        # by module
+        self._places: dict[int, Place] = {}
         # of all modules that it acts at, nested steps too, and those of which one computes attention in every pass over tokens
         self.modules: set[int] = set()
         self.decoder_modules: set[int] = set()
@@ -109,11 +108,9 @@ class Session:
             self.actions += one.actions
             self.spans += one.spans
             for site, module, editor in one.editors:
-                self._sites[id(module)] = site
-                self._editors.setdefault(id(module), []).append(editor)
+                self._place(site, module).editors.append(editor)
             for site, module, reader in one.readers:
-                self._sites[id(module)] = site
-                self._readers.setdefault(id(module), []).append(reader)
+                self._place(site, module).readers.append(reader)
         self.modules = {id(module) for _, module in self.acted}
         for one in self.installed:
             if one.hooks:
@@ -122,8 +119,16 @@ class Session:
             self.hooked += inner.hooked
             self.prompt_hooked += inner.prompt_hooked
         self.decoder_modules = {
-            key for key, site in self._sites.items() if site.route == "attention_interface" and site.stack == "decoder"
+            key
+            for key, place in self._places.items()
+            if place.site.route == "attention_interface" and place.site.stack == "decoder"
         }
+
+    def _place(self, site: Site, module: nn.Module) -> Place:
+        ways = self._ways.setdefault(site.name, Counter())
+        place = self._places.setdefault(id(module), Place(self.number, site, ways))
+        place.site, place.ways = site, ways
+        return place
 
     def uninstall(self) -> None:
         """Takes its hooks away; safe to call twice."""
@@ -292,29 +297,8 @@ class Session:
 
     # -- what happens at a call --------------------------------------------------------------------------------------
 
-    def acts_at(self, module: nn.Module) -> bool:
-        return id(module) in self._sites
-
-    def site_at(self, module: nn.Module) -> Site:
-        """The site of a module that this session acts at, by the name that it has in this session's model."""
-        return self._sites[id(module)]
-
-    def readers_at(self, module: nn.Module) -> list[Reader]:
-        return self._readers.get(id(module), [])
-
-    def edits(self, module: nn.Module, call: Call, forward: Forward) -> list[Edit]:
-        """The edits of this session's recipes for one call, in the order of the recipes."""
-        result: list[Edit] = []
-        for edit in self._editors.get(id(module), ()):
-            new = edit(call, forward)
-            result += new
-            call.edits += new
-        if result:
-            name = self._sites[id(module)].name
-            call.ways = self._ways.get(name)
-            if call.ways is None:
-                call.ways = self._ways[name] = Counter()
-        return result
+    def at(self, module: nn.Module) -> Place | None:
+        return self._places.get(id(module))
 
     def ready(self, call: RootCall) -> None:
         """Before the first layer of a prompt or a run. Raises ReattendError for a step that cannot serve it."""

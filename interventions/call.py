@@ -6,7 +6,7 @@ Everything here is plain data. `hooks` fills it in; `interventions` and `recipes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -212,7 +212,11 @@ class TokenMap:
         return found
 
 
-@dataclass(eq=False)
+# the fields of a call that are stores
+_STORES: dict[str, Callable[[], Any]] = {"memory": Memory, "attended": dict, "edits": list, "then": list}
+
+
+@dataclass(eq=False, init=False)
 class Call:
     """What one execution of a site sees, after RoPE and cache update.
 
@@ -221,7 +225,7 @@ class Call:
     sinks [H]: learned sink logits that join the softmax denominator (gpt-oss). tokens: the map of the keys, and of the queries too
     unless those are other tokens (cross attention between an image and a text): `query_tokens` is theirs. `memory` is the
     intervention's own store, one per sequence: what prefill learned, decode reads; its tensors have the batch axis first and follow the
-    cache's rows (see `Memory`).
+    cache's rows (see `Memory`). Stores that nobody has filled are made when they are asked for: every layer of every step has a call.
     """
 
     query: Tensor
@@ -236,7 +240,7 @@ class Call:
     clock: Clock = OUTSIDE
     tokens: TokenMap | None = None
     query_tokens: TokenMap | None = None
-    memory: MutableMapping = field(default_factory=Memory)
+    memory: MutableMapping = field(default_factory=Memory, repr=False)
     original: Callable[[], Tensor] | None = None
     original_is_sdpa: bool = True
     # the model's own function once more, giving its output with the log-sum-exp [B, H, Tq] of each row, or None where it has none
@@ -256,11 +260,33 @@ class Call:
     # name of a way -> how often the executor took it for this site, where somebody counts
     ways: Counter[str] | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.is_causal and self.query.shape[2] == 1:
-            self.is_causal = False
-        if self.mask is not None and self.mask.dim() != 4:
-            raise ReattendError(f"mask must have 4 dimensions [batch, heads, queries, keys], got {tuple(self.mask.shape)}")
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False,
+        scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, original_is_sdpa: bool = True,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        if mask is not None and mask.dim() != 4:
+            raise ReattendError(f"mask must have 4 dimensions [batch, heads, queries, keys], got {tuple(mask.shape)}")
+        self.query, self.key, self.value, self.mask = query, key, value, mask
+        self.is_causal = is_causal and query.shape[2] > 1
+        self.scale, self.softcap, self.sinks, self.original_is_sdpa = scale, softcap, sinks, original_is_sdpa
+        if more:
+            if unknown := more.keys() - self.__dataclass_fields__.keys():
+                raise TypeError(f"a Call has no {', '.join(sorted(unknown))}")
+            self.__dict__.update(more)
+
+    def __getattr__(self, name: str) -> Any:
+        # a class attribute is the default of all fields but those that have a store of their own
+        make = _STORES.get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        store = self.__dict__[name] = make()
+        return store
+
+    @property
+    def looks(self) -> Sequence[Callable[[Tensor], None]]:
+        """`then`, where somebody has put something there."""
+        return self.__dict__.get("then", ())
 
     @property
     def scaling(self) -> float:

@@ -185,7 +185,7 @@ class Context(Step):
                 return ()
             call.memory = forward.memory(plan.memory_key)
             edits = edits_of(self.use(call, text))
-            if any(not e.is_identity for e in edits):
+            if edits:
                 assert call.site is not None
                 counter[call.site.name] += 1
             return [*self._hidden(call, store), *edits]

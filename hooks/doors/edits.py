@@ -43,11 +43,9 @@ class Edits(Step):
         def edit(call: Call, forward: Forward) -> Sequence[Edit]:
             call.memory = forward.memory(key)
             edits = edits_of(self.intervention(call))
-            for one in edits:
-                if not one.is_identity:
-                    assert call.site is not None
-                    counter[call.site.name] += 1
-                    break
+            if edits:
+                assert call.site is not None
+                counter[call.site.name] += 1
             return edits
 
         handles = session.handles()

@@ -168,7 +168,7 @@ class Share(Step):
                 return ()
             call.memory = forward.memory(plan.memory_key)
             edits = edits_of(self.use(call, shared))
-            if any(not e.is_identity for e in edits):
+            if edits:
                 assert call.site is not None
                 counter[call.site.name] += 1
             return edits

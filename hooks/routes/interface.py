@@ -284,26 +284,24 @@ def _edited(
     mask: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None] | None:
-    acting = acting_at(owners, module)
+    known = owners[0].in_step(module) if len(owners) == 1 else None
+    acting, under_way = (acting_at(owners, module), None) if known is None else known
     if not acting:
         return None
     if "cache" in kwargs and _paged(kwargs):
-        raise ReattendError(f"{acting[0][0].site_at(module).name}: {NO_PAGES}")
+        raise ReattendError(f"{acting[0][0].site.name}: {NO_PAGES}")
     if module.training and kwargs.get("dropout", 0.0):
-        raise ReattendError(
-            f"{acting[0][0].site_at(module).name}: attention dropout is on; call model.eval() before using a recipe"
-        )
-    original = _original(name, module)
+        raise ReattendError(f"{acting[0][0].site.name}: attention dropout is on; call model.eval() before using a recipe")
 
     def run() -> Tensor:
-        return original(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
+        return _original(name, module)(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
 
-    def place(call: Call, site: Site, owner: Host) -> Forward:
-        forward = owner.current()
+    def located(call: Call, site: Site, owner: Host) -> Forward:
+        forward = owner.current() if under_way is None else under_way
         forward.locate(call, site)
         if forward.merged:
             forward.locate_merged(call, site)
-        call.rotation = functools.partial(rotary_at, owner.model, owner.rotary, site, module, kwargs)
+        call.rotation = lambda: rotary_at(owner.model, owner.rotary, site, module, kwargs)
         if site.stack == "decoder" and site.kind == "self" and (forward.buffered or call.tokens is None):
             call.keep_columns(filled_columns(call.query, call.key, call.mask, call.tokens, forward.buffered))
             if call.mask is not None and name in WITH_MASKS and kwargs.get("position_bias") is None:
@@ -313,7 +311,7 @@ def _edited(
     make = _call if name in WITH_MASKS else call_of
     call = make(name, module, query, key, value, mask, kwargs)
     call.original = run
-    found = edited(acting, module, call, place)
+    found = edited(acting, call, located)
     if found is None:
         return None
     call, edits, output = found

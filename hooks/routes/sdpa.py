@@ -101,8 +101,8 @@ class SdpaRoute:
 
 def check_bypassed(mode: _Interception) -> None:
     """Raises ReattendError for a module that ran without calling SDPA, though a step acts there."""
-    session, _ = mode.acting[0]
-    name = session.site_at(mode.module).name
+    place, _ = mode.acting[0]
+    name = place.site.name
     how = dispatch(mode.module)
     problem = "it no longer computes attention that can be intercepted" if how is None else how[1]
     if problem is None:
@@ -203,11 +203,11 @@ class _Interception(TorchFunctionMode):
         """What the sessions make of the call that make(site) gives, [B, H, T, D]; None where they leave it as it is."""
         acting, number = self.acting, self.calls
         self.calls += 1
-        site = acting[0][0].site_at(self.module)
+        site = acting[0][0].site
         if dropout and self.module.training:
             raise ReattendError(f"{site.name}: attention dropout is on; call eval() on the model before using a recipe")
 
-        def place(call: Call, site: Site, owner: Host) -> Forward:
+        def located(call: Call, site: Site, owner: Host) -> Forward:
             forward = owner.current()
             if isinstance(forward, DenoiserForward):
                 locate(call, forward, number, self.module)
@@ -219,5 +219,5 @@ class _Interception(TorchFunctionMode):
                 call.keep_columns(filled_columns(call.query, call.key, call.mask, call.tokens, forward.buffered))
             return forward
 
-        found = edited(acting, self.module, make(site), place)
+        found = edited(acting, make(site), located)
         return None if found is None else found[2]

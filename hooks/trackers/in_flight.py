@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,8 @@ class Pass:
         self.sessions, self.frame, self.thread, self.before = sessions, frame, thread, before
         # ids of the modules whose attention came through us in this pass
         self.seen: set[int] = set()
+        # module -> what its sessions do there, as far as somebody has asked; passes under the same sessions share it
+        self.acting: dict[int, Any] = {}
         self.over = False
         # whether gradients may come back through it, and the backward that it runs in itself
         self.differentiable, self.task = torch.is_grad_enabled(), backward_task()

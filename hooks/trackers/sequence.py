@@ -82,6 +82,11 @@ class SequenceTracker:
         stack = getattr(self.local, "stack", None)
         return stack[-1] if stack and self.in_flight.here() is not None else None
 
+    def last(self) -> Forward | None:
+        """The forward pass of this thread that began last, where it has not landed; it may have been interrupted."""
+        stack = getattr(self.local, "stack", None)
+        return stack[-1] if stack else None
+
     def probing(self) -> Running | None:
         """The pass of a door's own that is under way in this thread."""
         stack = getattr(self.local, "stack", None)

@@ -198,6 +198,8 @@ class Forward:
     merged: dict[str, MergedTokens] = field(default_factory=dict)
     # the last mask that calls were given, and what was left of it: layers share both
     last_masks: tuple[Tensor, Tensor] | None = None
+    # the RoPE of its calls, by what it is made of: layers share it
+    rotaries: dict[Any, Any] = field(default_factory=dict)
 
     def share_mask(self, call: Call, given: Tensor) -> None:
         """Gives a call the very tensor that the last layer's call was left with, where that was cut out of the same mask to the same size."""

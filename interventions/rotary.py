@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Up to so many values, as a step of decoding has them, operations are counted and not what they write.
+FEW_VALUES = 1 << 14
+
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
@@ -49,6 +52,10 @@ class Rotary:
         """`turn` by angles whose cos and sin are known, in their dtype; into `out` where that is given."""
         x = x.to(cos.dtype)
         stop = self.start + 2 * self.frequencies.shape[0]
+        if out is None and stop - self.start == x.shape[-1] and x.numel() <= FEW_VALUES and not x.requires_grad:
+            a, b = self._pairs(x)
+            both = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+            return torch.stack(both, dim=-1).flatten(-2) if self.interleaved else torch.cat(both, dim=-1)
         if out is None:
             shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
             out = x.new_empty(*shape, x.shape[-1])
@@ -73,8 +80,8 @@ def pairs(part: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The two halves of every pair of dimensions of part [..., 2 F]."""
     if interleaved:
         return part[..., 0::2], part[..., 1::2]
-    half = part.shape[-1] // 2
-    return part[..., :half], part[..., half:]
+    a, b = part.chunk(2, dim=-1)
+    return a, b
 
 
 @dataclass(frozen=True, eq=False)

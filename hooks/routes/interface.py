@@ -301,7 +301,7 @@ def _edited(
         forward.locate(call, site)
         if forward.merged:
             forward.locate_merged(call, site)
-        call.rotation = lambda: rotary_at(owner.model, owner.rotary, site, module, kwargs)
+        call.rotation = lambda: rotary_at(owner.model, owner.rotary, forward.rotaries, site, module, kwargs)
         if site.stack == "decoder" and site.kind == "self" and (forward.buffered or call.tokens is None):
             call.keep_columns(filled_columns(call.query, call.key, call.mask, call.tokens, forward.buffered))
             if call.mask is not None and name in WITH_MASKS and kwargs.get("position_bias") is None:

@@ -52,8 +52,16 @@ def rotary_misfit(table: SiteTable) -> str:
     return ""
 
 
-def rotary_at(model: Any, known: dict[int, nn.Module | None], site: Site, module: nn.Module, given: dict[str, Any]) -> Rotary:
-    """The RoPE of one call; known: embedding modules that were found before. given: what the model passed to its attention function.
+def rotary_at(
+    model: Any,
+    known: dict[int, nn.Module | None],
+    made: dict[Any, Rotary],
+    site: Site,
+    module: nn.Module,
+    given: dict[str, Any],
+) -> Rotary:
+    """The RoPE of one call; known: embedding modules that were found before. made: what was made for calls of the same pass, which layers
+    share. given: what the model passed to its attention function.
 
     Raises UnsupportedError where it is not understood.
     """
@@ -66,13 +74,13 @@ def rotary_at(model: Any, known: dict[int, nn.Module | None], site: Site, module
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         positions = None
     window = given.get("sliding_window", getattr(module, "sliding_window", None))
-    return replace(
-        facts.layout,
-        frequencies=frequencies if isinstance(frequencies, Tensor) else facts.layout.frequencies,
-        positions=positions,
-        window=window if isinstance(window, int) else None,
-        limit=facts.limit,
-    )
+    frequencies = frequencies if isinstance(frequencies, Tensor) else facts.layout.frequencies
+    window = window if isinstance(window, int) else None
+    # what is kept holds these objects, so that their ids stay theirs
+    key = (id(facts), id(frequencies), id(positions), window)
+    if key not in made:
+        made[key] = replace(facts.layout, frequencies=frequencies, positions=positions, window=window, limit=facts.limit)
+    return made[key]
 
 
 def _facts_of(module: nn.Module, site: Site, trials: dict[Any, Facts | str]) -> Facts | str:

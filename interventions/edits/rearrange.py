@@ -50,6 +50,13 @@ class Rearrange(OperandEdit):
                 f"steps has {self.steps.shape[-1]} groups, but there are {self.spans.shape[2]} segments and the rest"
             )
 
+    def again(self, steps: Tensor, rotary: Rotary, shared: dict[Any, Any]) -> Rearrange:
+        """The same edit with steps of the same shape, for another layer of the pass."""
+        new = self._copy(steps=steps, rotary=rotary, shared=shared)
+        if self.rows is None and "known" in shared:
+            object.__setattr__(new, "_known", shared["known"])
+        return new
+
     def groups(self, num_keys: int) -> Tensor:
         """Long [B, Tk] on the CPU: the group of each key column, 0 outside of the segments."""
         column = torch.arange(num_keys)

@@ -32,7 +32,7 @@ def find(task: Task) -> Tensor:
     assert isinstance(edit, Lift)
     mask = column_mask(edit.columns, call.num_keys, call.query.device)
     chosen = mask[:, :, None].to(statistics_dtype(call.query))
-    keep_known(task, NAME, lambda call: lifted(call, edit, chosen), True)
+    keep_known(task, NAME, lambda call, _: lifted(call, edit, chosen), True)
     return chosen
 
 

@@ -20,6 +20,8 @@ from .kernels import attend
 from .tasks import Task, plain
 
 ROW, WINDOW = "one additive row", "newest window"
+# a call with its edits -> its output
+Run = Callable[[Call, Sequence[Edit]], Tensor]
 
 
 def is_row(task: Task) -> bool:
@@ -58,7 +60,7 @@ def through_window(call: Call, band: Band) -> Tensor:
 
 def find_newest(task: Task) -> Band:
     band: Band = task.edits[0].pattern  # type: ignore[attr-defined]
-    keep_known(task, WINDOW, lambda call: through_window(call, band), True)
+    keep_known(task, WINDOW, lambda call, _: through_window(call, band), True)
     return band
 
 
@@ -68,18 +70,18 @@ def find(task: Task) -> DecodeRow | None:
         keep_known(task, ROW, under(row), row.added is not None)
         if row.added is not None and is_shared(task.edits):
             # layers whose edit names other heads: all that differs is what they leave alone
-            task.edits[0].of_any_heads["known"] = _sizes(task.call), task.call.num_keys, row.added
+            task.edits[0].of_any_heads["known"] = sizes_of(task.call), task.call.num_keys, row.added
     return row
 
 
-def keep_known(task: Task, name: str, run: Callable[[Call], Tensor], of_keys: bool) -> None:
+def keep_known(task: Task, name: str, run: Run, of_keys: bool) -> None:
     """Keeps with the first edit what the table and the checks of edits have found, by all that they go by."""
     keys = task.call.num_keys if of_keys else None
-    found = _sizes(task.call), keys, tuple(task.edits[1:]), versions(task.edits), name, run
+    found = sizes_of(task.call), keys, tuple(task.edits[1:]), versions(task.edits), name, run
     object.__setattr__(task.edits[0], "_known", found)
 
 
-def known(call: Call, edits: Sequence[Edit]) -> Callable[[Call], Tensor] | None:
+def known(call: Call, edits: Sequence[Edit]) -> Run | None:
     """What was last found for these very edits in a call of the same sizes, counted in `call.ways`; None where a gradient is wanted."""
     if torch.is_grad_enabled():
         return None
@@ -88,46 +90,48 @@ def known(call: Call, edits: Sequence[Edit]) -> Callable[[Call], Tensor] | None:
     if found is None:
         return _on_other_heads(call, edits[0]) if len(edits) == 1 and "_of_any_heads" in own else None
     sizes, keys, others, state, name, run = found
-    if len(edits) != len(others) + 1 or sizes != _sizes(call) or (keys is not None and keys != call.key.shape[2]):
+    if len(edits) != len(others) + 1 or sizes != sizes_of(call) or (keys is not None and keys != call.key.shape[2]):
         return None
-    if others and any(a is not b for a, b in zip(edits[1:], others, strict=True)) or state != versions(edits):
+    if others and any(a is not b for a, b in zip(edits[1:], others, strict=True)):
+        return None
+    if state is not None and state != versions(edits):  # None: nothing is kept of what the edits hold
         return None
     if call.ways is not None:
         call.ways[name] += 1
     return run
 
 
-def _on_other_heads(call: Call, edit: Edit) -> Callable[[Call], Tensor] | None:
+def _on_other_heads(call: Call, edit: Edit) -> Run | None:
     """What was found for the same edit on other heads."""
     found, heads = edit.of_any_heads.get("known"), edit.heads
     if found is None or heads is None or max(heads) >= call.num_heads or not is_shared([edit]):
         return None
     sizes, keys, added = found
-    if sizes != _sizes(call) or keys != call.key.shape[2]:
+    if sizes != sizes_of(call) or keys != call.key.shape[2]:
         return None
     if call.ways is not None:
         call.ways[ROW] += 1
     return under(DecodeRow(added.bias, None, heads_mask(heads, call.num_heads, call.query.device), added))
 
 
-def _sizes(call: Call) -> tuple:
+def sizes_of(call: Call) -> tuple:
     query = call.query
     where = query.dtype, query.device, call.mask is None, call.softcap is None, call.sinks is None
     return query.shape, call.key.shape[1], where
 
 
 def run(task: Task, row: DecodeRow) -> Tensor:
-    return under(row)(task.call)
+    return under(row)(task.call, task.edits)
 
 
-def under(row: DecodeRow) -> Callable[[Call], Tensor]:
+def under(row: DecodeRow) -> Run:
     """Attention under a row, for all calls of its sizes."""
     added, changed = row.added, row.added is not None or row.sharpness is not None
     gain, sharpness = (None if factor is None else factor[:, :, None, None] for factor in (row.gain, row.sharpness))
     # what no edit names has a gain of exactly 1
     named = row.named[:, :, None, None] if changed and row.named is not None else None
 
-    def attended(call: Call) -> Tensor:
+    def attended(call: Call, _: object) -> Tensor:
         query = call.query
         if not changed:
             output = plain(call)

@@ -6,18 +6,22 @@ after the segments each have an order of their own, so they meet one block per s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..edits.base import repeat_heads
+from ..call import Call
+from ..edits.base import Edit, repeat_heads
 from ..edits.operands import Operands
 from ..edits.rearrange import Rearrange
 from ..rotary import Rotary
 from .kernels import attend, grouped_matmul, grouped_values, softmax_rows, statistics_dtype
+from .one_row import sizes_of
 from .tasks import FEW_ROWS, Group
 
+NAME = "rearranged blocks"
 # Up to this many groups a decode step scores every key with every turn of its query: fewer operations than block by block.
 FEW_GROUPS = 8
 
@@ -27,8 +31,27 @@ def is_rearranged(group: Group) -> bool:
 
 
 def run(group: Group, _: object) -> Tensor:
-    assert isinstance(group.pending, Rearrange)
-    return rearranged_attention(group.x, group.pending, group.call.scaling, group.call.softcap, group.sinks)
+    edit, call = group.pending, group.call
+    assert isinstance(edit, Rearrange)
+    output = rearranged_attention(group.x, edit, call.scaling, call.softcap, group.sinks)
+    if (
+        group.few
+        and edit.shared["after all"]
+        and group.whole
+        and len(group.edits) == 1
+        and edit.heads is None
+        and edit.rows is None
+    ):
+        # layers of a pass have edits of their own, which share what was found
+        edit.shared["known"] = sizes_of(call), call.num_keys, (), None, NAME, _again
+    return output
+
+
+def _again(call: Call, edits: Sequence[Edit]) -> Tensor:
+    edit = edits[0]
+    assert isinstance(edit, Rearrange)
+    x = Operands(call.query, call.key, call.value, call.mask, call.is_causal, offset=edit.start)
+    return _few_rows(x, edit, call.scaling, call.softcap, call.sinks)
 
 
 def rearranged_attention(x: Operands, edit: Rearrange, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
@@ -205,4 +228,8 @@ def _few_rows(x: Operands, edit: Rearrange, scale: float, softcap: float | None,
         if seen is None:
             seen = edit.shared[("seen", rows, stop)] = edit.visible(torch.arange(rows, device=scores.device), stop)
         scores = scores.masked_fill(~seen, float("-inf"))
-    return grouped_values(softmax_rows(scores, sinks), value).to(x.query.dtype)
+    else:
+        seen = None
+    # every row sees something here
+    weights = scores.softmax(dim=-1) if seen is None and sinks is None else softmax_rows(scores, sinks)
+    return grouped_values(weights, value).to(x.query.dtype)

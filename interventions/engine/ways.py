@@ -135,7 +135,7 @@ WAYS: list[Way] = [
         _is_replaced,
         lambda group, _: group.x.query.new_zeros(*group.x.query.shape[:3], group.x.value.shape[3]),
     ),
-    Way("rearranged blocks", "group", rearranged.is_rearranged, rearranged.run),
+    Way(rearranged.NAME, "group", rearranged.is_rearranged, rearranged.run),
     Way("materialised", "group", lambda group: group.pending is not None, materialised.run, materialised.named),
     Way(
         "kernel",
@@ -175,7 +175,7 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     if edits:
         run = one_row.known(call, edits)
         if run is not None:
-            return run(call)
+            return run(call, edits)
     return compute(Task(call, check_edits(call, list(edits)), compute))
 
 

@@ -112,12 +112,16 @@ def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
     ReattendError where that is not so, and for calls whose window or frequencies do not cover the whole sequence.
     """
     rotary = call.rotary
-    start = call.total - call.num_queries
-    check_reach(call, rotary)
-    key = ("pass", call.total, call.num_queries)
-    if call.memory.get("pass", (None,))[0] != key:
-        call.memory["pass"] = (key, _checked(call, layout, rotary, start))
-    shared: dict = call.memory["pass"][1]
+    total, keys, rows = call.total, call.key.shape[2], call.query.shape[2]
+    start = total - rows
+    known = call.memory.get("pass")
+    if known is None or known[0] != (total, rows):
+        check_reach(call, rotary)
+        known = call.memory["pass"] = ((total, rows), _checked(call, layout, rotary, start))
+    shared: dict = known[1]
+    if shared["reached"].get(keys) is not rotary:  # layers of a pass share it
+        check_reach(call, rotary)
+        shared["reached"][keys] = rotary
     positions = rotary.positions
     if positions is None:
         positions = torch.arange(start, call.total, device=call.query.device)[None]
@@ -125,8 +129,10 @@ def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
         steps = _prompt_steps(call, layout, rotary, positions, start, order)
     else:
         steps = _later_steps(call, layout, rotary, positions, order, shared)
-    assert call.tokens is not None
-    return Rearrange(
+    like = shared.get("like")
+    if like is not None and like.steps.shape == steps.shape:
+        return like.again(steps, rotary, shared)
+    edit = Rearrange(
         spans=layout.spans[:, None],
         steps=steps,
         first=layout.first,
@@ -136,6 +142,8 @@ def rearranged(call: Call, layout: Layout, order: Order) -> Rearrange:
         rows=shared["rows"],
         shared=shared,
     )
+    shared["like"] = edit.again(steps, rotary, {})
+    return edit
 
 
 def check_reach(call: Call, rotary: Rotary) -> None:
@@ -179,7 +187,7 @@ def _checked(call: Call, layout: Layout, rotary: Rotary, start: int) -> dict:
         )
     late, rows = layout.held[key]
     hidden = None if late is None else pad(late, (0, call.num_keys - late.shape[1]))
-    return {"hidden": hidden, "inside": start < end, "rows": rows, "held": layout.held}
+    return {"hidden": hidden, "inside": start < end, "rows": rows, "held": layout.held, "reached": {}}
 
 
 def _prompt_steps(call: Call, layout: Layout, rotary: Rotary, positions: Tensor, start: int, order: Order) -> Tensor:

@@ -341,7 +341,7 @@ def _paged(kwargs: dict[str, Any]) -> bool:
 
 def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Call:
     """The call as tensors, with the causality that implementation `name` would have applied."""
-    is_causal = False
+    is_causal, bias = False, kwargs.get("position_bias")
     if mask is None and name == "sdpa" and query.shape[2] > 1:
         is_causal = kwargs.get("is_causal")
         is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -350,7 +350,6 @@ def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if mask is not None and mask.shape[-1] > key.shape[2]:
         mask = mask[..., : key.shape[2]]
-    bias = kwargs.get("position_bias")
     if bias is not None:
         if mask is None:
             if is_causal:
@@ -361,6 +360,5 @@ def _call(name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         else:
             mask = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
     return Call(
-        query, key, value, mask, is_causal, kwargs.get("scaling"),
-        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), original_is_sdpa=name == "sdpa",
-    )  # fmt: skip
+        query, key, value, mask, is_causal, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"), name == "sdpa"
+    )

@@ -217,12 +217,15 @@ class Edit:
         return store["every head"]
 
     def _renamed(self: E, heads: tuple[int, ...] | None) -> E:
-        if self._has_head_axis():
+        store = self.of_any_heads
+        if "has an axis of heads" not in store:
+            store["has an axis of heads"] = self._has_head_axis()
+        if store["has an axis of heads"]:
             raise ReattendError(
                 f"this {type(self).__name__} has a tensor with an axis of heads, which belongs to heads {self.heads}"
             )
         new = self._copy(heads=heads)
-        object.__setattr__(new, "_of_any_heads", self.of_any_heads)
+        object.__setattr__(new, "_of_any_heads", store)
         return new
 
     @property
@@ -242,8 +245,10 @@ class Edit:
         """The same edit with other values in some fields, which are not looked at again."""
         kind, own = type(self), self.__dict__
         new = object.__new__(kind)
-        new.__dict__.update({name: own[name] for name in _field_names(kind)})
-        new.__dict__.update(changes)
+        values = new.__dict__
+        for name in _field_names(kind):
+            values[name] = own[name]
+        values.update(changes)
         return new
 
     def lasting(self: E, store: dict[Any, Any]) -> E:

@@ -5,6 +5,7 @@ What was found for edits that all layers share is kept with them: the next layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from ..call import Call
 from ..edits import Band, Edit, Keep
 from ..edits.base import heads_mask, versions
 from .bands import newest
-from .decode_row import DecodeRow, decode_row, facts_of, is_shared, takes
+from .decode_row import Added, DecodeRow, decode_row, facts_of, is_shared, takes
 from .kernels import attend
 from .tasks import Task, plain
 
@@ -103,15 +104,29 @@ def known(call: Call, edits: Sequence[Edit]) -> Run | None:
 
 def _on_other_heads(call: Call, edit: Edit) -> Run | None:
     """What was found for the same edit on other heads."""
-    found, heads = edit.of_any_heads.get("known"), edit.heads
-    if found is None or heads is None or max(heads) >= call.num_heads or not is_shared([edit]):
+    found, heads = edit.__dict__["_of_any_heads"].get("known"), edit.heads
+    if found is None or heads is None:
         return None
     sizes, keys, added = found
     if sizes != sizes_of(call) or keys != call.key.shape[2]:
         return None
+    named = _pairs(tuple(heads), call.query.shape[1], call.query.device)
+    if named is None:
+        return None
     if call.ways is not None:
         call.ways[ROW] += 1
-    return under(DecodeRow(added.bias, None, heads_mask(heads, call.num_heads, call.query.device), added))
+    return lambda call, _: torch.where(named, _row_alone(call, added), plain(call))
+
+
+@functools.lru_cache(maxsize=1024)
+def _pairs(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor | None:
+    """Bool [1, count, 1, 1]: these heads; None where there are no such heads."""
+    return None if not heads or max(heads) >= count else heads_mask(heads, count, device)[:, :, None, None]
+
+
+def _row_alone(call: Call, added: Added) -> Tensor:
+    mask = added.row if call.mask is None else added.beside(call.mask)
+    return _attended(call.query, call.key, call.value, mask, call)
 
 
 def sizes_of(call: Call) -> tuple:
@@ -127,6 +142,8 @@ def run(task: Task, row: DecodeRow) -> Tensor:
 def under(row: DecodeRow) -> Run:
     """Attention under a row, for all calls of its sizes."""
     added, changed = row.added, row.added is not None or row.sharpness is not None
+    if added is not None and row.gain is None and row.sharpness is None and row.named is None:
+        return lambda call, _: _row_alone(call, added)
     gain, sharpness = (None if factor is None else factor[:, :, None, None] for factor in (row.gain, row.sharpness))
     # what no edit names has a gain of exactly 1
     named = row.named[:, :, None, None] if changed and row.named is not None else None
@@ -136,7 +153,7 @@ def under(row: DecodeRow) -> Run:
         if not changed:
             output = plain(call)
         else:
-            mask = call.mask if added is None else added.beside(call.mask)
+            mask = call.mask if added is None else added.row if call.mask is None else added.beside(call.mask)
             own = query if sharpness is None else (query * sharpness).to(query.dtype)
             output = _attended(own, call.key, call.value, mask, call)
         if gain is not None:

@@ -210,13 +210,15 @@ def _few_rows(x: Operands, edit: Rearrange, scale: float, softcap: float | None,
     stop, m = edit.start + rows, edit.spans.shape[2]
     key, value = x.key[:, :, :stop].to(dtype), x.value[:, :, :stop].to(dtype)
     query = x.query.to(dtype) * scale
-    blocks = edit.rotary.turn(query[:, :, None], edit.steps.transpose(2, 3))  # [B, H, m + 1, T, D]
+    blocks = edit.rotary.turn(query.unsqueeze(2), edit.steps.transpose(2, 3))  # [B, H, m + 1, T, D]
     if m < FEW_GROUPS or not edit.shared["same"]:
         scores = grouped_matmul(blocks.reshape(batch, heads, (m + 1) * rows, dim), key).unflatten(2, (m + 1, rows))
-        group = edit.shared.get(("groups", stop))
+        key_of = "groups", stop, batch, heads, rows
+        group = edit.shared.get(key_of)
         if group is None:
-            group = edit.shared[("groups", stop)] = edit.groups_on(stop, scores.device)
-        scores = scores.gather(2, group[:, None, None, None].expand(batch, heads, 1, rows, -1))[:, :, 0]
+            group = edit.groups_on(stop, scores.device)[:, None, None, None].expand(batch, heads, 1, rows, -1)
+            edit.shared[key_of] = group
+        scores = scores.gather(2, group).squeeze(2)
     else:
         scores = grouped_matmul(query, key)
         for j, (a, b) in enumerate(edit.spans[0, 0].tolist()):

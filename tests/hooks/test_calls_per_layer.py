@@ -59,13 +59,14 @@ def some_heads(layers: int) -> dict[int, list[int]]:
 
 # slug -> (its parameters for a model of so many layers, the most calls for one layer of one step)
 CASES = {
-    "emphasise": ("emphasise", lambda layers: MARKED, 40),
-    "emphasise on some heads": ("emphasise", lambda layers: {**MARKED, "heads": some_heads(layers)}, 60),
-    "instaboost": ("instaboost", lambda layers: MARKED, 40),
-    "streaming": ("streaming", lambda layers: {"sinks": 2, "window": 6}, 40),
-    "streaming, most of the cache": ("streaming", lambda layers: {"sinks": 2, "window": 16}, 40),
-    "spotlight": ("spotlight", lambda layers: MARKED, 50),
-    "retrieval-heads": ("retrieval-heads", lambda layers: {"heads": some_heads(layers)}, 44),
+    "emphasise": ("emphasise", lambda layers: MARKED, 26),
+    "emphasise on some heads": ("emphasise", lambda layers: {**MARKED, "heads": some_heads(layers)}, 33),
+    "instaboost": ("instaboost", lambda layers: MARKED, 26),
+    "streaming": ("streaming", lambda layers: {"sinks": 2, "window": 6}, 27),
+    "streaming, most of the cache": ("streaming", lambda layers: {"sinks": 2, "window": 16}, 26),
+    "spotlight": ("spotlight", lambda layers: MARKED, 34),
+    "retrieval-heads": ("retrieval-heads", lambda layers: {"heads": some_heads(layers)}, 28),
+    "pine": ("pine", lambda layers: {"ranges": [(4, 8), (8, 14), (14, 18)]}, 52),
 }
 
 

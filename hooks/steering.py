@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..interventions import Call, Edit, Site, autocast_dtype, cast, fused, without_autocast
+from ..interventions import Call, Edit, Site, autocast_dtype, cast, without_autocast
+from ..interventions.engine.ways import fused_as_it_is
 from .host import Host
 from .passes import Forward
 from .protocols import Place
@@ -24,9 +25,7 @@ def acting_at(owners: Sequence[Host], module: nn.Module) -> Acting:
     return acting if len(owners) == 1 else sorted(acting, key=lambda pair: pair[0].number)
 
 
-def edited(
-    acting: Acting, call: Call, locate: Callable[[Call, Site, Host], Forward]
-) -> tuple[Call, list[Edit], Tensor] | None:
+def edited(acting: Acting, call: Call, locate: Callable[[Call, Site, Host], Forward]) -> tuple[Call, list[Edit], Tensor] | None:
     """(a call as sessions see it, their edits, its output [B, H, Tq, Dv] with these); None where they leave it as it is.
 
     Under autocast they see operands that are cast, and nothing of what they compute is. locate: as for `edits_of`.
@@ -38,7 +37,7 @@ def edited(
     edits = edits_of(acting, call, locate)
     if not edits and not call.looks:
         return None
-    output = fused(call, edits)
+    output = fused_as_it_is(call, edits)
     for look in call.looks:
         look(output)
     return call, edits, output

@@ -224,9 +224,8 @@ class Edit:
             raise ReattendError(
                 f"this {type(self).__name__} has a tensor with an axis of heads, which belongs to heads {self.heads}"
             )
-        new = self._copy(heads=heads)
-        object.__setattr__(new, "_of_any_heads", store)
-        return new
+        # of the same tensors
+        return self._copy(heads=heads, _of_any_heads=store, _counted=self._counted)
 
     @property
     def of_any_heads(self) -> dict[Any, Any]:
@@ -331,7 +330,11 @@ class Edit:
 
 def versions(edits: Sequence[Edit]) -> tuple[int, ...]:
     """What changes where a tensor of one of these edits is changed in place."""
-    return tuple(tensor._version for edit in edits for tensor in edit._counted)
+    state: tuple[int, ...] = ()
+    for edit in edits:
+        for tensor in edit._counted:
+            state += (tensor._version,)
+    return state
 
 
 def kept_few(store: dict[Any, Any], key: object, make: Callable[[], Any]) -> Any:

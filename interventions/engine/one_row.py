@@ -104,7 +104,7 @@ def known(call: Call, edits: Sequence[Edit]) -> Run | None:
 
 def _on_other_heads(call: Call, edit: Edit) -> Run | None:
     """What was found for the same edit on other heads."""
-    found, heads = edit.__dict__["_of_any_heads"].get("known"), edit.heads
+    found, heads = edit.of_any_heads.get("known"), edit.heads
     if found is None or heads is None:
         return None
     sizes, keys, added = found

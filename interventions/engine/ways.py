@@ -171,7 +171,12 @@ def fused(call: Call, edits: Sequence[Edit]) -> Tensor:
     dtype = autocast_dtype(call.query.device)
     if dtype is not None:
         with without_autocast(call.query.device):
-            return fused(cast(call, dtype), edits)
+            return fused_as_it_is(cast(call, dtype), edits)
+    return fused_as_it_is(call, edits)
+
+
+def fused_as_it_is(call: Call, edits: Sequence[Edit]) -> Tensor:
+    """`fused` where nobody casts, which is not asked."""
     if edits:
         run = one_row.known(call, edits)
         if run is not None:

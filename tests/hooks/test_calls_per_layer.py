@@ -59,14 +59,14 @@ def some_heads(layers: int) -> dict[int, list[int]]:
 
 # slug -> (its parameters for a model of so many layers, the most calls for one layer of one step)
 CASES = {
-    "emphasise": ("emphasise", lambda layers: MARKED, 26),
-    "emphasise on some heads": ("emphasise", lambda layers: {**MARKED, "heads": some_heads(layers)}, 33),
-    "instaboost": ("instaboost", lambda layers: MARKED, 26),
-    "streaming": ("streaming", lambda layers: {"sinks": 2, "window": 6}, 27),
-    "streaming, most of the cache": ("streaming", lambda layers: {"sinks": 2, "window": 16}, 26),
-    "spotlight": ("spotlight", lambda layers: MARKED, 34),
-    "retrieval-heads": ("retrieval-heads", lambda layers: {"heads": some_heads(layers)}, 28),
-    "pine": ("pine", lambda layers: {"ranges": [(4, 8), (8, 14), (14, 18)]}, 52),
+    "emphasise": ("emphasise", lambda layers: MARKED, 28),
+    "emphasise on some heads": ("emphasise", lambda layers: {**MARKED, "heads": some_heads(layers)}, 38),
+    "instaboost": ("instaboost", lambda layers: MARKED, 28),
+    "streaming": ("streaming", lambda layers: {"sinks": 2, "window": 6}, 29),
+    "streaming, most of the cache": ("streaming", lambda layers: {"sinks": 2, "window": 16}, 28),
+    "spotlight": ("spotlight", lambda layers: MARKED, 36),
+    "retrieval-heads": ("retrieval-heads", lambda layers: {"heads": some_heads(layers)}, 30),
+    "pine": ("pine", lambda layers: {"ranges": [(4, 8), (8, 14), (14, 18)]}, 53),
 }
 
 

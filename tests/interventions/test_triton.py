@@ -211,6 +211,16 @@ def test_a_column_that_holds_the_whole_row(queries, dtype):
         check(call, [edit], name)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_score_gain_that_outweighs_all_else(dtype):
+    """Rows whose columns grow by more than half precision holds are computed anew, under their gain."""
+    torch.manual_seed(0)
+    for shape in ("prefill", "one row"):
+        call = a_call(shape, dtype)
+        call = dataclasses.replace(call, query=3 * call.query)
+        check(call, [ScoreGain(factor=torch.where(torch.arange(call.num_keys) % 3 == 0, 2.0, 0.0).to(DEVICE))])
+
+
 @pytest.mark.parametrize("shape", ["prefill", "one row"])
 def test_sets_with_nothing_and_with_all(shape):
     torch.manual_seed(0)

@@ -211,7 +211,7 @@ def _correct(
                 inside = 1.0 / tl.maximum(others, TINY)
                 outside = inside
                 changes = others > 0.0
-                if KIND != "bias":
+                if not BIAS:
                     total = held + others
                     inside, outside, changes, least = two_factors(held, others, total, amount, second, third, KIND, TINY)
                     if sinks is None:

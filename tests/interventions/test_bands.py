@@ -237,3 +237,39 @@ def test_cuda_kernels_give_the_numbers_of_windows_and_biases(dtype, dim):
             found = fused(Call(q.cuda(), k.cuda(), v.cuda(), **there), [edit]).cpu().double() * real
             error = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
             torch.testing.assert_close(found, reference(exact, [edit]) * real, atol=error, rtol=error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", [6, 12])
+def test_a_mask_that_is_changed_in_place_is_read_again(queries):
+    """Also where it leaves other rows without a column of the band, or shows them later ones."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, n, 8) for n in (queries, 12, 12))
+    causal = torch.ones(queries, 12, dtype=torch.bool).tril(12 - queries)
+    near = torch.ones(queries, 12, dtype=torch.bool).triu(10 - queries)  # the columns of the window
+    edit = Keep(pattern=Band(0, 3))
+    with SimulatedDevice():
+        on = [x.to(DEVICE) for x in (query, key, value)]
+        shown = (causal & ~near).to(DEVICE).expand(2, 1, -1, -1).clone()
+        for mask in (causal & ~near, causal, causal | near):
+            mask = mask.expand(2, 1, -1, -1).clone()
+            shown.copy_(mask.to(DEVICE))
+            found = fused(Call(*on, mask=shown), [edit]).cpu()
+            wanted = reference(Call(query, key, value, mask=mask), [edit])
+            sees = mask.any(dim=3, keepdim=True)
+            torch.testing.assert_close(found * sees, wanted * sees, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_places_that_are_changed_in_place_are_read_again():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 12, 8) for _ in range(3))
+    first, dense = torch.tensor([0, 2]), torch.tensor([9, 11])
+    edit = Keep(pattern=Band(1, 2, first, dense))
+    with SimulatedDevice():
+        call = Call(*(x.to(DEVICE) for x in (query, key, value)), is_causal=True)
+        for _ in range(2):
+            wanted = reference(Call(query, key, value, is_causal=True), [edit])
+            torch.testing.assert_close(fused(call, [edit]).cpu(), wanted, atol=2e-6, rtol=1e-5)
+            first += 2
+            dense -= 3

@@ -6,6 +6,7 @@ the dispatcher, so what is registered in their place (`torch.nn.attention.activa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
 from ..edits.base import repeat_heads
+from .of_masks import of_mask
 
 aten = torch.ops.aten
 
@@ -148,13 +150,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_ca
     return output[..., :dim] if dim % 8 else output, lse
 
 
+def _with_wide_rows(bias: Tensor) -> Tensor:
+    keys = bias.shape[-1]
+    return F.pad(bias, (0, -keys % 8))[..., :keys]
+
+
 def _efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float):
     if bias is not None:
         # the kernel wants rows of the bias to start at multiples of 16 bytes
         keys = key.shape[2]
         steps = [step for step, size in zip(bias.stride()[:3], bias.shape[:3]) if size > 1]
         if any(n % 8 for n in (keys, bias.storage_offset(), *steps)):
-            bias = F.pad(bias, (0, -keys % 8))[..., :keys]
+            bias = of_mask(bias, "rows at 16 bytes", functools.partial(_with_wide_rows, bias))
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], -1)
     output, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, is_causal, scale=scale)
     return output, lse

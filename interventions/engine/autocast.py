@@ -23,9 +23,8 @@ T = TypeVar("T")
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on a device; None where it is off."""
-    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
 
 
 @functools.cache

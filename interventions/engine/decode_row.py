@@ -19,6 +19,7 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Band, Edit, Gain, HeadGain, Keep, ScaleQuery, ScoreEdit, Transfer, WeightEdit
 from ..edits.base import column_mask, heads_index, heads_mask, kept_few, versions
+from .of_masks import of_mask
 from .tasks import group_heads
 
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
@@ -57,17 +58,21 @@ class Added:
         """[B or 1, H or 1, Tq or 1, Tk] in the query's dtype; mask as in `Call`."""
         if mask is None:
             return self.row
-        version = -1 if mask.is_inference() else mask._version
-        last = self._last
-        if last is not None and last[0] is mask and last[1] == version >= 0:
+        if self.bias.requires_grad or mask.is_inference():
+            return self._join(mask)
+        version, last = mask._version, self._last
+        if last is not None and last[0] is mask and last[1] == version:
             return last[2]
-        if mask.dtype == torch.bool:
-            joined = torch.where(mask, self.row, float("-inf"))
-        else:
-            joined = (self.bias[:, :, None] + mask).to(self.row.dtype)
-        if version >= 0 and not joined.requires_grad:
+        # layers of several kinds take turns with their masks
+        joined = of_mask(mask, self, lambda: self._join(mask))
+        if not joined.requires_grad:
             self._last = mask, version, joined
         return joined
+
+    def _join(self, mask: Tensor) -> Tensor:
+        if mask.dtype == torch.bool:
+            return torch.where(mask, self.row, float("-inf"))
+        return (self.bias[:, :, None] + mask).to(self.row.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

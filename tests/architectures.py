@@ -15,11 +15,9 @@ import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import reattend.hooks.routes.interface as interface_route
-import reattend.hooks.routes.sdpa as sdpa_route
 import support_page
 import torch
-from reattend.hooks import Edits, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites, steering
 from reattend.interventions import ReattendWarning, Transfer, reference
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -112,13 +110,13 @@ def check(model: torch.nn.Module) -> dict:
         edited = logits(model)
     assert set(session.stats["edit"]) == {s.name for s in usable}, "the edit did not act at every site"
     assert not torch.equal(edited, before), "the edit changed nothing"
-    fused = interface_route.fused, sdpa_route.fused
+    fused = steering.fused
     try:
-        interface_route.fused = sdpa_route.fused = reference
+        steering.fused = reference
         with attach(model, [Plan("edit", [Edits(usable, drop_first)])]):
             expected = logits(model)
     finally:
-        interface_route.fused, sdpa_route.fused = fused
+        steering.fused = fused
     torch.testing.assert_close(edited, expected, atol=2e-4, rtol=1e-3)
     assert torch.equal(logits(model), before), "detaching did not restore the model"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks are left"

@@ -22,10 +22,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import diffusers
-import reattend.hooks.routes.sdpa as sdpa_route
 import support_page
 import torch
-from reattend.hooks import Edits, Plan, attach, sites
+from reattend.hooks import Edits, Plan, attach, sites, steering
 from reattend.interventions import Call, HeadGain, ReattendWarning, reference
 from tiny_controlnets import CONTROLNETS
 from tiny_denoisers import DENOISERS, build
@@ -133,13 +132,13 @@ def check(model: nn.Module, inputs: dict[str, Any]) -> dict:
     missed = {s.name for s in usable} - set(session.stats["edit"])
     assert not missed, f"the edit did not act at {sorted(missed)[:3]}"
     assert not same(edited, before), "the edit changed nothing"
-    fused = sdpa_route.fused
+    fused = steering.fused
     try:
-        sdpa_route.fused = reference
+        steering.fused = reference
         with attach(model, [Plan("edit", [Edits(usable, halve)])]):
             expected = output(model, inputs)
     finally:
-        sdpa_route.fused = fused
+        steering.fused = fused
     for found, wanted in zip(edited, expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
     assert same(output(model, inputs), before), "detaching did not restore the model"

@@ -154,8 +154,7 @@ def test_fused_is_the_reference(name, model, kind, monkeypatch):
 
 
 def materialised(monkeypatch):
-    for route in ("interface", "sdpa"):
-        monkeypatch.setattr(f"reattend.hooks.routes.{route}.fused", reference)
+    monkeypatch.setattr("reattend.hooks.steering.fused", reference)
 
 
 @parametrize("heads", **SOME)

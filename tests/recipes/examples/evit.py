@@ -6,7 +6,7 @@ import reattend
 import torch
 from example import Example
 from golden_files import golden_file
-from reattend.hooks.routes import interface
+from reattend.hooks import steering
 
 NO_CLASS = "goes by the attention of a class token"
 EXAMPLES = {
@@ -72,13 +72,13 @@ def golden(name, run):
     """States after every block, the class token's at the end, and the logits."""
     data, facts = golden_file("evit", name)
     model, rates = official(data, facts), dict(enumerate(json.loads(facts["keep_rate"])))
-    kept, interface.fused = interface.fused, run
+    kept, steering.fused = steering.fused, run
     session = reattend.apply(model, "evit", keep=rates, fuse=facts["fuse_token"] == "true")
     try:
         with torch.no_grad():
             out = model(data["pixel_values"], output_hidden_states=True)
     finally:
-        interface.fused = kept
+        steering.fused = kept
         session.__exit__(KeyError, None, None)  # no word on a keep rate of 1, which changes nothing
     for i, states in enumerate(out.hidden_states[1:]):
         yield states, data[f"expected_hidden_{i}"]

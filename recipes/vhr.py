@@ -164,7 +164,8 @@ class VHR(Recipe):
                 image = last_prompt_outputs(call, _known_edits(call))
                 heads = vision_aware_heads(image, text, self.remove_outliers, self.ta_squared)
         strengthened = heads & rows.to(heads.device)[:, None]
-        if not bool(strengthened.any()):
+        # an accelerator is not asked: factors of 1 change nothing
+        if strengthened.device.type == "cpu" and not bool(strengthened.any()):
             return None
         gain = HeadGain(factor=torch.where(strengthened, self.alpha, 1.0))
         call.memory[name] = gain

@@ -165,7 +165,7 @@ def plan_columns(group: Group) -> Plan | None:
         sets=sets,
         operands=x,
         needs_statistics=index.numel() > 0 or group.sinks is not None,
-        uniform_output=_mean_of_visible(x) if "uniform" in targets else None,
+        uniform_output=mean_of_visible(x) if "uniform" in targets else None,
         mean_query=mean,
     )
 
@@ -240,7 +240,7 @@ def corrected(group: Group, plan: Plan) -> Tensor:
     return mend(group, output, torch.cat(flags, dim=2) if len(flags) > 1 else flags[0])
 
 
-def _mean_of_visible(x: Operands) -> Tensor:
+def mean_of_visible(x: Operands) -> Tensor:
     """Mean value over the keys that each row sees [B, H, Tq or 1, Dv], without a mask tensor."""
     value = x.value.to(statistics_dtype(x.value))
     if not x.is_causal:

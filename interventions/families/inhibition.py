@@ -124,13 +124,13 @@ def focus_scores(
         weights = pad(row_weights(call, edits, part).mean(dim=1).float(), (first, 0))  # on absolute positions
         at = part + start
         on_image = weights[:, :, where.image] * where.is_image[:, None]
-        if start < where.length and where.text.numel():
-            place = torch.searchsorted(where.text, at).clamp_max(where.text.numel() - 1)
-            own = where.text[place] == at
-            looks[:, place[own]] = on_image[:, own] * where.is_text[:, place[own], None]
         on_text = weights[:, :, where.text] * where.is_text[:, None]
         own = weights[:, torch.arange(len(at), device=at.device), at] * (at >= where.length)
         parts.append((on_text, own, on_image))
+    if start < where.length and index.numel():
+        row = torch.searchsorted(index + start, where.text).clamp_max(index.numel() - 1)
+        seen = torch.cat([image for _, _, image in parts], dim=1)[:, row] * where.is_text[..., None]
+        looks = torch.where((index[row] + start == where.text)[:, None], seen, looks)
     scores = [torch.baddbmm(own[..., None] * image, text, looks) for text, own, image in parts]
     return torch.cat(scores, dim=1), looks
 

@@ -78,20 +78,23 @@ class Band(Pattern):
         return self.remember((name, device), lambda: place.to(device))
 
     def remember(self, key: tuple, make: Callable[[], T], of: Tensor | None = None) -> T:
-        """What `make` gives, made once for each key: layers share a band, and each of them asks. of: what it holds for; another one takes
-        its place, or the same one changed in place, as do places of the band."""
+        """What `make` gives, made once for each key: layers share a band, and each of them asks. of: what it holds for; it is kept for the
+        last two, because layers of two kinds take turns with their masks, until that or places of the band are changed in place."""
         counted = (x for x in (of, self.first, self.dense_after, self.dense_until) if isinstance(x, Tensor))
         version = tuple(x._version for x in counted if not x.is_inference())
-        known = self._held.get(key)
-        if known is None or known[0] is not of or known[1] != version:
-            if len(self._held) >= KEPT:
-                self._held.clear()  # a band that lives longer than a pass meets other sizes and masks in each
-            with torch.inference_mode(False):  # kept longer than the pass that makes it
-                known = self._held[key] = of, version, make()
-        return known[2]
+        held = [one for one in self._held.get(key, []) if one[1] == version or one[0] is not of]
+        for mask, _, known in held:
+            if mask is of:
+                return known
+        if len(self._held) >= KEPT:
+            self._held.clear()  # a band that lives longer than a pass meets other sizes and masks in each
+        with torch.inference_mode(False):  # kept longer than the pass that makes it
+            found = make()
+        self._held[key] = [*held[-1:], (of, version, found)]
+        return found
 
     @functools.cached_property
-    def _held(self) -> dict[tuple, tuple[Tensor | None, tuple[int, ...], Any]]:
+    def _held(self) -> dict[tuple, list[tuple[Tensor | None, tuple[int, ...], Any]]]:
         return {}
 
     def has_dense(self, low: int, high: int) -> bool:

@@ -82,17 +82,17 @@ def positive_shift(call: Call, rows: Tensor, columns: Tensor, known: Shift | Non
         if not index.numel():
             continue
         one = call_at(call, torch.tensor([row], device=call.query.device), call.original or _no_output)
-        chosen = rows[row].nonzero()[:, 0].to(call.query.device)
+        chosen = rows[row].cpu().nonzero()[:, 0]
         before = None if known is None else _widened(known.last[row : row + 1], first + keys)[0, :, index + first]
         step = rows_per_chunk(1, call.num_heads, keys, call.query.device)
         for part in chosen.split(step) if chosen.numel() else ():
             # each row and the one before it, every row once
             needed = torch.cat([part - 1, part]).unique()
-            maps = row_weights(one, [], needed[needed >= 0])[0][:, :, index].to(sums.dtype)
+            maps = row_weights(one, [], needed[needed >= 0].to(index.device))[0][:, :, index].to(sums.dtype)
             if len(needed) > maps.shape[1]:
                 earlier = torch.zeros_like(maps[:, 0]) if before is None else before
                 maps = torch.cat([earlier[:, None], maps], dim=1)
-            place = torch.searchsorted(needed, part)
+            place = torch.searchsorted(needed, part).to(index.device)
             sums[row, :, index + first] += (maps[:, place] - maps[:, place - 1]).clamp_min_(0).sum(dim=1)
         final = torch.tensor([call.num_queries - 1], device=call.query.device)
         last[row, :, index + first] = row_weights(one, [], final)[0, :, 0][:, index].to(sums.dtype)

@@ -160,6 +160,9 @@ def asked_of_device(case: Case, model: str, kind: str, rows: list[int], monkeypa
     acted = {name for counts in session.stats.values() for name in counts}
     layers = len(acted & attention or attention)  # logits follow from all of them
     more = seen[2].total - plain[2]
+    # what is asked while a prompt is read is asked for all layers together
+    for told, count in seen[0].ours("questions").items():
+        assert count < layers, (told, count)
     asked = [sum(one.ours(told).values()) for one in seen[:2] for told in ("questions", "copies")]
     cells = (
         case.label,

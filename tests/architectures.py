@@ -110,13 +110,13 @@ def check(model: torch.nn.Module) -> dict:
         edited = logits(model)
     assert set(session.stats["edit"]) == {s.name for s in usable}, "the edit did not act at every site"
     assert not torch.equal(edited, before), "the edit changed nothing"
-    fused = steering.fused
+    fused = steering.fused_as_it_is
     try:
-        steering.fused = reference
+        steering.fused_as_it_is = reference
         with attach(model, [Plan("edit", [Edits(usable, drop_first)])]):
             expected = logits(model)
     finally:
-        steering.fused = fused
+        steering.fused_as_it_is = fused
     torch.testing.assert_close(edited, expected, atol=2e-4, rtol=1e-3)
     assert torch.equal(logits(model), before), "detaching did not restore the model"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks are left"

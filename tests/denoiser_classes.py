@@ -132,13 +132,13 @@ def check(model: nn.Module, inputs: dict[str, Any]) -> dict:
     missed = {s.name for s in usable} - set(session.stats["edit"])
     assert not missed, f"the edit did not act at {sorted(missed)[:3]}"
     assert not same(edited, before), "the edit changed nothing"
-    fused = steering.fused
+    fused = steering.fused_as_it_is
     try:
-        steering.fused = reference
+        steering.fused_as_it_is = reference
         with attach(model, [Plan("edit", [Edits(usable, halve)])]):
             expected = output(model, inputs)
     finally:
-        steering.fused = fused
+        steering.fused_as_it_is = fused
     for found, wanted in zip(edited, expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
     assert same(output(model, inputs), before), "detaching did not restore the model"

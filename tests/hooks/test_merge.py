@@ -149,7 +149,7 @@ def test_equal_tokens_weighed_by_size_are_as_before(restore, materialise, monkey
     model.vit.embeddings.position_embeddings.data[:, 1:] = 0.3
     inputs = {"pixel_values": torch.full((2, 3, 24, 24), 0.7)}
     if materialise:
-        monkeypatch.setattr("reattend.hooks.steering.fused", reference)
+        monkeypatch.setattr("reattend.hooks.steering.fused_as_it_is", reference)
 
     def reduce(passing):
         index = torch.tensor([[0, 1]]).expand(2, -1)

@@ -154,7 +154,7 @@ def test_fused_is_the_reference(name, model, kind, monkeypatch):
 
 
 def materialised(monkeypatch):
-    monkeypatch.setattr("reattend.hooks.steering.fused", reference)
+    monkeypatch.setattr("reattend.hooks.steering.fused_as_it_is", reference)
 
 
 @parametrize("heads", **SOME)

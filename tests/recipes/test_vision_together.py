@@ -89,7 +89,7 @@ def test_equals_the_reference(pair, monkeypatch):
         calls.append(len(edits))
         return whole_matrices(call, edits)
 
-    monkeypatch.setattr("reattend.hooks.steering.fused", materialised)
+    monkeypatch.setattr("reattend.hooks.steering.fused_as_it_is", materialised)
     with model().use(*[(name, METHODS[name]) for name in pair], tokenizer=tokenizer()) as session:
         wanted = logits_of(model(), inputs())
         assert session.stats == stats

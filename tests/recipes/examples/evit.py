@@ -72,13 +72,13 @@ def golden(name, run):
     """States after every block, the class token's at the end, and the logits."""
     data, facts = golden_file("evit", name)
     model, rates = official(data, facts), dict(enumerate(json.loads(facts["keep_rate"])))
-    kept, steering.fused = steering.fused, run
+    kept, steering.fused_as_it_is = steering.fused_as_it_is, run
     session = reattend.apply(model, "evit", keep=rates, fuse=facts["fuse_token"] == "true")
     try:
         with torch.no_grad():
             out = model(data["pixel_values"], output_hidden_states=True)
     finally:
-        steering.fused = kept
+        steering.fused_as_it_is = kept
         session.__exit__(KeyError, None, None)  # no word on a keep rate of 1, which changes nothing
     for i, states in enumerate(out.hidden_states[1:]):
         yield states, data[f"expected_hidden_{i}"]

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..call import Call
 from ..edits import Band, Edit, Gain, HeadGain, Keep, ScaleQuery, ScoreEdit, Transfer, WeightEdit
 from ..edits.base import column_mask, heads_index, heads_mask, kept_few, versions
-from .of_masks import of_mask
 from .tasks import group_heads
 
 # What columns get that lose all their weight: beside others it is exactly 0, and rows that hold nothing else keep what they hold. Of
@@ -52,7 +51,7 @@ class Added:
         self.bias = bias
         self.row = bias[:, :, None].to(dtype)
         # the last mask of a call, its version, and both together: layers are given the same one
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._last: tuple[tuple[Tensor, int, Tensor], ...] = ()
 
     def beside(self, mask: Tensor | None) -> Tensor:
         """[B or 1, H or 1, Tq or 1, Tk] in the query's dtype; mask as in `Call`."""
@@ -60,13 +59,14 @@ class Added:
             return self.row
         if self.bias.requires_grad or mask.is_inference():
             return self._join(mask)
-        version, last = mask._version, self._last
-        if last is not None and last[0] is mask and last[1] == version:
-            return last[2]
-        # layers of several kinds take turns with their masks
-        joined = of_mask(mask, self, lambda: self._join(mask))
+        version = mask._version
+        for other, at, joined in self._last:
+            if other is mask and at == version:
+                return joined
+        joined = self._join(mask)
         if not joined.requires_grad:
-            self._last = mask, version, joined
+            # of the last two: layers of two kinds take turns with their masks
+            self._last = (*self._last[-1:], (mask, version, joined))
         return joined
 
     def _join(self, mask: Tensor) -> Tensor:

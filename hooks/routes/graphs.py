@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..sites.discovery import uncompiled
+
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -119,7 +121,8 @@ _library.define(
     "any(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor[] others, int token) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else [])],
 )
-_library.impl("any", _any, "CompositeExplicitAutograd")
+# where torch ends a graph before the operation, its body is Python that the compiler would take up anew, as traced code that calls it
+_library.impl("any", uncompiled(_any), "CompositeExplicitAutograd")
 torch.library.register_fake("reattend::any", _fake, lib=_library)
 
 

@@ -73,8 +73,8 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:
     if MODELS[name].kind == "lvlm":
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
-        return model.to(device).eval(), AutoProcessor.from_pretrained(where)
+        found: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
+        return found.to(device).eval(), AutoProcessor.from_pretrained(where)
     try:
         from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
     except ImportError:

@@ -224,7 +224,9 @@ def call_of(backend: Backend, arguments: dict[str, Any], site: Site) -> Call:
         mask = mask[:, None, None] if by_key else mask[(None,) * (4 - mask.dim())]
     if causal and query.shape[2] != key.shape[2]:
         raise refuse("causal attention of queries over other keys")
-    further = {name: given for name, given in arguments.items() if name not in READ and (isinstance(given, Tensor) or given)}
+    further: dict[str, Any] = {
+        name: given for name, given in arguments.items() if name not in READ and (isinstance(given, Tensor) or given)
+    }
     left, right = further.pop("window_size", (-1, -1))
     softcap = further.pop("softcap", None)
     if further:

@@ -73,9 +73,9 @@ def from_outside(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_outside(name: str, function: Callable[..., Any], module: nn.Module, *states: Any, **kwargs: Any) -> Any:
-    seen = Outside(module)
-    seen.config = Outside(module.config)
-    seen.config._attn_implementation = name
+    seen: Any = Outside(module)
+    config: Any = Outside(module.config)
+    config._attn_implementation, seen.config = name, config
     return function(seen, *states, **kwargs)
 
 

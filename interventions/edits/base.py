@@ -316,8 +316,9 @@ class Edit:
         names = ("rows", *(name for name, _ in self.tensors()), *self.batched)
         values = {name: getattr(self, name) for name in names}
         new = self._copy(**{name: batch_rows(value, index) for name, value in values.items() if value is not None})
-        if self.rows is not None and self.rows.shape[0] > 1:
-            tell(new.rows, lambda: values_of(self.rows)[values_of(index)])
+        rows = self.rows
+        if rows is not None and new.rows is not None and rows.shape[0] > 1:
+            tell(new.rows, lambda: values_of(rows)[values_of(index)])
         return new
 
     def chosen(self, rows: Rows) -> Tensor | None:

@@ -91,7 +91,8 @@ def _ask(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, unplanned: bool, gradient: bool
 ) -> Choice:
     def answer_for(q: Tensor, bias: Tensor | None, grouped: bool) -> int:
-        return int(torch._fused_sdp_choice(q, key, value, bias, 0.0, is_causal, enable_gqa=grouped))
+        choice = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+        return int(choice(q, key, value, bias, 0.0, is_causal, enable_gqa=grouped))
 
     def can_use(q: Tensor, bias: Tensor | None, grouped: bool) -> Callable[[int], bool]:
         params = cuda.SDPAParams(q, key, value, bias, 0.0, is_causal, grouped)

@@ -79,7 +79,7 @@ def _in_pieces(x: Operands, bias: Tensor, scale: float, sinks: Tensor | None, ne
     rows, keys, device = x.query.shape[2], x.key.shape[2], x.query.device
     sizes = bias.shape[:2] if x.mask is None else torch.broadcast_shapes(bias.shape[:2], x.mask.shape[:2])
     outputs, statistics = [], []
-    for index in torch.arange(rows, device=device).split(rows_per_chunk(*sizes, keys, device)):
+    for index in torch.arange(rows, device=device).split(rows_per_chunk(sizes[0], sizes[1], keys, device)):
         query = x.query if index.numel() == rows else x.query[:, :, index]
         mask = mask_of_rows(x, bias, index)
         output, lse = attend(query, x.key, x.value, mask, False, scale, None, sinks, need_lse, piece=query is not x.query)

@@ -96,7 +96,7 @@ NOTHING = DecodeRow()
 
 def facts_of(call: Call) -> Facts:
     query = call.query
-    return Facts(*query.shape[:3], call.key.shape[2], query.dtype, query.device)
+    return Facts(call.batch, call.num_heads, call.num_queries, call.num_keys, query.dtype, query.device)
 
 
 def takes(edit: Edit, facts: Facts) -> bool:

@@ -256,7 +256,9 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _cuda_with_gradient(x: Attention) -> tuple[Tensor, None] | None:
-    output = accelerators.with_gradient(*_contiguous(x.query, x.key, x.value), *_additive(x), x.scale)
+    query, key, value = _contiguous(x.query, x.key, x.value)
+    mask, is_causal = _additive(x)
+    output = accelerators.with_gradient(query, key, value, mask, is_causal, x.scale)
     return None if output is None else (output, None)
 
 
@@ -296,7 +298,7 @@ def _cpu_with_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 
 def _cuda_with_lse(x: Attention) -> tuple[Tensor, Tensor] | None:
     unplanned = x.piece or x.query.shape[2] <= FEW_ROWS
-    return _with_lse(x, lambda *asked: accelerators.with_lse(*asked, unplanned))
+    return _with_lse(x, functools.partial(accelerators.with_lse, unplanned=unplanned))
 
 
 def _in_chunks(x: Attention) -> tuple[Tensor, Tensor]:

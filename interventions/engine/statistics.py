@@ -67,7 +67,8 @@ def column_statistics(
         with torch.cuda.device_of(query):
             sum_columns(query, key, lse, mask, is_causal, scale, softcap, rows, sums, counts)
         return sums, counts
-    sums.zero_(), counts.zero_()
+    sums.zero_()
+    counts.zero_()
     for start, weights, visible in chunks(query, key, lse, mask, is_causal, scale, softcap):
         size, seen = weights.shape[2:]
         chosen = torch.ones(query.shape[0], size, dtype=sums.dtype, device=sums.device)

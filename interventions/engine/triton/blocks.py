@@ -99,7 +99,7 @@ def readable(mask: Tensor | None) -> tuple[Tensor | None, str, float]:
 
 def padded(size: int) -> int:
     """Width of a block that holds a head: a power of two that products take."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 @triton.jit

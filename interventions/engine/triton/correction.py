@@ -7,6 +7,8 @@ one. Rows where that would amplify the rounding of what is corrected are compute
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -276,7 +278,8 @@ def correct(
     mask, masked, lowest = readable(mask)
     nothing = (0, 0, 0)
     lists = (batch, key.shape[1])
-    _correct[(triton.cdiv(count_of_rows, block) * batch * (key.shape[1] if packed else heads),)](
+    launch: Any = _correct[(triton.cdiv(count_of_rows, block) * batch * (key.shape[1] if packed else heads),)]
+    launch(
         query, key, value, output, lse, result, marks, index, count, amounts, None if rows is None else rows.view(torch.uint8), added, mask,
         sinks, queries, keys, 0 if marks is None else marks.shape[2], offset, keys - queries, scale, softcap or 0.0, lowest, number, second,
         third, LARGEST_FACTOR[query.dtype], *query.stride(), *key.stride(), *value.stride(), *output.stride(), *result.stride(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -101,7 +103,8 @@ def sum_columns(
     exact = query.dtype == torch.float32
     block = 32 if exact or width > 128 else 64
     mask, masked, lowest = readable(mask)
-    _sum_columns[(triton.cdiv(keys, block) * batch * heads,)](
+    launch: Any = _sum_columns[(triton.cdiv(keys, block) * batch * heads,)]
+    launch(
         query, key, lse, None if rows is None else rows.view(torch.uint8), mask, sums, counts, queries, keys, keys - queries,
         counts.shape[1], scale, softcap or 0.0, lowest, *query.stride(), *key.stride(), *lse.stride(),
         *((0, 0) if rows is None else strides(rows, (batch, queries))),

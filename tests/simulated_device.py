@@ -174,7 +174,9 @@ def asker() -> str:
         file = frame.f_code.co_filename
         if file != __file__:
             home = str(Path(file).resolve()) if file.startswith("/") else file
-            if home.startswith(PACKAGE) and not home.startswith(TESTS):
+            # an environment may lie in the package's own folder
+            inside = home.startswith(PACKAGE) and "site-packages" not in home[len(PACKAGE) :]
+            if inside and not home.startswith(TESTS):
                 return f"{home[len(PACKAGE) + 1 :]}:{frame.f_lineno} {frame.f_code.co_name}"
             if "/transformers/" in home or "/diffusers/" in home or home.startswith(TESTS):
                 return f"({home.rsplit('/', 1)[1]}:{frame.f_lineno} {frame.f_code.co_name})"

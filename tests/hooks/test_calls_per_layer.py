@@ -33,7 +33,9 @@ def calls_of(layers: int, slug: str, **parameters) -> int:
 
     def count(frame, event, _) -> None:
         nonlocal found
-        if event == "call" and os.path.abspath(frame.f_code.co_filename).startswith(HOME):
+        path = os.path.abspath(frame.f_code.co_filename)
+        # an environment may lie in the package's own folder
+        if event == "call" and path.startswith(HOME) and "site-packages" not in path[len(HOME) :]:
             found += 1
 
     def step(place: int) -> None:

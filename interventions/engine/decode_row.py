@@ -96,7 +96,8 @@ NOTHING = DecodeRow()
 
 def facts_of(call: Call) -> Facts:
     query = call.query
-    return Facts(call.batch, call.num_heads, call.num_queries, call.num_keys, query.dtype, query.device)
+    batch, heads, queries, _ = query.shape
+    return Facts(batch, heads, queries, call.key.shape[2], query.dtype, query.device)
 
 
 def takes(edit: Edit, facts: Facts) -> bool:

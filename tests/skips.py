@@ -28,6 +28,10 @@ def on_transformers(versions: str) -> bool:
     return SpecifierSet(versions, prereleases=True).contains(transformers.__version__)
 
 
+def on_torch(versions: str) -> bool:
+    return SpecifierSet(versions, prereleases=True).contains(torch.__version__)
+
+
 SKIPS = [
     Skip(
         r"test_(images|text_only|visual_token_exit)\.py::.*\[(.*-)?llama4(-.*)?\]",
@@ -45,6 +49,16 @@ SKIPS = [
         "transformers 5.23 does not repeat Llama 4's pictures for beams and refuses",
     ),
     Skip(r"test_calls_per_layer\.py::", on_transformers("<5.24"), "its bounds were counted with the newest libraries"),
+    Skip(
+        r"test_graphs\.py::test_generate_with_its_own_compilation",
+        on_torch("<2.13"),
+        "torch 2.9 makes a graph for each static cache, and generate a cache for each call, of the untouched model too",
+    ),
+    Skip(
+        r"test_graphs\.py::test_what_a_family_gives_attention_besides_comes_along\[with_position_bias\]",
+        on_torch("<2.13"),
+        "torch 2.9 cannot trace copy.deepcopy, which T5 calls: graphs of the untouched model end there too",
+    ),
     Skip(r"test_generation\.py::test_cache_implementations\[offloaded_static\]", NO_GPU, "offloaded caches need a GPU"),
     Skip(r"::test_cuda_(equals_the_reference|kernels_give_the_numbers)", NO_GPU, "needs a CUDA device"),
 ]

@@ -222,7 +222,7 @@ def _traced(
         return _originals[_number_of_original(name, type(module))](module, query, key, value, mask, **kwargs)
     asked = bool(kwargs.get("output_attentions"))
     # an exported program would outlive the session
-    if torch.compiler.is_exporting() or (name == "eager" and _constant_reading(id(module), asked)):
+    if _exporting() or (name == "eager" and _constant_reading(id(module), asked)):
         return _apart(name, plan, module, query, key, value, mask, **kwargs)
     output = traced(_attention, name, plan, module, query, key, value, mask, kwargs)
     return _apart(name, plan, module, query, key, value, mask, **kwargs) if output is None else (output, None)
@@ -243,6 +243,12 @@ def _number_of_original(name: str, cls: type) -> int:
         number = next((number for number, known in _originals.items() if known is function), len(_originals))
         _originals[number] = function
     return number
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    # traced by older torch, this would be True in graphs that are not exported too
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch._dynamo import utils, variables
+
 from ...interventions import ReattendError, Site, UnsupportedError
 from .implementations import REMEDY, is_served
 
@@ -43,6 +45,13 @@ class Name(str):
         if sys._getframe(1).f_globals.get("__name__", "").startswith(CONTINUOUS_BATCHING):
             raise ReattendError(NO_PAGES)
         return str.__format__(self, spec)
+
+
+# Compilers of torch before 2.13 or so trace no class of strings, but take any class in this table for one of constants. They find a
+# constant in a dict by keys of its own class; newer ones take a key that is the very object in a config for that, and miss its changes.
+_IS_A_CONSTANT = not hasattr(variables, "UserDefinedConstantVariable")
+if _IS_A_CONSTANT:
+    utils.common_constant_types.add(Name)
 
 
 def plain(name: str) -> str:
@@ -90,8 +99,9 @@ def register(name: Name, user: Any, function: Callable[..., Any]) -> None:
     if user not in users:
         users.append(user)
     if name not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(str(name), AttentionMaskInterface._global_mapping[name.original])
-        AttentionInterface.register(str(name), functools.partial(function, name.original, name.plan))
+        key = name if _IS_A_CONSTANT else str(name)
+        AttentionMaskInterface.register(key, AttentionMaskInterface._global_mapping[name.original])
+        AttentionInterface.register(key, functools.partial(function, name.original, name.plan))
 
 
 def release(user: Any) -> None:

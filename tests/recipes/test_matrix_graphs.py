@@ -14,10 +14,6 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 pytestmark = [
-    pytest.mark.skipif(
-        not hasattr(torch._dynamo.variables, "UserDefinedConstantVariable"),
-        reason="this torch cannot trace strings of a class of their own, as our name is: graphs end at each edited layer",
-    ),
     pytest.mark.filterwarnings("ignore:var. no first token is a sink"),
     pytest.mark.filterwarnings("ignore:the borders of the segments"),
 ]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..interventions import Call, Edit, Site, autocast_dtype, cast, without_autocast
+from ..interventions import Call, Edit, Site
+from ..interventions.engine.autocast import autocast_dtype, cast, without_autocast
 from ..interventions.engine.ways import fused_as_it_is
 from .host import Host
 from .passes import Forward

@@ -3,7 +3,6 @@
 from .call import Call, Clock, Site, TokenGrid, TokenMap
 from .edits import *  # noqa: F403
 from .edits import __all__ as _edits
-from .engine.autocast import autocast_dtype, cast, without_autocast
 from .engine.reading import row_outputs, row_weights
 from .engine.reference_executor import reference, reference_with_weights
 from .engine.summaries import block_sums, column_sums, column_weights, row_maxima, weighted, weights_gradient
@@ -21,9 +20,7 @@ __all__ = [
     "TokenGrid",
     "TokenMap",
     "UnsupportedError",
-    "autocast_dtype",
     "block_sums",
-    "cast",
     "column_sums",
     "column_weights",
     "fused",
@@ -35,6 +32,5 @@ __all__ = [
     "row_weights",
     "weighted",
     "weights_gradient",
-    "without_autocast",
     *_edits,
 ]

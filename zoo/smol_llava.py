@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..interventions import ReattendError
+from .llava import PATCH, SIDE, llava_processor
 from .packaged import packaged_smollm2
 
-SIDE, PATCH = 48, 8
 # a token that SmolLM2 reserves and never uses in chats stands for the image: its vocabulary stays as it is
 IMAGE = "<repo_name>"
 PAD = "<|endoftext|>"
@@ -50,10 +50,8 @@ def build(language: Any, tokenizer: Any) -> Any:
 
     pad(tokenizer)
     text = copy.deepcopy(language.config)
-    for name in (
-        "quantization_config",
-        "_model_name_or_path",
-    ):  # of the file that it was read from; its weights are floats by now
+    # of the file that it was read from; its weights are floats by now
+    for name in ("quantization_config", "_model_name_or_path"):
         if hasattr(text, name):
             delattr(text, name)
     vision = CLIPVisionConfig(
@@ -90,25 +88,9 @@ def pad(tokenizer: Any) -> None:
 
 def build_processor(tokenizer: Any) -> Any:
     """The LlavaProcessor that writes chats as smol-llava learned them."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
     pad(tokenizer)
     tokenizer.padding_side = "left"
-    images = CLIPImageProcessor(
-        size={"height": SIDE, "width": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE,
-        chat_template=TEMPLATE,
-    )
+    return llava_processor(tokenizer, IMAGE, TEMPLATE)
 
 
 def trained(model: Any) -> dict[str, Any]:

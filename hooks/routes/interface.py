@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, row_weights, without_autocast
+from ...interventions import Call, ReattendError, ReattendWarning, Site, UnsupportedError, row_weights
+from ...interventions.engine.autocast import without_autocast
 from ..host import Host
 from ..module_hooks import Hook
 from ..passes import Forward

@@ -198,7 +198,7 @@ def _with_causal(mask: Tensor | None, num_queries: int, num_keys: int, device: t
     return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, float("-inf"))
 
 
-def _pack(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+def pack_row(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """One query row and shared key heads: the heads of a group become rows of their key head, so keys are read once."""
     batch, heads, rows, dim = query.shape
     shared = key.shape[1]
@@ -215,7 +215,7 @@ def _sdpa(x: Attention) -> tuple[Tensor, None]:
     mask, is_causal = x.aligned()
     if mask is not None and mask.dtype != torch.bool:
         mask = _as_added(mask, query.dtype)
-    packed = _pack(query, key, mask)
+    packed = pack_row(query, key, mask)
     if packed is not None:
         output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=x.scale)
         return output.reshape(*query.shape[:3], value.shape[3]), None
@@ -276,7 +276,7 @@ def _with_lse(x: Attention, kernel: LseKernel) -> tuple[Tensor, Tensor] | None:
     """The same kernel that torch's SDPA picks, called so that it also returns the log-sum-exp."""
     mask, is_causal = _additive(x)
     query, key, value = _contiguous(x.query, x.key, x.value)
-    packed = _pack(query, key, mask)
+    packed = pack_row(query, key, mask)
     q, bias = (query, mask) if packed is None else packed
     found = kernel(q, key, value, bias, is_causal, x.scale)
     if found is None:

@@ -17,7 +17,7 @@ from ..edits import Band, Edit, Keep
 from ..edits.base import heads_mask, versions
 from .bands import newest
 from .decode_row import Added, DecodeRow, decode_row, facts_of, is_shared, takes
-from .kernels import attend
+from .kernels import attend, pack_row
 from .tasks import Task, plain
 
 ROW, WINDOW = "one additive row", "newest window"
@@ -164,15 +164,10 @@ def under(row: DecodeRow) -> Run:
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> Tensor:
-    batch, heads, rows, dim = query.shape
-    if rows > 1 or torch.is_grad_enabled():
+    if query.shape[2] > 1 or torch.is_grad_enabled():
         return attend(query, key, value, mask, call.is_causal, call.scaling)[0]
-    shared = key.shape[1]
-    if shared == heads:
+    packed = pack_row(query, key, mask)
+    if packed is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
-    # the heads of a group as rows of their key head, so that keys are read once
-    packed = query.reshape(batch, shared, heads // shared, dim)
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask.reshape(mask.shape[0], shared, heads // shared, mask.shape[3])
-    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=call.scale)
-    return output.reshape(batch, heads, 1, value.shape[3])
+    output = F.scaled_dot_product_attention(packed[0], key, value, attn_mask=packed[1], scale=call.scale)
+    return output.reshape(*query.shape[:3], value.shape[3])

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..llava import PATCH, SIDE, llava_processor
 from ..worlds.drawing import mask, picture
 from ..worlds.language import DESCRIBE, KINDS, WORDS, Question, ask, caption
 from ..worlds.shapes import COLOURS, SHAPES, Scene, World, sample_scene
 from .loop import Loop
 
-SIDE, PATCH = 48, 8
 BATCH, STEPS, QUESTIONS = 32, 5000, 4
 # so many steps half of the samples describe; descriptions teach the language model to look, without them questions are guessed for long
 DESCRIBING = 2000
@@ -45,7 +45,7 @@ TEMPLATE = (
 def build_processor() -> Any:
     """A LlavaProcessor whose tokenizer knows one token per word of the world."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     vocabulary = {word: i for i, word in enumerate([*special, "user", "assistant", ":", *WORDS])}
@@ -62,21 +62,7 @@ def build_processor() -> Any:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-    images = CLIPImageProcessor(
-        size={"height": SIDE, "width": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    )
+    return llava_processor(tokenizer, "<image>", TEMPLATE)
 
 
 def build_model(tokenizer: Any) -> Any:

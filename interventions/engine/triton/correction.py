@@ -153,10 +153,10 @@ def _correct(
                 there = place < listed
                 columns = tl.load(index + place, mask=there, other=0).to(tl.int64)
                 scores, visible, marked = block_of_keys(
-                mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
-                added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, KIND == "score gain", REST, WIDE,
-            )  # fmt: skip
+                    mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
+                    added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
+                    ADDED, KIND == "score gain", REST, WIDE,
+                )  # fmt: skip
                 weights = tl.where(visible, tl.exp(scores), 0.0)
                 part = tl.where(marked == 1, (factor1 - 1.0)[:, None], 0.0)
                 part = tl.where(marked == 2, (factor2 - 1.0)[:, None], part)
@@ -194,10 +194,10 @@ def _correct(
                     columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
                     there = columns < stop
                     scores, visible, marked = block_of_keys(
-                mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
-                added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, KIND == "score gain", REST, WIDE,
-            )  # fmt: skip
+                        mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
+                        added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
+                        ADDED, KIND == "score gain", REST, WIDE,
+                    )  # fmt: skip
                     if BIAS:
                         scores = tl.where(visible, scores + marked, float("-inf"))
                         top = tl.maximum(high, tl.max(scores, axis=1))
@@ -224,10 +224,10 @@ def _correct(
                     columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
                     there = columns < stop
                     scores, visible, marked = block_of_keys(
-                mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
-                added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
-                ADDED, KIND == "score gain", REST, WIDE,
-            )  # fmt: skip
+                        mine, columns, there, row, real, level, key, mask_base, added_base, marks, key_stride_k, key_stride_d, mask_stride_k,
+                        added_stride_k, marks_stride_k, known, causal_offset, scale, softcap, lowest, DIM, WIDTH, MASK, CAUSAL, SOFTCAP,
+                        ADDED, KIND == "score gain", REST, WIDE,
+                    )  # fmt: skip
                     if BIAS:
                         part = tl.where(visible, tl.exp(scores + marked - base[:, None]), 0.0) * inside[:, None]
                     else:

@@ -27,7 +27,8 @@ from ..hooks.sites.projections import projection_misfit
 from ..interventions import Call
 from ..interventions.families.guidance import BlurQuery, blurred
 from .kit.base import Info
-from .kit.denoisers import PerturbedGuidance, grids_of, image_grid, image_layers
+from .kit.denoisers import grids_of, image_grid, image_layers
+from .kit.guidance import PerturbedGuidance
 
 INFINITE = 9999
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..interventions import Call, Edit, Mix, MixValue, ScaleQuery
 from ..interventions.families.guidance import MixOwnAnd, Soften
 from .kit.base import Info
-from .kit.denoisers import PerturbedGuidance
+from .kit.guidance import PerturbedGuidance
 
 
 class SoftPAG(PerturbedGuidance):

@@ -301,6 +301,13 @@ class SEGParameters(TypedDict, total=False):
 
     scale: float
     """how far the image is pushed away from the perturbed branch; 0 = not"""
+    rescale: float
+    """how far the guided prediction is brought back to the spread of the conditional one, against pale or glaring
+    pictures; 0 = not (a pipeline's own guidance_rescale does the same)"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
     layers: Sequence[int] | None
     """layers that are perturbed in all heads, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
     double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
@@ -308,10 +315,6 @@ class SEGParameters(TypedDict, total=False):
     other models"""
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
-    start: float
-    """first part of the schedule with guidance, as a fraction of the steps"""
-    stop: float
-    """the fraction of the steps from which on there is none"""
     sigma: float
     """width of the blur in places of the image as a layer sees it; 0 = none, above 9999 all places share one query"""
 
@@ -392,6 +395,13 @@ class SoftPAGParameters(TypedDict, total=False):
 
     scale: float
     """how far the image is pushed away from the weakened branch; 0 = not"""
+    rescale: float
+    """how far the guided prediction is brought back to the spread of the conditional one, against pale or glaring
+    pictures; 0 = not (a pipeline's own guidance_rescale does the same)"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
     layers: Sequence[int] | None
     """layers that are perturbed in all heads, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
     double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
@@ -399,10 +409,6 @@ class SoftPAGParameters(TypedDict, total=False):
     other models"""
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
-    start: float
-    """first part of the schedule with guidance, as a fraction of the steps"""
-    stop: float
-    """the fraction of the steps from which on there is none"""
     strength: float
     """how far the chosen heads are weakened in the branch; 1 = PAG"""
     scope: Literal["image", "all", "masked"]

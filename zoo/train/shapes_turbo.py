@@ -21,7 +21,7 @@ from torch import Tensor
 from ..loading import load
 from ..worlds.language import prompt
 from .loop import Loop
-from .pictures import LENGTH, drawn_well, scenes
+from .pictures import LENGTH, drawn_well, save_half, scenes
 
 BATCH, STEPS = 32, 1600
 TEACHER_STEPS, STUDENT_STEPS, GUIDANCE = 20, 4, 2.0
@@ -120,8 +120,8 @@ def main() -> None:
     )  # fmt: skip
     loop.run()
     loop.averaged()
-    unet.half().save_pretrained(given.out / "model" / "unet")
-    print(f"done after {loop.seconds / 60:.0f} minutes; the denoiser lies in {given.out / 'model'}")
+    save_half(pipe, given.out / "model")
+    print(f"done after {loop.seconds / 60:.0f} minutes; the pipeline lies in {given.out / 'model'}")
 
 
 if __name__ == "__main__":

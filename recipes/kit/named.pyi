@@ -26,6 +26,7 @@ from ..softpag import SoftPAG
 from ..spa import SPA
 from ..spotlight import Spotlight
 from ..streaming import Streaming
+from ..tpg import TPG
 from ..var import VAR
 from ..vhr import VHR
 from ..visual_token_exit import VisualTokenExit
@@ -473,6 +474,30 @@ class StreamingParameters(TypedDict, total=False):
     start_layer: int
     """first layer with the window; the layers below see everything"""
 
+class TPGParameters(TypedDict, total=False):
+    """Pushes an image away from a copy whose tokens were shuffled: better structure, with a prompt or without."""
+
+    scale: float
+    """how far the image is pushed away from the perturbed branch; 0 = not"""
+    rescale: float
+    """how far the guided prediction is brought back to the spread of the conditional one, against pale or glaring
+    pictures; 0 = not (a pipeline's own guidance_rescale does the same)"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+    blocks: Sequence[int] | None
+    """transformer blocks before which the branch's image tokens are shuffled, numbered over all of the denoiser (UNet:
+    down, mid, up; Flux: double, then single blocks); default: 6 to 23 of SDXL; of other UNets the last down block with
+    attention (for small pictures the last that sees 8 x 8 places); the middle block of other models"""
+    seed: int
+    """another seed shuffles otherwise; the pipeline's generator plays no part in it"""
+    official_rng: bool
+    """draws from torch's global generator, as the official code does: no two runs are then the same"""
+    force: bool
+    """also where places are known at the model's input alone (SD3, PixArt, AuraFlow), where the branch is but the
+    prediction with its patches shuffled"""
+
 class VARParameters(TypedDict, total=False):
     """Moves attention from meaningless sink tokens to the rest of the image, in the heads that look at it."""
 
@@ -743,6 +768,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["tpg"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[TPGParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["var"],
     /,
     *,
@@ -904,6 +939,12 @@ def recipe(
     /,
     **parameters: Unpack[StreamingParameters],
 ) -> Streaming: ...
+@overload
+def recipe(
+    name: Literal["tpg"],
+    /,
+    **parameters: Unpack[TPGParameters],
+) -> TPG: ...
 @overload
 def recipe(
     name: Literal["var"],
@@ -1145,6 +1186,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[StreamingParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["tpg"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[TPGParameters],
     ) -> Session: ...
     @overload
     def use(

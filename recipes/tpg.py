@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -111,10 +112,10 @@ class TPG(BranchGuidance):
         return sorted(default_blocks(sites) if self.blocks is None else self.blocks)
 
     def shuffled(self, number: int, seen: Entering) -> Tensor | None:
-        """h' = h[pi] over the image's places, of the whole batch; None where there is no place to change."""
-        hidden = seen.hidden
+        """h' = h[pi] over the image's places, of the whole batch; None where there are not two places to change."""
+        hidden, draw = seen.hidden, self.draws(number, seen)
         if hidden.dim() == 4 and seen.site.stack in UNET:  # channels first
-            order = self.order(hidden.shape[2] * hidden.shape[3], number, seen)
+            order = draw(hidden.shape[2] * hidden.shape[3])
             return None if order is None else hidden.flatten(2)[:, :, order].view_as(hidden)
         if hidden.dim() != 3:
             raise ReattendError(
@@ -123,10 +124,10 @@ class TPG(BranchGuidance):
             )
         places = image_places(seen)
         if places is None:
-            order = self.order(hidden.shape[1], number, seen)
+            order = draw(hidden.shape[1])
             return None if order is None else hidden[:, order]
-        # rows of one number of places share their order, wherever the places lie
-        orders = {n: self.order(n, number, seen) for n in sorted({int(row.sum()) for row in places})}
+        # rows with as many places share their order, wherever these lie
+        orders = {n: draw(n) for n in sorted({int(row.sum()) for row in places})}
         index = torch.arange(hidden.shape[1]).repeat(len(places), 1)
         for row, there in zip(index, places, strict=True):
             order = orders[int(there.sum())]
@@ -134,31 +135,31 @@ class TPG(BranchGuidance):
                 row[there] = row[there][order.cpu()]
         return hidden.gather(1, index.to(hidden.device)[..., None].expand_as(hidden))
 
-    def order(self, n: int, number: int, seen: Entering) -> Tensor | None:
-        """pi [n] of a block at this evaluation; None, with a warning once a run, where there are not two places to change."""
-        device, name = seen.hidden.device, seen.site.name
-        if n < 2:
-            if not seen.memory.get(("one token", name)):
-                seen.memory[("one token", name)] = True
-                warnings.warn(
-                    f"{self.slug}: {n} image token enters the block of {name}, so nothing is shuffled there",
-                    ReattendWarning,
-                    stacklevel=2,
-                )
-            return None
-        if self.official_rng:
-            return torch.randperm(n, device=device)
-        return torch.randperm(n, generator=self.generator(number, seen)).to(device)
+    def draws(self, number: int, seen: Entering) -> Callable[[int], Tensor | None]:
+        """What gives pi [n] of a block at this evaluation; None, with a warning once a run, where n is no number of places to change.
 
-    def generator(self, number: int, seen: Entering) -> torch.Generator:
-        """On the CPU: (seed, step, evaluation, block). Schedulers of order 2 evaluate a step twice; a bare denoiser tells no run from
-        another, so the same timestep is the same draw there."""
-        step, key = seen.clock.step, ("evaluations", seen.site.name)
-        last, count = seen.memory.get(key, (-1, 0))
+        Its seed is of (seed, step, evaluation, block): schedulers of order 2 evaluate a step twice. Nobody tells the runs of a bare denoiser
+        apart, so the same step is the same draw there.
+        """
+        site, device, step = seen.site.name, seen.hidden.device, seen.clock.step
+        last, count = seen.memory.get(("evaluation", site), (-1, 0))
         count = count + 1 if last == step and seen.clock.steps is not None else 0
-        seen.memory[key] = (step, count)
+        seen.memory[("evaluation", site)] = (step, count)
         digest = hashlib.blake2b(repr((self.seed, step, count, number)).encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
+
+        def draw(n: int) -> Tensor | None:
+            if n < 2:
+                if not seen.memory.get(("warned", site)):
+                    seen.memory[("warned", site)] = True
+                    said = f"{self.slug}: {n} image token enters the block of {site}, so nothing is shuffled there"
+                    warnings.warn(said, ReattendWarning, stacklevel=2)
+                return None
+            if self.official_rng:
+                return torch.randperm(n, device=device)
+            # on the CPU, so that every device shuffles alike
+            return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest))).to(device)
+
+        return draw
 
 
 def image_places(seen: Entering) -> Tensor | None:
@@ -184,7 +185,7 @@ def default_blocks(sites: SiteTable) -> list[int]:
     blocks = blocks_of(sites)
     down = [n for n, table in blocks.items() if table[0].stack == "denoiser.down"]
     if not down:
-        return default_layers(sites)
+        return default_layers(sites) if blocks[0][0].stack in UNET else [len(blocks) // 2]
     if len(down) == SDXL_DOWN:
         return PUBLISHED
     part = {n: int(re.split(r"down_blocks\.(\d+)", blocks[n][0].name)[1]) for n in down}

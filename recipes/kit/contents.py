@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...interventions import ReattendError
+from ...hooks import SiteTable
+from ...interventions import ReattendError, Site
+from .denoisers import image_layers
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -83,12 +85,21 @@ class Contents:
                 yield pattern.replace("*", layer), numbers
 
 
+def numbered_sites(table: SiteTable) -> list[tuple[int, Site]]:
+    """(layer, site) of the attention that profiles tell of: a language model's decoder, a denoiser's self and joint attention."""
+    image = image_layers(table)
+    if image:
+        return [(layer, site) for layer, sites in image.items() for site in sites]
+    return [(site.layer, site) for site in table.stack("decoder").kind("self")]
+
+
 def model_sizes(table: Any) -> dict[str, set[int]]:
-    """{name: what it may be} of the sizes that a model's decoder fixes."""
-    decoder = list(table.stack("decoder").kind("self"))
+    """{name: what it may be} of the sizes that the attention of a model's decoder or denoiser fixes."""
+    numbered = numbered_sites(table)
+    decoder = [site for _, site in numbered]
     config = table.config.get_text_config() if hasattr(table.config, "get_text_config") else table.config
     known = {
-        "layers": {1 + max((s.layer for s in decoder), default=-1)},
+        "layers": {1 + max((layer for layer, _ in numbered), default=-1)},
         "heads": {max((s.num_heads or 0 for s in decoder), default=0)},
         "key_heads": {s.num_kv_heads for s in decoder},
         "head_dim": {s.head_dim for s in decoder} | {getattr(config, "v_head_dim", None)},

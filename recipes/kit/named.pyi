@@ -11,6 +11,7 @@ from ..cmai import CMAI
 from ..emphasise import Emphasise
 from ..evit import EViT
 from ..gift import GIFT
+from ..headhunter import HeadHunter
 from ..instaboost import InstABoost
 from ..nag import NAG
 from ..opera import OPERA
@@ -175,6 +176,42 @@ class GIFTParameters(TypedDict, total=False):
     """standard deviations from the mean at which the saliency map is clipped"""
     profile_path: str | None
     """file with the layers that a profiling run chose; 'cached': the profile kept for this model"""
+
+class HeadHunterParameters(TypedDict, total=False):
+    """Pushes an image away from a copy whose attention was weakened in a few heads that were searched for your own objective."""
+
+    scale: float
+    """how far the image is pushed away from the weakened branch; 0 = not"""
+    rescale: float
+    """how far the guided prediction is brought back to the spread of the conditional one, against pale or glaring
+    pictures; 0 = not (a pipeline's own guidance_rescale does the same)"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+    layers: Sequence[int] | None
+    """use only the heads that lie in these layers, numbered over all self-attention of the denoiser"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None
+    """heads as [layer, head] pairs, best first, instead of a profile"""
+    strength: float
+    """how far the chosen heads are weakened in the branch; 1 = PAG"""
+    scope: Literal["image", "all", "masked"]
+    """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
+    text ('masked', perturbation 'identity' only)"""
+    perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"]
+    """what the maps are pulled towards: each token itself, all tokens evenly, the mean query's map, each row's strongest
+    token, or a flatter softmax"""
+    temperature: float
+    """softmax temperature of perturbation 'temperature'; 1 = none"""
+    profile_path: str | Sequence[str] | None
+    """file with the heads that a search found, or several files whose heads are joined; 'cached' = the one kept for this
+    model, which is also what counts when neither heads nor a file are given"""
+    top: int | None
+    """how many heads of each profile, in the order in which they were found; None = all"""
+    random_heads: bool
+    """control: as many other heads, drawn at random, with the same strength"""
+    seed: int
+    """which random heads"""
 
 class InstABoostParameters(TypedDict, total=False):
     """Multiplies a language model's attention on marked passages (an instruction) by one constant, in all heads."""
@@ -618,6 +655,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["headhunter"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[HeadHunterParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["instaboost"],
     /,
     *,
@@ -851,6 +898,12 @@ def recipe(
 ) -> GIFT: ...
 @overload
 def recipe(
+    name: Literal["headhunter"],
+    /,
+    **parameters: Unpack[HeadHunterParameters],
+) -> HeadHunter: ...
+@overload
+def recipe(
     name: Literal["instaboost"],
     /,
     **parameters: Unpack[InstABoostParameters],
@@ -1036,6 +1089,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[GIFTParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["headhunter"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[HeadHunterParameters],
     ) -> Session: ...
     @overload
     def use(

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...hooks import SiteTable, sites
 from ...hooks.sites.discovery import pretrained_root, unwrapped_model
 from ...interventions import ReattendError
 from .checks import check_output, existing_file, read_json, writing
+from .contents import numbered_sites
+from .denoisers import image_layers
 
 FORMAT = "reattend-profile-1"
 # what users write for profile_path to name the profile kept for their model
@@ -90,19 +92,24 @@ class Profile:
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """What identifies the shape of a model's decoder: class, layers, heads, width, vocabulary; and its name for people."""
-    return table_fingerprint(sites(model), getattr(pretrained_root(unwrapped_model(model)), "config", None))
+    """What identifies the shape of a model's decoder or denoiser: class, layers, heads, width, vocabulary; and its name for people."""
+    inner = unwrapped_model(model)
+    root = pretrained_root(inner) if isinstance(inner, nn.Module) else None
+    return table_fingerprint(sites(model), getattr(root, "config", None))
 
 
 def table_fingerprint(table: Any, config: Any = None) -> dict[str, Any]:
     config = table.config if config is None else config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    decoder = table.stack("decoder").kind("self")
+    numbered = numbered_sites(table)
+    drawing = bool(image_layers(table))
+    widest = max(((s.num_heads or 0) * (s.head_dim or 0) for _, s in numbered), default=0)
     return {
-        "class": table.model_name,
-        "layers": decoder.num_layers,
-        "heads": max((s.num_heads or 0 for s in decoder), default=0),
-        "width": getattr(text, "hidden_size", None),
+        # a denoiser is the same alone and in whatever pipeline
+        "class": "diffusion model" if drawing else table.model_name,
+        "layers": len({layer for layer, _ in numbered}),
+        "heads": max((s.num_heads or 0 for _, s in numbered), default=0),
+        "width": widest if drawing else getattr(text, "hidden_size", None),
         "vocabulary": getattr(text, "vocab_size", None),
         "name": getattr(config, "_name_or_path", "") or "",
     }
@@ -116,7 +123,7 @@ def cache_folder() -> Path:
 
 
 def cached_path(recipe: str, table: Any) -> Path:
-    """Where the profile of a recipe for a model is kept: one file per recipe, shape and weights of the decoder's attention."""
+    """Where the profile of a recipe for a model is kept: one file per recipe, shape and weights of the model's attention."""
     held = table_fingerprint(table)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", Path(held["name"]).name or held["class"]).strip("-")
     key = hashlib.sha256(json.dumps([held, _weights(table)], sort_keys=True).encode()).hexdigest()[:12]
@@ -125,9 +132,9 @@ def cached_path(recipe: str, table: Any) -> Path:
 
 def _weights(table: Any) -> str:
     """A sample of the first and last attention's own weights, the same in float32 and bfloat16; "" where they are not in memory."""
-    decoder = list(table.stack("decoder").kind("self"))
+    found = [site for _, site in numbered_sites(table)]
     parts = []
-    for site in decoder[:: max(1, len(decoder) - 1)]:
+    for site in found[:: max(1, len(found) - 1)]:
         for name, weight in table.module(site).named_parameters():
             if weight.is_floating_point() and weight.device.type != "meta" and weight.numel():
                 parts += [name, weight.detach().flatten()[:16].bfloat16().float().tolist()]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import pkgutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +67,14 @@ class Example:
     def given(self, rows: Sequence[int], **more: Any) -> dict[str, Any]:
         """The parameters for these prompts of the batch."""
         return {**self.parameters, **{name: [items[row] for row in rows] for name, items in self.rows.items()}, **more}
+
+    def on(self, model: Any, folder: Path) -> dict[str, Any]:
+        """The parameters for this model, with the profile that the method needs written into a folder."""
+        if self.profile is None:
+            return dict(self.parameters)
+        handle, path = tempfile.mkstemp(".safetensors", dir=folder)
+        os.close(handle)
+        return {**self.parameters, "profile_path": str(self.profile(model, None).save(path))}
 
     def counted(self, sites: Any) -> int:
         """How many sites it acts at on a model with these."""

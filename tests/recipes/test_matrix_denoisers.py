@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tiny_runs import CASES, STEPS, draw
 
 pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore:In CPU autocast")]
 METHODS = examples("diffusion")
+PROFILES = tempfile.TemporaryDirectory(prefix="reattend-matrix-denoisers-")
 SOME = ["UNet2DConditionModel", "SD3Transformer2DModel (3.5)", "FluxTransformer2DModel", "PixArtTransformer2DModel"]
 
 
@@ -36,7 +39,7 @@ def parametrize(condition: str, places: Any):
 
 def steer(name: str, target: Any, **more: Any) -> Any:
     slug, example = METHODS[name]
-    return reattend.apply(target, slug, **{**example.parameters, **more})
+    return reattend.apply(target, slug, **{**example.on(target, Path(PROFILES.name)), **more})
 
 
 def refused(name: str, place: str, target: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...interventions import ReattendError, Site, UnsupportedError
 from .backends import problem_of
+from .canvas import canvas_of
 from .denoisers import STACKS, controlnet_in, denoiser_in, stack_of
 from .denoisers import describe as describe_denoiser_site
 from .encoders import ENCODERS, is_causal, model_type, reads_texts, towers
@@ -52,7 +53,9 @@ def sites(model: Any) -> SiteTable:
     # of a diffusers pipeline the denoiser's configuration says how large its pictures are; the pipeline's own names its parts
     drawing = next((part for part in components(model).values() if denoiser_in(part) is not None), None)
     config = getattr(root if drawing is None or isinstance(root, nn.Module) else drawing, "config", None)
-    return SiteTable(found, modules, type(root).__name__, config)
+    denoiser = None if drawing is None else denoiser_in(drawing)
+    canvas = None if denoiser is None else canvas_of(denoiser if isinstance(inner, nn.Module) else inner, denoiser)
+    return SiteTable(found, modules, type(root).__name__, config, canvas=canvas)
 
 
 def original_of(model: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import nn
 
 from ...interventions import ReattendError, Site
+from .canvas import Canvas
 from .denoisers import STACKS
 
 # what stacks and kinds are called, on whatever model
@@ -24,7 +25,7 @@ NAMES = {
 class SiteTable(Sequence):
     """The attention sites of a model, in execution order of their stacks; prints as a table and can be narrowed down.
 
-    missing: why nothing is in the table, "" where something is or where it was made empty.
+    missing: why nothing is in the table, "" where something is or where it was made empty. canvas: how large a denoiser's own pictures are.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class SiteTable(Sequence):
         model_name: str = "model",
         config: Any = None,
         missing: str = "",
+        canvas: Canvas | None = None,
     ) -> None:
         self.sites = list(sites)
         self.missing = missing if not self.sites else ""
         self.modules = modules
         self.model_name = model_name
         self.config = config
+        self.canvas = canvas
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -57,13 +60,15 @@ class SiteTable(Sequence):
         return iter(self.sites)
 
     def __add__(self, other: SiteTable) -> SiteTable:
-        return SiteTable([*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name, self.config)
+        return SiteTable(
+            [*self.sites, *other.sites], {**self.modules, **other.modules}, self.model_name, self.config, canvas=self.canvas
+        )
 
     def _with(self, sites: Sequence[Site], asked: str = "") -> SiteTable:
         missing = self.missing or (
             f"{self.model_name} has no attention site in {asked}; {self._what_there_is()}" if asked else ""
         )
-        return SiteTable(sites, self.modules, self.model_name, self.config, missing)
+        return SiteTable(sites, self.modules, self.model_name, self.config, missing, self.canvas)
 
     def _what_there_is(self) -> str:
         parts: dict[tuple[str, str], list[int]] = {}

@@ -9,6 +9,7 @@ from ..attend_and_excite import AttendAndExcite
 from ..block_topk import BlockTopK
 from ..cmai import CMAI
 from ..emphasise import Emphasise
+from ..entropy_scaling import EntropyScaling
 from ..evit import EViT
 from ..gift import GIFT
 from ..headhunter import HeadHunter
@@ -136,6 +137,21 @@ class EmphasiseParameters(TypedDict, total=False):
     """with several passages add the bias once per passage, as the official code does, instead of once"""
     official_span: bool
     """find passages by the official rule, which also takes the token that ends where a passage begins"""
+
+class EntropyScalingParameters(TypedDict, total=False):
+    """Keeps attention as spread as in training on smaller and larger canvases: fewer cut-off or repeated objects."""
+
+    base: int | tuple[int, int] | Sequence[Any] | None
+    """the size of the pictures that the model was trained on, in pixels: one side of a square, or [height, width];
+    default: the size that the pipeline draws where nobody names one"""
+    strength: float
+    """exponent of the factor: 0 = none, 1 = as published"""
+    layers: Sequence[int] | None
+    """layers that are scaled, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux: double, then
+    single blocks); default: all"""
+    scope: Literal["all", "image"]
+    """where text and image share a stream: 'all' counts all tokens and scales whole rows; 'image' counts image tokens and
+    scales only what these see of each other, at up to twice the cost of attention"""
 
 class EViTParameters(TypedDict, total=False):
     """An image encoder goes on with the patches that its class token looks at, and runs faster."""
@@ -635,6 +651,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["entropy-scaling"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[EntropyScalingParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["evit"],
     /,
     *,
@@ -886,6 +912,12 @@ def recipe(
 ) -> Emphasise: ...
 @overload
 def recipe(
+    name: Literal["entropy-scaling"],
+    /,
+    **parameters: Unpack[EntropyScalingParameters],
+) -> EntropyScaling: ...
+@overload
+def recipe(
     name: Literal["evit"],
     /,
     **parameters: Unpack[EViTParameters],
@@ -1069,6 +1101,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[EmphasiseParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["entropy-scaling"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[EntropyScalingParameters],
     ) -> Session: ...
     @overload
     def use(

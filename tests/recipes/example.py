@@ -47,6 +47,7 @@ class Example:
     layers: how many sites (and "logits") `session.stats` counts, or what tells it for a table of a model's sites; acts: in
     which passes of a generation each of them is counted.
     text_too: with images, whether it also changes a prompt without any.
+    unconditional: whether it also acts in calls of a denoiser that see the unconditional half alone.
     profile: (model, tokenizer) -> the profile that it needs.
     operations: how many tensor operations it may add to a decode step, (per layer, once); None where it is not measured.
     skips: {condition: why it does not apply}; refused: {"model", "condition" or "model, condition": words of the error that says so}.
@@ -59,6 +60,7 @@ class Example:
     layers: int | Callable[[Any], int] = 4
     acts: Sequence[str] = ("prefill", "decode")
     text_too: bool = False
+    unconditional: bool = False
     profile: Callable[[Any, Any], Any] | None = None
     operations: tuple[int, int] | None = None
     skips: Mapping[str, str] = field(default_factory=dict)

@@ -47,15 +47,18 @@ class Clock:
     """When a call happens.
 
     phase: "prefill" | "decode" | "denoise" | "encode". step counts decode or denoising steps from 0; steps is their number
-    if known. `branches` maps "conditional", "unconditional" and the names of guide branches to bool [batch] rows. source [batch] long:
-    which of the user's rows each row was copied from, where a guide has added rows; None where all rows are the user's. unknown: why nobody
-    knows which rows are conditional, "" where that is known or there is no such thing.
+    if known. timestep: as the denoiser is given it; scheduled: the scheduler's own, which falls from 1000 (Flux is given thousandths of
+    it, Lumina 2 what these leave of 1), None where no schedule is known, as on a bare denoiser. `branches` maps "conditional",
+    "unconditional" and the names of guide branches to bool [batch] rows. source [batch] long: which of the user's rows each row was copied
+    from, where a guide has added rows; None where all rows are the user's. unknown: why nobody knows which rows are conditional, "" where
+    that is known or there is no such thing.
     """
 
     phase: str
     step: int = 0
     steps: int | None = None
     timestep: float | None = None
+    scheduled: float | None = None
     branches: Mapping[str, Tensor] = field(default_factory=dict)
     source: Tensor | None = None
     unknown: str = ""

@@ -139,7 +139,7 @@ class LatentsCall:
         if rows is None:
             return clock
         branches = {name: marked[rows] for name, marked in clock.branches.items()}
-        return Clock(clock.phase, clock.step, clock.steps, clock.timestep, branches)
+        return Clock(clock.phase, clock.step, clock.steps, clock.timestep, clock.scheduled, branches)
 
     @property
     def _stands(self) -> dict[int, float]:

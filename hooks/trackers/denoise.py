@@ -194,7 +194,7 @@ class DenoiseTracker:
         seen, certain = (copy.copy(run), "") if beside else (run, certain)
         layout, unknown = self._layout(seen, call.given, running, network, certain)
         branches = branches_of(layout, hidden_in(call.given))
-        call.clock = Clock("denoise", max(run.step, 0), run.steps, run.timestep, branches, unknown=unknown)
+        call.clock = Clock("denoise", max(run.step, 0), run.steps, run.timestep, run.scheduled, branches, unknown=unknown)
         clock, pipeline = call.clock, call.pipeline
         self.host.recomputed.note_pass(call.sessions, lambda: (clock, run.as_it_is(), pipeline))
 

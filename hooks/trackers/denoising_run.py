@@ -64,7 +64,8 @@ class First:
 @dataclass
 class Run:
     """One denoising run of one thread. key: what changes when a step begins. new_step: this pass is the denoiser's first of its step;
-    awaited: it has not come yet, only ControlNets have run. to_come: in a loop of the user's own, the timesteps from the first on. shift:
+    awaited: it has not come yet, only ControlNets have run. to_come: in a loop of the user's own, the timesteps from the first on;
+    counted: the scheduler's, of its steps from the first on, however the denoiser is told them. shift:
     what a guide has left for the unconditional half of a step; unshifted: that half came before the conditional one.
     """
 
@@ -75,6 +76,7 @@ class Run:
     key: Any = None
     turned: float = 0.0
     to_come: list[float] | None = None
+    counted: list[float] = field(default_factory=list)
     between: bool = False
     new_step: bool = True
     awaited: bool = False
@@ -88,6 +90,11 @@ class Run:
     kept: dict[object, Any] = field(default_factory=dict)
     # numbers of the sessions whose steps were asked whether they can serve this run
     asked: set[int] = field(default_factory=set)
+
+    @property
+    def scheduled(self) -> float | None:
+        """The scheduler's own timestep of the step; None where the run is on no schedule that is known."""
+        return self.counted[self.step] if 0 <= self.step < len(self.counted) else None
 
     def as_it_is(self) -> Run:
         """The same for a pass that is computed anew later: nothing that is remembered from now on shows in it."""
@@ -175,7 +182,8 @@ def advance(
 def _pipeline_run(running: Running, schedule: Any, timestep: float | None) -> Run:
     guider = running.guider if running.modular else None
     if guider is not None and isinstance(guider._num_inference_steps, int):
-        return Run(schedule, guider._num_inference_steps, guider._step - 1)
+        counted = _changes(schedule.tolist()) if isinstance(schedule, Tensor) else []
+        return Run(schedule, guider._num_inference_steps, guider._step - 1, counted=counted[-guider._num_inference_steps :])
     # of a denoiser without a timestep it is not known which step this is
     if timestep is None or not isinstance(schedule, Tensor) or schedule.numel() == 0:
         return Run(schedule)
@@ -184,23 +192,29 @@ def _pipeline_run(running: Running, schedule: Any, timestep: float | None) -> Ru
     if between:
         timestep = values[values.index(timestep) // 2 * 2] if timestep in values else timestep
         values, used = values[::2], (used + 1) // 2 if isinstance(used, int) else used
-    step, steps = place(values, used, timestep)
-    return Run(schedule, steps, step - 1, between=between)
+    step, counted = place(values, used, timestep)
+    return Run(schedule, len(counted), step - 1, between=between, counted=counted)
 
 
-def place(schedule: list[float], used: Any, timestep: float | None) -> tuple[int, int]:
-    """(step, steps) of a run first seen at `timestep`: img2img and refiners leave out the first part of the schedule, `denoising_end`
-    the last. used: how many entries the pipeline says it uses. Some schedulers evaluate twice, so only changes count as steps."""
+def place(schedule: list[float], used: Any, timestep: float | None) -> tuple[int, list[float]]:
+    """(step, the timesteps of all its steps) of a run first seen at `timestep`: img2img and refiners leave out the first part of the
+    schedule, `denoising_end` the last. used: how many entries the pipeline says it uses. Some schedulers evaluate twice, so only changes
+    count as steps.
+    """
     count = len(schedule)
-    at = schedule.index(timestep) if timestep in schedule else None
-    if not isinstance(used, int) or not 0 < used <= count:
+    known = isinstance(used, int) and 0 < used <= count
+    first = schedule[count - used] if known else schedule[0]
+    # told in thousandths, the first of them (1.0) looks like the last one of a schedule down to 1
+    thousandth = timestep is not None and abs(timestep - first / 1000) < 1e-4
+    at = schedule.index(timestep) if timestep in schedule and not thousandth else None
+    if not known:
         start, stop = at or 0, count
     elif at is None or at >= count - used:
         start, stop = count - used, count
     else:
         start, stop = at, min(at + used, count)
     step = 0 if at is None else len(_changes(schedule[start : at + 1])) - 1
-    return step, len(_changes(schedule[start:stop]))
+    return step, _changes(schedule[start:stop])
 
 
 def _changes(values: list[float]) -> list[float]:
@@ -223,15 +237,16 @@ def _advance_loop(run: Run | None, timestep: float | None, schedulers: Sequence[
     if turned * run.turned < 0 or (run.to_come is not None and timestep == run.to_come[0]):
         return _loop_run(timestep, schedules)
     # it goes on, by another schedule than the one that was believed
-    run.turned, run.steps, run.to_come, run.schedule = turned, None, None, None
+    run.turned, run.steps, run.to_come, run.schedule, run.counted = turned, None, None, None, []
     return run
 
 
 def _loop_run(timestep: float | None, schedules: Sequence[Tensor]) -> Run:
     for schedule in schedules:
-        # some denoisers count in thousandths
-        for values in (schedule.tolist(), (schedule.float() / 1000).tolist()):
-            if timestep in values:
-                to_come = _changes(values[values.index(timestep) :])
-                return Run(schedule, len(to_come), to_come=to_come)
+        # some denoisers count in thousandths, the first of which (1.0) may also be the last of the schedule
+        told = [values for values in (schedule.tolist(), (schedule.float() / 1000).tolist()) if timestep in values]
+        if told:
+            start, values = min(((values.index(timestep), values) for values in told), key=lambda found: found[0])
+            to_come = _changes(values[start:])
+            return Run(schedule, len(to_come), to_come=to_come, counted=_changes(schedule[start:].tolist()))
     return Run()

@@ -224,6 +224,9 @@ def test_a_session_begun_in_mid_run_knows_the_step() -> None:
         ([9, 7, 5, 3], None, 5.0, (0, 2)),  # a pipeline that does not say what it uses
         ([9, 7, 5, 3], 4, 5.0, (2, 4)),  # seen from its third step on
         ([9, 7, 5, 3], 3, 0.007, (0, 3)),  # timesteps on another scale
+        ([1000, 500, 1], 3, 1.0, (0, 3)),  # AuraFlow's in thousandths: no second of the last one
+        ([1000, 500, 1], None, 1.0, (0, 3)),
+        ([999, 500, 1], 1, 1.0, (0, 1)),
         ([9, 7, 7, 5, 5], 5, 9.0, (0, 3)),  # second order: evaluated twice
         ([9, 7, 7, 5, 5], 3, 7.0, (0, 2)),
     ],
@@ -231,7 +234,8 @@ def test_a_session_begun_in_mid_run_knows_the_step() -> None:
 def test_the_part_of_a_schedule_that_a_run_uses(
     schedule: list[float], used: int | None, timestep: float, expected: tuple[int, int]
 ) -> None:
-    assert place(schedule, used, timestep) == expected
+    step, counted = place(schedule, used, timestep)
+    assert (step, len(counted)) == expected
 
 
 class ModularPipeline:

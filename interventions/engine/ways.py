@@ -32,6 +32,7 @@ from . import (
     materialised,
     one_kernel,
     one_row,
+    own_columns,
     rearranged,
     uniform,
 )
@@ -155,6 +156,7 @@ WAYS: list[Way] = [
     Way("gathered", "group", blocks.is_gathered, blocks.run),
     Way("towards the mean", "group", uniform.moves_to_mean, uniform.towards_mean),
     Way("towards values", "group", _moves_towards_values, _towards_values),
+    Way(own_columns.NAME, "group", own_columns.is_own, own_columns.run, own_columns.plan),
     Way("around columns", "group", factors.is_avoidable, factors.around, factors.find),
     Way("factor on columns", "group", factors.is_factor, factors.corrected, factors.find),
     Way(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..edits import OperandEdit, Operands, Rows
-from ..edits.base import check_number
+from ..edits.base import check_number, repeat_heads
 from ..edits.weights import TINY, WeightEdit
 from ..errors import ReattendError
 
@@ -20,7 +20,8 @@ from ..errors import ReattendError
 class MixOwnAnd(WeightEdit):
     """A = (1 - s) A + s A_kept, where a row of A_kept sees its own token and `columns` only. columns: bool [..., Tk]; s in [0, 1].
 
-    Rows whose kept weights vanish stay as they are.
+    Where all kept weights round to 0 they are the softmax of the kept scores, without edits of scores and soft-capping; rows that see
+    nothing of it stay as they are.
     """
 
     columns: Tensor
@@ -39,8 +40,21 @@ class MixOwnAnd(WeightEdit):
         own = torch.arange(weights.shape[3], device=weights.device) == rows.own[:, None]
         kept = torch.where(rows.columns(self.columns) | own, weights, 0)
         total = kept.sum(dim=-1, keepdim=True)
+        if weights.device.type != "cpu" or bool((total <= TINY).any()):
+            kept = torch.where(total > TINY, kept, _softmax(rows, rows.columns(self.columns) | own, weights))
+            total = kept.sum(dim=-1, keepdim=True)
         share = weights.sum(dim=-1, keepdim=True) / total.clamp_min(TINY)
         return torch.where(total > TINY, (1 - self.strength) * weights + self.strength * share * kept, weights)
+
+
+def _softmax(rows: Rows, kept: Tensor, weights: Tensor) -> Tensor:
+    """Softmax [B, H, R, Tk] of the scores of these columns alone; all 0 where a row sees none of them."""
+    query, key = rows.query[:, :, rows.index], repeat_heads(rows.key, weights.shape[1])
+    scores = rows.scale * query.to(weights.dtype) @ key.transpose(2, 3).to(weights.dtype)
+    if rows.mask is not None and rows.mask.dtype != torch.bool:
+        scores = scores + (rows.mask if rows.mask.shape[2] == 1 else rows.mask[:, :, rows.index])
+    kept = kept if rows.visible is None else kept & rows.visible
+    return scores.masked_fill(~kept, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

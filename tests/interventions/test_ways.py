@@ -33,6 +33,7 @@ from reattend.interventions import (
 from reattend.interventions.edits import OutputEdit, Rows, ScoreEdit, WeightEdit
 from reattend.interventions.engine.tasks import Group, Task
 from reattend.interventions.engine.ways import WAYS, compute
+from reattend.interventions.families.guidance import MixOwnAnd
 from torch import Tensor
 
 FIRST = torch.arange(1)
@@ -47,6 +48,12 @@ def rows(call: Call) -> Tensor:
     named = torch.zeros(call.batch, call.num_queries, dtype=torch.bool)
     named[-1, call.num_queries // 2 :] = True
     return named
+
+
+def own_and_few(call: Call) -> list[Edit]:
+    """Where nothing is causal, as in denoisers."""
+    call.is_causal = False
+    return [MixOwnAnd(columns=torch.arange(call.num_keys) < 4, strength=1.0)]
 
 
 def over_heads(output: Tensor, other: Tensor, rows: Rows) -> Tensor:
@@ -80,6 +87,7 @@ EXAMPLES = {
     "key biases": (12, lambda call: [bias(call)]),
     "band": (12, lambda call: [Keep(pattern=Band(1, 3))]),
     "towards values": (12, lambda call: [Mix(target="identity", strength=0.4)]),
+    "own and columns": (12, own_and_few),
     "around columns": (12, lambda call: [Transfer(source=FIRST, strength=0.5)]),
     "factor on columns": (12, lambda call: [Gain(columns=FIRST, factor=0.5)]),
     "columns": (12, lambda call: [Gain(columns=FIRST, factor=0.5, renormalise=None)]),

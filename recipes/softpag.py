@@ -15,13 +15,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..interventions import Call, Edit, Mix, MixValue, ScaleQuery
-from ..interventions.families.guidance import MixOwnAnd, Soften
+from ..interventions import Call, Edit, Mix, ScaleQuery
+from ..interventions.families.guidance import Soften
 from .kit.base import Info
-from .kit.guidance import PerturbedGuidance
+from .kit.guidance import IdentityGuidance
 
 
-class SoftPAG(PerturbedGuidance):
+class SoftPAG(IdentityGuidance):
     slug = "softpag"
     info = Info(
         does="Pushes an image away from a copy whose chosen attention heads were weakened: clearer structure and detail.",
@@ -39,15 +39,10 @@ class SoftPAG(PerturbedGuidance):
 
     strength: float = Field(0.5, ge=0, le=1, description="how far the chosen heads are weakened in the branch; 1 = PAG")
     scale: float = Field(5.0, ge=0, le=100, description="how far the image is pushed away from the weakened branch; 0 = not")
-    scope: Literal["image", "all", "masked"] = Field(
-        "image",
-        description="rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still "
-        'see the text ("masked", perturbation "identity" only)',
-    )
     perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"] = Field(
         "identity",
         description="what the maps are pulled towards: each token itself, all tokens evenly, the mean query's map, each row's "
-        "strongest token, or a flatter softmax",
+        'strongest token, or a flatter softmax; scope "masked" goes with "identity" only',
     )
     temperature: float = Field(2.0, ge=0.05, le=100, description='softmax temperature of perturbation "temperature"; 1 = none')
 
@@ -61,20 +56,11 @@ class SoftPAG(PerturbedGuidance):
     def neutral(self) -> bool:
         return self.strength == 0
 
-    @property
-    def image_only(self) -> bool:
-        return self.scope != "all"
-
     def perturbed(self, call: Call, heads: list[int] | None, rows: Tensor) -> Edit | None:
         """A' = (1 - u) A + u P."""
-        named: dict[str, Any] = {"heads": heads, "rows": rows}
         if self.perturbation == "identity":
-            if self.scope == "masked" and call.site is not None and call.site.kind == "joint":
-                text = call.columns("text")
-                if call.tokens is not None and "register" in call.tokens:  # AuraFlow's come with its text
-                    text = text | call.columns("register")
-                return MixOwnAnd(columns=text, strength=self.strength, **named)
-            return MixValue(strength=self.strength, **named)
+            return self.towards_itself(call, self.strength, heads, rows)
+        named: dict[str, Any] = {"heads": heads, "rows": rows}
         if self.perturbation != "temperature":
             return Mix(target=self.perturbation, strength=self.strength, **named)
         if self.strength == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from ...hooks import Edits, Guide, Predictions, SiteTable
 from ...hooks.doors.guide import away
 from ...hooks.plan import Step
-from ...interventions import Call, Clock, Edit, ReattendError
+from ...interventions import Call, Clock, Edit, MixValue, ReattendError
+from ...interventions.families.guidance import MixOwnAnd
 from .base import Recipe
 from .denoisers import default_layers, image_layers
 from .heads import at_layers
@@ -149,6 +150,30 @@ class PerturbedGuidance(BranchGuidance):
         if (joint and self.image_only) or (call.tokens is not None and call.tokens.unknown):
             rows = rows & call.query_rows("image")  # where the tokens cannot be told apart, this says so
         return self.perturbed(call, heads, rows)
+
+
+class IdentityGuidance(PerturbedGuidance):
+    """Base of recipes whose branch has its attention pulled towards the identity: each token sees itself. In a joint stream `scope` says
+    which tokens, and whether image tokens go on seeing the text."""
+
+    scope: Literal["image", "all", "masked"] = Field(
+        "image",
+        description="rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still "
+        'see the text ("masked")',
+    )
+
+    @property
+    def image_only(self) -> bool:
+        return self.scope != "all"
+
+    def towards_itself(self, call: Call, strength: float, heads: list[int] | None, rows: Tensor) -> Edit:
+        """A' = (1 - u) A + u I, or with I + text, renormalised."""
+        if self.scope != "masked" or call.site is None or call.site.kind != "joint":
+            return MixValue(strength=strength, heads=heads, rows=rows)
+        text = call.columns("text")
+        if call.tokens is not None and "register" in call.tokens:  # AuraFlow's come with its text
+            text = text | call.columns("register")
+        return MixOwnAnd(columns=text, strength=strength, heads=heads, rows=rows)
 
 
 def _sees_itself(call: Call) -> bool:

@@ -16,6 +16,7 @@ from ..headhunter import HeadHunter
 from ..instaboost import InstABoost
 from ..nag import NAG
 from ..opera import OPERA
+from ..pag import PAG
 from ..pai import PAI
 from ..pine import Pine
 from ..prompt_reweight import PromptReweight
@@ -209,14 +210,14 @@ class HeadHunterParameters(TypedDict, total=False):
     """use only the heads that lie in these layers, numbered over all self-attention of the denoiser"""
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """heads as [layer, head] pairs, best first, instead of a profile"""
-    strength: float
-    """how far the chosen heads are weakened in the branch; 1 = PAG"""
     scope: Literal["image", "all", "masked"]
     """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
-    text ('masked', perturbation 'identity' only)"""
+    text ('masked')"""
+    strength: float
+    """how far the chosen heads are weakened in the branch; 1 = PAG"""
     perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"]
     """what the maps are pulled towards: each token itself, all tokens evenly, the mean query's map, each row's strongest
-    token, or a flatter softmax"""
+    token, or a flatter softmax; scope 'masked' goes with 'identity' only"""
     temperature: float
     """softmax temperature of perturbation 'temperature'; 1 = none"""
     profile_path: str | Sequence[str] | None
@@ -277,6 +278,32 @@ class OPERAParameters(TypedDict, total=False):
     """factor on the weights that are multiplied"""
     image_range: tuple[int, int] | Sequence[Any] | None
     """token range [start, stop) of the image, where it cannot be found by its token (prompts of embeddings)"""
+
+class PAGParameters(TypedDict, total=False):
+    """Pushes an image away from a copy in whose chosen layers each place saw only itself: clearer structure."""
+
+    scale: float
+    """how far the image is pushed away from the perturbed branch; 0 = not"""
+    rescale: float
+    """how far the guided prediction is brought back to the spread of the conditional one, against pale or glaring
+    pictures; 0 = not (a pipeline's own guidance_rescale does the same)"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+    layers: Sequence[int] | None
+    """layers that are perturbed in all heads, numbered over all self-attention of the denoiser (UNet: down, mid, up; Flux:
+    double, then single blocks); default: a UNet's mid block (for small pictures, where that sees fewer than 8 x 8
+    places, the last layer of the first block after it that sees as many), layer 9 of SD3-medium, the middle layer of
+    other models"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None
+    """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
+    scope: Literal["image", "all", "masked"]
+    """rows weakened where image and text share a stream: image tokens that still see the text, as diffusers has it
+    ('masked'), image tokens that see themselves alone ('image'), or all tokens alone ('all')"""
+    adaptive: float
+    """how much the scale falls with each of the 1000 timesteps of training that are over: 0.003 takes a scale of 3 to 0 at
+    the end, 0.006 half way; 0 = it stays"""
 
 class PAIParameters(TypedDict, total=False):
     """Strengthens all image tokens while an answer is written, and favours words that the image makes likelier."""
@@ -463,14 +490,14 @@ class SoftPAGParameters(TypedDict, total=False):
     other models"""
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
-    strength: float
-    """how far the chosen heads are weakened in the branch; 1 = PAG"""
     scope: Literal["image", "all", "masked"]
     """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
-    text ('masked', perturbation 'identity' only)"""
+    text ('masked')"""
+    strength: float
+    """how far the chosen heads are weakened in the branch; 1 = PAG"""
     perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"]
     """what the maps are pulled towards: each token itself, all tokens evenly, the mean query's map, each row's strongest
-    token, or a flatter softmax"""
+    token, or a flatter softmax; scope 'masked' goes with 'identity' only"""
     temperature: float
     """softmax temperature of perturbation 'temperature'; 1 = none"""
 
@@ -721,6 +748,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["pag"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[PAGParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["pai"],
     /,
     *,
@@ -954,6 +991,12 @@ def recipe(
 ) -> OPERA: ...
 @overload
 def recipe(
+    name: Literal["pag"],
+    /,
+    **parameters: Unpack[PAGParameters],
+) -> PAG: ...
+@overload
+def recipe(
     name: Literal["pai"],
     /,
     **parameters: Unpack[PAIParameters],
@@ -1171,6 +1214,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[OPERAParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["pag"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[PAGParameters],
     ) -> Session: ...
     @overload
     def use(

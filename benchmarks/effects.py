@@ -21,6 +21,7 @@ import reattend
 import torch
 from claims import Row, table
 from effects_page import page
+from head_search import drawn_scenes
 from methods import profiled
 from reattend.comparison.loading import load
 from reattend.evaluation import evaluate
@@ -192,12 +193,15 @@ def profile(slug: str, task: str, pipe: Any, folder: Path) -> Path:
         options = {**profiled(slug), **({"task": task} if task else {})}
         if options.get("samples") == "scenes":
             options["samples"] = questions_on_scenes(50)
-        recipe_class(slug).profile(pipe.model, processor, **options).save(file)
+        if "scenes" in options:
+            options = {**drawn_scenes(options.pop("scenes")), **options, "resume": str(file.with_suffix(".jsonl"))}
+        recipe_class(slug).profile(getattr(pipe, "model", pipe), processor, **options).save(file)
     return file
 
 
 def name_of(pipe: Any) -> str:
-    return str(pipe.model.config._name_or_path).rpartition("/")[2] or type(pipe.model).__name__
+    model = getattr(pipe, "model", pipe)
+    return str(model.config._name_or_path).rpartition("/")[2] or type(model).__name__
 
 
 def questions_on_scenes(count: int) -> list[tuple[Any, str]]:

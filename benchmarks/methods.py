@@ -7,7 +7,8 @@ A file of tests/recipes/examples may set, each by kind of model or group of sect
     FLOORS = {label: (why, floor)}                 passes that the method needs by its definition: see FLOORS of subjects.py
     TRIED = {"highlight": [variant, ...]}          variants of effects.py, from weak to strong. Default: those of `Info.sweep`
     PAPER = {"highlight": text}                    what the paper reports there
-    PROFILED = {option: value}                     options of its profiling run; samples="scenes": questions on scenes of the zoo
+    PROFILED = {option: value}                     options of its profiling run; samples="scenes": questions on scenes of the zoo;
+                                                   scenes=n: so many prompts of the zoo's pictures, and its judge as objective
 """
 
 from __future__ import annotations

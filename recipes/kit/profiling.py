@@ -43,7 +43,8 @@ def cached_profile(recipe: Any, model: Any, processor: Any = None, *, refresh: b
     cls = recipe if isinstance(recipe, type) else recipe_class(recipe)
     inner = unwrapped_model(model)
     place = cached_path(cls.slug, sites(inner))
-    asked = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
+    told = sorted((name, _named(value)) for name, value in options.items())
+    asked = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
     if place.is_file() and not refresh:
         kept = Profile.load(place)
         if kept.facts.get("asked") == asked:
@@ -54,6 +55,12 @@ def cached_profile(recipe: Any, model: Any, processor: Any = None, *, refresh: b
     profile.facts["asked"] = asked
     profile.save(place)
     return profile
+
+
+def _named(value: Any) -> Any:
+    """A function of a module by its name, which is the same in every process; anything else as it is."""
+    name = getattr(value, "__qualname__", "<")
+    return value if "<" in name else f"{value.__module__}.{name}"
 
 
 def profiled_sites(model: Any, slug: str) -> tuple[SiteTable, SiteTable]:

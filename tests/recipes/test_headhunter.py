@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import types
 from typing import Any
 
 import numpy as np
@@ -275,6 +276,17 @@ def test_a_profile_is_kept_for_its_weights_and_serves_the_bare_denoiser(tmp_path
     for target in (pipe, pipe.transformer):
         with reattend.apply(target, "headhunter"):
             pass
+    # a function of a module has the same name in another process, where its address is another
+    options["objective"] = mean_red
+    made = reattend.recipes.cached_profile("headhunter", pipe, **options)
+    copy = types.FunctionType(mean_red.__code__, mean_red.__globals__, mean_red.__name__)
+    copy.__qualname__, copy.__module__ = mean_red.__qualname__, mean_red.__module__
+    calls = []
+    monkeypatch.setattr(HeadHunter, "profile", lambda *_, **__: calls.append(1))
+    assert reattend.recipes.cached_profile("headhunter", pipe, **{**options, "objective": copy}).facts == made.facts
+    with pytest.raises(AttributeError):
+        reattend.recipes.cached_profile("headhunter", pipe, **{**options, "objective": lambda *given: mean_red(*given)})
+    assert calls == [1]
     for parameter in pipe.transformer.parameters():
         parameter.data.mul_(1.5)
     with pytest.raises(UnsupportedError, match="headhunter must be told which heads"):
@@ -394,6 +406,19 @@ def test_the_likeness_of_a_clip_that_a_user_brings():
     alone = [*scored(objective, [flat(255, 0, 0)], ["a fox"]), *scored(objective, [flat(0, 0, 255)], ["a map"])]
     assert both == pytest.approx(alone, abs=1e-5) and all(-1 <= value <= 1 for value in both)
     assert objective_of(objective)[0].startswith("clip_likeness(")
+
+
+def test_the_judge_of_the_zoo_as_objective():
+    from head_search import BY, drawn_scenes
+    from reattend.zoo.worlds.drawing import picture
+    from reattend.zoo.worlds.shapes import CLEAR, Scene, Thing
+
+    options = drawn_scenes(2)
+    assert len(set(options["prompts"])) == len(set(options["seeds"])) == 2 and options["objective"].__name__ == "+".join(BY)
+    colour, shape = options["prompts"][0].split()[1:3]
+    right = picture(Scene((Thing(shape, colour, 0.5, 0.5, 0.2),)), 64, CLEAR)
+    good, bad = scored(options["objective"], [right, flat(0, 0, 0)], [options["prompts"][0]] * 2)
+    assert 0.3 < good < 1 and bad == 0
 
 
 def test_the_command_line_searches(tmp_path):

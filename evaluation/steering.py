@@ -17,8 +17,8 @@ from .subject import Subject
 class Steering:
     """A context manager: `with Steering(subject, ["emphasise"], suite.marks) as steering: suite.answer(subject, batch)`.
 
-    A recipe with all its parameters acts from `with` to its end. One that takes passages of the prompt (`Recipe.marks`) and was
-    given none waits: it acts inside `subject.marked(...)`, where the suite names the passages of each prompt.
+    A recipe with all its parameters acts from `with` to its end. One that takes passages of the prompt (`Recipe.marks`) or a text beside
+    it (`Recipe.beside`) and was given none waits: it acts inside `subject.marked(...)`, where the suite names those of each prompt.
     marks: the kinds of passages that the suite names. stats: {recipe: {site: how often its edits were applied}} of all sessions.
     Raises ReattendError when it is made, before any forward pass: an unknown recipe or parameter, a model that a recipe does not
     fit, or passages that a recipe needs and the suite does not name.
@@ -34,11 +34,13 @@ class Steering:
         trial = []
         for choice in choices:
             cls, given = read_choice(choice)
-            lacking = {kind: field for kind, field in cls.marks.items() if kind in marks and given.get(field) is None}
+            filled_in = {**cls.marks, **cls.beside}
+            lacking = {kind: field for kind, field in filled_in.items() if kind in marks and given.get(field) is None}
             if lacking and not isinstance(choice, Recipe):
                 self.waiting.append((cls, given, lacking))
                 # any passage will do to see whether the other parameters and the model fit
-                trial.append(cls(**given, **{field: [["passage"]] for field in lacking.values()}))
+                any_one = {field: ["passage"] if kind in cls.beside else [["passage"]] for kind, field in lacking.items()}
+                trial.append(cls(**given, **any_one))
             else:
                 self.ready += resolve([choice], {})
         table = sites(subject.source)
@@ -64,8 +66,8 @@ class Steering:
         return done + sum(session.applied for session in self._open)
 
     @contextlib.contextmanager
-    def marked(self, rows: dict[str, list[list[str]]]) -> Iterator[None]:
-        """The waiting recipes at work on one batch; rows: {kind of passage: for every prompt its passages}."""
+    def marked(self, rows: dict[str, list[Any]]) -> Iterator[None]:
+        """The waiting recipes at work on one batch; rows: {kind: for every prompt its passages, or its text}."""
         chosen = [
             cls(**given, **{field: rows[kind] for kind, field in lacking.items()}) for cls, given, lacking in self.waiting
         ]

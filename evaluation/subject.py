@@ -18,7 +18,7 @@ from ..interventions import ReattendError
 class Asked(Protocol):
     """The recipes at work while a suite asks, as a subject needs them: see `Steering`."""
 
-    def marked(self, rows: dict[str, list[list[str]]]) -> contextlib.AbstractContextManager: ...
+    def marked(self, rows: dict[str, list[Any]]) -> contextlib.AbstractContextManager: ...
 
     def paused(self) -> contextlib.AbstractContextManager: ...
 
@@ -54,10 +54,11 @@ class Subject:
         if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
             raise ReattendError("batches need a padding token: set tokenizer.pad_token")
 
-    def marked(self, **rows: list[list[str]]) -> contextlib.AbstractContextManager:
+    def marked(self, **rows: list[Any]) -> contextlib.AbstractContextManager:
         """Around a batch: tells recipes that wait for passages what to mark, by kind: `marked(highlight=[["Anna lives in Rome."]])`.
 
-        Each value holds, for every prompt of the batch, the passages as they stand in it. Without such recipes it does nothing.
+        Each value holds, for every prompt of the batch, the passages as they stand in it, or a text beside it: `marked(negative=["a dog"])`.
+        Without such recipes it does nothing.
         """
         return contextlib.nullcontext() if self.steering is None else self.steering.marked(rows)
 

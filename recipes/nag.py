@@ -46,6 +46,8 @@ class NAG(Recipe):
         licence="MIT",
     )
 
+    beside = {"negative": "negative"}
+
     negative: str | list[str] = Field("", description="what the image is pushed away from: one text, or one per prompt")
     tensors: str | None = Field(
         None,

@@ -45,17 +45,12 @@ class Binding(Suite):
 
     @staticmethod
     def asked(item: Item) -> list[Thing]:
-        return [Thing(shape, colour, 0.5, 0.5, 0.15) for colour, shape in item.data["asked"]]
+        return [thing(*pair) for pair in item.data["asked"]]
 
     def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
         prompts = [listing(self.asked(item)) for item in items]
-        # every picture has its own noise, so that plain and changed runs begin alike
-        noise = [torch.Generator().manual_seed(item.data["noise"]) for item in items]
         size = {} if self.side is None else {"height": self.side, "width": self.side}
-        with subject.quiet():
-            images = subject.source(
-                prompts, generator=noise, num_inference_steps=self.steps, guidance_scale=self.guidance, **size
-            ).images
+        images = drawn(subject, prompts, items, self.steps, self.guidance, **size)
         records = []
         for item, prompt, image in zip(items, prompts, images):
             seen = read(image)
@@ -72,3 +67,17 @@ class Binding(Suite):
         return {
             name: ratio(sums[name], sums["pictures"]) for name in ("binding", "whole", "shapes", "colours", "count", "extra")
         }
+
+
+def thing(colour: str, shape: str) -> Thing:
+    """A thing of a prompt, which has no place."""
+    return Thing(shape, colour, 0.5, 0.5, 0.15)
+
+
+def drawn(
+    subject: Subject, prompts: Sequence[str], items: Sequence[Item], steps: int, guidance: float, **more: Any
+) -> list[Any]:
+    """The pictures of a batch. Each has its item's own noise, so that plain and changed runs begin alike."""
+    noise = [torch.Generator().manual_seed(item.data["noise"]) for item in items]
+    with subject.quiet():
+        return subject.source(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance, **more).images

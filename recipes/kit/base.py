@@ -83,6 +83,8 @@ class Recipe(BaseModel):
     version: ClassVar[int] = 1
     # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
     marks: ClassVar[Mapping[str, str]] = {}
+    # {kind of text: parameter that takes one text per prompt}, for texts beside the prompt that an evaluation has to write itself
+    beside: ClassVar[Mapping[str, str]] = {}
     # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.plans_misfit`
     weighs: ClassVar[frozenset[str]] = frozenset()
     hides: ClassVar[frozenset[str]] = frozenset()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import reattend
 import torch
 from reattend.evaluation import evaluate, suite
 from reattend.evaluation.suites.chair import VOCABULARY, Chair
+from reattend.evaluation.suites.negatives import Negatives
 from reattend.evaluation.suites.pope import SPLITS, Pope
 from reattend.evaluation.suites.questions import Questions, given
 from reattend.evaluation.suites.shapes_world import frequencies, together
-from reattend.zoo.worlds.shapes import HABITS, SHAPES
+from reattend.zoo.worlds.drawing import picture
+from reattend.zoo.worlds.shapes import CLEAR, HABITS, SHAPES, Scene, Thing
 from text_pipelines import llama, text_pipe, tokenizer  # noqa: F401
 
 LVLM = ("pope", "chair", "questions")
@@ -154,3 +159,78 @@ def test_what_a_batch_says_is_what_each_item_says_alone(untrained):
 def test_a_language_model_does_not_fit(text_pipe):  # noqa: F811
     with pytest.raises(reattend.ReattendError, match="needs a model that reads pictures"):
         evaluate(text_pipe, "pope")
+
+
+# -- what stays out of pictures ---------------------------------------------------------------------------------------
+
+
+def test_negatives_name_one_thing_whose_colour_no_other_has():
+    one = Negatives()
+    items = one.items(30, 3)
+    assert items == one.items(30, 3) == one.items(40, 3)[:30] and len({item.id for item in items}) == 30
+    for item in items:
+        asked, unwanted, others = one.parts(item)
+        assert len(asked) == 3 and len(others) == 2 and unwanted in asked
+        assert unwanted.colour not in {t.colour for t in others} and unwanted.shape not in {t.shape for t in others}
+    assert {len(Negatives(things=4).parts(item)[2]) for item in Negatives(things=4).items(5, 0)} == {3}
+    assert [Negatives(naming=naming).text(Thing("star", "green", 0, 0, 0)) for naming in ("thing", "shape", "colour")] == [
+        "a green star", "star", "green",
+    ]  # fmt: skip
+
+
+def test_negatives_need_guidance_where_the_pipeline_is_told():
+    with pytest.raises(reattend.ReattendError, match="guidance above 1"):
+        Negatives(by="pipeline", guidance=1)
+    assert Negatives(by="none", guidance=1).steps == 20
+
+
+class Drawing:
+    """A pipeline that draws a picture of what it is asked for, less what its negative prompts name."""
+
+    components: dict = {}
+
+    def __init__(self):
+        self.told = []
+
+    def set_progress_bar_config(self, **_):
+        pass
+
+    def __call__(self, prompts, negative_prompt=(), **more):
+        self.told.append((list(negative_prompt), more))
+        images = []
+        for prompt, unwanted in zip(prompts, [*negative_prompt, *[""] * len(prompts)]):
+            names = [part.split()[1:] for part in prompt.replace(" and ", " , ").split(" , ")]
+            kept = [(colour, shape) for colour, shape in names if not {colour, shape} & set(unwanted.split())]
+            things = tuple(Thing(shape, colour, 0.2 + 0.3 * i, 0.5, 0.13) for i, (colour, shape) in enumerate(kept))
+            images.append(picture(Scene(things), 64, CLEAR))
+        return SimpleNamespace(images=images)
+
+
+class Listening:
+    """Stands in for the recipes at work: keeps the texts that the suite names."""
+
+    def __init__(self):
+        self.heard = []
+
+    @contextlib.contextmanager
+    def marked(self, rows):
+        self.heard.append(rows)
+        yield
+
+    def paused(self):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("naming", ["thing", "shape", "colour"])
+def test_negatives_are_scored_by_what_is_in_the_picture(naming):
+    for by, out in (("none", 0.0), ("pipeline", 1.0)):
+        one, pipe, steering = Negatives(naming=naming, by=by, steps=7), Drawing(), Listening()
+        subject = SimpleNamespace(source=pipe, marked=lambda s=steering, **rows: s.marked(rows), quiet=contextlib.nullcontext)
+        items = one.items(6, 0)
+        records = one.answer(subject, items)
+        texts = [record["negative"] for record in records]
+        assert steering.heard == [{"negative": texts}] and texts == [one.text(one.parts(item)[1]) for item in items]
+        ((told, more),) = pipe.told
+        assert told == (texts if by == "pipeline" else []) and more["num_inference_steps"] == 7
+        found = one.score(records)
+        assert found == {"kept_out": out, "rest": 1.0, "count": out}

@@ -36,6 +36,34 @@ def test_a_recipe_acts_from_with_to_its_end_and_a_highlighter_only_where_passage
         assert torch.equal(logits(asked, SENTENCES[0]), plain)
 
 
+def test_a_text_beside_the_prompt_is_the_suite_s_where_none_was_given() -> None:
+    """nag waits for the negatives of a batch; one that brings its own text acts from `with` to its end."""
+    import tiny_pipelines
+    from reattend.evaluation import Subject
+    from tiny_runs import seeded
+
+    pipe = tiny_pipelines.stable_diffusion()
+    asked = Subject(pipe)
+
+    def draw() -> torch.Tensor:
+        prompts = ["a fox", "a map"]
+        return pipe(prompts, num_inference_steps=2, guidance_scale=1.0, generator=seeded(), output_type="latent").images
+
+    plain, strong = draw(), {"scale": 8.0, "limit": 10.0, "strength": 1.0}
+    with Steering(asked, [("nag", strong)], ["negative"]) as steering:
+        assert torch.equal(draw(), plain)
+        with asked.marked(negative=["a dog", "a cat"]):
+            named = draw()
+        with asked.marked(negative=["a dog", "a dog"]):
+            other = draw()
+    assert not torch.equal(named[0], plain[0]) and torch.equal(named[0], other[0]) and not torch.equal(named[1], other[1])
+    assert steering.applied > 0
+    with Steering(asked, [("nag", {**strong, "negative": "a dog"})], ["negative"]), asked.marked(negative=["a cat", "a cat"]):
+        assert torch.equal(draw(), other)
+    with pytest.raises(ReattendError, match="scale"):
+        Steering(asked, [("nag", {"scale": -1})], ["negative"])
+
+
 def test_what_cannot_work_is_refused_before_anything_runs() -> None:
     asked = subject(None)
     with pytest.raises(ReattendError, match="passage"):

@@ -57,7 +57,7 @@ class Measurement:
             "title": section.title, "model": section.model, "suite": self.suite.name, "columns": list(section.columns),
             "lower": [m for m in section.columns if m in self.suite.lower],
             "neutral": [m for m in section.columns if m in self.suite.neutral],
-            "paper": section.paper, "refused": self.refused, "chosen": {},
+            "paper": section.paper, "refused": self.refused, "chosen": {}, "further": [],
         }  # fmt: skip
         asked: list[Item] = []
         tried = [spec for specs in self.specs.values() for spec in specs]
@@ -70,8 +70,15 @@ class Measurement:
                 for name, value in table(rows, self.suite.metrics, [metric], CHOSEN_ON).items()
                 if name not in ("names", "counts")
             }
-            found["chosen"] = self.chosen(found["choosing"])
-        wanted = [s for s in tried if self.is_default(s) or self.label(s) in found["chosen"].values() or not section.choose]
+            best = self.best(found["choosing"])
+            found["chosen"] = {slug: labels[0] for slug, labels in best.items()}
+            found["further"] = [label for labels in best.values() for label in labels[1:]]
+        confirmed = [*found["chosen"].values(), *found["further"]]
+        wanted = [
+            spec
+            for spec in tried
+            if self.label(spec) in confirmed or not section.choose or (section.defaults and self.is_default(spec))
+        ]
         specs = [self.renamed(spec) for spec in [*wanted, *section.others]]
         fresh = self.fresh(f"{self.renamed(section.suite)}:{section.confirming}", asked)
         rows = self.rows(fresh, specs, section.confirm, CONFIRMED_ON)
@@ -122,18 +129,15 @@ class Measurement:
         """Whether a recipe is as it comes: with no parameters but a profile, where it needs one."""
         return "(" not in self.label(spec) and "+" not in spec
 
-    def chosen(self, found: dict[str, Any]) -> dict[str, str]:
-        """{slug: its variant with the best first metric, where that is better than the plain model's}; of equals the weakest."""
+    def best(self, found: dict[str, Any]) -> dict[str, list[str]]:
+        """{slug: its variants with the best first metric, so many as the section confirms, where they are better than the plain model};
+        of equals the weakest."""
         metric = self.section.columns[0]
         sign = -1 if metric in self.suite.lower else 1
         value = {row["label"]: sign * row["metrics"][metric]["value"] for row in found["rows"]}
-        best = {}
-        for slug, specs in self.specs.items():
-            labels = [self.label(spec) for spec in specs]
-            top = max(labels, key=lambda label: value[label], default="none")
-            if value[top] > value["none"] + 1e-9:
-                best[slug] = top
-        return best
+        ranked = {slug: sorted(map(self.label, specs), key=lambda label: -value[label]) for slug, specs in self.specs.items()}
+        better = {slug: [label for label in labels if value[label] > value["none"] + 1e-9] for slug, labels in ranked.items()}
+        return {slug: labels[: self.section.best] for slug, labels in better.items() if labels}
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -200,6 +204,7 @@ def profile(slug: str, task: str, pipe: Any, folder: Path) -> Path:
 
 
 def name_of(pipe: Any) -> str:
+    """Of a language pipeline its model's name, of one that draws pictures its own."""
     model = getattr(pipe, "model", pipe)
     return str(model.config._name_or_path).rpartition("/")[2] or type(model).__name__
 

@@ -64,6 +64,7 @@ def role(row: dict[str, Any], found: dict[str, Any]) -> str:
     """What a row is there for."""
     names = [row["role"]] if row["role"] in ("default", "baseline") else []
     names += ["chosen"] if row["label"] in found["chosen"].values() else []
+    names += ["next best"] if row["label"] in found.get("further", ()) else []
     names += ["never acts"] if row["recipe"] and not row["applied"] else []
     return ", ".join(names)
 

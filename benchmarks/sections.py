@@ -8,6 +8,7 @@ from methods import paper, tried
 
 SMOLLM2, GEMMA = ("smollm2", "SmolLM2-135M-Instruct"), ("gemma3-270m", "Gemma 3 270M (base model)")
 LLAVA, SD = ("zoo:shapes-llava", "shapes-llava"), ("zoo:shapes-sd", "shapes-sd")
+TURBO = ("zoo:shapes-turbo", "shapes-turbo")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Section:
     one settings are chosen. recipes: {slug: variants from weak to strong, among them the one without parameters of its own, which is the
     default}. others: variants that are confirmed without having been chosen: controls and combinations. {slug} in a variant: the profile
     of that recipe; {slug TASK}: its profile for a task. choose, confirm: scenes, texts or pairs; with choose 0 all variants are confirmed.
+    best: how many settings of a recipe are confirmed; defaults: whether its default is, though others were better.
     instead: {text: text} put into suite and variants when settings are confirmed
     on another task. paper: {slug: what it reports, on its models}.
     """
@@ -38,6 +40,8 @@ class Section:
     choose: int
     confirm: int
     confirming: str = ""
+    best: int = 1
+    defaults: bool = True
     others: tuple[str, ...] = ()
     baselines: dict[str, Baseline] = field(default_factory=dict)
     instead: dict[str, str] = field(default_factory=dict)
@@ -127,13 +131,35 @@ def images(suite: str, columns: tuple[str, ...], title: str, baselines: dict[str
     )
 
 
-PICTURES = Section(
-    "Coloured shapes in drawn pictures, shapes-sd", SD[0], "binding", ("binding", "shapes", "count"),
-    tried("pictures"),
-    24, 400,
-    baselines={"guidance scale 3 instead of 2": Baseline("guidance=3"), "guidance scale 4 instead of 2": Baseline("guidance=4")},
-    paper=paper("pictures"),
-)  # fmt: skip
+def pictures() -> Section:
+    """Random heads are a control, which is confirmed and cannot be chosen."""
+    variants = tried("pictures")
+    controls = tuple(spec for specs in variants.values() for spec in specs if "random_heads" in spec)
+    return Section(
+        f"Coloured shapes in drawn pictures, {SD[1]}", SD[0], "binding", ("binding", "shapes", "count"),
+        {slug: [spec for spec in specs if spec not in controls] for slug, specs in variants.items()}, 32, 200,
+        best=2, defaults=False, others=controls, baselines={"guidance scale 3 instead of 2": Baseline("guidance=3")},
+        paper=paper("pictures"),
+    )  # fmt: skip
+
+
+def negatives(model: str, title: str, settings: str) -> Section:
+    """Told to the pipeline, a negative prompt needs guidance, whose second half costs what a recipe's second text costs at most."""
+    return Section(
+        f"A thing that is to stay out of the picture, {title}", model, f"negatives:{settings}", ("kept_out", "rest", "count"),
+        tried("negatives"), 0, 48,
+        baselines={"as the pipeline's negative_prompt, guidance 2": Baseline("by=pipeline:guidance=2")}, paper=paper("negatives"),
+    )  # fmt: skip
+
+
+def canvas(side: int) -> Section:
+    """Larger pictures repeat things, which shows as things that nobody asked for."""
+    return Section(
+        f"Pictures of {side} x {side} from a model of 64 x 64, {SD[1]}", SD[0], f"binding:side={side}", ("binding", "extra", "count"),
+        tried("canvas"), 0, 32,
+        baselines={"drawn at 64 x 64": Baseline("side=64")}, paper=paper("canvas"),
+    )  # fmt: skip
+
 
 SECTIONS = {
     "highlight": highlighters(*SMOLLM2),
@@ -155,5 +181,9 @@ SECTIONS = {
         "chair", ("chair_i", "recall", "length"), "Descriptions (CHAIR), shapes-llava",
         {"at most 12 tokens": Baseline("tokens=12"), "at most 18 tokens": Baseline("tokens=18")},
     ),
-    "pictures": PICTURES,
+    "pictures": pictures(),
+    "negatives": negatives(*SD, "guidance=2"),
+    "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1"),
+    "canvas-96": canvas(96),
+    "canvas-48": canvas(48),
 }  # fmt: skip

@@ -27,6 +27,10 @@ ALSO = {
     "sentiment": ["auc"],
     "gemma-sentiment": ["auc"],
     "chair": ["recall"],
+    "negatives": ["rest"],
+    "turbo-negatives": ["rest"],
+    "canvas-96": ["extra"],
+    "canvas-48": ["extra"],
 }
 # on which model of docs/costs.json a method is timed, by the first kind that it is for
 TIMED_ON = {"llm": "smollm2", "lvlm": "llava-smollm2"}

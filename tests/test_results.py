@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import claims
 import costs as costs_page
 import edits_page
+import effects
 import effects_page
 import methods
 import pytest
 import summary
+from PIL import Image
 from reattend import interventions
 from reattend.evaluation.metrics.intervals import Resamples
+from reattend.evaluation.suites.binding import Binding
 from reattend.evaluation.suites.registry import suite
 from reattend.evaluation.variants import suites_of
 from reattend.interventions import Edit
+from reattend.zoo.worlds.drawing import BACKGROUND, picture
+from reattend.zoo.worlds.language import listing
+from reattend.zoo.worlds.shapes import CLEAR, Scene
 from sections import SECTIONS
 
 
@@ -51,7 +59,7 @@ def test_settings_are_confirmed_on_other_items_than_they_were_chosen_on():
         assert found["confirming"]["seed"] == 1
         assert "choosing" not in found or found["choosing"]["seed"] == 0
         labels = [row["label"] for row in found["confirming"]["rows"]]
-        assert set(found["chosen"].values()) <= set(labels), name
+        assert {*found["chosen"].values(), *found.get("further", ())} <= set(labels), name
         roles = [row["role"] for row in found["confirming"]["rows"]]
         assert roles[0] == "plain" and "baseline" in roles, f"{name}: what a user would try without a recipe"
 
@@ -77,6 +85,29 @@ def test_false_discoveries_are_counted_over_the_whole_table():
     assert claims.restored(found)["better"][4]["x"] == pytest.approx(plain[4] + 1, abs=1e-3)
     with pytest.raises(ValueError, match="other scenes"):
         claims.table([rows[0], claims.Row("x", "tried", "x", ["a"], [{}])], lambda s: {}, [], 0)
+
+
+def test_the_best_settings_of_each_recipe_are_confirmed():
+    section = replace(
+        SECTIONS["pictures"],
+        recipes={"seg": ["seg:sigma=1", "seg", "seg:scale=2"], "tpg": ["tpg"], "pag": ["pag", "pag:scale=2"]},
+    )
+    asked = object.__new__(effects.Measurement)
+    asked.section, asked.suite, asked.specs = section, suite("binding"), section.recipes
+    values = {"none": 0.4, "seg(sigma=1)": 0.5, "seg": 0.6, "seg(scale=2)": 0.5, "tpg": 0.4, "pag": 0.3, "pag(scale=2)": 0.41}
+    found = {"rows": [{"label": label, "metrics": {"binding": {"value": value}}} for label, value in values.items()]}
+    assert asked.best(found) == {"seg": ["seg", "seg(sigma=1)"], "pag": ["pag(scale=2)"]}, "of equals the weakest"
+    asked.section = replace(section, best=1)
+    assert asked.best(found) == {"seg": ["seg"], "pag": ["pag(scale=2)"]}
+
+
+def test_what_a_search_of_heads_is_told():
+    told = effects.prompts_of_scenes(3)
+    scenes = [Binding.asked(item) for item in Binding().items(3, effects.PROFILED_ON)]
+    assert told["prompts"] == [listing(things) for things in scenes]
+    blank = Image.new("RGB", (64, 64), BACKGROUND)
+    drawn = [picture(Scene(tuple(replace(t, x=0.2 + 0.3 * i, size=0.13) for i, t in enumerate(scenes[0]))), 64, CLEAR), blank]
+    assert told["objective"](drawn, told["prompts"][:2]) == [1.0, 0.0]
 
 
 def test_every_recipe_has_a_section():

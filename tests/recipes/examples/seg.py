@@ -50,4 +50,4 @@ def golden(name, run):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
-TRIED = {"pictures": ["seg:sigma=1", "seg:sigma=4", "seg"]}
+TRIED = {"pictures": ["seg:sigma=1", "seg:scale=2", "seg", "seg:layers=[8]"]}

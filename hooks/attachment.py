@@ -20,6 +20,7 @@ from .plan import Facts
 from .protocols import Steered
 from .routes.compiled import inside, run_compiled, run_uncompiled
 from .routes.interface import InterfaceRoute
+from .routes.linear import LinearRoute
 from .routes.sdpa import SdpaRoute
 from .sites.denoisers import denoiser_in
 from .sites.discovery import components, pretrained_root, sites, unwrapped_model
@@ -69,7 +70,7 @@ class Attachment:
         # the trackers of passes that come before the model's own, as far as they follow anything here
         self.before_tokens: list[DenoiseTracker | EncodeTracker] = []
         self.interface = InterfaceRoute(self)
-        self.routes = [self.interface, SdpaRoute(self)]
+        self.routes = [self.interface, SdpaRoute(self), LinearRoute(self)]
 
     # -- sessions come and go ------------------------------------------------------------------------------------------
 

@@ -146,9 +146,9 @@ def _declared(cls: type) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def sites_misfit(table: SiteTable) -> str:
-    """Why a step cannot act or look at these sites, or ""."""
-    return table.refusal if len(table) else table.missing or "its plan selects no attention site of this model"
+def sites_misfit(table: SiteTable, outputs: bool = False) -> str:
+    """Why a step cannot act or look at these sites, or "". outputs: it edits outputs alone."""
+    return table.refused(outputs) if len(table) else table.missing or "its plan selects no attention site of this model"
 
 
 @dataclass

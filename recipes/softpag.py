@@ -56,6 +56,10 @@ class SoftPAG(IdentityGuidance):
     def neutral(self) -> bool:
         return self.strength == 0
 
+    @property
+    def outputs_alone(self) -> bool:
+        return self.perturbation == "identity"
+
     def perturbed(self, call: Call, heads: list[int] | None, rows: Tensor) -> Edit | None:
         """A' = (1 - u) A + u P."""
         if self.perturbation == "identity":

@@ -6,7 +6,8 @@ the call's attention is then computed with them, exactly, in the cheapest way th
 Costs: one Python call per site and pass, and what the edits cost (docs/edits.md, docs/costs.md); a call without edits runs the model's own
 attention, bit for bit.
 
-Refuses: sites whose attention cannot be intercepted, with their reason, and a plan that selects none.
+Refuses: sites whose attention cannot be intercepted, with their reason, and a plan that selects none. Linear attention is served where a
+step says that it edits outputs alone; an edit of anything else is then an error at the call.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ Intervention = Callable[[Call], "Edit | Sequence[Edit] | None"]
 
 @dataclass
 class Edits(Step):
-    """At every call of `sites`: intervention(call) -> edits. `label` names it in the session's counters."""
+    """At every call of `sites`: intervention(call) -> edits. `label` names it in the session's counters.
+
+    outputs: its edits are of outputs alone (MixValue, HeadGain, HeadMix), and it looks at no more of a call than values, sizes, tokens and
+    clock: linear attention (Sana), which has no weights, is served too.
+    """
 
     sites: SiteTable
     intervention: Intervention
     label: str = ""
+    outputs: bool = False
 
     at_calls = True
 
     def check(self, facts: Facts) -> str:
-        return sites_misfit(self.sites)
+        return sites_misfit(self.sites, self.outputs)
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         counter, key = session.counter(self.label or plan.recipe), plan.memory_key

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,13 @@ from ..trackers.in_flight import module_call, on_stack
 from .dispatch import Backend, Loan, call_of, close, give_back, lend, take_back
 
 _local = threading.local()
+
+
+class Bypassed(Protocol):
+    """A module's forward that a step acts in."""
+
+    module: nn.Module
+    acting: Acting
 
 
 class Marked:
@@ -99,8 +106,8 @@ class SdpaRoute:
             close()
 
 
-def check_bypassed(mode: _Interception) -> None:
-    """Raises ReattendError for a module that ran without calling SDPA, though a step acts there."""
+def check_bypassed(mode: Bypassed) -> None:
+    """Raises ReattendError for a module that ran without coming through its route, though a step acts there."""
     place, _ = mode.acting[0]
     name = place.site.name
     how = dispatch(mode.module)

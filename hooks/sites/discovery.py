@@ -136,8 +136,10 @@ def dispatch(module: nn.Module) -> tuple[str, str | None] | None:
             return "sdpa", problem_of(processor, names)
         if hasattr(module, "to_q") or hasattr(module, "to_qkv"):
             name = type(processor).__name__
-            reason = "linear attention has no softmax" if "Linear" in name else "it never calls torch's SDPA"
-            return "sdpa", f"processor {name}: {reason}"
+            if "Linear" not in name:
+                return "sdpa", f"processor {name}: it never calls torch's SDPA"
+            seen = {"to_v", "to_out"} <= names and hasattr(module, "to_v") and hasattr(module, "to_out")
+            return "linear" if seen else "sdpa", f"processor {name}: linear attention has no softmax"
         return None
     names = source_of(type(module).forward).names
     if "ALL_ATTENTION_FUNCTIONS" in names:

@@ -141,7 +141,11 @@ class SiteTable(Sequence):
     @property
     def refusal(self) -> str:
         """Why sites of the table cannot be intercepted, with the name of the first one; "" where all can."""
-        bad = self.problems
+        return self.refused()
+
+    def refused(self, outputs: bool = False) -> str:
+        """The same; outputs: where only outputs are to be edited, and only values read, which linear attention has too."""
+        bad = [site for site in self.problems if not (outputs and site.route == "linear")]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         return f"{bad[0].name}{more} cannot be intercepted: {bad[0].problem}" if bad else ""
 

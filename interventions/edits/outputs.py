@@ -84,8 +84,8 @@ class MixValue(OutputEdit):
 
     def on_output(self, output: Tensor, rows: Rows) -> Tensor:
         own = repeat_heads(rows.value[:, :, rows.own], output.shape[1]).to(output.dtype)
-        strength = self.strength[..., None] if isinstance(self.strength, Tensor) else self.strength
-        strength = at_rows(strength, rows)
-        if isinstance(strength, Tensor):
-            strength = strength.to(output.dtype)
-        return output + strength * (own - output)
+        if not isinstance(self.strength, Tensor):
+            return own if self.strength == 1 else output + self.strength * (own - output)
+        strength = at_rows(self.strength[..., None], rows)
+        assert isinstance(strength, Tensor)
+        return output + strength.to(output.dtype) * (own - output)

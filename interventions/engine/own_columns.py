@@ -1,4 +1,4 @@
-"""The way of rows that see their own token and a few columns (the text of a joint stream): attention over these alone, not over the call."""
+"""The way of rows that see their own token and a few columns (the text of a joint stream): attention over these alone, beside the kernel's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..edits.base import repeat_heads
-from ..edits.row_values import found_in, values_of
+from ..edits.row_values import values_of
 from ..families.guidance import MixOwnAnd
 from .kernels import attend, statistics_dtype, visible_rows
 from .tasks import Group, named_rows
@@ -18,12 +18,10 @@ NAME = "own and columns"
 
 @dataclass(frozen=True)
 class Plan:
-    """columns [c], the same for all: those that some batch row or head keeps. rows [R]: the query rows that some batch row mixes; others:
-    the rest, where no attention of the mixed rows is needed; None where all rows need it."""
+    """columns [c], the same for all: those that some batch row or head keeps. rows [R]: the query rows that some batch row mixes."""
 
     columns: Tensor
     rows: Tensor
-    others: Tensor | None
 
 
 def is_own(group: Group) -> bool:
@@ -42,21 +40,12 @@ def plan(group: Group) -> Plan | None:
     rows = named_rows([edit], x.query)
     if not rows.numel():
         return None
-    device, count = x.query.device, x.query.shape[2]
+    device = x.query.device
 
     def find(kept: Tensor) -> Tensor:
         return kept.flatten(0, -2).any(dim=0).nonzero()[:, 0].to(device)
 
-    def alike(rows: Tensor) -> Tensor | None:
-        same = bool((rows.any(dim=0) == rows.all(dim=0)).all())
-        return (~rows[0].expand(count)).nonzero()[:, 0].to(device) if same else None
-
-    columns = edit.remember_size("columns", device, lambda: find(values_of(edit.columns)))
-    others = None
-    if edit.strength == 1 and x.mask is None:  # every row sees itself
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        others = none if edit.rows is None else found_in(edit.rows, ("others", count, device), alike)
-    return Plan(columns, rows, others)
+    return Plan(edit.remember_size("columns", device, lambda: find(values_of(edit.columns))), rows)
 
 
 def run(group: Group, known: Plan) -> Tensor:
@@ -89,12 +78,6 @@ def run(group: Group, known: Plan) -> Tensor:
         mixed = text + share * (value - text)
     else:
         mixed = value
-    if known.others is not None:
-        output = x.query.new_empty(*x.query.shape[:3], value.shape[3])
-        if known.others.numel():
-            rest = x.query[:, :, known.others]
-            output = output.index_copy(2, known.others, attend(rest, x.key, x.value, None, False, group.call.scaling)[0])
-        return output.index_copy(2, index, mixed.to(output.dtype))
     output = group.kernel(None, False)[0]
     old = output[:, :, index].to(dtype)
     # who sees neither itself nor any of the columns keeps what it has

@@ -108,6 +108,11 @@ class PerturbedGuidance(BranchGuidance):
         """Whether text that shares a stream with the image is left as it is."""
         return True
 
+    @property
+    def outputs_alone(self) -> bool:
+        """Whether the edits of self-attention need no weights, so that linear attention (Sana) is served too."""
+        return False
+
     def misfit(self, sites: SiteTable) -> str:
         layers, name = image_layers(sites), sites.model_name
         if not layers:
@@ -116,8 +121,8 @@ class PerturbedGuidance(BranchGuidance):
         for layer, head in self.selection(sites):
             if not 0 <= layer < len(layers):
                 return f"layer {layer} does not exist: {name} has layers 0 to {len(layers) - 1}"
-            if layers[layer].refusal:
-                return layers[layer].refusal
+            if reason := layers[layer].refused(self.outputs_alone):
+                return reason
             for site in layers[layer]:
                 if head is not None and site.num_heads and not 0 <= head < site.num_heads:
                     return f"head {head} does not exist: layer {layer} has heads 0 to {site.num_heads - 1}"
@@ -132,7 +137,7 @@ class PerturbedGuidance(BranchGuidance):
 
     def acting(self, layer: SiteTable, heads: list[int] | None) -> list[Step]:
         """What perturbs one layer's sites in these heads (None = all)."""
-        return [Edits(layer, partial(self.weaken, heads), self.slug)]
+        return [Edits(layer, partial(self.weaken, heads), self.slug, self.outputs_alone)]
 
     def selection(self, sites: SiteTable) -> list[tuple[int, int | None]]:
         """(layer, head) pairs in order; head None = all of the layer."""
@@ -165,6 +170,10 @@ class IdentityGuidance(PerturbedGuidance):
     @property
     def image_only(self) -> bool:
         return self.scope != "all"
+
+    @property
+    def outputs_alone(self) -> bool:
+        return True
 
     def towards_itself(self, call: Call, strength: float, heads: list[int] | None, rows: Tensor) -> Edit:
         """A' = (1 - u) A + u I, or with I + text, renormalised."""

@@ -85,7 +85,7 @@ def test_sites(name: str) -> None:
     found: dict[tuple[str, str], int] = {}
     for site in table:
         found[site.stack, site.kind] = found.get((site.stack, site.kind), 0) + 1
-        assert site.num_heads and site.num_kv_heads and site.route == "sdpa" and not site.causal
+        assert site.num_heads and site.num_kv_heads and site.route in ("sdpa", "linear") and not site.causal
     assert found == FOUND[name]
     for stack in {s.stack for s in table}:
         layers = [s.layer for s in table if s.stack == stack]

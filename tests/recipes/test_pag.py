@@ -50,6 +50,12 @@ def hunyuan_dit() -> tuple[Any, dict[str, Any]]:
     return tiny_prompts.quiet(pipe), call
 
 
+def sana() -> tuple[Any, dict[str, Any]]:
+    pipe, call = tiny_prompts.sana()
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    return pipe, {**call, "latents": latents, "complex_human_instruction": None}
+
+
 def animate_diff() -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(3)
     motion = build("UNetMotionModel")[0]
@@ -69,6 +75,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], str, str, list[
     "SD3, two layers": (tiny_prompts.sd3, "StableDiffusion3PAGPipeline", "blocks.(0|2)", [0, 2]),
     "PixArt": (pixart_sigma, "PixArtSigmaPAGPipeline", "blocks.1", None),
     "HunyuanDiT": (hunyuan_dit, "HunyuanDiTPAGPipeline", "blocks.1", None),
+    "Sana": (sana, "SanaPAGPipeline", "transformer_blocks.1", [1]),
     "AnimateDiff": (animate_diff, "AnimateDiffPAGPipeline", "mid_block.*attentions.*attn1", [1]),
 }
 # what diffusers' own pipelines cannot do: PixArt's compares a timestep for each row with a number, HunyuanDiT's makes one row too few

@@ -201,7 +201,7 @@ def by_hand(model: Any, inputs: dict[str, Any], layers: dict[int, Any], heads: l
     from reattend.interventions import MixValue
 
     tables = list(layers.values())
-    act = [Edits(t, lambda c: MixValue(strength=0.5, heads=heads, rows=c.query_rows(rows))) for t in tables]
+    act = [Edits(t, lambda c: MixValue(strength=0.5, heads=heads, rows=c.query_rows(rows)), outputs=True) for t in tables]
     with attach(model, [Plan("weak", list(act))]):
         return predict(model, inputs)
 
@@ -212,7 +212,8 @@ VARIANCE = ("PixArtTransformer2DModel", "HunyuanDiT2DModel")
 
 @pytest.mark.parametrize(
     "name", ["UNet2DConditionModel", "UNetMotionModel", "SD3Transformer2DModel (3.5)", "FluxTransformer2DModel",
-             "PixArtTransformer2DModel", "HunyuanDiT2DModel", "Lumina2Transformer2DModel", "AuraFlowTransformer2DModel",
+             "PixArtTransformer2DModel", "HunyuanDiT2DModel", "SanaTransformer2DModel", "Lumina2Transformer2DModel",
+             "AuraFlowTransformer2DModel",
              "CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel",
              "WanTransformer3DModel", "MochiTransformer3DModel", "QwenImageTransformer2DModel"],
 )  # fmt: skip
@@ -265,7 +266,11 @@ def test_difference_grows_with_the_scale() -> None:
     [
         ("SD3Transformer2DModel", {"layers": [3]}, "layer 3 does not exist: .* has layers 0 to 2"),
         ("SD3Transformer2DModel", {"heads": [(0, 2)]}, "head 2 does not exist: layer 0 has heads 0 to 1"),
-        ("SanaTransformer2DModel", {}, "transformer_blocks.1.attn1 cannot be intercepted: .*linear attention"),
+        (
+            "SanaTransformer2DModel",
+            {"perturbation": "uniform"},
+            "transformer_blocks.1.attn1 cannot be intercepted: .*linear attention",
+        ),
         ("SD3Transformer2DModel", {"start": 0.5}, "a bare denoiser has none"),
     ],
 )

@@ -2,8 +2,7 @@
 
 from example import Example
 
-LINEAR = {"SanaTransformer2DModel": "linear attention has no softmax"}
-EXAMPLES = {"": Example("diffusion", {"scale": 3.0}, off={"strength": 0}, layers=1, refused=LINEAR)}
+EXAMPLES = {"": Example("diffusion", {"scale": 3.0}, off={"strength": 0}, layers=1)}
 BAD = [
     ({"strength": 1.5}, "strength"),
     ({"layers": [1], "heads": [(0, 1)]}, "layers or heads, not both"),

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from example import Example
 
-LINEAR = {"SanaTransformer2DModel": "linear attention has no softmax"}
-
 
 def profile(model: Any, tokenizer: Any) -> Any:
     """As a search would leave it that found all heads of one layer."""
@@ -24,7 +22,7 @@ def profile(model: Any, tokenizer: Any) -> Any:
     return Profile("headhunter", fingerprint(model), {"selected": torch.tensor([[layer, head] for head in heads])}, facts)
 
 
-EXAMPLES = {"": Example("diffusion", {"strength": 1.0}, off={"strength": 0}, layers=1, profile=profile, refused=LINEAR)}
+EXAMPLES = {"": Example("diffusion", {"strength": 1.0}, off={"strength": 0}, layers=1, profile=profile)}
 BAD = [
     ({"strength": 1.5}, "strength"),
     ({"top": 0}, "top"),

@@ -14,23 +14,21 @@ Ours: part of the schedule in steps; each text has its own length in cross-atten
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field
 from torch import Tensor
 
 from ..hooks import Context, SecondText, SiteTable
 from ..hooks.plan import Step
-from ..interventions import Call, Edit, Extrapolate, ReattendError, Second, TakeOutput
+from ..interventions import Call, Edit, Extrapolate, Second, TakeOutput
 from ..interventions.edits.second import extrapolated
-from .kit.base import Info, Recipe
+from .kit.base import Info
+from .kit.second_texts import NegativeText, by_model, text_sites
 
 
-class NAG(Recipe):
+class NAG(NegativeText):
     slug = "nag"
     info = Info(
         does="Pushes an image away from a negative text inside attention: negative prompts for few-step models without CFG.",
@@ -40,20 +38,12 @@ class NAG(Recipe):
         families=("guidance",),
         kinds=("diffusion",),
         cost="forward",
-        problems=("the picture lacks structure and detail",),
+        problems=("the picture shows what it should not", "the picture lacks structure and detail"),
         sweep={"scale": (2.0, 4.0, 8.0)},
         code="ChenDarYen/Normalized-Attention-Guidance",
         licence="MIT",
     )
 
-    beside = {"negative": "negative"}
-
-    negative: str | list[str] = Field("", description="what the image is pushed away from: one text, or one per prompt")
-    tensors: str | None = Field(
-        None,
-        description="the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds "
-        "[texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them",
-    )
     scale: float | None = Field(
         None, ge=1, le=100, description="how far the push goes; 1 = off. Default: 3 for UNets, 9 for Wan, 5 for others"
     )
@@ -67,29 +57,11 @@ class NAG(Recipe):
     norm: Literal["l1", "l2"] = Field(
         "l1", description='how the size of a token is measured; "l2" as in the first published file'
     )
-    start: float = Field(0.0, ge=0, lt=1, description="first part of the schedule with guidance, as a fraction of the steps")
-    stop: float = Field(
-        1.0, gt=0, le=1, description="the fraction of the steps from which on there is none; the effect lies in the first ones"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> NAG:
-        if self.start >= self.stop:
-            raise ValueError(f"start {self.start} must lie below stop {self.stop}")
-        if self.tensors is not None and self.negative:
-            raise ValueError("give the negative text as negative or as tensors, not both")
-        if self.tensors is not None and not Path(self.tensors).is_file():
-            raise ValueError(f"tensors must be a safetensors file, and there is none at {self.tensors!r:.80}")
-        return self
-
-    def misfit(self, sites: SiteTable) -> str:
-        chosen = text_sites(sites)
-        if not len(chosen):
-            return f"nag needs a diffusion model that reads a text by attention; {sites.model_name} has no such site"
-        return chosen.refusal
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        scale, strength = published(sites)
+        scale, strength = by_model(
+            sites, sd3=(5.0, 0.125), flux=(5.0, 0.25), wan=(9.0, 0.25), unet=(3.0, 0.5), cross=(5.0, 0.25)
+        )
         scale = scale if self.scale is None else self.scale
         strength = strength if self.strength is None else self.strength
 
@@ -98,9 +70,7 @@ class NAG(Recipe):
 
         if scale == 1 or strength == 0:
             return []
-        texts = self.negative if self.tensors is None else None
-        tensors = None if self.tensors is None else read(self.tensors)
-        return [Context("nag", text_sites(sites), use, texts=texts, tensors=tensors, start=self.start, stop=self.stop)]
+        return [Context("nag", text_sites(sites), use, **self.text())]
 
     def push(self, call: Call, text: SecondText, scale: float, strength: float) -> list[Edit]:
         """The edits of one call."""
@@ -129,27 +99,3 @@ class NAG(Recipe):
                 [pushed, TakeOutput(batch=text.partner, rows=image & own)],
             )
         return kept[2]
-
-
-def text_sites(sites: SiteTable) -> SiteTable:
-    """Cross-attention to the text, or joint attention where image and text see each other."""
-    denoiser = sites.stack("denoiser")
-    cross = denoiser.kind("cross")
-    return cross if len(cross) else denoiser.kind("joint")
-
-
-def published(sites: SiteTable) -> tuple[float, float]:
-    """scale and strength of the authors' file for such a model; joint models that have none get those for Flux."""
-    if sites.model_name.startswith("Wan"):
-        return 9.0, 0.25
-    if sites.model_name.startswith(("SD3", "StableDiffusion3")):
-        return 5.0, 0.125
-    return (3.0, 0.5) if any(site.stack == "denoiser.mid" for site in sites) else (5.0, 0.25)
-
-
-def read(path: str) -> dict[str, Tensor]:
-    """The tensors of a file. Raises ReattendError where it holds none."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ReattendError(f"nag: tensors must be a safetensors file, and {path!r:.80} is none: {error}") from None

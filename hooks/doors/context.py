@@ -5,8 +5,9 @@ site's own projections and norms make of it (LoRA included), for every row, with
 attention, where a text changes with every block, the second text has rows of its own, a guide's branch whose output is dropped: they hold all
 its text arguments (pooled ones too), and their image tokens are those of the rows they were copied from, at every attention of
 blocks that keep the two streams apart, and on entry to the first block that does not. Or the second text stands after the prompt in the
-same stream (place "after"), its columns named, hidden from rows that are not the prompt's. Texts are words, encoded as the running pipeline
-encodes its own prompt and with its settings, or tensors under the names of the pipeline's own arguments; one text, or one per prompt.
+same stream (place "after"), once or several times, without what pads it, its columns named, hidden from rows that are not the prompt's.
+Texts are words, encoded as the running pipeline encodes its own prompt and with its settings, or tensors under the names of the pipeline's
+own arguments; one text, or one per prompt.
 
 Costs: the text's encoding, keys and values once a run, kept until the next one (2 x tokens x width numbers a site), and what the
 intervention adds: a second attention of the rows it names. In joint attention further rows as a guide's, half as many again as there
@@ -35,7 +36,7 @@ from ..handles import Handles, Holder
 from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, edits_of, sites_misfit
-from ..prompts.longer_text import columns_of, lengthened, lengthening_misfit, level, padding_of, put
+from ..prompts.longer_text import lengthened, lengthening_misfit, level, padding_of, put, words_at
 from ..prompts.second_text import Encoded, encoded, encoder_misfit, given_as, pooled_misfit
 from ..sites.families import family_of
 from ..sites.table import SiteTable
@@ -59,7 +60,7 @@ class SecondText:
     In cross-attention key [B or 1, Hkv, m, D] and value [B or 1, Hkv, m, Dv] of the text, mask bool [B or 1, 1, 1, m] (True = a word; None
     where all are). In joint attention rows bool [B] are those of the second text, and partner long [B] the row that each row is tied to:
     a row of the second text and the conditional row it was copied from name each other, any other row itself. After the prompt columns bool
-    [B, Tk]: where its words are.
+    [B, Tk]: where its words are, of several copies those of the last.
     """
 
     key: Tensor | None = None
@@ -76,7 +77,8 @@ class Context(Step):
 
     texts: one, or one per prompt; or tensors: {"prompt_embeds": [P, T, C], "pooled_prompt_embeds": [P, C'], "prompt_attention_mask": [P, T]},
     those that the model has. name: of the second text's rows in `call.clock.branches`, and of its edits in the session's counters.
-    place: "beside" the prompt, with keys and values or rows of its own, or "after" it, in the same stream (the pooled text stays the prompt's).
+    place: "beside" the prompt, with keys and values or rows of its own, or "after" it, in the same stream (the pooled text stays the prompt's):
+    copies of it, each of as many tokens as the longest text has; an empty text has none there.
     start, stop: the part of the schedule it acts in, start <= step / steps < stop. Raises ReattendError for both or neither, for tensors that
     are no texts, and for a part that is empty.
     """
@@ -87,6 +89,7 @@ class Context(Step):
     texts: str | Sequence[str] | None = None
     tensors: Mapping[str, Tensor] | None = None
     place: Literal["beside", "after"] = "beside"
+    copies: int = 1
     start: float = 0.0
     stop: float = 1.0
     _held: list[Step] = field(default_factory=list, init=False, repr=False)
@@ -108,6 +111,8 @@ class Context(Step):
             raise ReattendError(f"texts must be a text or a list of texts, got {self.texts!r:.80}")
         if self.place not in ("beside", "after"):
             raise ReattendError(f'place must be "beside" or "after", got {self.place!r}')
+        if self.copies < 1 or (self.copies > 1 and self.place == "beside"):
+            raise ReattendError(f'copies must be 1, or more with place "after", got {self.copies}')
         joint = self.sites.kind("joint")
         if len(joint) and self.place == "beside":
             double, single = (joint.where(lambda s, one=one: s.stack.endswith(".single") is one) for one in (False, True))
@@ -216,15 +221,18 @@ class Context(Step):
             return
         if "text" not in store:
             texts = [self.texts] if isinstance(self.texts, str) else list(self.texts or ())
-            store["text"] = self._given or encoded(pipeline, texts)
+            text = self._given or encoded(pipeline, texts)
+            store["text"] = text.packed() if self.place == "after" else text
         text, count, store["rows"] = store["text"], int(rows.sum()), len(rows)
         if count % text.count:
             raise ReattendError(
                 f"{text.count} second texts cannot be shared out to {count} rows of the prompt: give one, or one per prompt"
             )
         if self.place == "after":
-            call.kept[AFTER] = call.kept.get(AFTER, 0) + text.embeds.shape[1]
-            put(call, lengthened(call.given, text, shared_out(call.clock, len(rows), text.count, alone=True)))
+            number = shared_out(call.clock, len(rows), text.count, alone=True)
+            for _ in range(self.copies):
+                call.kept[AFTER] = call.kept.get(AFTER, 0) + text.embeds.shape[1]
+                put(call, lengthened(call.given, text, number))
             return
         if self._held:
             text = store["level"] = level(call, text, store)
@@ -246,7 +254,8 @@ class Context(Step):
         if self.place == "after":
             if "text" not in store or "conditional" not in call.clock.branches:
                 return None
-            return SecondText(columns=columns_of(call, store["text"].embeds.shape[1]) & call.columns("text"))
+            columns = words_at(call, _words(call, store["text"]))
+            return SecondText(columns=columns & call.columns("text"))
         if call.site.kind == "joint":
             rows = call.clock.rows(self.name, call.batch)
             if rows is None:
@@ -264,7 +273,7 @@ class Context(Step):
         return SecondText(key[number], value[number], None if mask is None else mask[number])
 
     def _hidden(self, call: Call, store: _Store) -> list[Edit]:
-        """After the prompt: rows that are not the prompt's see nothing of the second text. Beside it: nobody sees what fills up a text."""
+        """After the prompt: rows that are not the prompt's see nothing of the second text. Both places: nobody sees what fills up a text."""
         rows = call.clock.rows(self.name if self._held else "conditional", call.batch)
         if rows is None or not (self.place == "after" or store.get("filled")):
             return []
@@ -273,7 +282,8 @@ class Context(Step):
             if self._held:
                 prompt, second = store["lengths"]
                 return padding_of(call, torch.where(rows, second, prompt))
-            return None if bool(rows.all()) else columns_of(call, store["text"].embeds.shape[1]) & ~rows[:, None]
+            words = _words(call, store["text"])
+            return None if bool(words.all()) else words_at(call, ~words.repeat(1, self.copies))
 
         hidden = _once(store, "hidden", call.clock, columns)
         return [] if hidden is None else [KeyBias(bias=hidden * -HIDDEN)]
@@ -305,6 +315,13 @@ def _reads_prompt(call: Call, forward: Forward) -> bool:
         return call.site is None or call.site.kind != "cross" or forward.text_length in (None, call.num_keys)
     # of other tokens than the queries, and of images
     return call.query_tokens is None or "reference" not in call.tokens or forward.family.context == "reference"
+
+
+def _words(call: Call, text: Encoded) -> Tensor:
+    """Bool [B, n]: which tokens of the second text that stands after each row's prompt are its words."""
+    number = shared_out(call.clock, call.batch, text.count, alone=True)
+    words = torch.ones(text.embeds.shape[:2], dtype=torch.bool) if text.mask is None else text.mask.cpu()
+    return words[number.clamp_min(0)] & (number >= 0)[:, None]
 
 
 class _Run:

@@ -17,8 +17,7 @@ ones, and rows of which it is not known whether they are conditional.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,14 +30,15 @@ from ..actions import Action, Rank, RootCall
 from ..handles import Handles, Holder
 from ..host import Host
 from ..plan import Facts, Plan, Step
-from ..sites.discovery import components, original_of
+from ..sites.discovery import original_of
 from ..tokens.denoisers import DenoiserForward
 from ..tokens.marks import Marks
 from ..tokens.pass_text import ENCODE_WITHIN, PassText
-from ..tokens.text_columns import Encoded, Stream
+from ..tokens.text_columns import Stream
+from ..tokens.text_encodings import TextEncodings, text_encoders
 from ..tokens.words import Occurrence, Word, columns_of, texts_read
 
-ENCODINGS, TEXTS = 32, 8
+TEXTS = 8
 # of every prompt, whoever asks; and what else the tokens of a denoiser are called
 OF_A_PROMPT = ("start", "words", "end")
 TAKEN = (*OF_A_PROMPT, "image", "text", "padding", "reference", "register", "frame")
@@ -101,13 +101,7 @@ class Words(Step):
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         reader = _Reader(self, plan.recipe, {} if self.columns is not None else text_encoders(session.model))
         handles = session.handles()
-        for name, (encoder, _) in reader.encoders.items():
-            handles.after(encoder, reader.encoded_by(name))
-            handles.before(encoder, reader.encodes, kwargs=True)
-            for path, module in encoder.named_modules():
-                # pipelines that skip layers (clip_skip) normalise an earlier state themselves
-                if path.rsplit(".", 1)[-1] == "final_layer_norm" and "layers" not in path.split("."):
-                    handles.after(module, reader.normalised)
+        reader.encodings.listen(handles)
         handles.act(Action(Rank.FACTS, before=reader.mark, certain=f"the words of {plan.recipe!r}"))
         return handles
 
@@ -119,22 +113,6 @@ class Words(Step):
         return [*([self.name] if given else []), *each, *(OF_A_PROMPT if self.columns is None else [])]
 
 
-def text_encoders(model: Any) -> dict[str, tuple[nn.Module, Any]]:
-    """{name: (text encoder, its tokenizer)} of a pipeline."""
-    model = original_of(model)
-    if isinstance(model, nn.Module):
-        return {}
-    parts = getattr(model, "components", {})
-    found = {}
-    for name, encoder in components(model).items():
-        if name.startswith("text_encoder"):
-            given = parts.get(name.replace("text_encoder", "tokenizer")) or parts.get("processor")
-            tokenizer = getattr(given, "tokenizer", given)
-            if tokenizer is not None:
-                found[name] = encoder, tokenizer
-    return found
-
-
 def _listed(value: Any) -> bool:
     return isinstance(value, (list, tuple, range))
 
@@ -143,36 +121,9 @@ class _Reader:
     """What a pipeline's text encoders gave while a session lasts, and the words in the texts that came of it."""
 
     def __init__(self, step: Words, recipe: str, encoders: dict[str, tuple[nn.Module, Any]]) -> None:
-        self.step, self.recipe, self.encoders = step, recipe, encoders
-        self.tokenizers = {name: tokenizer for name, (_, tokenizer) in encoders.items()}
-        self.encoded: deque[Encoded] = deque(maxlen=ENCODINGS)
+        self.step, self.recipe = step, recipe
+        self.encodings = TextEncodings(encoders)
         self.known: OrderedDict[Any, Marks] = OrderedDict()
-        self.local = threading.local()
-
-    # -- what text encoders give ---------------------------------------------------------------------------------------
-
-    def encodes(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        self.local.last, self.local.given = None, None
-        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-            real = mask.bool().cpu() if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-            self.local.given = ids.cpu(), real
-
-    def encoded_by(self, name: str) -> Any:
-        def encoded(module: nn.Module, args: tuple, output: Any) -> None:
-            given, self.local.given = getattr(self.local, "given", None), None
-            if given is not None and output is not None:
-                self.local.last = Encoded(name, *given)
-                self.local.last.add(output)
-                self.encoded.append(self.local.last)
-
-        return encoded
-
-    def normalised(self, module: nn.Module, args: tuple, output: Any) -> None:
-        last = getattr(self.local, "last", None)
-        if last is not None and output is not None:
-            last.add(output)
 
     # -- what a denoiser gets ------------------------------------------------------------------------------------------
 
@@ -180,7 +131,7 @@ class _Reader:
         """Tells the facts of a pass which columns of its text these are, before its first layer."""
         assert isinstance(call.forward, DenoiserForward)
         try:
-            call.forward.marks.append(self._marks(PassText.of(call, list(self.encoded))))
+            call.forward.marks.append(self._marks(PassText.of(call, list(self.encodings.encoded))))
         except ReattendError as error:
             raise ReattendError(f"{self.recipe}: {error}") from None
 
@@ -198,7 +149,7 @@ class _Reader:
         marks = {role: torch.zeros(text.rows, text.width, dtype=torch.bool) for role in step.roles}
         streams: dict[int, list[Stream]] = {}
         if step.columns is None:
-            streams = {row: text.read(row * text.frames, self.tokenizers) for row in text.conditional}
+            streams = {row: text.read(row * text.frames, self.encodings.tokenizers) for row in text.conditional}
         for row in text.conditional:
             number, copy = own.index(text.source[row]), row not in own
             if streams and not streams[row] or (copy and step.columns is not None and not text.copied(row)):
@@ -215,7 +166,7 @@ class _Reader:
             if step.columns is not None:
                 each = [set(columns) for columns in named]
             else:
-                texts = texts_read(streams[row], self.tokenizers)
+                texts = texts_read(streams[row], self.encodings.tokenizers)
                 for role in OF_A_PROMPT:
                     found[role] = sorted(set().union(*(getattr(one, role) for one in texts)))
                 if named and not copy and _ids(streams[own[first]]) != _ids(streams[row]):

@@ -18,6 +18,11 @@ from .second_text import MASKS, Encoded
 def lengthening_misfit(denoiser: nn.Module) -> str:
     """Why a denoiser's text cannot be made longer, or ""."""
     family, name = family_of(denoiser), type(denoiser).__name__
+    if name.startswith("Wan") and any(key.endswith("add_k_proj") for key, _ in denoiser.named_modules()):
+        return f"{name} with an image beside its text takes the last 512 tokens for the text, so there is no place after it"
+    patches = getattr(denoiser, "patch_embed", None)
+    if getattr(patches, "use_positional_embeddings", False) and hasattr(patches, "max_text_seq_length"):
+        return f"{name} has places for {patches.max_text_seq_length} text tokens, so there is none after them"
     if hasattr(denoiser, "text_embedding_padding") or len(family.text) != 1:
         return f"{name} joins its text from several inputs, so there is no place after it"
     if family.ragged or family.per_sample or family.block > 1:
@@ -27,6 +32,7 @@ def lengthening_misfit(denoiser: nn.Module) -> str:
 
 def lengthened(given: Mapping[str, Any], text: Encoded, number: Tensor) -> dict[str, Any]:
     """The arguments of a call with a second text after each row's own, by name. number long [B]: which one; -1 where there is to be none.
+    A model without a mask of its text sees what fills up a shorter one, until `words_at` hides it.
 
     Raises ReattendError for a text of another width, and for tokens whose positions are numbered.
     """
@@ -43,8 +49,6 @@ def lengthened(given: Mapping[str, Any], text: Encoded, number: Tensor) -> dict[
         words = torch.ones(text.embeds.shape[:2]) if text.mask is None else text.mask
         words = words.to(given[mask])[number.clamp_min(0)] * (number >= 0)[:, None].to(given[mask])
         found[mask] = torch.cat([given[mask], words.to(given[mask])], dim=1)
-    elif text.mask is not None and not bool(text.mask.all()):
-        raise ReattendError("this model is called without a mask of its text: leave prompt_attention_mask out")
     if isinstance(given.get("txt_seq_lens"), list):
         found["txt_seq_lens"] = [length + text.embeds.shape[1] for length in given["txt_seq_lens"]]
     ids = given.get("txt_ids")
@@ -99,6 +103,14 @@ def columns_of(call: Call, length: int) -> Tensor:
     text = _stream(call)
     place = text.cumsum(dim=1)
     return text & (place > place[:, -1:] - length)
+
+
+def words_at(call: Call, words: Tensor) -> Tensor:
+    """Bool [B, Tk]: words bool [B, n] of the last n tokens of each row's text stream, where these are among the keys."""
+    last = columns_of(call, words.shape[1])
+    found = torch.zeros_like(last)
+    found[last] = words.to(last.device).flatten()
+    return found
 
 
 def _stream(call: Call) -> Tensor:

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...interventions import ReattendError
+from ..module_hooks import Hooks
 from ..sites.discovery import components
 from ..sites.source import source_of
+from ..tokens.text_columns import held_by, read_row
+from ..tokens.text_encodings import TextEncodings, text_encoders
 
 # what a text may be given as, by the names that pipelines use
 NAMES = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
@@ -44,6 +47,7 @@ NO_POOLED = "this model reads a pooled text beside the tokens: give the second t
 class Encoded:
     """Texts as tensors: embeds [P, T, C]; pooled [P, C']; mask [P, T], True = real; None where the family has no such thing.
 
+    words bool [P, T]: where tokens of the texts themselves stand, start and end tokens too; None where all do, or where nobody knows.
     filled: how many tokens at the end were put there to fill them up, which are hidden where the model has no mask for it.
     """
 
@@ -51,10 +55,22 @@ class Encoded:
     pooled: Tensor | None = None
     mask: Tensor | None = None
     filled: int = 0
+    words: Tensor | None = None
 
     @property
     def count(self) -> int:
         return self.embeds.shape[0]
+
+    def packed(self) -> Encoded:
+        """The texts without what pads them: words first, as many tokens as the longest one has, the others masked after their end."""
+        words = self.mask if self.words is None else self.words
+        if words is None:
+            return self
+        words = words.to(self.embeds.device)
+        order = (~words).long().argsort(dim=1, stable=True)[:, : int(words.sum(dim=1).amax())]
+        embeds = self.embeds.gather(1, order[..., None].expand(-1, -1, self.embeds.shape[2]))
+        left = words.gather(1, order)
+        return Encoded(embeds, self.pooled, None if bool(left.all()) else left)
 
     def arguments(self, given: Mapping[str, Any], *, pooled: bool = True) -> dict[str, Any]:
         """The arguments of a denoiser's call that these texts stand for, by name, with P rows each. pooled: also the pooled ones.
@@ -163,13 +179,35 @@ def encoded(pipeline: Any, texts: Sequence[str]) -> Encoded:
             continue
         elif name in running:
             given[name] = running[name]
+    encodings, hooks = TextEncodings(text_encoders(pipeline)), Hooks()
     try:
+        encodings.listen(hooks)
         values = encode(**given)
     except Exception as error:  # whatever its encoders object to
         raise ReattendError(f"{type(pipeline).__name__} could not encode the second text: {error}") from error
+    finally:
+        hooks.remove()
     named = dict(zip(_returned(pipeline), values, strict=False))
     tensors = {name: value for name, value in named.items() if ALIASES.get(name, name) in NAMES and isinstance(value, Tensor)}
-    return given_as(tensors)
+    found = given_as(tensors)
+    found.words = found.mask if found.mask is not None else _words(found.embeds, encodings)
+    if found.words is not None:
+        empty = torch.tensor([not text.strip() for text in texts], device=found.words.device)
+        found.words = found.words & ~empty[:, None]
+    return found
+
+
+def _words(embeds: Tensor, encodings: TextEncodings) -> Tensor | None:
+    """Bool [P, T]: which columns hold tokens that a text encoder was given, but for its padding; None where one text has none that is known."""
+    passes = list(encodings.encoded)
+    if not passes:
+        return None
+    held = [held_by(embeds, passes)]
+    words = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    for row in range(len(embeds)):
+        for stream in read_row([embeds], held, row, passes, encodings.tokenizers):
+            words[row, stream.columns] = True
+    return words.to(embeds.device) if bool(words.any(dim=1).all()) else None
 
 
 def _returned(pipeline: Any) -> list[str]:

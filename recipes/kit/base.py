@@ -35,6 +35,7 @@ Problem = Literal[
     "an image's tokens cost too much",
     "the picture ignores a word",
     "the picture lacks structure and detail",
+    "the picture shows what it should not",
 ]
 Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding"]
 

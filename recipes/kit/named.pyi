@@ -33,6 +33,7 @@ from ..tpg import TPG
 from ..var import VAR
 from ..vhr import VHR
 from ..visual_token_exit import VisualTokenExit
+from ..vsf import VSF
 from .apply import Choice
 from .base import Recipe
 
@@ -254,6 +255,10 @@ class NAGParameters(TypedDict, total=False):
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
     [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none; the effect lies in the first ones"""
     scale: float | None
     """how far the push goes; 1 = off. Default: 3 for UNets, 9 for Wan, 5 for others"""
     limit: float
@@ -262,10 +267,6 @@ class NAGParameters(TypedDict, total=False):
     """share of the pushed output; 0 = off. Default: 0.5 for UNets, 0.125 for SD3, 0.25 for others"""
     norm: Literal["l1", "l2"]
     """how the size of a token is measured; 'l2' as in the first published file"""
-    start: float
-    """first part of the schedule with guidance, as a fraction of the steps"""
-    stop: float
-    """the fraction of the steps from which on there is none; the effect lies in the first ones"""
 
 class OPERAParameters(TypedDict, total=False):
     """Penalises next tokens that go on looking at one earlier token of the answer instead of the image."""
@@ -625,6 +626,28 @@ class VisualTokenExitParameters(TypedDict, total=False):
     """'hide': no row sees the image after the exit, with any model, cache and other recipe, and at full cost; 'leave':
     image tokens (and padding) leave the sequence there, for the same answers with less work and shorter caches"""
 
+class VSFParameters(TypedDict, total=False):
+    """Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, at next to no cost."""
+
+    negative: str | Sequence[str]
+    """what the image is pushed away from: one text, or one per prompt"""
+    tensors: str | None
+    """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
+    [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none; the effect lies in the first ones"""
+    scale: float | None
+    """how much of the negative text's values is taken away; 1 = as much as they would have added. Default: 3 for SD3, 6
+    for Flux, 1.7 for Wan and other models with cross-attention, 3 for others"""
+    offset: float | None
+    """how much less the image attends to the negative text, subtracted from scores before the softmax; below 0 = more.
+    Default: 0.08 for SD3, 0 for Flux, 0.2 for Wan and other models with cross-attention, 0.08 for others"""
+    text_rows: Literal["pipeline", "script"]
+    """in joint attention: whether a plain copy of the negative text stays in the prompt, as in the authors' pipeline, or
+    none, as in their script ('script')"""
+
 @overload
 def apply(
     model: Any,
@@ -914,6 +937,16 @@ def apply(
     isolated: bool = False,
     tokenizer: Any = None,
     **parameters: Unpack[VisualTokenExitParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["vsf"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[VSFParameters],
 ) -> Session: ...
 @overload
 def apply(model: Any, *recipes: Choice, isolated: bool = False, tokenizer: Any = None, **parameters: Any) -> Session: ...
@@ -1091,6 +1124,12 @@ def recipe(
     /,
     **parameters: Unpack[VisualTokenExitParameters],
 ) -> VisualTokenExit: ...
+@overload
+def recipe(
+    name: Literal["vsf"],
+    /,
+    **parameters: Unpack[VSFParameters],
+) -> VSF: ...
 @overload
 def recipe(name: str, /, **parameters: Any) -> Recipe: ...
 
@@ -1384,6 +1423,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[VisualTokenExitParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["vsf"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[VSFParameters],
     ) -> Session: ...
     @overload
     def use(self, *recipes: Choice, isolated: bool = False, tokenizer: Any = None, **parameters: Any) -> Session: ...

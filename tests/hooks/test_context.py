@@ -488,6 +488,8 @@ def test_what_apply_refuses():
         ({"tensors": {**text, "pooled_prompt_embeds": torch.ones(3, 8)}}, r"must be \[1, width\], as there are texts"),
         ({"tensors": {**text, "prompt_attention_mask": torch.ones(1, 4)}}, r"must be \[1, 5\], as prompt_embeds"),
         ({"texts": "a", "start": 0.5, "stop": 0.5}, "0 <= start < stop <= 1 must hold"),
+        ({"texts": "a", "copies": 2}, 'copies must be 1, or more with place "after"'),
+        ({"texts": "a", "place": "after", "copies": 0}, "copies must be 1"),
         ({"texts": "a", "place": "before"}, 'place must be "beside" or "after"'),
     ):
         with pytest.raises(ReattendError, match=words):

@@ -11,7 +11,7 @@ from golden_files import golden_file
 from reattend.hooks import SecondText
 from reattend.interventions import Call, Clock, Site, TokenMap
 from reattend.interventions.edits.second import extrapolated
-from reattend.recipes.nag import text_sites
+from reattend.recipes.kit.second_texts import text_sites
 from safetensors.torch import save_file
 from tiny_denoisers import DENOISERS, TEXT
 

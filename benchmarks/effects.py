@@ -73,12 +73,7 @@ class Measurement:
             best = self.best(found["choosing"])
             found["chosen"] = {slug: labels[0] for slug, labels in best.items()}
             found["further"] = [label for labels in best.values() for label in labels[1:]]
-        confirmed = [*found["chosen"].values(), *found["further"]]
-        wanted = [
-            spec
-            for spec in tried
-            if self.label(spec) in confirmed or not section.choose or (section.defaults and self.is_default(spec))
-        ]
+        wanted = self.confirmed(found)
         specs = [self.renamed(spec) for spec in [*wanted, *section.others]]
         fresh = self.fresh(f"{self.renamed(section.suite)}:{section.confirming}", asked)
         rows = self.rows(fresh, specs, section.confirm, CONFIRMED_ON)
@@ -138,6 +133,18 @@ class Measurement:
         ranked = {slug: sorted(map(self.label, specs), key=lambda label: -value[label]) for slug, specs in self.specs.items()}
         better = {slug: [label for label in labels if value[label] > value["none"] + 1e-9] for slug, labels in ranked.items()}
         return {slug: labels[: self.section.best] for slug, labels in better.items() if labels}
+
+    def confirmed(self, found: dict[str, Any]) -> list[str]:
+        """The variants that are measured again: those that were chosen, and defaults; all of them where nothing was to be chosen."""
+        section, labels = self.section, {*found["chosen"].values(), *found["further"]}
+        return [
+            spec
+            for slug, specs in self.specs.items()
+            for spec in specs
+            if not section.choose
+            or self.label(spec) in labels
+            or (self.is_default(spec) and (section.defaults or slug not in found["chosen"]))
+        ]
 
     # -- asking --------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ A file of tests/recipes/examples may set, each by kind of model or group of sect
     TIMED = {label: parameters}                    rows of docs/costs.md, the first one for docs/results.md; parameters may be a function
                                                    of the `Subject` that is timed. Default: one row with what the method marks.
     FLOORS = {label: (why, floor)}                 passes that the method needs by its definition: see FLOORS of subjects.py
-    TRIED = {"highlight": [variant, ...]}          variants of effects.py, from weak to strong. Default: those of `Info.sweep`
+    TRIED = {"highlight": [variant, ...]}          variants of effects.py, from weak to strong; {}: none. Default: those of `Info.sweep`
     PAPER = {"highlight": text}                    what the paper reports there
     PROFILED = {option: value}                     options of its profiling run; samples="scenes": questions on scenes of the zoo;
                                                    scenes=n: so many prompts of the zoo's pictures, and its judge as objective
@@ -72,10 +72,10 @@ def tried(group: str) -> dict[str, list[str]]:
     """{slug: variants} of the methods that a group of sections asks."""
     found = {}
     for slug, cls in registry().items():
-        known = said(slug, "TRIED")
-        if group in known:
+        known = getattr(modules()[slug], "TRIED", None)
+        if group in (known or ()):
             found[slug] = list(known[group])
-        elif not known and PROBLEMS.get(group) in cls.info.problems:
+        elif known is None and PROBLEMS.get(group) in cls.info.problems:
             needed = cls.info.profiling and not cls.info.profiling.startswith("optional")
             own = f"{slug}:profile_path={{{slug}}}" if needed else slug
             found[slug] = [own, *(f"{own}:{name}={value}" for name, values in cls.info.sweep.items() for value in values)]

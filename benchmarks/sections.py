@@ -27,7 +27,7 @@ class Section:
     one settings are chosen. recipes: {slug: variants from weak to strong, among them the one without parameters of its own, which is the
     default}. others: variants that are confirmed without having been chosen: controls and combinations. {slug} in a variant: the profile
     of that recipe; {slug TASK}: its profile for a task. choose, confirm: scenes, texts or pairs; with choose 0 all variants are confirmed.
-    best: how many settings of a recipe are confirmed; defaults: whether its default is, though others were better.
+    best: how many settings of a recipe are confirmed; defaults: whether its default is even where others were better.
     instead: {text: text} put into suite and variants when settings are confirmed
     on another task. paper: {slug: what it reports, on its models}.
     """

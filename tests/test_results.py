@@ -12,16 +12,11 @@ import effects_page
 import methods
 import pytest
 import summary
-from PIL import Image
 from reattend import interventions
 from reattend.evaluation.metrics.intervals import Resamples
-from reattend.evaluation.suites.binding import Binding
 from reattend.evaluation.suites.registry import suite
 from reattend.evaluation.variants import suites_of
 from reattend.interventions import Edit
-from reattend.zoo.worlds.drawing import BACKGROUND, picture
-from reattend.zoo.worlds.language import listing
-from reattend.zoo.worlds.shapes import CLEAR, Scene
 from sections import SECTIONS
 
 
@@ -99,15 +94,13 @@ def test_the_best_settings_of_each_recipe_are_confirmed():
     assert asked.best(found) == {"seg": ["seg", "seg(sigma=1)"], "pag": ["pag(scale=2)"]}, "of equals the weakest"
     asked.section = replace(section, best=1)
     assert asked.best(found) == {"seg": ["seg"], "pag": ["pag(scale=2)"]}
-
-
-def test_what_a_search_of_heads_is_told():
-    told = effects.prompts_of_scenes(3)
-    scenes = [Binding.asked(item) for item in Binding().items(3, effects.PROFILED_ON)]
-    assert told["prompts"] == [listing(things) for things in scenes]
-    blank = Image.new("RGB", (64, 64), BACKGROUND)
-    drawn = [picture(Scene(tuple(replace(t, x=0.2 + 0.3 * i, size=0.13) for i, t in enumerate(scenes[0]))), 64, CLEAR), blank]
-    assert told["objective"](drawn, told["prompts"][:2]) == [1.0, 0.0]
+    chosen = {"chosen": {"seg": "seg", "pag": "pag(scale=2)"}, "further": ["seg(sigma=1)"]}
+    # a method of which nothing was better is measured as it comes
+    assert asked.confirmed(chosen) == ["seg:sigma=1", "seg", "tpg", "pag:scale=2"]
+    asked.section = replace(section, defaults=True)
+    assert asked.confirmed(chosen) == ["seg:sigma=1", "seg", "tpg", "pag", "pag:scale=2"]
+    asked.section = replace(section, choose=0)
+    assert asked.confirmed({"chosen": {}, "further": []}) == [spec for specs in section.recipes.values() for spec in specs]
 
 
 def test_every_recipe_has_a_section():
@@ -115,9 +108,8 @@ def test_every_recipe_has_a_section():
 
     asked = {slug for section in SECTIONS.values() for slug in section.recipes}
     # TRIED = {} in a method's example: no suite asks what it is for yet
-    assert asked | {slug for slug in list_recipes() if getattr(methods.modules()[slug], "TRIED", None) == {}} == set(
-        list_recipes()
-    )
+    unasked = {slug for slug in list_recipes() if getattr(methods.modules()[slug], "TRIED", None) == {}}
+    assert asked | unasked == set(list_recipes()) and not asked & unasked
     assert all(suite(section.suite.partition(":")[0]) for section in SECTIONS.values())
 
 

@@ -27,7 +27,7 @@ from ..hooks import AtStep, Capture, Latents, SiteTable, Words
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, column_weights
 from .kit.base import Info, Recipe
-from .kit.denoisers import image_grid
+from .kit.denoisers import image_grid, reads_prompt
 
 SHARPEN, SCALES = 100, (1.0, 0.5)
 UNET = ("denoiser.down", "denoiser.mid", "denoiser.up")
@@ -166,6 +166,8 @@ class AttendAndExcite(Recipe):
 
     def read(self, named: list[str], call: Call) -> None:
         """Keeps the weights of all text columns, mean over heads, at the resolution that is asked for."""
+        if not reads_prompt(call):
+            return
         found = call.memory["excite"]
         grid = image_grid(call, self.slug)
         shape = list(grid.shape)

@@ -22,7 +22,7 @@ from ..hooks import Edits, SiteTable, Words
 from ..hooks.plan import Step
 from ..interventions import Call, Clock, Edit, Gain, ReattendError
 from .kit.base import Info, Recipe
-from .kit.denoisers import text_layers
+from .kit.denoisers import reads_prompt, text_layers
 
 WEIGHTED = re.compile(r"\(([^():]+):\s*([-+]?\d*\.?\d+)\s*\)")
 Factors = dict[str, float]
@@ -134,7 +134,7 @@ class PromptReweight(Recipe):
     def reweight(self, factors: dict[str, float], call: Call) -> list[Edit] | None:
         """A'[:, j] = c_j A[:, j] for the columns j of each role."""
         conditional = call.clock.rows("conditional", call.batch)
-        if conditional is None or not self.acts(call.clock):
+        if conditional is None or not self.acts(call.clock) or not reads_prompt(call):
             return None
         rows = conditional[:, None]
         if call.site is not None and call.site.kind == "joint":

@@ -39,6 +39,11 @@ def text_layers(sites: SiteTable) -> dict[int, SiteTable]:
     return {n: chosen.where(lambda s, place=place: (s.stack, s.layer) == place) for n, place in enumerate(places)}
 
 
+def reads_prompt(call: Call) -> bool:
+    """Whether a call of a site that reads text is to the prompt: the further ones of an IP-Adapter, to its pictures, are not."""
+    return call.tokens is None or call.query_tokens is None or "reference" not in call.tokens
+
+
 def default_layers(sites: SiteTable) -> list[int]:
     """A whole-layer default: a UNet's mid block, as published; layer 9 of SD3-medium's 24 (its paper found 7 to 10 good); else the middle.
 

@@ -15,7 +15,7 @@ from ...hooks import Capture, SiteTable, Words
 from ...hooks.plan import Step
 from ...interventions import Call, Edit, ReattendError, row_weights
 from ...interventions.engine.kernels import rows_per_chunk
-from .denoisers import image_grid
+from .denoisers import image_grid, reads_prompt
 
 
 class Heat:
@@ -39,7 +39,7 @@ class Heat:
             # another run: of this one's own, there may be others in the plan
             call.memory[self], self.kept = True, {}
         rows = call.clock.rows("conditional", call.batch)
-        if rows is None:
+        if rows is None or not reads_prompt(call):
             return
         own = rows.nonzero()[:, 0]
         if call.clock.source is not None:

@@ -14,6 +14,7 @@ from reattend.hooks import Capture, Edits, Guide, Plan, Words, attach
 from reattend.interventions import Call, Clock, Gain, ReattendError, Site, TokenGrid, TokenMap, reference_with_weights
 from reattend.recipes.kit.denoisers import text_sites
 from reattend.recipes.kit.heat import Heat
+from tiny_conditions import ip_adapter, stable_diffusion
 from tiny_prompts import FAMILIES
 from torch import Tensor
 
@@ -63,6 +64,16 @@ def test_maps_are_those_of_the_matrix(family: str) -> None:
     assert heat.map("w.1", (5, 7)).shape == (1, 5, 7)
     with pytest.raises(ReattendError, match="'fox' is no role of these words; they have: w, w.0, w.1"):
         heat.map("fox")
+
+
+def test_the_pictures_of_an_image_prompt_are_no_words() -> None:
+    maps = []
+    for pipe, run in (ip_adapter(0.0), stable_diffusion()):
+        heat = Heat(text_sites(reattend.sites(pipe)), Words("w", [["a"]]))
+        with attach(pipe, [Plan("look", heat.steps)]):
+            run()
+        maps.append(heat.map("w.0"))
+    torch.testing.assert_close(*maps)
 
 
 def test_nothing_was_read() -> None:

@@ -20,6 +20,7 @@ REFUSED = {
     "UNet2DConditionModel": "",
     "UNet2DConditionModel, UNet2DConditionModel": "apply the recipe to the pipeline",
     "UNetMotionModel": "denoises videos",
+    **dict.fromkeys(("ControlNet", "ControlNet without weight"), "belongs to another pipeline"),
 }
 EXAMPLES = {
     "": Example(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..interventions import Call, Edit, Site
 from .actions import Action
@@ -86,4 +86,8 @@ class Holder(Steered, Protocol):
 
     def counter(self, label: str) -> Any:
         """The counter {site name: times} under this label in `stats`."""
+        ...
+
+    def note(self, label: str, change: Tensor) -> None:
+        """Notes the size of a change that this recipe made to a prediction, as a part of it, on the prediction's device."""
         ...

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..interventions import Call, Edit, Site
 
@@ -71,6 +71,10 @@ class Steered(Protocol):
 
     def at(self, module: nn.Module) -> Place | None:
         """What it does at a module; None where nothing."""
+        ...
+
+    def note(self, label: str, change: Tensor) -> None:
+        """Notes the size of a change that this recipe made to a prediction, as a part of it, on the prediction's device."""
         ...
 
     def ready(self, call: Any) -> None: ...

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ from ..trackers.combination import combination_of
 from ..trackers.guided_pass import Formula, GuidedPass, Part, Predictions, settle
 
 Arguments = Mapping[str, Any]
+# a guide at work, its scale, and what takes the size of its shift
+Found = tuple["Guide", float, Callable[[Tensor], None]]
 
 
 def away(seen: Predictions) -> Tensor:
@@ -160,12 +163,12 @@ def _branch_off(call: RootCall) -> None:
     found = active_guides(call)
     hidden = hidden_in(call.given)
     if found:
-        _serves(call, [guide for guide, _ in found], hidden)
+        _serves(call, [guide for guide, *_ in found], hidden)
     # looked at once, before the pass: on an accelerator afterwards it would wait for the pass to end
     halves = {half: _rows(branches.get(half)) for half in ("conditional", "unconditional")}
     conditional, unconditional = halves.values()
-    if any(guide.of == "conditional" for guide, _ in found):
-        if run.unshifted and conditional and any(guide.formula for guide, _ in found):
+    if any(guide.of == "conditional" for guide, *_ in found):
+        if run.unshifted and conditional and any(guide.formula for guide, *_ in found):
             _second(call, found[0][0])
         elif unconditional and not conditional:
             run.unshifted = run.shift is None
@@ -174,15 +177,13 @@ def _branch_off(call: RootCall) -> None:
         _add_rows(call, found, len(hidden), halves, late)
 
 
-def _add_rows(
-    call: RootCall, found: Sequence[tuple[Guide, float]], batch: int, halves: Mapping[str, list[int]], late: bool
-) -> None:
+def _add_rows(call: RootCall, found: Sequence[Found], batch: int, halves: Mapping[str, list[int]], late: bool) -> None:
     """Puts the branches' rows at the end of the batch. late: the pass is to be shifted, even if it gets none."""
     parts, copies, at = [], [], batch
-    for guide, scale in found:
+    for guide, scale, note in found:
         rows = halves["conditional"] if guide.of == "conditional" else list(range(batch))
         if rows:
-            parts.append(Part(guide.name, rows, scale, guide.formula, at))
+            parts.append(Part(guide.name, rows, scale, guide.formula, at, note))
             copies.append(Copies(guide.name, rows, guide.own_arguments(call)))
             at += len(rows)
     if not parts and not late:
@@ -194,7 +195,7 @@ def _add_rows(
     call.kept[GuidedPass] = GuidedPass(call.clock, parts, batch, halves, call.run, combination, variance)
     if parts:
         call.replace(*grown(type(denoiser).__name__, call.args, call.kwargs, call.names, batch, copies))
-        counted = {guide.name: guide.conditional for guide, _ in found}
+        counted = {guide.name: guide.conditional for guide, *_ in found}
         device = next((rows.device for rows in call.clock.branches.values()), torch.device("cpu"))
         call.clock = _named(call.clock, batch, [(part, counted[part.name]) for part in parts], device)
 
@@ -206,17 +207,19 @@ def _come_together(call: RootCall) -> None:
         call.output = settle(call.output, guided)
 
 
-def active_guides(call: RootCall) -> list[tuple[Guide, float]]:
-    """The guides at work at this step, with their scales. Raises ReattendError for two of one name."""
-    found: list[tuple[Guide, float]] = []
-    steps = [step for session in call.sessions for plan in session.plans for step in plan.all]
-    for guide in (step for step in steps if isinstance(step, Guide)):
+def active_guides(call: RootCall) -> list[Found]:
+    """The guides at work at this step, with their scales and what takes the sizes of their shifts. Raises ReattendError for two of one name."""
+    found: list[Found] = []
+    steps = [
+        (partial(session.note, plan.recipe), step) for session in call.sessions for plan in session.plans for step in plan.all
+    ]
+    for note, guide in ((note, step) for note, step in steps if isinstance(step, Guide)):
         scale = guide.scale_at(call.clock)
         if scale == 0:
             continue
-        if any(other.name == guide.name for other, _ in found):
+        if any(other.name == guide.name for other, *_ in found):
             raise ReattendError(f"two guides are called {guide.name!r}: attach one at a time")
-        found.append((guide, scale))
+        found.append((guide, scale, note))
     return found
 
 

@@ -41,13 +41,17 @@ Formula = Callable[[Predictions], Tensor]
 
 @dataclass
 class Part:
-    """One guide's share of a pass: its branch is a copy of these rows. formula None: what its rows predict is dropped."""
+    """One guide's share of a pass: its branch is a copy of these rows. formula None: what its rows predict is dropped.
+
+    note: what takes the size of its shift, as a part of the conditional prediction's.
+    """
 
     name: str
     rows: list[int]
     scale: float
     formula: Formula | None
     at: int = 0
+    note: Callable[[Tensor], None] | None = None
 
 
 @dataclass
@@ -108,6 +112,8 @@ class GuidedPass:
                     f"guide {part.name!r}: its formula must return the shift of the conditional rows, a tensor "
                     f"{tuple(self.conditional.shape)}, got {got}"
                 )
+            if part.note is not None:
+                part.note(_share(own, self.conditional))
             total = own if total is None else total + own
         return total
 
@@ -199,6 +205,12 @@ def _unconditional_alone(sample: Tensor, guided: GuidedPass, unconditional: list
     delta = late.shift(half)
     if delta is not None:
         _add(sample, unconditional, delta, -1 / (late.combination.scale - 1))
+
+
+def _share(shift: Tensor, prediction: Tensor) -> Tensor:
+    """|shift| / |prediction| of the row where it is largest, without asking the device for it."""
+    size, whole = (x.detach().flatten(1).norm(dim=1) for x in (shift, prediction))
+    return (size / whole.clamp_min(torch.finfo(whole.dtype).tiny)).amax()
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from .material.head_sets import Ledger, Painter
 from .material.objectives import objective_of, scored
 
 Scores = Callable[[list[tuple[Head, ...]]], Sequence[float]]
-# what the search itself tells the pipeline
-OWN = ("prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict", "latents")
+# what the search itself tells the pipeline; OWN: and what would make these mean something else
+NEEDED = ("prompt", "generator", "num_inference_steps", "output_type")
+OWN = (*NEEDED, "prompt_embeds", "num_images_per_prompt", "return_dict", "latents")
+# the recipe's parameters that make a candidate's picture
+USED = ("strength", "scale", "perturbation", "scope", "temperature", "rescale", "start", "stop")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,10 @@ def search_heads(
         raise ReattendError(f"screen_steps must lie between 1 and {steps - 1} (steps are {steps}), got {screen_steps}")
     if not 0 < keep <= 1:
         raise ReattendError(f"keep must lie above 0 and be at most 1, got {keep}")
-    given = _call(call)
+    other = next((key for key in parameters if key not in USED), None)
+    if other is not None:
+        raise ReattendError(f"{other} is no option of this search; of the recipe's parameters it takes {', '.join(USED)}")
+    given = _call(call, original_of(model))
     pool = _pool(numbered, layers, table.model_name)
     settings: Any = recipe(heads=pool, strength=strength, scale=scale, **parameters)
     if settings.neutral or settings.scale == 0:
@@ -121,7 +128,7 @@ def search_heads(
     if reason := settings.misfit(table):
         raise ReattendError(f"cannot search heads of this model: {reason}")
     asked = {
-        "objective": name, **settings.model_dump(mode="json", include=_USED), "steps": steps,
+        "objective": name, **settings.model_dump(mode="json", include=set(USED)), "steps": steps,
         "sampler": type(getattr(model, "scheduler", None)).__name__, "pairs": [list(pair) for pair in pairs],
         "call": {key: value if isinstance(value, (int, float, str)) else shown(value) for key, value in given.items()},
     }  # fmt: skip
@@ -174,9 +181,6 @@ def search_heads(
     return Profile(recipe.slug, table_fingerprint(table), {"selected": torch.tensor(selected), "scores": scores}, facts)
 
 
-_USED = {"strength", "scale", "perturbation", "scope", "temperature", "rescale", "start", "stop"}
-
-
 def _fitting(recipe: type[Recipe], model: Any) -> tuple[SiteTable, dict[int, SiteTable]]:
     """(sites, layers) of a pipeline that draws. Raises ReattendError where it is none, or a recipe is at work."""
     table = sites(model)
@@ -188,6 +192,9 @@ def _fitting(recipe: type[Recipe], model: Any) -> tuple[SiteTable, dict[int, Sit
         )
     if isinstance(original_of(model), nn.Module) or not callable(original_of(model)):
         raise ReattendError(f"{recipe.slug} draws pictures to score heads: give the pipeline, not its {table.model_name} alone")
+    missing = [name for name in NEEDED if name not in inspect.signature(original_of(model).__call__).parameters]
+    if missing:
+        raise ReattendError(f"{recipe.slug} draws pictures of prompts; {table.model_name} takes no {missing[0]}")
     if running(model):
         raise ReattendError("heads are searched on the plain model: end the session that is active on it first")
     return table, numbered
@@ -206,14 +213,17 @@ def _pairs(prompts: Any, seeds: Sequence[int] | None) -> list[tuple[str, int]]:
     return [(prompt, whole_number(seed, "seeds", 0)) for prompt, seed in zip(texts, seeds, strict=True)]
 
 
-def _call(given: Any) -> dict[str, Any]:
+def _call(given: Any, pipe: Any) -> dict[str, Any]:
     if given is None:
         return {}
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+    if not isinstance(given, dict):
         raise ReattendError(f"call must be the pipeline's further arguments, {{name: value}}, got {shown(given)}")
-    own = [key for key in given if key in OWN]
-    if own:
-        raise ReattendError(f"call must not hold {own[0]}: prompts, seeds and steps are arguments of the search")
+    known = inspect.signature(pipe.__call__).parameters
+    for name in given:
+        if name in OWN:
+            raise ReattendError(f"call must not hold {name}: prompts, seeds and steps are arguments of the search")
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise ReattendError(f"call: {type(pipe).__name__} takes no argument {shown(name)}; it takes {', '.join(known)}")
     return dict(given)
 
 

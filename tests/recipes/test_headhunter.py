@@ -119,14 +119,45 @@ def drawn(pipe: Any, prompt: str = "a fox", seed: int = 0, steps: int = 2, **mor
     return pipe(prompt, generator=generator, num_inference_steps=steps, output_type="latent", **{**GIVEN, **more}).images
 
 
-@pytest.mark.parametrize("make", [sd3, tiny_pipelines.stable_diffusion])
-@pytest.mark.parametrize("more", [{}, {"perturbation": "uniform"}, {"perturbation": "mean_query", "strength": 0.6}])
+def ancestral() -> Any:
+    """With a sampler that adds noise at every step."""
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.scheduler = EulerAncestralDiscreteScheduler()
+    return pipe
+
+
+def heun() -> Any:
+    """With a scheduler that calls the denoiser twice a step."""
+    from diffusers import HeunDiscreteScheduler
+
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.scheduler = HeunDiscreteScheduler()
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (sd3, {}),
+        (sd3, {"guidance_scale": 1.0}),
+        (tiny_pipelines.stable_diffusion, {}),
+        (ancestral, {"guidance_scale": 1.0}),
+        (heun, {}),
+        (sd3, {"perturbation": "mean_query", "strength": 0.6}),
+        (sd3, {"scope": "masked"}),
+        (sd3, {"perturbation": "temperature", "temperature": 20.0}),
+        (tiny_pipelines.stable_diffusion, {"perturbation": "uniform", "rescale": 0.5}),
+    ],
+)
 def test_pictures_with_heads_of_their_own_are_as_drawn_one_by_one(make, more):
-    pipe = make()
+    pipe, more = make(), {"strength": 1.0, "scale": 20.0, **more}
+    given = {**GIVEN, "guidance_scale": more.pop("guidance_scale", 4.0)}
     table = reattend.sites(pipe)
-    settings = HeadHunter(heads=[(0, 0)], **{"strength": 1.0, "scale": 20.0, **more})
+    settings = HeadHunter(heads=[(0, 0)], **more)
     pairs = [("a fox", 3), ("a map", 4)]
-    painter = Painter(pipe, settings, image_layers(table), pairs, GIVEN)
+    painter = Painter(pipe, settings, image_layers(table), pairs, given)
     sets = [((0, 0),), ((0, 1),), ((1, 0),), ((0, 0), (1, 1)), ((0, 0), (0, 1))]
     jobs = [(heads, pair) for pair in (0, 1) for heads in sets]
     together = painter.draw(jobs, 2)
@@ -134,8 +165,8 @@ def test_pictures_with_heads_of_their_own_are_as_drawn_one_by_one(make, more):
     for job, picture in zip(jobs, together, strict=True):
         heads, (prompt, seed) = job[0], pairs[job[1]]
         (alone,) = painter.draw([job], 2)
-        with reattend.apply(pipe, "softpag", heads=list(heads), **{"strength": 1.0, "scale": 20.0, **more}):
-            wanted = pipe(prompt, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, **GIVEN).images[0]
+        with reattend.apply(pipe, "softpag", heads=list(heads), **more):
+            wanted = pipe(prompt, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, **given).images[0]
         assert np.array_equal(np.asarray(alone), np.asarray(wanted))
         made.append(np.asarray(wanted, dtype=int))
         # a batch of other size may round otherwise
@@ -320,19 +351,21 @@ def never(*_: Any) -> Any:
         ({"scale": 0.0}, "strength and scale must be above 0"),
         ({"strength": 2.0}, "strength: .*less than or equal to 1"),
         ({"perturbation": "noise"}, "perturbation"),
-        ({"bogus": 1}, "bogus is not a parameter"),
+        ({"bogus": 1}, "bogus is no option of this search; of the recipe's parameters it takes strength, "),
+        ({"heads": [[0, 0]]}, "heads is no option of this search"),
         ({"layers": [5]}, "layers: layer 5 does not exist: StableDiffusion3Pipeline has layers 0 to 1"),
         ({"layers": []}, "layers is empty"),
         ({"screen_steps": 2}, "screen_steps must lie between 1 and 1"),
         ({"keep": 0.0}, "keep must lie above 0"),
         ({"call": [1]}, "call must be the pipeline's further arguments"),
         ({"call": {"generator": 1}}, "call must not hold generator"),
+        ({"call": {"bogus": 1}}, "call: StableDiffusion3Pipeline takes no argument 'bogus'; it takes prompt, "),
         ({"resume": "."}, "is a folder; name a file"),
     ],
 )
 def test_bad_options_are_one_error_before_any_picture(options, words, monkeypatch):
     pipe = sd3()
-    monkeypatch.setattr(type(pipe), "__call__", never)
+    monkeypatch.setattr(type(pipe), "encode_prompt", never)
     with pytest.raises(ReattendError, match=words):
         hunted(pipe, **options)
 
@@ -352,9 +385,25 @@ def test_models_that_cannot_be_searched(monkeypatch):
     with reattend.apply(pipe, "softpag"), pytest.raises(ReattendError, match="end the session that is active"):
         hunted(pipe)
     pipe.transformer = build("SanaTransformer2DModel")[0]
-    monkeypatch.setattr(type(pipe), "__call__", never)
+    monkeypatch.setattr(type(pipe), "encode_prompt", never)
     with pytest.raises(ReattendError, match="no head is there to be searched: .*linear attention has no softmax"):
         hunted(pipe)
+
+
+def test_a_pipeline_that_draws_its_prompts_one_after_the_other_is_told_so():
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+
+    class OneByOne(StableDiffusionPipeline):
+        def __call__(self, prompt=None, generator=None, output_type="pil", num_inference_steps=9, **more):
+            more |= {"num_inference_steps": num_inference_steps, "output_type": output_type}
+            made = [super(OneByOne, self).__call__(p, generator=g, **more).images[0] for p, g in zip(prompt, generator)]
+            return StableDiffusionPipelineOutput(images=made, nsfw_content_detected=None)
+
+    pipe = OneByOne(**tiny_pipelines.stable_diffusion().components, requires_safety_checker=False)
+    with pytest.raises(ReattendError, match="does not draw its 8 pictures in one batch.*batch_size=1"):
+        hunted(pipe, rounds=1, call={})
+    assert len(hunted(pipe, rounds=1, call={}, batch_size=1).tensors["selected"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ class Painter:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         guided = any(heads for heads, _ in jobs)
         with torch.no_grad(), self.quiet(), attach(self.pipe, [self.plan(jobs)]) if guided else contextlib.nullcontext():
-            found = self.pipe(
-                list(prompts), generator=generators, num_inference_steps=steps, output_type="pil", **self.given
-            ).images
-        if len(found) != len(jobs):
-            raise ReattendError(f"the pipeline drew {len(found)} pictures of {len(jobs)} prompts")
+            drawn = self.pipe(list(prompts), generator=generators, num_inference_steps=steps, output_type="pil", **self.given)
+        found = getattr(drawn, "images", None)
+        if found is None or len(found) != len(jobs):
+            what = "no pictures" if found is None else f"{len(found)} pictures"
+            raise ReattendError(f"{type(self.pipe).__name__} drew {what} of {len(jobs)} prompts")
         return list(found)
 
     def plan(self, jobs: Sequence[Job]) -> Plan:

@@ -21,7 +21,7 @@ import reattend
 import torch
 from claims import Row, table
 from effects_page import page
-from head_search import drawn_scenes
+from head_search import PROFILED_ON, drawn_scenes
 from methods import profiled
 from reattend.comparison.loading import load
 from reattend.evaluation import evaluate
@@ -34,7 +34,7 @@ from reattend.recipes import recipe_class
 from sections import SECTIONS, Section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "effects"
-CHOSEN_ON, CONFIRMED_ON, PROFILED_ON = 0, 1, 99  # seeds
+CHOSEN_ON, CONFIRMED_ON = 0, 1  # seeds
 PROFILE = re.compile(r"{([a-z-]+) ?(\w*)}")
 
 

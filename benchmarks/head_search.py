@@ -23,8 +23,8 @@ from reattend.zoo.worlds.language import listing
 from reattend.zoo.worlds.reading import Seen, judge, read
 from reattend.zoo.worlds.shapes import Thing
 
-# of the scenes whose prompts are drawn: neither those on which settings are chosen nor those on which they are confirmed
-SEED = 99
+# the seed of scenes that profiles are learned from: neither those on which settings are chosen nor those on which they are confirmed
+PROFILED_ON = 99
 GUIDANCE = 2.0
 BY = ("binding", "fit")
 
@@ -34,7 +34,7 @@ def drawn_scenes(count: int, by: Sequence[str] = BY) -> dict[str, Any]:
 
     by: names of the judge's shares (binding, shapes, colours, whole, count), or "fit", whose mean is the score.
     """
-    items = Binding().items(count, SEED)
+    items = Binding().items(count, PROFILED_ON)
     asked = {listing(things): things for things in map(Binding.asked, items)}
 
     def objective(pictures: Sequence[Any], prompts: Sequence[str]) -> list[float]:
@@ -90,11 +90,12 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--scale", type=float, default=2.0)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("runs/effects/profiles/headhunter-shapes-sd.safetensors"))
+    parser.add_argument("--out", type=Path, default=None, help="the profile; without it where effects.py looks for it")
     given = vars(parser.parse_args())
     torch.set_num_threads(1)
-    model, out = given.pop("model"), given.pop("out")
-    pipe = reattend.zoo.load(model.removeprefix("zoo:"))
+    model = given.pop("model").removeprefix("zoo:")
+    out = given.pop("out") or Path(f"runs/effects/profiles/headhunter-{model}.safetensors")
+    pipe = reattend.zoo.load(model)
     options = {**drawn_scenes(given.pop("scenes"), given.pop("by")), **given, "resume": str(out.with_suffix(".jsonl"))}
     profile = recipe_class("headhunter").profile(pipe, None, **options)
     print(told(profile))

@@ -9,6 +9,7 @@ import costs as costs_page
 import edits_page
 import effects
 import effects_page
+import head_search
 import methods
 import pytest
 import summary
@@ -101,6 +102,17 @@ def test_the_best_settings_of_each_recipe_are_confirmed():
     assert asked.confirmed(chosen) == ["seg:sigma=1", "seg", "tpg", "pag", "pag:scale=2"]
     asked.section = replace(section, choose=0)
     assert asked.confirmed({"chosen": {}, "further": []}) == [spec for specs in section.recipes.values() for spec in specs]
+
+
+def test_what_a_search_of_heads_is_told():
+    told = head_search.drawn_scenes(3)
+    scenes = [Binding.asked(item) for item in Binding().items(3, head_search.PROFILED_ON)]
+    assert told["prompts"] == [listing(things) for things in scenes] and len(set(told["seeds"])) == 3
+    blank = Image.new("RGB", (64, 64), BACKGROUND)
+    drawn = [picture(Scene(tuple(replace(t, x=0.2 + 0.3 * i, size=0.13) for i, t in enumerate(scenes[0]))), 64, CLEAR), blank]
+    assert head_search.drawn_scenes(3, ["binding"])["objective"](drawn, told["prompts"][:2]) == [1.0, 0.0]
+    good, bad = told["objective"](drawn, told["prompts"][:2])
+    assert told["objective"].__name__ == "binding+fit" and 0.8 < good < 1 and bad == 0
 
 
 def test_every_recipe_has_a_section():

@@ -457,19 +457,6 @@ def test_the_likeness_of_a_clip_that_a_user_brings():
     assert objective_of(objective)[0].startswith("clip_likeness(")
 
 
-def test_the_judge_of_the_zoo_as_objective():
-    from head_search import BY, drawn_scenes
-    from reattend.zoo.worlds.drawing import picture
-    from reattend.zoo.worlds.shapes import CLEAR, Scene, Thing
-
-    options = drawn_scenes(2)
-    assert len(set(options["prompts"])) == len(set(options["seeds"])) == 2 and options["objective"].__name__ == "+".join(BY)
-    colour, shape = options["prompts"][0].split()[1:3]
-    right = picture(Scene((Thing(shape, colour, 0.5, 0.5, 0.2),)), 64, CLEAR)
-    good, bad = scored(options["objective"], [right, flat(0, 0, 0)], [options["prompts"][0]] * 2)
-    assert 0.3 < good < 1 and bad == 0
-
-
 def test_the_command_line_searches(tmp_path):
     from reattend.__main__ import app
     from typer.testing import CliRunner

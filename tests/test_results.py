@@ -13,11 +13,16 @@ import head_search
 import methods
 import pytest
 import summary
+from PIL import Image
 from reattend import interventions
 from reattend.evaluation.metrics.intervals import Resamples
+from reattend.evaluation.suites.binding import Binding
 from reattend.evaluation.suites.registry import suite
 from reattend.evaluation.variants import suites_of
 from reattend.interventions import Edit
+from reattend.zoo.worlds.drawing import BACKGROUND, picture
+from reattend.zoo.worlds.language import listing
+from reattend.zoo.worlds.shapes import CLEAR, Scene
 from sections import SECTIONS
 
 

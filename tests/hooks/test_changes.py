@@ -84,9 +84,12 @@ def test_the_largest_step_and_row_counts_and_counts_start_anew() -> None:
 
 def test_strength_zero_and_dropped_branches_have_no_size() -> None:
     pipe, call, _, _ = stable_diffusion()
-    with pytest.warns(ReattendWarning) as seen, reattend.apply(pipe, "softpag", strength=0.0) as session:
-        with attach(pipe, [Plan("read", [Guide("read", formula=None)])]) as other:
-            draw(pipe, call)
+    with (
+        pytest.warns(ReattendWarning) as seen,
+        reattend.apply(pipe, "softpag", strength=0.0) as session,
+        attach(pipe, [Plan("read", [Guide("read", formula=None)])]) as other,
+    ):
+        draw(pipe, call)
     assert session.changes == other.changes == {}
     assert ["never acted" in str(one.message) for one in seen] == [True]
 

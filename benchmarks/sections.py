@@ -143,11 +143,12 @@ def pictures() -> Section:
     )  # fmt: skip
 
 
-def negatives(model: str, title: str, settings: str) -> Section:
+def negatives(model: str, title: str, settings: str, choose: int, confirm: int) -> Section:
     """Told to the pipeline, a negative prompt needs guidance, whose second half costs what a recipe's second text costs at most."""
+    variants = tried("negatives") if choose else {slug: [slug] for slug in tried("negatives")}
     return Section(
         f"A thing that is to stay out of the picture, {title}", model, f"negatives:{settings}", ("kept_out", "rest", "count"),
-        tried("negatives"), 0, 48,
+        variants, choose, confirm, best=2, defaults=False,
         baselines={"as the pipeline's negative_prompt, guidance 2": Baseline("by=pipeline:guidance=2")}, paper=paper("negatives"),
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ def canvas(side: int) -> Section:
     """Larger pictures repeat things, which shows as things that nobody asked for."""
     return Section(
         f"Pictures of {side} x {side} from a model of 64 x 64, {SD[1]}", SD[0], f"binding:side={side}", ("binding", "extra", "count"),
-        tried("canvas"), 0, 32,
+        tried("canvas"), 0, 40,
         baselines={"drawn at 64 x 64": Baseline("side=64")}, paper=paper("canvas"),
     )  # fmt: skip
 
@@ -182,8 +183,8 @@ SECTIONS = {
         {"at most 12 tokens": Baseline("tokens=12"), "at most 18 tokens": Baseline("tokens=18")},
     ),
     "pictures": pictures(),
-    "negatives": negatives(*SD, "guidance=2"),
-    "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1"),
+    "negatives": negatives(*SD, "guidance=2", 0, 32),
+    "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1", 32, 200),
     "canvas-96": canvas(96),
     "canvas-48": canvas(48),
 }  # fmt: skip

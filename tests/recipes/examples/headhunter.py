@@ -38,8 +38,8 @@ OWN = "headhunter:profile_path={headhunter}"
 TRIED = {
     "pictures": [
         OWN,
-        *(f"{OWN}:strength=1:scale={scale}" for scale in (1, 2, 3)),
-        f"{OWN}:strength=1:scale=2:top=3",
+        f"{OWN}:strength=1:scale=1",
+        f"{OWN}:strength=1:scale=2",
         f"{OWN}:strength=1:scale=2:random_heads=true",
     ]
 }

@@ -73,4 +73,4 @@ def perturbed(call, chunks, run):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
-TRIED = {"pictures": ["pag:scale=2", "pag", "pag:scale=3:rescale=0.7"]}
+TRIED = {"pictures": ["pag:scale=1", "pag", "pag:rescale=0.7", "pag:adaptive=0.006", "pag:layers=[8]"]}

@@ -50,4 +50,4 @@ def golden(name, run):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
-TRIED = {"pictures": ["seg:sigma=1", "seg:scale=2", "seg", "seg:layers=[8]"]}
+TRIED = {"pictures": ["seg:sigma=1", "seg:scale=1.5", "seg", "seg:layers=[8]", "seg:layers=[7,8]:scale=1.5"]}

@@ -18,9 +18,10 @@ BAD = [
 TRIED = {
     "pictures": [
         "softpag:scale=2.5",
-        "softpag",
         "softpag:scale=2:strength=1",
-        "softpag:heads=[[7,0],[7,1]]:scale=2.5:strength=1",
+        "softpag",
+        "softpag:strength=1:rescale=0.7",
+        "softpag:layers=[8]:scale=2.5",
     ]
 }
 PAPER = {"pictures": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"}

@@ -46,4 +46,4 @@ TRIED = {
 PAPER = {
     "pictures": "SD3, PickScore of 50 unseen prompts: 19.66 without guidance, 20.70 with 24 heads, 20.87 with CFG, 20.92 with both"
 }
-PROFILED = {"scenes": 6, "k": 3, "rounds": 1, "scale": 2.0}
+PROFILED = {"scenes": 5, "k": 3, "rounds": 1, "scale": 2.0}

@@ -31,6 +31,7 @@ from . import (
     lifted,
     materialised,
     one_kernel,
+    one_query,
     one_row,
     own_columns,
     rearranged,
@@ -115,6 +116,7 @@ WAYS: list[Way] = [
         one_row.find_newest,
     ),
     Way(lifted.NAME, "call", lifted.is_lifted, lifted.run, lifted.find),
+    Way(one_query.NAME, "call", one_query.is_one, one_query.run),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
     Way(

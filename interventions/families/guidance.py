@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..edits import OperandEdit, Operands, Rows
-from ..edits.base import check_number, repeat_heads
+from ..edits.base import Shape, check_number, repeat_heads
 from ..edits.weights import TINY, WeightEdit
 from ..errors import ReattendError
 
@@ -108,10 +108,13 @@ class BlurQuery(OperandEdit):
     def is_identity(self) -> bool:
         return super().is_identity or all(_reach(self.sigma, size) == 0 for size in self.grid.shape)
 
+    def _check_shapes(self, shape: Shape) -> None:
+        super()._check_shapes(shape)
+        grid = self.grid
+        if grid.device.type == "cpu" and not 0 <= int(grid.min()) <= int(grid.max()) < shape.queries:
+            raise ReattendError(f"grid names query row {int(grid.max())}, the call has rows 0 to {shape.queries - 1}")
+
     def on_operands(self, x: Operands) -> Operands:
-        index = self.grid.flatten().to(x.query.device)
-        if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < x.query.shape[2]:
-            raise ReattendError(f"grid names query row {int(index.max())}, the call has rows 0 to {x.query.shape[2] - 1}")
         query = blurred(x.query, self.grid, self.sigma)
         if self.rows is not None:
             query = torch.where(self.rows[:, None, :, None], query, x.query)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -54,6 +55,26 @@ def test_a_blur_that_sees_no_neighbour_changes_no_bit(sigma: float) -> None:
 def test_without_limit_all_rows_of_the_raster_are_one() -> None:
     output = fused(a_call(), [BlurQuery(grid=GRID, sigma=math.inf)])[:, :, 1:13]
     torch.testing.assert_close(output, output[:, :, :1].expand_as(output))
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "added"])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("heads", [None, [2, 0]])
+def test_without_limit_it_costs_one_row_of_attention(heads: list[int] | None, kv: int, mask: str) -> None:
+    torch.manual_seed(0)
+    call = Call(torch.randn(3, 4, 14, 8), *(torch.randn(3, kv, 14, 8) for _ in range(2)), ways=Counter())
+    shown = torch.rand(3, 1, 1, 14) > 0.3
+    call.mask = {"none": None, "bool": shown, "added": torch.randn(shown.shape).masked_fill(~shown, -1e30)}[mask]
+    rows = torch.zeros(3, 14, dtype=torch.bool)
+    rows[2] = rows[1, 3:9] = True
+    edits = [BlurQuery(grid=GRID, sigma=math.inf, rows=rows, heads=heads)]
+    got = fused(call, edits)
+    assert call.ways == {"one query": 1}
+    torch.testing.assert_close(got, reference(call, edits), atol=1e-6, rtol=1e-6)
+    plain = fused(call, [])
+    assert torch.equal(got[0], plain[0]) and torch.equal(got[2, :, [0, 13]], plain[2, :, [0, 13]])
+    if heads is not None:
+        assert torch.equal(got[:, [1, 3]], plain[:, [1, 3]])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from reattend.interventions import (
 from reattend.interventions.edits import OutputEdit, Rows, ScoreEdit, WeightEdit
 from reattend.interventions.engine.tasks import Group, Task
 from reattend.interventions.engine.ways import WAYS, compute
-from reattend.interventions.families.guidance import MixOwnAnd
+from reattend.interventions.families.guidance import BlurQuery, MixOwnAnd
 from torch import Tensor
 
 FIRST = torch.arange(1)
@@ -48,6 +49,12 @@ def rows(call: Call) -> Tensor:
     named = torch.zeros(call.batch, call.num_queries, dtype=torch.bool)
     named[-1, call.num_queries // 2 :] = True
     return named
+
+
+def one_query(call: Call) -> list[Edit]:
+    """Where nothing is causal, as in denoisers."""
+    call.is_causal = False
+    return [BlurQuery(grid=torch.arange(12).view(3, 4), sigma=math.inf, rows=rows(call))]
 
 
 def own_and_few(call: Call) -> list[Edit]:
@@ -67,6 +74,7 @@ EXAMPLES = {
     "one additive row": (1, lambda call: [bias(call, heads=[1]), Gain(columns=FIRST, factor=0.5, heads=[2])]),
     "lifted share": (1, lambda call: [Lift(columns=torch.arange(3), share=0.6)]),
     "newest window": (1, lambda call: [Keep(pattern=Band(1, 3))]),
+    "one query": (12, one_query),
     "batch rows and heads": (1, lambda call: [ScoreGain(factor=torch.rand(call.num_keys), rows=rows(call))]),
     "across heads": (12, lambda call: [WeightMap(function=lambda w, _: (w + w.mean(1, keepdim=True)) / 2, reads="heads")]),
     "few rows of all heads": (1, lambda call: [ScoreGain(factor=torch.rand(call.num_keys), heads=[1, 2])]),

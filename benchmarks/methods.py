@@ -3,7 +3,8 @@
 A file of tests/recipes/examples may set, each by kind of model or group of sections:
 
     TIMED = {label: parameters}                    rows of docs/costs.md, the first one for docs/results.md; parameters may be a function
-                                                   of the `Subject` that is timed. Default: one row with what the method marks.
+                                                   of the `Subject` that is timed, or, for pictures, of the sites of their pipeline.
+                                                   Default: one row with what the method marks.
     FLOORS = {label: (why, floor)}                 passes that the method needs by its definition: see FLOORS of subjects.py
     TRIED = {"highlight": [variant, ...]}          variants of effects.py, from weak to strong; {}: none. Default: those of `Info.sweep`
     PAPER = {"highlight": text}                    what the paper reports there
@@ -47,7 +48,7 @@ def timed(kind: str, marks: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         cls = recipe_class(slug)
         if cls.info.kinds[0] != kind:
             continue
-        marked = {parameter: marks[of] for of, parameter in cls.marks.items() if of in marks}
+        marked = {parameter: marks[of] for of, parameter in {**cls.marks, **cls.beside}.items() if of in marks}
         rows = said(slug, "TIMED") or {slug: marked}
         found |= {label: (slug, given) for label, given in rows.items()}
     return found

@@ -33,7 +33,7 @@ ALSO = {
     "canvas-48": ["extra"],
 }
 # on which model of docs/costs.json a method is timed, by the first kind that it is for
-TIMED_ON = {"llm": "smollm2", "lvlm": "llava-smollm2"}
+TIMED_ON = {"llm": "smollm2", "lvlm": "llava-smollm2", "diffusion": "shapes-sd"}
 
 
 def effects() -> dict[str, dict[str, Any]]:
@@ -96,10 +96,13 @@ def timed_row(slug: str, costs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def cost(slug: str, costs: dict[str, Any]) -> str:
-    """Prefill and decode as ratios to the untouched model, with the floor that the method's own passes set; "" where it was not timed."""
+    """Prefill and decode, or a picture, as ratios to the untouched model, with the floor that the method's own passes set; "" where it was
+    not timed."""
     found = timed_row(slug, costs)
     if found is None:
         return ""
+    if "picture" in found:
+        return f"{found['picture'][0]:.2f}" + (f" (floor {found['floor'][0]:.2f})" if "floor" in found else "")
     ratios = f"{found['prefill'][0]:.2f}, {found['decode'][0]:.2f}"
     return (
         f"{ratios} (floor {found['prefill floor'][0]:.2f}, {found['decode floor'][0]:.2f})"

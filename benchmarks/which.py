@@ -53,8 +53,10 @@ def did(section: dict[str, Any], slug: str) -> str:
 
 
 def cost(slug: str, costs: dict[str, Any]) -> str:
-    """Prefill and decode, as times of the untouched model's; "" where it was not timed."""
+    """Prefill and decode, or a picture, as times of the untouched model's; "" where it was not timed."""
     row = summary.timed_row(slug, costs)
+    if row is not None and "picture" in row:
+        return f"picture {row['picture'][0]:.2f}x"
     return "" if row is None else f"prefill {row['prefill'][0]:.2f}x, decode {row['decode'][0]:.2f}x"
 
 

@@ -62,3 +62,8 @@ def golden(name, run):
 # -- what the benchmarks ask, see benchmarks/methods.py
 
 TRIED = {"canvas": ["entropy-scaling", "entropy-scaling:strength=2"]}
+TIMED = {"entropy-scaling": {"base": 48}}
+GALLERY = {
+    "size": 96,
+    "look": "Larger pictures than the model was trained on: whether things stay whole and are not drawn twice.",
+}

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from example import Example
+from reattend.recipes.kit.denoisers import default_layers
 
 
 def profile(model: Any, tokenizer: Any) -> Any:
     """As a search would leave it that found all heads of one layer."""
     import reattend
     from reattend.recipes import Profile
-    from reattend.recipes.kit.denoisers import default_layers, image_layers
+    from reattend.recipes.kit.denoisers import image_layers
     from reattend.recipes.kit.profile import fingerprint
 
     table = reattend.sites(model)
@@ -47,3 +48,5 @@ PAPER = {
     "pictures": "SD3, PickScore of 50 unseen prompts: 19.66 without guidance, 20.70 with 24 heads, 20.87 with CFG, 20.92 with both"
 }
 PROFILED = {"scenes": 5, "k": 3, "rounds": 1, "scale": 2.0}
+TIMED = {"headhunter, 2 heads": lambda sites: {"heads": [(default_layers(sites)[0], head) for head in (0, 2)], "strength": 1.0}}
+GALLERY = {"parameters": {"heads": [[7, 0], [7, 2]], "strength": 1.0, "scale": 2.0}, "look": "Two heads of one layer alone."}

@@ -185,3 +185,4 @@ def site(kind):
 # -- what the benchmarks ask, see benchmarks/methods.py
 
 TRIED = {"negatives": ["nag", "nag:scale=6"]}
+GALLERY = {"look": "Whether the thing that the negative text names stays away, and the others stay."}

@@ -74,3 +74,4 @@ def perturbed(call, chunks, run):
 # -- what the benchmarks ask, see benchmarks/methods.py
 
 TRIED = {"pictures": ["pag:scale=1", "pag", "pag:rescale=0.7", "pag:adaptive=0.006", "pag:layers=[8]"]}
+GALLERY = {"parameters": {"scale": 2.0}, "look": "Whether shapes are whole, and have the colours of the prompt."}

@@ -51,3 +51,5 @@ def golden(name, run):
 # -- what the benchmarks ask, see benchmarks/methods.py
 
 TRIED = {"pictures": ["seg:sigma=1", "seg:scale=1.5", "seg", "seg:layers=[8]", "seg:layers=[7,8]:scale=1.5"]}
+TIMED = {"seg": {}, "seg, sigma 1": {"sigma": 1.0}}
+GALLERY = {"parameters": {"scale": 2.0}, "look": "Whether shapes are whole, and what becomes of the background."}

@@ -25,3 +25,4 @@ TRIED = {
     ]
 }
 PAPER = {"pictures": "FID 56.15 (identity), 53.37 (uniform), 53.33 (mean query), at the best setting of each"}
+GALLERY = {"parameters": {"scale": 2.5}, "look": "Whether shapes are whole; milder than pag."}

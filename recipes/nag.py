@@ -44,6 +44,10 @@ class NAG(NegativeText):
         licence="MIT",
     )
 
+    negative: str | list[str] = Field(
+        "",
+        description='what the image is pushed away from: one text, or one per prompt; "" = away from the empty text, as the authors have it',
+    )
     scale: float | None = Field(
         None, ge=1, le=100, description="how far the push goes; 1 = off. Default: 3 for UNets, 9 for Wan, 5 for others"
     )

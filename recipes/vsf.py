@@ -50,6 +50,9 @@ class VSF(NegativeText):
         licence="MIT",
     )
 
+    negative: str | list[str] = Field(
+        "", description='what is taken out of the image: one text, or one per prompt; "" = nothing, no change'
+    )
     scale: float | None = Field(
         None,
         ge=0,

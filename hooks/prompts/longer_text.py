@@ -48,7 +48,7 @@ def lengthened(given: Mapping[str, Any], text: Encoded, number: Tensor) -> dict[
     if mask is not None:
         words = torch.ones(text.embeds.shape[:2]) if text.mask is None else text.mask
         words = words.to(given[mask])[number.clamp_min(0)] * (number >= 0)[:, None].to(given[mask])
-        found[mask] = torch.cat([given[mask], words.to(given[mask])], dim=1)
+        found[mask] = torch.cat([given[mask][:, : own.shape[1]], words, given[mask][:, own.shape[1] :]], dim=1)
     if isinstance(given.get("txt_seq_lens"), list):
         found["txt_seq_lens"] = [length + text.embeds.shape[1] for length in given["txt_seq_lens"]]
     ids = given.get("txt_ids")
@@ -75,7 +75,8 @@ def level(call: RootCall, text: Encoded, store: dict[Any, Any]) -> Encoded:
     if second < prompt:
         mask = torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=own.device) if text.mask is None else text.mask
         more = prompt - second
-        text = Encoded(pad(text.embeds, (0, 0, 0, more)), text.pooled, pad(mask, (0, more)), filled=more)
+        words = None if text.words is None else pad(text.words, (0, more))
+        text = Encoded(pad(text.embeds, (0, 0, 0, more)), text.pooled, pad(mask, (0, more)), filled=more, words=words)
     return text
 
 

@@ -47,7 +47,8 @@ NO_POOLED = "this model reads a pooled text beside the tokens: give the second t
 class Encoded:
     """Texts as tensors: embeds [P, T, C]; pooled [P, C']; mask [P, T], True = real; None where the family has no such thing.
 
-    words bool [P, T]: where tokens of the texts themselves stand, start and end tokens too; None where all do, or where nobody knows.
+    words bool [P, T], of texts that the pipeline has encoded: where tokens of the texts themselves stand, start and end tokens too. A mask
+    of such a text is none of the denoiser's where its own prompt comes without one.
     filled: how many tokens at the end were put there to fill them up, which are hidden where the model has no mask for it.
     """
 
@@ -100,8 +101,11 @@ class Encoded:
         mask = next((name for name in MASKS if isinstance(given.get(name), Tensor)), None)
         if mask is not None:
             own = self.mask if self.mask is not None else torch.ones(self.embeds.shape[:2], device=text.device)
-            found[mask] = own.to(given[mask])
-        elif self.mask is not None and not bool(self.mask[:, : self.mask.shape[1] - self.filled].all()):
+            own, whole = own.to(given[mask]), given[mask]
+            if whole.dim() == 2 and whole.shape[1] > text.shape[1]:  # Chroma's goes on with the image's tokens
+                own = torch.cat([own, whole[:1, text.shape[1] :].expand(len(own), -1)], dim=1)
+            found[mask] = own
+        elif self.words is None and self.mask is not None and not bool(self.mask[:, : self.mask.shape[1] - self.filled].all()):
             raise ReattendError("this model is called without a mask of its text: leave prompt_attention_mask out")
         return found
 
@@ -189,25 +193,28 @@ def encoded(pipeline: Any, texts: Sequence[str]) -> Encoded:
         hooks.remove()
     named = dict(zip(_returned(pipeline), values, strict=False))
     tensors = {name: value for name, value in named.items() if ALIASES.get(name, name) in NAMES and isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        size = tensors["prompt_embeds"].shape
+        if ALIASES.get(name, name) == "prompt_attention_mask" and value.shape == (size[0], size[1] * size[2]):
+            tensors[name] = value.view(size)[..., 0]  # AuraFlow's says it of every channel
     found = given_as(tensors)
-    found.words = found.mask if found.mask is not None else _words(found.embeds, encodings)
-    if found.words is not None:
-        empty = torch.tensor([not text.strip() for text in texts], device=found.words.device)
-        found.words = found.words & ~empty[:, None]
+    words = found.mask if found.mask is not None else _words(found.embeds, encodings)
+    empty = torch.tensor([not text.strip() for text in texts], device=words.device)
+    found.words = words & ~empty[:, None]
     return found
 
 
-def _words(embeds: Tensor, encodings: TextEncodings) -> Tensor | None:
-    """Bool [P, T]: which columns hold tokens that a text encoder was given, but for its padding; None where one text has none that is known."""
+def _words(embeds: Tensor, encodings: TextEncodings) -> Tensor:
+    """Bool [P, T]: which columns hold tokens that a text encoder was given, but for its padding; all of them where that is not known."""
     passes = list(encodings.encoded)
     if not passes:
-        return None
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     held = [held_by(embeds, passes)]
     words = torch.zeros(embeds.shape[:2], dtype=torch.bool)
     for row in range(len(embeds)):
         for stream in read_row([embeds], held, row, passes, encodings.tokenizers):
             words[row, stream.columns] = True
-    return words.to(embeds.device) if bool(words.any(dim=1).all()) else None
+    return (words | ~words.any(dim=1, keepdim=True)).to(embeds.device)
 
 
 def _returned(pipeline: Any) -> list[str]:

@@ -251,7 +251,8 @@ class NAGParameters(TypedDict, total=False):
     """Pushes an image away from a negative text inside attention: negative prompts for few-step models without CFG."""
 
     negative: str | Sequence[str]
-    """what the image is pushed away from: one text, or one per prompt"""
+    """what the image is pushed away from: one text, or one per prompt; '' = away from the empty text, as the authors have
+    it"""
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
     [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
@@ -630,7 +631,7 @@ class VSFParameters(TypedDict, total=False):
     """Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, at next to no cost."""
 
     negative: str | Sequence[str]
-    """what the image is pushed away from: one text, or one per prompt"""
+    """what is taken out of the image: one text, or one per prompt; '' = nothing, no change"""
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
     [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""

@@ -21,7 +21,7 @@ class NegativeText(Recipe):
 
     beside = {"negative": "negative"}
 
-    negative: str | list[str] = Field("", description="what the image is pushed away from: one text, or one per prompt")
+    negative: str | list[str] = Field("", description="what is kept out of the image: one text, or one per prompt")
     tensors: str | None = Field(
         None,
         description="the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds "

@@ -1,0 +1,207 @@
+"""Negative texts inside attention (nag, vsf): pipelines of every family, several prompts and pictures, long prompts, ControlNets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reattend
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from examples.nag import saved
+from reattend.interventions import UnsupportedError
+from tiny_denoisers import build, noise, unet
+from tiny_prompts import FAMILIES, flow, gemma, gemma_tokenizer, t5, t5_tokenizer
+from tiny_runs import seeded, stable_diffusion, stable_diffusion_3
+from torch import Tensor
+
+METHODS = {
+    "nag": {"scale": 8.0, "limit": 10.0, "strength": 1.0},
+    "vsf": {"scale": 8.0, "offset": -0.5},
+}
+REFUSED = {
+    ("vsf", "Lumina2"): "lays out the text of each sample by its length",
+    ("vsf", "CogVideoX"): "has places for 16 text tokens",
+}
+methods = pytest.mark.parametrize("slug", METHODS)
+NEAR = {"atol": 2e-4, "rtol": 1e-3}
+
+
+def draw(pipe: Any, call: dict[str, Any], **more: Any) -> Tensor:
+    given = {"num_inference_steps": 2, "generator": seeded(), "output_type": "latent", **call, **more}
+    return pipe(**given)[0]
+
+
+def push(pipe: Any, slug: str, **more: Any) -> Any:
+    return reattend.apply(pipe, slug, **{**METHODS[slug], **more})
+
+
+@methods
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_encodes_and_reads_a_negative_text(slug, guided, family):
+    """As its pipeline encodes a prompt, with guidance and without: counted at each site and step, and nothing is left of it."""
+    pipe, call = FAMILIES[family]()
+    given = {"prompt": "a red circle", **call}
+    if family in ("QwenImage", "Flux"):
+        guidance = {"true_cfg_scale": 2.0, "negative_prompt": "a sky"} if guided else {"true_cfg_scale": 1.0}
+    else:
+        guidance = {} if guided else {"guidance_scale": 1.0}
+    base = draw(pipe, given, **guidance)
+    said = REFUSED.get((slug, family))
+    if said:
+        with pytest.raises(UnsupportedError, match=said):
+            push(pipe, slug, negative="a blue square")
+        return
+    with push(pipe, slug, negative="a blue square") as session:
+        got = draw(pipe, given, **guidance)
+    (counts,) = session.stats.values()
+    assert set(counts.values()) == {2} and got.isfinite().all()
+    assert (got - base).abs().max() > 1e-4 * base.abs().max() and torch.equal(draw(pipe, given, **guidance), base)
+
+
+def consistency() -> tuple[Any, dict[str, Any]]:
+    """A distilled UNet that is told its guidance."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+    parts = {**stable_diffusion()[0].components, "unet": unet(cross_attention_dim=16, time_cond_proj_dim=8)[0].eval()}
+    parts["scheduler"] = LCMScheduler()
+    return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), {"guidance_scale": 8.5}
+
+
+def sana_sprint() -> tuple[Any, dict[str, Any]]:
+    from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8, sample_size=8, guidance_embeds=True,
+    )  # fmt: skip
+    pipe = SanaSprintPipeline(gemma_tokenizer(), gemma(), None, transformer.eval(), SCMScheduler())
+    return pipe, {"height": 256, "width": 256, "max_sequence_length": 40, "use_resolution_binning": False}
+
+
+def chroma() -> tuple[Any, dict[str, Any]]:
+    """Its mask of the text goes on with the image's tokens."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(2, 2, 4), approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    pipe = ChromaPipeline(flow(), None, t5(), t5_tokenizer(), transformer.eval())
+    return pipe, {"height": 16, "width": 16, "max_sequence_length": 16, "guidance_scale": 1.0}
+
+
+@methods
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed")  # Chroma's own import
+@pytest.mark.parametrize("make", [consistency, sana_sprint, chroma])
+def test_distilled_models_and_other_masks(slug, make):
+    torch.manual_seed(0)
+    pipe, call = make()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": ["a red circle", "a sky"], **call}
+    base = draw(pipe, call)
+    with push(pipe, slug, negative=["a blue square", "a"]) as session:
+        got = draw(pipe, call)
+    assert set(session.stats[slug].values()) == {2} and got.isfinite().all()
+    assert ((got - base).flatten(1).abs().amax(dim=1) > 1e-4).all() and torch.equal(draw(pipe, call), base)
+
+
+@methods
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_one_negative_text_per_prompt_and_several_pictures(slug, guidance, make):
+    """Each picture is that of its prompt and its negative text alone."""
+    pipe, call, part, _ = make(guidance=guidance)
+    channels, size = (getattr(pipe, part).config[name] for name in ("in_channels", "sample_size"))
+    latents = torch.randn(4, channels, size, size, generator=seeded())
+    call = {**call, "height": None, "width": None}
+    prompts, negatives = ["a fox", "a map"], ["a dog", "large trees"]
+    with push(pipe, slug, negative=negatives):
+        together = draw(pipe, call, prompt=prompts, num_images_per_prompt=2, latents=latents)
+    for number in (0, 1):
+        with push(pipe, slug, negative=negatives[number]):
+            part = latents[2 * number : 2 * number + 2]
+            alone = draw(pipe, call, prompt=prompts[number], num_images_per_prompt=2, latents=part)
+        torch.testing.assert_close(together[2 * number : 2 * number + 2], alone, **NEAR)
+
+
+@methods
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_a_prompt_longer_than_the_negative_text(slug, make):
+    """Prompts of several chunks come as embeddings."""
+    pipe, call, _, _ = make(guidance=1.0)
+    names = [
+        name for name in ("prompt_embeds", "pooled_prompt_embeds") if make is stable_diffusion_3 or name == "prompt_embeds"
+    ]
+    encoded = pipe.encode_prompt(
+        "a fox", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False,
+        **({"prompt_2": None, "prompt_3": None} if make is stable_diffusion_3 else {}),
+    )  # fmt: skip
+    given = dict(zip(names, (encoded[0], encoded[2] if len(names) > 1 else None), strict=False))
+    given["prompt_embeds"] = given["prompt_embeds"].repeat(1, 2, 1)
+    call = {name: value for name, value in call.items() if name != "prompt"} | given | {"num_images_per_prompt": 1}
+    base = draw(pipe, call)
+    with push(pipe, slug, negative="a dog"):
+        got = draw(pipe, call)
+    assert (got - base).abs().max() > 1e-4 and got.isfinite().all()
+
+
+@methods
+def test_a_controlnet_reads_the_prompt_alone(slug):
+    base = stable_diffusion()[0]
+    torch.manual_seed(1)
+    net = ControlNetModel.from_unet(base.unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.2)
+    parts = {name: part for name, part in base.components.items() if name != "image_encoder"}
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a fox", "image": torch.rand(1, 3, 16, 16, generator=seeded())}
+    seen: list[int] = []
+    hook = net.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    before = draw(pipe, call)
+    with push(pipe, slug, negative="a dog") as session:
+        got = draw(pipe, call)
+    hook.remove()
+    assert len(set(seen)) == 1 and (got - before).abs().max() > 1e-4
+    assert all("controlnet" not in name for name in session.stats[slug])
+
+
+RESIDUALS = {
+    "SD3Transformer2DModel": lambda: {"block_controlnet_hidden_states": [noise(2, 16, 16)]},
+    "FluxTransformer2DModel": lambda: {
+        "controlnet_block_samples": [noise(2, 16, 16)], "controlnet_single_block_samples": [noise(2, 16, 16)]
+    },
+}  # fmt: skip
+
+
+@methods
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_what_a_controlnet_adds_goes_with_its_rows(slug, name):
+    """Joint denoisers: a row of the second text has what the row it is tied to has."""
+    model, inputs = build(name)
+    inputs |= RESIDUALS[name]()
+    negative = {"prompt_embeds": torch.randn(1, 5, 8), "pooled_prompt_embeds": torch.randn(1, 8)}
+    with torch.no_grad(), push(model, slug, tensors=saved(f"{slug} {name} control", negative)):
+        both = model(**inputs)[0]
+        for row in (0, 1):
+            one = {
+                k: v[row : row + 1] if isinstance(v, Tensor) and k not in ("img_ids", "txt_ids") else v
+                for k, v in inputs.items()
+            }
+            one |= {k: [t[row : row + 1] for t in v] for k, v in inputs.items() if isinstance(v, list)}
+            torch.testing.assert_close(model(**one)[0][0], both[row], **NEAR)
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_nag_against_the_prompt_itself_is_no_push(make):
+    pipe, call, _, _ = make(guidance=1.0)
+    call = {**call, "prompt": "a fox", "num_images_per_prompt": 1}
+    base = draw(pipe, call)
+    with push(pipe, "nag", negative="a fox"):
+        torch.testing.assert_close(draw(pipe, call), base, **NEAR)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..edits import Edit, Mix, MixValue
+from ..edits import Edit, Mix, MixValue, ScaleQuery
 from . import (
     all_heads,
     bands,
@@ -38,6 +38,7 @@ from . import (
     uniform,
 )
 from .autocast import autocast_dtype, cast, without_autocast
+from .kernels import attend
 from .reference_executor import at_chosen, check_edits, chosen_pairs, rows_apart
 from .tasks import Group, Task, all_rows, plain
 
@@ -63,6 +64,22 @@ class Way:
     run: Callable[[Any, Any], Tensor]
     prepare: Callable[[Any], Any] = _ready
     cut: bool = False
+
+
+def _is_scaled(task: Task) -> bool:
+    """Whether all that is asked for is one factor on all scores, which a kernel takes as its scale."""
+    if len(task.edits) != 1:
+        return False
+    edit = task.edits[0]
+    scales = isinstance(edit, ScaleQuery) and not isinstance(edit.factor, Tensor)
+    return scales and edit.heads is None and edit.rows is None
+
+
+def _scaled(task: Task, _: object) -> Tensor:
+    call, (edit,) = task.call, task.edits
+    assert isinstance(edit, ScaleQuery)
+    scale = call.scaling * float(edit.factor)
+    return attend(call.query, call.key, call.value, call.mask, call.is_causal, scale, call.softcap, call.sinks)[0]
 
 
 def _moves_towards_values(group: Group) -> bool:
@@ -107,6 +124,7 @@ def _folded(group: Group, _: object) -> Tensor:
 
 WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
+    Way("other scale", "call", _is_scaled, _scaled),
     Way(one_row.ROW, "call", one_row.is_row, one_row.run, one_row.find),
     Way(
         one_row.WINDOW,

@@ -96,7 +96,7 @@ def test_padded_keys_are_not_counted(additive: bool) -> None:
     for row, text in enumerate((5, 2)):
         factor = math.sqrt(math.log(12 + text) / math.log(16 + text))
         wanted = fused(call, [ScaleQuery(factor=factor)])
-        torch.testing.assert_close(found[row], wanted[row], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found[row], wanted[row], atol=1e-5, rtol=1e-4)
     assert torch.equal(scaled(call, (2, 6)), fused(call, []))
 
 

@@ -47,6 +47,6 @@ TRIED = {
 PAPER = {
     "pictures": "SD3, PickScore of 50 unseen prompts: 19.66 without guidance, 20.70 with 24 heads, 20.87 with CFG, 20.92 with both"
 }
-PROFILED = {"scenes": 5, "k": 3, "rounds": 1, "scale": 2.0}
+PROFILED = {"scenes": 12, "k": 4, "rounds": 1, "scale": 2.0, "layers": [6, 7, 8, 9]}
 TIMED = {"headhunter, 2 heads": lambda sites: {"heads": [(default_layers(sites)[0], head) for head in (0, 2)], "strength": 1.0}}
 GALLERY = {"parameters": {"heads": [[7, 0], [7, 2]], "strength": 1.0, "scale": 2.0}, "look": "Two heads of one layer alone."}

@@ -8,8 +8,9 @@ Keys, values and text tokens stay; the conditional and unconditional rows are co
 Conventions: sigma in places of the layer's own raster; the author keeps the scale at 3 and changes sigma (1, 4, 16, ...). The official
 code takes rasters to be square; here height and width are the image's own, each with a kernel of its own.
 Ours: joint streams, where a blur over text has no meaning; videos, blurred frame by frame. Where queries are turned by position (RoPE) they
-are blurred as they are projected, before the turn and before the model's norm of them. Tried against the official processors; the guider of
-the same name in diffusers 0.42 is another thing (it never acts).
+are blurred as they are projected, before the turn and before the model's norm of them. Tried against the official processors. The guider of
+the same name in diffusers 0.42 is another thing: it never acts, and its blur is the wrong way round (a mean for a finite width, a blur for
+an infinite one; diffusers' pull request 14187 says so).
 """
 
 from __future__ import annotations

@@ -3,9 +3,14 @@
 Fixes: weak structure and detail in generated images, without another model or prompt. A further branch of the denoiser runs with the
 attention of chosen heads weakened; the prediction is pushed away from that branch. PAG replaces the whole map of a layer by the
 identity, which over-smooths; here the strength is continuous and the heads are chosen one by one.
-Acts on: self (UNet, cross-attention DiT) or joint attention (MM-DiT) of the branch alone; the conditional and unconditional rows are
-computed as without the recipe. Strength 1 on all heads of a layer is PAG. In a joint stream the paper writes the full identity;
-`scope` "image" (the default) leaves the text rows alone, "all" is the paper's form, "masked" the one of diffusers' SD3 PAG pipelines.
+Acts on: self (UNet, cross-attention DiT; with the identity also the linear one of Sana) or joint attention (MM-DiT) of the branch alone, all
+steps; the conditional and unconditional rows are computed as without the recipe. Strength 1 on all heads of a layer is PAG.
+Conventions: scale is the paper's w, prediction + w (prediction - branch), 3 to 8 there (8 for FLUX.1-dev). Good whole layers of SD3-medium
+are 7 to 10; single heads are best searched for (`headhunter`), at strength 1, which is then lowered against artifacts. Layers are numbered
+double before single blocks in Flux; a second attention of SD3.5's dual layers has a number of its own, after all others.
+Ours: beside classifier-free guidance the shift is added as PAG's is. In a joint stream the paper writes the full identity, `scope` "all";
+"image" (the default) leaves the text rows alone, "masked" is the form of diffusers' SD3 PAG pipelines. Of equally strong tokens "argmax"
+takes the first.
 """
 
 from __future__ import annotations

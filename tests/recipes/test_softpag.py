@@ -251,14 +251,75 @@ def test_single_heads() -> None:
     torch.testing.assert_close(guided, before + 5.0 * (before - weak), atol=1e-4, rtol=1e-4)
 
 
-def test_difference_grows_with_the_scale() -> None:
+@pytest.mark.parametrize("chosen", [{}, {"heads": [(1, 1)]}])
+def test_difference_grows_with_the_scale(chosen: dict[str, Any]) -> None:
     model, inputs = build("SD3Transformer2DModel")
     before = predict(model, inputs)
     far = []
     for scale in (1.0, 2.0, 4.0):
-        with reattend.apply(model, "softpag", scale=scale):
+        with reattend.apply(model, "softpag", scale=scale, **chosen):
             far.append((predict(model, inputs) - before).norm().item())
     assert 0 < far[0] < far[1] < far[2]
+
+
+def test_a_dual_layer_of_sd35_has_a_number_and_heads_of_its_own() -> None:
+    """It is of image tokens alone: there is no text to leave as it is, nor to go on seeing."""
+    from reattend.recipes.kit.denoisers import image_layers
+
+    model, inputs = build("SD3Transformer2DModel (3.5)")
+    before = predict(model, inputs)
+    layers = image_layers(reattend.sites(model))
+    names = [[site.name for site in table] for table in layers.values()]
+    assert names == [[f"transformer_blocks.{n}.attn"] for n in range(3)] + [[f"transformer_blocks.{n}.attn2"] for n in range(2)]
+    weak = by_hand(model, inputs, {4: layers[4]}, [0], "image")
+    for scope in ("image", "all", "masked"):
+        with reattend.apply(model, "softpag", heads=[(4, 0)], scope=scope) as session:
+            guided = predict(model, inputs)
+        assert session.stats == {"softpag": {"transformer_blocks.1.attn2": 1}}
+        torch.testing.assert_close(guided, before + 5.0 * (before - weak), atol=1e-4, rtol=1e-4)
+
+
+def test_auraflow_s_registers_are_seen_as_the_text_is() -> None:
+    """Scope "masked": each image token sees itself, the text, and the registers before it; text and registers see what they did."""
+    from reattend.interventions import Keep
+    from reattend.recipes.kit.denoisers import image_layers
+
+    model, inputs = build("AuraFlowTransformer2DModel")
+    before = predict(model, inputs)
+    layers = image_layers(reattend.sites(model))
+
+    def hide(call: Call) -> Keep:
+        image = call.query_rows("image")
+        assert call.tokens is not None and call.tokens.roles["register"].sum() == 8 * call.batch
+        return Keep(pattern=~image[:, :, None] | ~call.columns("image")[:, None] | torch.eye(call.num_keys, dtype=torch.bool))
+
+    for number in (1, len(layers) - 1):  # a double and a single block
+        with attach(model, [Plan("by hand", [Edits(layers[number], hide)])]):
+            weak = predict(model, inputs)
+        with reattend.apply(model, "softpag", layers=[number], scope="masked", strength=1.0):
+            guided = predict(model, inputs)
+        torch.testing.assert_close(guided, before + 5.0 * (before - weak), atol=2e-4, rtol=1e-4)
+        assert not torch.equal(weak, before)
+
+
+def test_two_denoisers_of_one_pipeline_share_heads() -> None:
+    """Wan 2.2 switches from one to the other on the way."""
+    import tiny_prompts
+
+    pipe, call = tiny_prompts.wan()
+    pipe.register_modules(transformer_2=build("WanTransformer3DModel", seed=1)[0])
+    pipe.register_to_config(boundary_ratio=0.5)
+    call |= {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
+
+    def drawn() -> Tensor:
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+
+    plain = drawn()
+    with reattend.apply(pipe, "softpag", heads=[(1, 0)]) as session:
+        guided = drawn()
+    (counts,) = session.stats.values()
+    assert counts == {"transformer.blocks.1.attn1": 2, "transformer_2.blocks.1.attn1": 1}
+    assert not torch.equal(guided, plain) and torch.equal(drawn(), plain)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,6 @@ from torch import Tensor
 
 
 def of_the_same_parts(cls: str, pipe: Any, layers: str, **more: Any) -> Any:
-    import inspect
-
     known = inspect.signature(getattr(diffusers, cls).__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in known}
     return tiny_prompts.quiet(getattr(diffusers, cls)(**parts, pag_applied_layers=layers, **more))
@@ -66,10 +65,37 @@ def animate_diff() -> tuple[Any, dict[str, Any]]:
     return tiny_prompts.quiet(pipe), {"height": 64, "width": 64, "num_frames": 3, **text}
 
 
+def from_a_picture(make: Callable[[], tuple[Any, dict[str, Any]]], cls: str, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """Another pipeline of the same parts, which begins at a picture: the first part of the schedule is left out."""
+    pipe, call = make()
+    taken = inspect.signature(getattr(diffusers, cls).__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in taken}
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    checker = {"requires_safety_checker": False} if "requires_safety_checker" in taken else {}
+    pipe = tiny_prompts.quiet(getattr(diffusers, cls)(**parts, **checker))
+    return pipe, {**call, "image": picture, "strength": 0.7, "num_inference_steps": 5, **more}
+
+
+def image_to_image() -> tuple[Any, dict[str, Any]]:
+    return from_a_picture(tiny_prompts.sd, "StableDiffusionImg2ImgPipeline")
+
+
+def inpainting() -> tuple[Any, dict[str, Any]]:
+    mask = (torch.arange(16) < 8).float().expand(1, 1, 16, 16)
+    return from_a_picture(tiny_prompts.sd, "StableDiffusionInpaintPipeline", mask_image=mask, height=16, width=16)
+
+
+def sd3_from_a_picture() -> tuple[Any, dict[str, Any]]:
+    return from_a_picture(tiny_prompts.sd3, "StableDiffusion3Img2ImgPipeline")
+
+
 # a pipeline, diffusers' own with PAG, its words for some layers, and their numbers here
 CASES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], str, str, list[int] | None]] = {
     "SD": (tiny_prompts.sd, "StableDiffusionPAGPipeline", "mid", [1]),
     "SD, down and up": (tiny_prompts.sd, "StableDiffusionPAGPipeline", "down|up", [0, 2, 3]),
+    "SD, image to image": (image_to_image, "StableDiffusionPAGImg2ImgPipeline", "mid", [1]),
+    "SD, inpainting": (inpainting, "StableDiffusionPAGInpaintPipeline", "mid", [1]),
+    "SD3, image to image": (sd3_from_a_picture, "StableDiffusion3PAGImg2ImgPipeline", "blocks.1", None),
     "SDXL": (tiny_prompts.sdxl, "StableDiffusionXLPAGPipeline", "mid", [1]),
     "SD3": (tiny_prompts.sd3, "StableDiffusion3PAGPipeline", "blocks.1", None),
     "SD3, two layers": (tiny_prompts.sd3, "StableDiffusion3PAGPipeline", "blocks.(0|2)", [0, 2]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..interventions import Edit, ReattendError
+from ..interventions import Edit, ReattendError, Site
 from .doors.edits import Edits, Intervention
 from .doors.spans import Spans
 from .plan import Plan
@@ -31,36 +31,42 @@ def edit(
 
     intervention: a function from a `Call` to an edit, a list of edits, or None where it leaves the call alone; or edits that are the
     same at every call. sites: a table (`reattend.sites(model).layers(8, 15)`) or a function that takes the whole table and returns a
-    part of it; default all sites that can be edited. passages: {role: passage or passages of the prompt}, which the intervention finds
-    as `call.columns(role)`. label: its name in `session.stats`, default the function's. isolated, tokenizer: as for `reattend.apply`.
+    part of it; default all sites that can be edited, among them linear attention (Sana) where edits are given that are all of outputs.
+    passages: {role: passage or passages of the prompt}, which the intervention finds as `call.columns(role)`. label: its name in
+    `session.stats`, default the function's. isolated, tokenizer: as for `reattend.apply`.
     Raises ReattendError or UnsupportedError before anything runs, and for what the intervention returns at the first call.
     """
     model = original_of(model)
     label = label or getattr(intervention, "__name__", "edit").replace("<lambda>", "edit")
-    make = _intervention(intervention)
+    make, outputs = _intervention(intervention)
     names = None if sites is None else [site.name for site in _chosen(model, sites)]
     spans = [Spans(role, texts=[_texts(role, found)]) for role, found in (passages or {}).items()]
 
     def plans(model: Any) -> list[Plan]:
         table = sites_of(model)
-        chosen = table.where(lambda site: site.supported if names is None else site.name in names)
-        return [Plan(label, [*spans, Edits(chosen, make, label)])]
+        chosen = table.where(lambda site: _fits(site, outputs) if names is None else site.name in names)
+        return [Plan(label, [*spans, Edits(chosen, make, label, outputs)])]
 
     if tokenizer is None:
         tokenizer = getattr(model, "processor", None) or getattr(model, "tokenizer", None)
     return attach(model, plans(model), isolated=isolated, tokenizer=tokenizer, again=plans)
 
 
-def _intervention(given: Any) -> Intervention:
+def _fits(site: Site, outputs: bool) -> bool:
+    return site.supported or (outputs and site.route == "linear")
+
+
+def _intervention(given: Any) -> tuple[Intervention, bool]:
+    """The function, and whether it is known to edit outputs alone."""
     if callable(given):
         function: Any = given  # what it returns is looked at call by call
-        return function
+        return function, False
     edits = [given] if isinstance(given, Edit) else list(given) if isinstance(given, (list, tuple)) else []
     if not edits or not all(isinstance(item, Edit) for item in edits):
         raise ReattendError(
             f"intervention must be a function from a call to edits, or edits as Gain(columns=[0], factor=0.5), got {given!r:.80}"
         )
-    return lambda call: edits
+    return lambda call: edits, all(edit.level == "output" for edit in edits)
 
 
 def _chosen(model: Any, selector: Selector) -> SiteTable:

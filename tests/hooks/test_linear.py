@@ -149,6 +149,22 @@ def test_what_needs_weights_is_refused() -> None:
     assert hooks_of(model) == 0
 
 
+def test_edits_of_ones_own() -> None:
+    """What is given as edits shows that it is of outputs; what a function will return does not."""
+    model, inputs = sana()
+    before = predict(model, inputs)
+    with reattend.edit(model, HeadGain(factor=0.5)) as session:
+        assert not torch.equal(predict(model, inputs), before)
+    assert set(session.stats["edit"]) == {f"transformer_blocks.{n}.attn{kind}" for n in (0, 1) for kind in (1, 2)}
+    with reattend.edit(model, lambda call: HeadGain(factor=0.5)) as session:
+        predict(model, inputs)
+    assert set(session.stats["edit"]) == {f"transformer_blocks.{n}.attn2" for n in (0, 1)}
+    for given in (lambda call: HeadGain(factor=0.5), Gain(columns=[0], factor=0.5)):
+        with pytest.raises(UnsupportedError, match="linear attention has no softmax"):
+            reattend.edit(model, given, sites=linear_sites(model))
+    assert torch.equal(predict(model, inputs), before) and hooks_of(model) == 0
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_errors_and_interrupts_leave_nothing(error: type[BaseException]) -> None:
     model, inputs = sana()

@@ -1,0 +1,280 @@
+"""Recipes as guiders of diffusers' modular pipelines: what `reattend.guiders` is made of.
+
+A guider is handed the inputs of a step, says which passes of the denoiser that step takes, prepares the denoiser before each pass, and
+makes one prediction of theirs. Here one of the passes runs under a recipe's edits, which end with that pass, whether it raised or not.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
+from torch import Tensor, nn
+
+from ...hooks import Context, Guide, Plan, Predictions, Session, SiteTable, attach, sites
+from ...hooks.actions import Action, Rank, RootCall
+from ...hooks.handles import Handles, Holder
+from ...hooks.host import Host
+from ...hooks.module_hooks import Hooks
+from ...hooks.plan import Facts, Step
+from ...hooks.sites.inputs import hidden_in
+from ...interventions import Clock, ReattendError, UnsupportedError
+from .base import Recipe
+from .guidance import BranchGuidance
+
+CONDITIONAL, UNCONDITIONAL, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_perturbed"
+# what modular pipelines call the text, its pooled part and its padding
+TEXT = {
+    "prompt_embeds": ("prompt_embeds", "encoder_hidden_states"),
+    "pooled_prompt_embeds": ("text_embeds", "pooled_projections", "pooled_prompt_embeds"),
+    "prompt_attention_mask": ("prompt_embeds_mask", "encoder_hidden_states_mask", "encoder_attention_mask"),
+}
+
+
+@dataclass
+class WholeBatch(Step):
+    """All rows of a pass are the branch of this name, and the prompt's."""
+
+    name: str
+
+    def check(self, facts: Facts) -> str:
+        return "" if facts.denoisers else f"{self.name} needs a denoiser; this model has none"
+
+    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
+        handles = session.handles()
+        handles.act(Action(Rank.LATENTS, self._named))
+        return handles
+
+    def _named(self, call: RootCall) -> None:
+        hidden = hidden_in(call.given)
+        if hidden is None:
+            name = type(call.root).__name__
+            raise UnsupportedError(f"{self.name}: {name} gets its latents as no batch, so there are no rows to act on")
+        rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden[0].device)
+        call.clock = replace(call.clock, branches={"conditional": rows, self.name: rows}, unknown="")
+
+
+class RecipeGuidance(ClassifierFreeGuidance):
+    """Base of guiders that are a recipe beside classifier-free guidance. A subclass says which pass of a step runs under its edits.
+
+    The parts of the schedule are fractions of the steps as diffusers' guiders count them, every entry of the scheduler's timesteps
+    one step.
+    """
+
+    recipe: Recipe
+
+    def _set_up(
+        self,
+        recipe: Recipe,
+        guidance_scale: float,
+        guidance_rescale: float,
+        use_original_formulation: bool,
+        guidance_start: float,
+        guidance_stop: float,
+        enabled: bool,
+    ) -> None:
+        """Called by a subclass's constructor, whose parameters diffusers keeps as the guider's configuration.
+
+        Raises ReattendError that names the argument.
+        """
+        for name, value in (("use_original_formulation", use_original_formulation), ("enabled", enabled)):
+            if not isinstance(value, bool):
+                raise ReattendError(f"{type(self).__name__}: {name} must be True or False, got {value!r:.60}")
+        _number(self, "guidance_scale", guidance_scale, -math.inf, math.inf)
+        _number(self, "guidance_rescale", guidance_rescale, 0, 1)
+        _number(self, "guidance_start", guidance_start, 0, 1)
+        _number(self, "guidance_stop", guidance_stop, 0, 1)
+        if guidance_start >= guidance_stop:
+            raise ReattendError(
+                f"{type(self).__name__}: guidance_start {guidance_start} must lie below guidance_stop {guidance_stop}"
+            )
+        # past the constructor in between, which would keep its own start and stop as the configuration's
+        BaseGuidance.__init__(self, guidance_start, guidance_stop)
+        self._enabled = enabled
+        self.recipe = recipe
+        self.guidance_scale = guidance_scale
+        self.guidance_rescale = guidance_rescale
+        self.use_original_formulation = use_original_formulation
+        self._names: list[str] = [CONDITIONAL]
+        self._session: Session | None = None
+        self._end = Hooks()
+        self._fitted: weakref.ref[nn.Module] | None = None
+
+    # -- what a subclass says --------------------------------------------------------------------------------------------
+
+    @property
+    def acts(self) -> bool:
+        """Whether the recipe does something at some step."""
+        raise NotImplementedError
+
+    def _passes(self, batch: Callable[[int, str], Any]) -> list[str]:
+        """The predictions of this step, in order. batch(0 or 1, name): the inputs of the prompt or of the negative prompt."""
+        raise NotImplementedError
+
+    def _edited(self, prediction: str) -> bool:
+        """Whether the pass that makes this prediction runs under the recipe's edits."""
+        raise NotImplementedError
+
+    def _steps(self, table: SiteTable) -> list[Step]:
+        """What the recipe does in that pass."""
+        raise NotImplementedError
+
+    # -- what diffusers asks ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_conditions(self) -> int:
+        """The most passes that a step of a run takes. Pipelines ask before a run whether the negative prompt will be read."""
+        plain = 0.0 if self.use_original_formulation else 1.0
+        guided = self._enabled and not math.isclose(self.guidance_scale, plain)
+        return 1 + guided + (self._enabled and self.acts)
+
+    @property
+    def is_conditional(self) -> bool:
+        return self._names[max(self._count_prepared, 1) - 1] != UNCONDITIONAL
+
+    def prepare_inputs(self, data: Any) -> list[Any]:
+        return self._batches(lambda at, name: self._prepare_batch(data, at, name))
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
+        return self._batches(lambda at, name: self._prepare_batch_from_block_state(input_fields, data, at, name))
+
+    def _batches(self, batch: Callable[[int, str], Any]) -> list[Any]:
+        self._let_go()
+        self._names = self._passes(batch)
+        return [batch(int(name == UNCONDITIONAL), name) for name in self._names]
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Before each pass. Raises an error, before the first one of a run, where the recipe does not fit the denoiser."""
+        super().prepare_models(denoiser)
+        # an error between here and the pass leaves it there; a pass takes it away itself
+        self._let_go()
+        if not (self._enabled and self.acts):
+            return
+        if self._fitted is None or self._fitted() is not denoiser:
+            support = self.recipe.supports(sites(denoiser))
+            if not support:
+                raise UnsupportedError(f"recipe {self.recipe.slug!r} does not fit this model: {support.reason}")
+            self._fitted = weakref.ref(denoiser)
+        if self._edited(self._names[self._count_prepared - 1]):
+            steps = self._steps(sites(denoiser))
+            self._session = attach(denoiser, [Plan(self.recipe.slug, [WholeBatch(self.recipe.slug), *steps])], isolated=True)
+            self._end.after(denoiser, lambda module, args, output: self._let_go(broken=output is None))
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        self._let_go()
+
+    def _let_go(self, broken: bool = False) -> None:
+        """Takes the edits of a pass away. broken: it raised, and there is nothing more to say of it."""
+        self._end.remove()
+        session, self._session = self._session, None
+        if session is not None and broken:
+            session.__exit__(ReattendError, None, None)
+        elif session is not None:
+            session.remove()
+
+    def __call__(self, data: Sequence[Any]) -> GuiderOutput:
+        return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
+
+    def _clock(self) -> Clock:
+        """Where the run stands."""
+        if self._step is None or self._num_inference_steps is None:
+            raise ReattendError(f"{type(self).__name__}: call set_state(step, num_inference_steps, timestep) before each step")
+        timestep = None if self._timestep is None else float(self._timestep)
+        return Clock("denoise", self._step, self._num_inference_steps, timestep, timestep)
+
+
+class PerturbedPass(RecipeGuidance):
+    """Base of guiders whose recipe has a branch (`BranchGuidance`): one more pass over the prompt, all of it the branch."""
+
+    _input_predictions = [CONDITIONAL, UNCONDITIONAL, PERTURBED]
+    recipe: BranchGuidance
+
+    @property
+    def acts(self) -> bool:
+        return self.recipe.guide().acts
+
+    def _scale(self) -> float:
+        return self.recipe.guide().scale_at(self._clock()) if self._enabled and self.acts else 0.0
+
+    def _passes(self, batch: Callable[[int, str], Any]) -> list[str]:
+        guided = [UNCONDITIONAL] if self._is_cfg_enabled() else []
+        return [CONDITIONAL, *guided, *([PERTURBED] if self._scale() else [])]
+
+    def _edited(self, prediction: str) -> bool:
+        return prediction == PERTURBED
+
+    def _steps(self, table: SiteTable) -> list[Step]:
+        return [step for step in self.recipe.plan(table) if not isinstance(step, Guide)]
+
+    def forward(
+        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_perturbed: Tensor | None = None
+    ) -> GuiderOutput:
+        """The prediction of classifier-free guidance, shifted as the recipe shifts it, then brought back by guidance_rescale."""
+        if pred_cond_perturbed is None:
+            return super().forward(pred_cond, pred_uncond)
+        dtype = torch.promote_types(pred_cond.dtype, torch.float32)
+        conditional, branch = pred_cond.to(dtype), pred_cond_perturbed.to(dtype)
+        pred, unconditional, guidance = conditional, None, 1.0
+        if pred_uncond is not None:
+            unconditional = pred_uncond.to(dtype)
+            guidance = self.guidance_scale + self.use_original_formulation
+            pred = unconditional + guidance * (conditional - unconditional)
+        guide, clock = self.recipe.guide(), self._clock()
+        assert guide.formula is not None
+        seen = Predictions(conditional, branch, {guide.name: branch}, unconditional, guide.scale_at(clock), guidance, clock)
+        pred = pred + guide.formula(seen)
+        if self.guidance_rescale > 0:
+            pred = rescale_noise_cfg(pred, conditional, self.guidance_rescale)
+        return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+class SecondTextPass(RecipeGuidance):
+    """Base of guiders whose recipe reads a second text (`Context`) in the prompt's pass: the negative prompt's."""
+
+    _input_predictions = [CONDITIONAL, UNCONDITIONAL]
+    # of this step: the negative text as the context door takes it; None where the recipe does not act
+    _text: Mapping[str, Tensor] | None = None
+
+    def _passes(self, batch: Callable[[int, str], Any]) -> list[str]:
+        self._text = self._negative(batch(1, UNCONDITIONAL)) if self._on() else None
+        return [CONDITIONAL, UNCONDITIONAL] if self._is_cfg_enabled() else [CONDITIONAL]
+
+    def _on(self) -> bool:
+        """Whether the recipe acts at this step."""
+        clock, start, stop = self._clock(), self.recipe.start, self.recipe.stop  # type: ignore[attr-defined]
+        assert clock.steps is not None
+        return self._enabled and self.acts and ((start, stop) == (0, 1) or start <= clock.step / clock.steps < stop)
+
+    def _negative(self, batch: Any) -> dict[str, Tensor]:
+        found = {}
+        for name, fields in TEXT.items():
+            value = next((v for field in fields if (v := getattr(batch, field, None)) is not None), None)
+            if isinstance(value, Tensor):
+                found[name] = value
+        if "prompt_embeds" not in found:
+            raise ReattendError(
+                f"{type(self).__name__}: the pipeline has no embeddings of a negative prompt: pass negative_prompt (or "
+                "negative_prompt_embeds) to it"
+            )
+        return found
+
+    def _edited(self, prediction: str) -> bool:
+        return prediction == CONDITIONAL and self._text is not None
+
+    def _steps(self, table: SiteTable) -> list[Step]:
+        # which steps it acts in is said here, since a bare denoiser has no schedule
+        given = {"texts": None, "tensors": self._text, "start": 0.0, "stop": 1.0}
+        return [replace(step, **given) if isinstance(step, Context) else step for step in self.recipe.plan(table)]
+
+
+def _number(guider: RecipeGuidance, name: str, value: Any, least: float, most: float) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or not least <= value <= most:
+        allowed = "" if math.isinf(most) else f" from {least} to {most}"
+        raise ReattendError(f"{type(guider).__name__}: {name} must be a number{allowed}, got {value!r:.60}")

@@ -49,9 +49,7 @@ class PAGGuidance(PerturbedPass):
         recipe = PAG(
             scale=scale, adaptive=adaptive, scope=scope, layers=layers, heads=heads, rescale=rescale, start=start, stop=stop
         )
-        self._set_up(
-            recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        )
+        self._set_up(recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled)
 
 
 class SoftPAGGuidance(PerturbedPass):
@@ -89,9 +87,7 @@ class SoftPAGGuidance(PerturbedPass):
             start=start,
             stop=stop,
         )
-        self._set_up(
-            recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        )
+        self._set_up(recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled)
 
 
 class SEGGuidance(PerturbedPass):
@@ -115,9 +111,7 @@ class SEGGuidance(PerturbedPass):
         stop: float = 1.0,
     ) -> None:
         recipe = SEG(scale=scale, sigma=sigma, layers=layers, heads=heads, rescale=rescale, start=start, stop=stop)
-        self._set_up(
-            recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        )
+        self._set_up(recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled)
 
 
 class NAGGuidance(SecondTextPass):
@@ -143,9 +137,7 @@ class NAGGuidance(SecondTextPass):
         stop: float = 1.0,
     ) -> None:
         recipe = NAG(scale=scale, limit=limit, strength=strength, norm=norm, start=start, stop=stop)
-        self._set_up(
-            recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        )
+        self._set_up(recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled)
 
     @property
     def acts(self) -> bool:

@@ -13,7 +13,9 @@ STEPS = 4
 
 def sdxl(scheduler: Any = None) -> tuple[Any, nn.Module, dict[str, Any]]:
     from diffusers import EulerDiscreteScheduler
-    from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLCoreDenoiseStep
+    from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
+        StableDiffusionXLCoreDenoiseStep,
+    )
 
     def model() -> Any:
         return unet(addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=8 + 6 * 4)
@@ -28,7 +30,9 @@ def sdxl(scheduler: Any = None) -> tuple[Any, nn.Module, dict[str, Any]]:
 
 def stable_diffusion_3() -> tuple[Any, nn.Module, dict[str, Any]]:
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3T2ICoreDenoiseStep
+    from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
+        StableDiffusion3T2ICoreDenoiseStep,
+    )
 
     denoiser, _ = build("sd3", among={"sd3": sd3})
     pipe = StableDiffusion3T2ICoreDenoiseStep().init_pipeline()
@@ -43,7 +47,10 @@ def qwen() -> tuple[Any, nn.Module, dict[str, Any]]:
     denoiser, _ = build("qwen", among={"qwen": qwen_image})
     pipe = QwenImageCoreDenoiseStep().init_pipeline()
     pipe.update_components(transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler())
-    masks = {"prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long), "negative_prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long)}
+    masks = {
+        "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long),
+        "negative_prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long),
+    }
     return pipe, denoiser, {**texts(pooled=False), **masks, "height": 64, "width": 64}
 
 

@@ -96,15 +96,16 @@ def components(model: Any) -> dict[str, nn.Module]:
 def _module_sites(root: nn.Module, prefix: str, component: str) -> list[tuple[Site, nn.Module]]:
     counters: dict[str, dict[str, int]] = {}
     result: list[tuple[Site, nn.Module]] = []
-    inside_site: list[str] = []
+    inside_site: str | None = None
     denoiser = denoiser_in(root)
     for path, module in root.named_modules():
-        if any(path.startswith(p + ".") for p in inside_site):
+        # what lies inside a module comes right after it
+        if inside_site is not None and path.startswith(inside_site):
             continue
         how = dispatch(module)
         if how is None:
             continue
-        inside_site.append(path)
+        inside_site = path + "."
         route, problem = how
         if denoiser is not None:
             stack = stack_of(denoiser, path)

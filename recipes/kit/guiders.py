@@ -7,7 +7,6 @@ makes one prediction of theirs. Here one of the passes runs under a recipe's edi
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +103,8 @@ class RecipeGuidance(ClassifierFreeGuidance):
         self._names: list[str] = [CONDITIONAL]
         self._session: Session | None = None
         self._end = Hooks()
-        self._fitted: weakref.ref[nn.Module] | None = None
+        # of one run: the denoiser at work and its sites, which take as long to find as a small denoiser runs
+        self._found: tuple[nn.Module, SiteTable] | None = None
 
     # -- what a subclass says --------------------------------------------------------------------------------------------
 
@@ -156,13 +156,14 @@ class RecipeGuidance(ClassifierFreeGuidance):
         self._let_go()
         if not (self._enabled and self.acts):
             return
-        if self._fitted is None or self._fitted() is not denoiser:
-            support = self.recipe.supports(sites(denoiser))
+        if self._found is None or self._found[0] is not denoiser or (self._step == 0 and self._count_prepared == 1):
+            table = sites(denoiser)
+            support = self.recipe.supports(table)
             if not support:
                 raise UnsupportedError(f"recipe {self.recipe.slug!r} does not fit this model: {support.reason}")
-            self._fitted = weakref.ref(denoiser)
+            self._found = denoiser, table
         if self._edited(self._names[self._count_prepared - 1]):
-            steps = self._steps(sites(denoiser))
+            steps = self._steps(self._found[1])
             self._session = attach(denoiser, [Plan(self.recipe.slug, [WholeBatch(self.recipe.slug), *steps])], isolated=True)
             self._end.after(denoiser, lambda module, args, output: self._let_go(broken=output is None))
 
@@ -179,6 +180,9 @@ class RecipeGuidance(ClassifierFreeGuidance):
             session.remove()
 
     def __call__(self, data: Sequence[Any]) -> GuiderOutput:
+        clock = self._clock()
+        if clock.steps is not None and clock.step + 1 >= clock.steps:
+            self._found = None  # the run is over, and a guider keeps no model alive
         return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
 
     def _clock(self) -> Clock:

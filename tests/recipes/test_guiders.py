@@ -253,7 +253,7 @@ def test_nothing_is_left_after_an_error_in_a_pass() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         draw(pipe, call)
     handle.remove()
-    assert not hooks_of(denoiser), "cleanup_models is not called after an error"
+    assert not hooks_of(denoiser), "although cleanup_models is not called after an error"
     assert torch.equal(draw(pipe, call), expected)
 
 
@@ -334,13 +334,8 @@ def test_the_prediction_of_diffusers_own_guider() -> None:
         skip_ff=False,
         skip_attention_scores=True,
     )
-    theirs = PerturbedAttentionGuidance(
-        guidance_scale=4.0,
-        perturbed_guidance_scale=3.0,
-        perturbed_guidance_start=0.0,
-        perturbed_guidance_stop=1.0,
-        perturbed_guidance_config=at,
-    )
+    part = {"perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0, "perturbed_guidance_config": at}
+    theirs = PerturbedAttentionGuidance(guidance_scale=4.0, perturbed_guidance_scale=3.0, **part)
     layer = next(n for n, s in enumerate(reattend.sites(denoiser).kind("self")) if s.name.startswith("mid_block"))
     with reattend.rows("conditional"):
         ours = one_step(PAGGuidance(3.0, 4.0, layers=[layer]), denoiser, call)

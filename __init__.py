@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is imported at runtime before it is used
-    from . import zoo
+    from . import guiders, zoo
     from .analysis import analyse
     from .comparison import compare, wrap
     from .evaluation import evaluate
@@ -42,7 +42,8 @@ _LAZY = {
     "UnsupportedError": ".interventions",
 }
 
-# written out, because type checkers read no dict
+# written out, because type checkers read no dict; without `guiders`, which needs
+# diffusers, as `from reattend import *` must not
 __all__ = [
     "ReattendError",
     "ReattendWarning",
@@ -65,8 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "zoo":
-        return importlib.import_module(".zoo", __name__)
+    if name in ("guiders", "zoo"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

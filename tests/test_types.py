@@ -72,6 +72,6 @@ def test_the_lazy_root_is_the_same_for_a_type_checker():
     tree = ast.parse(Path(reattend.__file__).read_text(encoding="utf-8"))
     block = next(n for n in tree.body if isinstance(n, ast.If))
     named = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert named == {"zoo", *reattend._LAZY}
+    assert named == {"guiders", "zoo", *reattend._LAZY}
     assert set(reattend.__all__) == {"__version__", "zoo", *reattend._LAZY}
     assert all(getattr(reattend, name) is not None for name in reattend.__all__)

@@ -88,6 +88,6 @@ class Holder(Steered, Protocol):
         """The counter {site name: times} under this label in `stats`."""
         ...
 
-    def note(self, label: str, change: Tensor) -> None:
-        """Notes the size of a change that this recipe made to a prediction, as a part of it, on the prediction's device."""
+    def note(self, label: str, change: Tensor, of: str = "a prediction") -> None:
+        """Notes the size of a change that this recipe made, as a part of what it changed, on the device of that. of: what that is."""
         ...

@@ -73,8 +73,8 @@ class Steered(Protocol):
         """What it does at a module; None where nothing."""
         ...
 
-    def note(self, label: str, change: Tensor) -> None:
-        """Notes the size of a change that this recipe made to a prediction, as a part of it, on the prediction's device."""
+    def note(self, label: str, change: Tensor, of: str = "a prediction") -> None:
+        """Notes the size of a change that this recipe made, as a part of what it changed, on the device of that. of: what that is."""
         ...
 
     def ready(self, call: Any) -> None: ...

@@ -42,7 +42,7 @@ class Session:
 
     stats: {recipe label: {site name: how often its edits were applied}}. ways: {site name: {how attention was computed there: how often}};
     a call that several sessions edit counts in the last one's. A recipe that never acted although the model ran warns (ReattendWarning)
-    when the session ends, and so does one whose largest change of a prediction (`changes`) is below VISIBLE.
+    when the session ends, and so does one whose largest change of a prediction or of attention's output (`changes`) is below VISIBLE.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class Session:
         self._ways: dict[str, Counter[str]] = {}
         # by recipe and device: numbers that nobody has asked the device for
         self._changes: dict[tuple[str, torch.device], Tensor] = {}
+        # by recipe: of what its changes are
+        self._changed: dict[str, str] = {}
         self.forwards = 0
         self.active = self.ended = False
         # the steps that mark tokens of a prompt: what the user named, which is no part of the model
@@ -165,10 +167,11 @@ class Session:
         """The counter {site name: times} under this label."""
         return self.counts.setdefault(label, Counter())
 
-    def note(self, label: str, change: Tensor) -> None:
-        """Notes how large a change of a prediction this recipe made, as a part of the prediction: a tensor of no dimensions. The largest one
-        stays where it was computed until somebody asks for `changes`."""
+    def note(self, label: str, change: Tensor, of: str = "a prediction") -> None:
+        """Notes how large a change this recipe made, as a part of what it changed: a tensor of no dimensions. The largest one stays where it
+        was computed until somebody asks for `changes`. of: what that is."""
         key, change = (label, change.device), change.detach()
+        self._changed[label] = of
         before = self._changes.get(key)
         self._changes[key] = change if before is None else torch.maximum(before, change)
 
@@ -226,8 +229,8 @@ class Session:
         for label, change in self.changes.items() if over else ():
             if change < VISIBLE:
                 warnings.warn(
-                    f"recipe {label!r} changed nothing visible: its largest change was {change:.1e} of a prediction, and pictures differ "
-                    f"from about {VISIBLE:g} on; try other layers or heads, or more strength or scale",
+                    f"recipe {label!r} changed nothing visible: its largest change was {change:.1e} of {self._changed[label]}, and pictures "
+                    f"differ from about {VISIBLE:g} on; try other layers or heads, another text, or more strength or scale",
                     ReattendWarning,
                     2,
                 )
@@ -291,7 +294,8 @@ class Session:
 
     @property
     def changes(self) -> dict[str, float]:
-        """{recipe label: its largest change of a denoiser's prediction, as a part of that prediction}, of recipes that guide by a branch."""
+        """{recipe label: its largest change}: of a denoiser's prediction, as a part of it, of recipes that guide by a branch; of attention's
+        output to the image, in the first pass of the session, of recipes with a second text."""
         found: dict[str, float] = {}
         for (label, _), change in self._changes.items():
             # two numbers, of which one may be nan: then the largest change is not known to be small

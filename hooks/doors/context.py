@@ -7,7 +7,7 @@ its text arguments (pooled ones too), and their image tokens are those of the ro
 blocks that keep the two streams apart, and on entry to the first block that does not. Or the second text stands after the prompt in the
 same stream (place "after"), once or several times, without what pads it, its columns named, hidden from rows that are not the prompt's.
 Texts are words, encoded as the running pipeline encodes its own prompt and with its settings, or tensors under the names of the pipeline's
-own arguments; one text, or one per prompt.
+own arguments; one text, or one per prompt. In the first pass of a session it is measured how much attention's output to the image changes.
 
 Costs: the text's encoding, keys and values once a run, kept until the next one (2 x tokens x width numbers a site), and what the
 intervention adds: a second attention of the rows it names. In joint attention further rows as a guide's, half as many again as there
@@ -43,6 +43,7 @@ from ..sites.table import SiteTable
 from ..sites.text_keys import reading_misfit, second_keys, text_at_sites
 from ..tokens.denoisers import DenoiserForward
 from ..tokens.pass_text import AFTER
+from ..trackers.output_change import OUTPUT, output_change
 from ..trackers.parts import partners, shared_out
 from .guide import Guide
 from .inject import Entering, Inject
@@ -175,6 +176,7 @@ class Context(Step):
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         counter, handles = session.counter(self.name), session.handles()
+        measured: set[str] = set()
         key, kept = (plan.memory_key, self.name), weakref.WeakKeyDictionary[_Run, _Store]()
 
         def store_of(memory: dict[Any, Any]) -> _Store:
@@ -190,10 +192,14 @@ class Context(Step):
                 return ()
             call.memory = forward.memory(plan.memory_key)
             edits = edits_of(self.use(call, text))
+            found = [*self._hidden(call, store), *edits]
             if edits:
                 assert call.site is not None
                 counter[call.site.name] += 1
-            return [*self._hidden(call, store), *edits]
+                if call.site.name not in measured:
+                    measured.add(call.site.name)
+                    session.note(plan.recipe, output_change(call, found, self._without(call, store, found, edits)), OUTPUT)
+            return found
 
         def encode(call: RootCall) -> None:
             try:
@@ -287,6 +293,13 @@ class Context(Step):
 
         hidden = _once(store, "hidden", call.clock, columns)
         return [] if hidden is None else [KeyBias(bias=hidden * -HIDDEN)]
+
+    def _without(self, call: Call, store: _Store, found: Sequence[Edit], edits: Sequence[Edit]) -> Sequence[Edit]:
+        """What of a call's edits acts without the intervention; after the prompt, nobody sees any of the second text then."""
+        if self.place == "beside":
+            return found[: len(found) - len(edits)]
+        length = self.copies * store["text"].embeds.shape[1]
+        return [KeyBias(bias=words_at(call, torch.ones(call.batch, length, dtype=torch.bool)) * -HIDDEN)]
 
     @torch.no_grad()
     def _keys(self, call: Call, forward: DenoiserForward, store: _Store) -> tuple[Tensor, Tensor]:

@@ -198,10 +198,33 @@ def test_what_a_controlnet_adds_goes_with_its_rows(slug, name):
             torch.testing.assert_close(model(**one)[0][0], both[row], **NEAR)
 
 
+NOTHING = {
+    # away from itself; and out of sight, without the copy that stays in the prompt
+    "nag": {"negative": "a fox"},
+    "vsf": {"negative": "a dog", "offset": 60.0, "text_rows": "script"},
+}
+
+
+@methods
 @pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
-def test_nag_against_the_prompt_itself_is_no_push(make):
+def test_a_push_that_nobody_sees_says_so(slug, make):
     pipe, call, _, _ = make(guidance=1.0)
     call = {**call, "prompt": "a fox", "num_images_per_prompt": 1}
     base = draw(pipe, call)
-    with push(pipe, "nag", negative="a fox"):
-        torch.testing.assert_close(draw(pipe, call), base, **NEAR)
+    with pytest.warns(reattend.ReattendWarning, match=f"{slug}' changed nothing visible.*of attention's output"):  # noqa: SIM117
+        with push(pipe, slug, **NOTHING[slug]) as session:
+            torch.testing.assert_close(draw(pipe, call), base, **NEAR)
+    assert session.changes[slug] < 1e-4
+
+
+@methods
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+@pytest.mark.filterwarnings("error:.*changed nothing visible")
+def test_how_much_a_push_changes_is_that_of_its_first_pass(slug, make):
+    """It is measured once at each site, and changes no bit of the picture."""
+    pipe, call, _, _ = make(guidance=1.0)
+    with push(pipe, slug, negative="a dog") as session:
+        first = draw(pipe, call)
+        ((label, change),) = session.changes.items()
+        assert label == slug and 1e-2 < change < 100
+        assert torch.equal(draw(pipe, call), first) and session.changes == {slug: change}

@@ -260,8 +260,8 @@ class Context(Step):
         if self.place == "after":
             if "text" not in store or "conditional" not in call.clock.branches:
                 return None
-            columns = words_at(call, _words(call, store["text"]))
-            return SecondText(columns=columns & call.columns("text"))
+            size = "columns", call.site.kind, call.batch, call.num_keys
+            return _once(store, size, call.clock, lambda: _columns(call, store["text"]))
         if call.site.kind == "joint":
             rows = call.clock.rows(self.name, call.batch)
             if rows is None:
@@ -291,7 +291,8 @@ class Context(Step):
             words = _words(call, store["text"])
             return None if bool(words.all()) else words_at(call, ~words.repeat(1, self.copies))
 
-        hidden = _once(store, "hidden", call.clock, columns)
+        size = "hidden", call.site and call.site.kind, call.batch, call.num_keys
+        hidden = _once(store, size, call.clock, columns)
         return [] if hidden is None else [KeyBias(bias=hidden * -HIDDEN)]
 
     def _without(self, call: Call, store: _Store, found: Sequence[Edit], edits: Sequence[Edit]) -> Sequence[Edit]:
@@ -335,6 +336,10 @@ def _words(call: Call, text: Encoded) -> Tensor:
     number = shared_out(call.clock, call.batch, text.count, alone=True)
     words = torch.ones(text.embeds.shape[:2], dtype=torch.bool) if text.mask is None else text.mask.cpu()
     return words[number.clamp_min(0)] & (number >= 0)[:, None]
+
+
+def _columns(call: Call, text: Encoded) -> SecondText:
+    return SecondText(columns=words_at(call, _words(call, text)) & call.columns("text"))
 
 
 class _Run:

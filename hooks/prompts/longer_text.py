@@ -98,20 +98,15 @@ def put(call: RootCall, changes: Mapping[str, Any]) -> None:
     call.replace(tuple(args), kwargs)
 
 
-def columns_of(call: Call, length: int) -> Tensor:
-    """Bool [B, Tk]: where the last `length` tokens of the text stream are among the keys, padding too. Raises ReattendError where that is
-    not known."""
-    text = _stream(call)
-    place = text.cumsum(dim=1)
-    return text & (place > place[:, -1:] - length)
-
-
 def words_at(call: Call, words: Tensor) -> Tensor:
-    """Bool [B, Tk]: words bool [B, n] of the last n tokens of each row's text stream, where these are among the keys."""
-    last = columns_of(call, words.shape[1])
-    found = torch.zeros_like(last)
-    found[last] = words.to(last.device).flatten()
-    return found
+    """Bool [B, Tk]: words bool [B, n] of the last n tokens of each row's text stream, padding too, where these are among the keys. Raises
+    ReattendError where that is not known."""
+    text, length = _stream(call), words.shape[1]
+    place = text.cumsum(dim=1)
+    place = place - 1 - (place[:, -1:] - length)  # among the last `length`, from 0
+    if not length:
+        return torch.zeros_like(text)
+    return text & (place >= 0) & words.to(text.device).gather(1, place.clamp(0, length - 1))
 
 
 def _stream(call: Call) -> Tensor:

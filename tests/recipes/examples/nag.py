@@ -184,5 +184,5 @@ def site(kind):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
-TRIED = {"negatives": ["nag", "nag:scale=6"]}
+TRIED = {"negatives": ["nag", "nag:scale=6", "nag:scale=6:limit=5:strength=1"]}
 GALLERY = {"look": "Whether the thing that the negative text names stays away, and the others stay."}

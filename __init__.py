@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:  # what editors and type checkers see; nothing of it is imported at runtime before it is used
-    from . import guiders, zoo
+    from . import guiders as guiders
+    from . import zoo
     from .analysis import analyse
     from .comparison import compare, wrap
     from .evaluation import evaluate

@@ -54,6 +54,31 @@ def qwen() -> tuple[Any, nn.Module, dict[str, Any]]:
     return pipe, denoiser, {**texts(pooled=False), **masks, "height": 64, "width": 64}
 
 
+def whole_sdxl() -> Any:
+    """From the prompt to the picture; its pictures are of 16 x 16."""
+    import tiny_pipelines
+    from diffusers import EulerDiscreteScheduler
+    from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLAutoBlocks
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def model() -> Any:
+        sizes = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 16 + 6 * 4, "cross_attention_dim": 32}
+        return unet(addition_embed_type="text_time", layers_per_block=2, **sizes)
+
+    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    pipe.update_components(
+        unet=build("sdxl", among={"sdxl": model})[0],
+        scheduler=EulerDiscreteScheduler(),
+        vae=tiny_pipelines.vae(4),
+        text_encoder=CLIPTextModel(tiny_pipelines.text_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_pipelines.text_config(projection_dim=16)).eval(),
+        tokenizer=tiny_pipelines.tokenizer(),
+        tokenizer_2=tiny_pipelines.tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PIPELINES = {"SDXL": sdxl, "SD3": stable_diffusion_3, "Qwen-Image": qwen}
 
 

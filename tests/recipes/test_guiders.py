@@ -20,7 +20,7 @@ from reattend import ReattendError, UnsupportedError  # noqa: E402
 from reattend.guiders import NAGGuidance, PAGGuidance, SEGGuidance, SoftPAGGuidance  # noqa: E402
 from reattend.recipes.kit.registry import registry  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny_modular import PIPELINES, STEPS, draw, sdxl, stable_diffusion_3  # noqa: E402
+from tiny_modular import PIPELINES, STEPS, draw, sdxl, stable_diffusion_3, whole_sdxl  # noqa: E402
 
 PERTURBED = {"pag": PAGGuidance, "softpag": SoftPAGGuidance, "seg": SEGGuidance}
 ALL = {**PERTURBED, "nag": NAGGuidance}
@@ -354,3 +354,31 @@ def test_a_pipeline_takes_it_up() -> None:
     pipe.update_components(guider=pipe.guider.new(scale=1.0))
     assert pipe.guider.recipe.scale == 1.0 and pipe.guider.guidance_scale == 4.0
     assert type(pipe.guider).__module__ == "reattend.guiders", "where diffusers looks for it when it loads a pipeline"
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(reattend.__file__).parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    (code,) = (block.partition("```")[0] for block in page.split("```python\n")[1:] if "PAGGuidance(" in block)
+    pipe = whole_sdxl()
+
+    def small(**given: Any) -> Any:
+        return pipe(**{"num_inference_steps": 4, **given, "height": 16, "width": 16})
+
+    class Small:
+        """The pipeline, whose pictures are small."""
+
+        __call__ = staticmethod(small)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipe, name)
+
+    names: dict[str, Any] = {"pipe": Small()}
+    exec(code, names)
+    assert names["image"].size == (16, 16)
+    assert PAGGuidance.from_pretrained("guider").recipe.layers == [4]
+    negative = [
+        small(prompt="a fox", negative_prompt=text, generator=torch.Generator().manual_seed(1), output="latents")
+        for text in ("blurry", "red")
+    ]
+    assert not torch.equal(*negative), "it is encoded although classifier-free guidance is off"

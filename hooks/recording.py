@@ -32,9 +32,10 @@ SAMPLED_ROWS = 256
 
 @dataclass
 class Reading:
-    """One call, batch kept, on the CPU. Means over the rows that were read.
+    """One call, batch kept, on the CPU. Means over the rows that were read. Weights of an edit that takes values away (vsf) are negative:
+    so are their mass and their places in maps, rows do not add up to 1, and the entropy is that of their sizes.
 
-    mass: {role: [B, H]}; the roles are disjoint and add up to 1. entropy [B, H] in nats. columns [B, k] long: absolute positions of
+    mass: {role: [B, H]}; the roles are disjoint and add up to the rows' sum. entropy [B, H] in nats. columns [B, k] long: absolute positions of
     the heaviest columns, mean over heads, with their `weights` [B, k]. maps: {absolute row: [B, H, Tk]} for the rows asked for.
     spread [B, n]: the weight of every position, mean over heads, where it was asked for and columns still stand for single tokens.
     """
@@ -215,7 +216,7 @@ def _reading(
     for start in range(0, index.numel(), step):
         weights = row_weights(call, edits, index[start : start + step])
         share = (chosen[:, start : start + step].to(weights.dtype) / counts[:, None])[:, None, :, None]
-        part_entropy = (torch.special.entr(weights) * share).sum(dim=(2, 3))
+        part_entropy = (torch.special.entr(weights.abs()) * share).sum(dim=(2, 3))
         per_column = (weights * share).sum(dim=2)  # [B, H, Tk]
         entropy = part_entropy if entropy is None else entropy + part_entropy
         column_sum = per_column if column_sum is None else column_sum + per_column

@@ -171,6 +171,18 @@ def test_a_denoiser_gives_what_an_appended_copy_gives(name, rows):
         torch.testing.assert_close(model(**inputs)[0], wanted, atol=2e-5, rtol=1e-4)
 
 
+def test_maps_of_it_are_signed():
+    """Where values are taken away: below 0, and counted as such; other numbers of a reading stay finite."""
+    model, inputs = build("UNet2DConditionModel")
+    path = saved("vsf maps", {"prompt_embeds": torch.randn(1, 3, 8)})
+    with reattend.apply(model, "vsf", tensors=path, scale=2.0), reattend.capture(model, maps=[0]) as seen, torch.no_grad():
+        model(**inputs)
+    name = next(site.name for site in text_sites(reattend.sites(model)))
+    (reading,) = seen.readings[name]
+    assert (reading.maps[0][..., TEXT:] < 0).all() and (reading.maps[0][..., :TEXT] > 0).all()
+    assert reading.entropy.isfinite().all() and reading.mass["text"].max() < 1
+
+
 DEFAULTS = {
     "SD3Transformer2DModel": (3.0, 0.08),
     "FluxTransformer2DModel": (6.0, 0.0),

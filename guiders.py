@@ -11,7 +11,6 @@ leaves the prompt's prediction alone. Parameters out of range raise ReattendErro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from diffusers.configuration_utils import register_to_config
@@ -40,8 +39,8 @@ class PAGGuidance(PerturbedPass):
         enabled: bool = True,
         adaptive: float = 0.0,
         scope: Literal["image", "all", "masked"] = "masked",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[Sequence[int]] | None = None,
+        layers: list[int] | None = None,
+        heads: list[tuple[int, int]] | None = None,
         rescale: float = 0.0,
         start: float = 0.0,
         stop: float = 1.0,
@@ -69,8 +68,8 @@ class SoftPAGGuidance(PerturbedPass):
         perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"] = "identity",
         temperature: float = 2.0,
         scope: Literal["image", "all", "masked"] = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[Sequence[int]] | None = None,
+        layers: list[int] | None = None,
+        heads: list[tuple[int, int]] | None = None,
         rescale: float = 0.0,
         start: float = 0.0,
         stop: float = 1.0,
@@ -104,8 +103,8 @@ class SEGGuidance(PerturbedPass):
         guidance_stop: float = 1.0,
         enabled: bool = True,
         sigma: float = 1e7,
-        layers: Sequence[int] | None = None,
-        heads: Sequence[Sequence[int]] | None = None,
+        layers: list[int] | None = None,
+        heads: list[tuple[int, int]] | None = None,
         rescale: float = 0.0,
         start: float = 0.0,
         stop: float = 1.0,
@@ -136,7 +135,7 @@ class NAGGuidance(SecondTextPass):
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        recipe = NAG(scale=scale, limit=limit, strength=strength, norm=norm, start=start, stop=stop)
+        recipe = NAG(negative="", tensors=None, scale=scale, limit=limit, strength=strength, norm=norm, start=start, stop=stop)
         self._set_up(recipe, guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled)
 
     @property

@@ -110,8 +110,9 @@ class EntropyScaling(Recipe):
         if self.strength == 0 or sites.canvas is None:
             return []
         return [
-            Edits(table, partial(self.scaled, base_places(sites.canvas, table[0].name, self.base)))
+            Edits(table, partial(self.scaled, places))
             for table in self.chosen(sites).values()
+            if (places := base_places(sites.canvas, table[0].name, self.base))
         ]
 
     def scaled(self, base: tuple[int, int], call: Call) -> Edit | None:

@@ -21,8 +21,9 @@ def lengthening_misfit(denoiser: nn.Module) -> str:
     if name.startswith("Wan") and any(key.endswith("add_k_proj") for key, _ in denoiser.named_modules()):
         return f"{name} with an image beside its text takes the last 512 tokens for the text, so there is no place after it"
     patches = getattr(denoiser, "patch_embed", None)
-    if getattr(patches, "use_positional_embeddings", False) and hasattr(patches, "max_text_seq_length"):
-        return f"{name} has places for {patches.max_text_seq_length} text tokens, so there is none after them"
+    places = getattr(patches, "max_text_seq_length", None)
+    if getattr(patches, "use_positional_embeddings", False) and places is not None:
+        return f"{name} has places for {places} text tokens, so there is none after them"
     if hasattr(denoiser, "text_embedding_padding") or len(family.text) != 1:
         return f"{name} joins its text from several inputs, so there is no place after it"
     if family.ragged or family.per_sample or family.block > 1:

@@ -51,7 +51,7 @@ def plan(group: Group) -> Plan | None:
 def run(group: Group, known: Plan) -> Tensor:
     """[B, heads, Tq, Dv]: (1 - s) o + s o_kept. With t the text's part, o_kept = o_t + p (v - o_t), where p = sigmoid(s_own - lse_t)."""
     edit, x = group.weights[0], group.x
-    assert isinstance(edit, MixOwnAnd)
+    assert isinstance(edit, MixOwnAnd) and x.offset is not None
     index, columns, heads = known.rows, known.columns, x.query.shape[1]
     own = index + x.offset
     dtype, query = statistics_dtype(x.query), x.query[:, :, index]

@@ -93,5 +93,4 @@ def called(vsf, query, key, value, facts, scale=None, offset=None):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
-# what it is for, named things that stay out of a picture, no suite asks yet
 TRIED = {"negatives": ["vsf:scale=1", "vsf", "vsf:scale=3"]}

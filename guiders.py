@@ -6,14 +6,24 @@
 
 Each takes the parameters of its recipe, by the same names, and those of classifier-free guidance: guidance_scale (1 = without),
 guidance_rescale, use_original_formulation, and guidance_start and guidance_stop, the part of the schedule that it acts in. enabled: False
-leaves the prompt's prediction alone. Parameters out of range raise ReattendError.
+leaves the prompt's prediction alone. Parameters out of range raise ReattendError. Needs diffusers 0.42 or newer: older modular pipelines
+prepare the passes of a step otherwise; there `wrap(pipe).use("pag")` does the same.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import diffusers
 from diffusers.configuration_utils import register_to_config
+
+from .interventions import ReattendError
+
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42):
+    raise ReattendError(
+        f"reattend.guiders needs diffusers 0.42 or newer, this is {diffusers.__version__}: pip install -U diffusers, or use the recipe through "
+        "reattend.wrap(pipe).use(...)"
+    )
 
 from .recipes.kit.guiders import PerturbedPass, SecondTextPass
 from .recipes.nag import NAG

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("diffusers.guiders")
+if Version(diffusers.__version__) < Version("0.42"):
+    pytest.skip("reattend.guiders needs diffusers 0.42", allow_module_level=True)
 
 import reattend  # noqa: E402
 from diffusers import ClassifierFreeGuidance, HeunDiscreteScheduler, ModularPipeline, PerturbedAttentionGuidance  # noqa: E402

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-import diffusers
-from diffusers.configuration_utils import register_to_config
-
 from .interventions import ReattendError
 
+try:
+    import diffusers
+    from diffusers.configuration_utils import register_to_config
+except ImportError:
+    raise ReattendError('reattend.guiders needs diffusers: pip install "diffusers>=0.36,<0.43"') from None
 if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42):
     raise ReattendError(
-        f"reattend.guiders needs diffusers 0.42 or newer, this is {diffusers.__version__}: pip install -U diffusers, or use the recipe through "
+        f"reattend.guiders needs diffusers 0.42 or newer, and this is {diffusers.__version__}: upgrade it, or use the recipe through "
         "reattend.wrap(pipe).use(...)"
     )
 

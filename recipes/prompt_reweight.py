@@ -148,7 +148,13 @@ class PromptReweight(Recipe):
             return True
         if clock.steps is None:
             raise ReattendError(f"{self.slug}: the number of steps is not known, so start must be 0 and stop 1")
-        return int(self.start * (clock.steps + 1)) <= clock.step < int(self.stop * (clock.steps + 1))
+        first, last = (int(part * (clock.steps + 1)) for part in (self.start, self.stop))
+        if first >= min(last, clock.steps):
+            raise ReattendError(
+                f"{self.slug}: none of the {clock.steps} steps of this run lies from {self.start:g} to {self.stop:g} of it: choose a wider "
+                "or earlier part, or more steps"
+            )
+        return first <= clock.step < last
 
 
 def weighted(text: str) -> list[tuple[tuple[str, int], float]]:

@@ -16,7 +16,7 @@ are prompts and negative prompts in one batch, twice as many without guidance in
 Refuses: models without a denoiser, sites that read no text, denoisers of which it is not known what becomes of a text on its way to
 cross-attention (held against the keys of the prompt, once a run and site), pipelines without text encoders (unless tensors are given), texts
 of another width, without the pooled part or with too much, in joint attention longer ones where tokens are numbered, and another number
-of texts than of prompts: at `apply`, or before the first layer runs.
+of texts than of prompts, a part of the schedule in which no step of a run lies: at `apply`, or before the first layer runs.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from ..sites.text_keys import reading_misfit, second_keys, text_at_sites
 from ..tokens.denoisers import DenoiserForward
 from ..tokens.pass_text import AFTER
 from ..trackers.output_change import OUTPUT, output_change
+from ..trackers.part_of_schedule import holds_no_step, lies_in
 from ..trackers.parts import partners, shared_out
 from .guide import Guide
 from .inject import Entering, Inject
@@ -132,11 +133,7 @@ class Context(Step):
         return self._held
 
     def _on(self, clock: Clock) -> bool:
-        if (self.start, self.stop) == (0, 1):
-            return True
-        if clock.steps is None:
-            raise ReattendError(f"second text {self.name!r}: the number of steps is not known, so start must be 0 and stop 1")
-        return self.start <= clock.step / clock.steps < self.stop
+        return lies_in(clock, self.start, self.stop, f"second text {self.name!r}")
 
     # -- before anything runs ------------------------------------------------------------------------------------------
 
@@ -173,6 +170,9 @@ class Context(Step):
         if family.per_sample:
             return f"{name} attends for each sample alone, so a row of a second text cannot be tied to another"
         return "" if self._given is None else pooled_misfit(denoiser, self._given)
+
+    def ready(self, call: RootCall) -> str:
+        return holds_no_step(call.clock, self.start, self.stop, f"the second text {self.name!r}")
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
         counter, handles = session.counter(self.name), session.handles()

@@ -13,10 +13,10 @@ Costs: as many further rows per step as there are conditional ones, for each gui
 1.5 times the denoiser's time); nothing at steps where its scale is 0 or outside start and stop. Between the two calls of one
 step the predictions of the branches are kept.
 
-Refuses: a model without a denoiser; a part of the schedule on a bare denoiser; a batch of which nobody says which rows are
-conditional; arguments of which it is not known whether they have an entry for each row; a second text that is longer or shorter
-than the rows'; a cache of diffusers' (`enable_cache`), which keeps what it computed for the rows of another step; a pipeline
-with a perturbed part of its own; two guides of one name.
+Refuses: a model without a denoiser; a part of the schedule on a bare denoiser, or in which no step of a run lies; a batch of
+which nobody says which rows are conditional; arguments of which it is not known whether they have an entry for each row; a
+second text that is longer or shorter than the rows'; a cache of diffusers' (`enable_cache`), which keeps what it computed for
+the rows of another step; a pipeline with a perturbed part of its own; two guides of one name.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ..sites.inputs import hidden_in
 from ..sites.step_caches import step_cache
 from ..trackers.combination import combination_of
 from ..trackers.guided_pass import Formula, GuidedPass, Part, Predictions, settle
+from ..trackers.part_of_schedule import holds_no_step, lies_in
 
 Arguments = Mapping[str, Any]
 # a guide at work, its scale, and what takes the size of its shift
@@ -105,7 +106,9 @@ class Guide(Step):
         return next((reason for denoiser in facts.denoisers if (reason := self._cached(denoiser))), "")
 
     def ready(self, call: RootCall) -> str:
-        return self._cached(call.root)
+        return self._cached(call.root) or (
+            holds_no_step(call.clock, self.start, self.stop, f"guide {self.name!r}") if self.acts else ""
+        )
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
         if any(isinstance(other, Guide) and other is not self and other.name == self.name for _, other in others):
@@ -122,11 +125,8 @@ class Guide(Step):
         """Its scale at a step, 0 outside its part of the schedule. Raises ReattendError where that part or the scale is not known."""
         if not self.acts:
             return 0.0
-        if (self.start, self.stop) != (0, 1):
-            if clock.steps is None:
-                raise ReattendError(f"guide {self.name!r}: the number of steps is not known, so start must be 0 and stop 1")
-            if not self.start <= clock.step / clock.steps < self.stop:
-                return 0.0
+        if not lies_in(clock, self.start, self.stop, f"guide {self.name!r}"):
+            return 0.0
         scale = self.scale(clock) if callable(self.scale) else self.scale
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ReattendError(

@@ -10,12 +10,12 @@ d23. The official code draws pi from torch's global generator, which `official_r
 seed, the step, the evaluation within it and the block, and are the same on every device and whatever the pipeline's generator is.
 In a UNet nothing inside a block knows places, so the shuffles of one stack of blocks make one permutation of its update (checked against the
 official code): convolutions and later stacks see the disorder, and which blocks of a stack are listed does not matter, only whether any is.
-Ours: other models than SDXL. Other UNets shuffle the last down block with attention, where SDXL's d6 to d23 lie too (for small pictures the
-last one that sees 8 x 8 places). Models whose blocks
-know places (RoPE, Sana's convolutions) shuffle the middle block: every block counts there, and since no residual leads around the stack,
-the branch's prediction stands at other places from there on; no trained model of this kind was tried. Models that are told places at the
-input alone (SD3, PixArt, AuraFlow, DiT) are refused unless forced: their blocks commute with the shuffle, so that for any choice of blocks
-the branch is the conditional prediction with its patches shuffled, and the push knows nothing of the model.
+Ours: other models than SDXL. Other UNets shuffle the last down block with attention, where SDXL's d6 to d23 lie too; where that sees fewer than
+8 x 8 places, the layer that softpag takes (on shapes-sd it did best of those tried). Models whose blocks know places (RoPE, Sana's
+convolutions) shuffle the middle block: every block counts there, and since no residual leads around the stack, the branch's prediction
+stands at other places from there on; no trained model of this kind was tried. Models that are told places at the input alone (SD3, PixArt,
+AuraFlow, DiT) are refused unless forced: their blocks commute with the shuffle, so that for any choice of blocks the branch is the
+conditional prediction with its patches shuffled, and the push knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class TPG(BranchGuidance):
     blocks: list[int] | None = Field(
         None,
         description="transformer blocks before which the branch's image tokens are shuffled, numbered over all of the denoiser (UNet: down, "
-        "mid, up; Flux: double, then single blocks); default: 6 to 23 of SDXL; of other UNets the last down block with attention (for "
-        "small pictures the last that sees 8 x 8 places); the middle block of other models",
+        "mid, up; Flux: double, then single blocks); default: 6 to 23 of SDXL; of other UNets the last down block with attention "
+        "(where that sees fewer than 8 x 8 places, the block after the middle that sees as many); the middle block of other models",
     )
     seed: int = Field(0, description="another seed shuffles otherwise; the pipeline's generator plays no part in it")
     official_rng: bool = Field(
@@ -189,10 +189,10 @@ def default_blocks(sites: SiteTable) -> list[int]:
     if len(down) == SDXL_DOWN:
         return PUBLISHED
     part = {n: int(re.split(r"down_blocks\.(\d+)", blocks[n][0].name)[1]) for n in down}
-    size = getattr(sites.config, "sample_size", None)
+    size, last = getattr(sites.config, "sample_size", None), part[down[-1]]
     # each down block works at half the size of the one before it
-    wide = [n for n in down if not isinstance(size, int) or size // 2 ** part[n] >= LEAST_SIDE]
-    last = part[(wide or down)[-1]]
+    if isinstance(size, int) and size // 2**last < LEAST_SIDE:
+        return default_layers(sites)
     return [n for n in down if part[n] == last]
 
 

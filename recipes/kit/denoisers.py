@@ -86,4 +86,4 @@ def grids_of(tokens: TokenMap | None, site: Site | None, slug: str) -> list[Toke
 def middle_side(sites: SiteTable) -> int | None:
     """How many places a UNet's mid block sees along one side of a picture of the model's own size; None where no configuration tells."""
     size, blocks = (getattr(sites.config, name, None) for name in ("sample_size", "block_out_channels"))
-    return size // 2 ** (len(blocks) - 1) if isinstance(size, int) and blocks else None
+    return max(size // 2 ** (len(blocks) - 1), 1) if isinstance(size, int) and blocks else None

@@ -571,7 +571,8 @@ class TPGParameters(TypedDict, total=False):
     blocks: Sequence[int] | None
     """transformer blocks before which the branch's image tokens are shuffled, numbered over all of the denoiser (UNet:
     down, mid, up; Flux: double, then single blocks); default: 6 to 23 of SDXL; of other UNets the last down block with
-    attention (for small pictures the last that sees 8 x 8 places); the middle block of other models"""
+    attention (where that sees fewer than 8 x 8 places, the block after the middle that sees as many); the middle block
+    of other models"""
     seed: int
     """another seed shuffles otherwise; the pipeline's generator plays no part in it"""
     official_rng: bool

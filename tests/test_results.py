@@ -9,6 +9,7 @@ import costs as costs_page
 import edits_page
 import effects
 import effects_page
+import gallery
 import head_search
 import methods
 import pytest
@@ -67,6 +68,12 @@ def test_settings_are_confirmed_on_other_items_than_they_were_chosen_on():
 
 def test_costs_page_is_made_of_the_recorded_figures():
     assert (summary.DOCS / "costs.md").read_text(encoding="utf-8") == costs_page.page(costs_page.recorded())
+
+
+def test_every_method_for_pictures_has_its_grid():
+    assert gallery.PAGE.read_text(encoding="utf-8") == gallery.page(gallery.drawn()), "run python benchmarks/gallery.py"
+    files = {file.stem: file.stat().st_size for file in gallery.FOLDER.iterdir()}
+    assert set(files) == set(gallery.drawn()) and max(files.values()) <= gallery.LARGEST
 
 
 def test_false_discoveries_are_counted_over_the_whole_table():

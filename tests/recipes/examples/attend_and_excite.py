@@ -100,3 +100,6 @@ def golden(name, run):
     found = [loss for step in range(count) for loss in official_losses(losses[step], thresholds.get(step))]
     yield torch.tensor(found), data["losses"][: len(found)]
     yield draw() / largest, data["latents_plain"] / largest
+
+
+GALLERY = {"look": "The last shape of most prompts, which is told to be attended to: whether it comes."}

@@ -49,4 +49,6 @@ PAPER = {
 }
 PROFILED = {"scenes": 12, "k": 4, "rounds": 1, "scale": 2.0, "layers": [6, 7, 8, 9]}
 TIMED = {"headhunter, 2 heads": lambda sites: {"heads": [(default_layers(sites)[0], head) for head in (0, 2)], "strength": 1.0}}
-GALLERY = {"parameters": {"heads": [[7, 0], [7, 2]], "strength": 1.0, "scale": 2.0}, "look": "Two heads of one layer alone."}
+# what the search finds
+HEADS = [[8, 1], [7, 3], [7, 2], [7, 0]]
+GALLERY = {"parameters": {"heads": HEADS, "strength": 1.0, "scale": 2.0}, "look": "Four heads that were searched for, alone."}

@@ -185,4 +185,7 @@ def site(kind):
 # -- what the benchmarks ask, see benchmarks/methods.py
 
 TRIED = {"negatives": ["nag", "nag:scale=6", "nag:scale=6:limit=5:strength=1"]}
-GALLERY = {"look": "Whether the thing that the negative text names stays away, and the others stay."}
+GALLERY = {
+    "model": "shapes-turbo", "steps": 4, "guidance": 1.0, "parameters": {"scale": 6.0},
+    "look": "Whether the thing that the negative text names stays away, and the others stay.",
+}  # fmt: skip

@@ -62,3 +62,4 @@ def golden(name, run):
 TIMED = {"prompt-reweight": {"columns": [([1, 2], 2.0)]}}
 # which columns a word has differs from prompt to prompt, and no suite names words of its prompts yet
 TRIED = {}
+GALLERY = {"parameters": {"columns": [([2], 3.0)]}, "look": "The first colour of each prompt, weighted threefold."}

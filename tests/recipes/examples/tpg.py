@@ -117,3 +117,4 @@ def combine(data, facts):
 
 # the default is block 7 there
 TRIED = {"pictures": ["tpg:blocks=[7]:scale=1.5", "tpg", "tpg:blocks=[1]:scale=1", "tpg:blocks=[0]"]}
+GALLERY = {"parameters": {"scale": 1.5}, "look": "Whether shapes are whole; where they lie changes too."}

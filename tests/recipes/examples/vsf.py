@@ -94,3 +94,9 @@ def called(vsf, query, key, value, facts, scale=None, offset=None):
 # -- what the benchmarks ask, see benchmarks/methods.py
 
 TRIED = {"negatives": ["vsf:scale=1", "vsf", "vsf:scale=3"]}
+GALLERY = {
+    "model": "shapes-turbo",
+    "steps": 4,
+    "guidance": 1.0,
+    "look": "Whether the thing that the negative text names stays away, and the others stay.",
+}

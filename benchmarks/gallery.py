@@ -1,0 +1,157 @@
+"""Pictures without and with every method for image generation: docs/gallery/ and docs/gallery.md, made by one command from fixed seeds.
+
+    python benchmarks/gallery.py                     # all of them, about ten minutes on one core
+    python benchmarks/gallery.py --only seg nag
+
+A method's example file may say how it is drawn (`GALLERY`, see `Grid`); a method that says nothing is drawn with its defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import methods
+import reattend
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from reattend.recipes import recipe_class
+from reattend.recipes.kit.registry import registry
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, FOLDER = DOCS / "gallery.md", DOCS / "gallery"
+# prompt, the thing that a negative text names, the words that a method is told to attend to
+PROMPTS = (
+    ("a red circle and a blue square", "a blue square", ["square"]),
+    ("a green star and a yellow triangle", "a green star", ["triangle"]),
+    ("a purple square , a red star and a green circle", "a red star", ["star"]),
+    ("a blue triangle , a yellow circle and a red square", "a yellow circle", ["circle"]),
+    ("a yellow star and a blue circle", "a blue circle", ["star"]),
+    ("a red triangle , a green square and a purple circle", "a red triangle", ["square"]),
+)
+TOLD = {"negative": [unwanted for _, unwanted, _ in PROMPTS], **dict.fromkeys(("words", "highlight"), [w for *_, w in PROMPTS])}
+CELL, CAPTION, MARGIN, LABEL = 128, 62, 4, 92
+LARGEST = 150_000
+HEAD = """# Before and after
+
+Written by `python benchmarks/gallery.py`; do not edit. Six prompts and seeds, the same for every method and chosen before anything was drawn:
+the upper row without the method, the lower one with it, all else equal. The models are the zoo's small ones, whose pictures have 64 x 64
+pixels (here enlarged) and which often draw what the prompt does not say. What such differences come to over hundreds of prompts:
+[results](results.md).
+"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a method is drawn: `GALLERY = {field: value}` of its example.
+
+    model: of the zoo. size: of the pictures, in pixels a side; None: the model's own. steps, guidance: the pipeline's. look: what to look at.
+    """
+
+    model: str = "shapes-sd"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    steps: int = 20
+    guidance: float = 2.0
+    look: str = ""
+
+
+def drawn() -> dict[str, Grid]:
+    """{slug: how it is drawn} of every method for image generation."""
+    slugs = [slug for slug, cls in registry().items() if cls.info.kinds[0] == "diffusion"]
+    return {slug: Grid(**methods.said(slug, "GALLERY")) for slug in slugs}
+
+
+def parameters(slug: str, grid: Grid) -> dict[str, Any]:
+    """What is said of every prompt, and the method's own."""
+    cls = recipe_class(slug)
+    told = {name: TOLD[of] for of, name in {**cls.marks, **cls.beside}.items() if of in TOLD}
+    return {**told, **grid.parameters}
+
+
+@functools.cache
+def pipeline(model: str) -> Any:
+    pipe = reattend.zoo.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(grid: Grid, **more: Any) -> list[Image.Image]:
+    """The pictures of all prompts, each from a seed of its own."""
+    size = {} if grid.size is None else {"height": grid.size, "width": grid.size}
+    return pipeline(grid.model)(
+        [prompt for prompt, *_ in PROMPTS], num_inference_steps=grid.steps, guidance_scale=grid.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))], **size, **more,
+    ).images  # fmt: skip
+
+
+def rows(slug: str, grid: Grid) -> dict[str, list[Image.Image]]:
+    """{label: pictures}"""
+    found = {"without": draw(grid)}
+    with reattend.apply(pipeline(grid.model), slug, **parameters(slug, grid)):
+        found[slug] = draw(grid)
+    if "negative" in recipe_class(slug).beside:
+        guided = replace(grid, guidance=max(grid.guidance, 2.0))
+        found[f"negative prompt, guidance {guided.guidance:g}"] = draw(guided, negative_prompt=TOLD["negative"])
+    return found
+
+
+def picture(slug: str, found: dict[str, list[Image.Image]]) -> Image.Image:
+    """The grid: a row for each label, a column for each prompt."""
+    step = CELL + MARGIN
+    sheet = Image.new("RGB", (LABEL + step * len(PROMPTS), CAPTION + step * len(found)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    negative = "negative" in recipe_class(slug).beside
+    for column, (prompt, unwanted, _) in enumerate(PROMPTS):
+        text = f"{prompt}{f'; not {unwanted}' if negative else ''} (seed {column})"
+        pen.multiline_text((LABEL + column * step, 2), textwrap.fill(text, 25), "black", font, spacing=1)
+    for row, (label, pictures) in enumerate(found.items()):
+        top = CAPTION + row * step
+        pen.multiline_text((2, top + CELL // 2 - 8), textwrap.fill(label, 15), "black", font, spacing=1)
+        for column, one in enumerate(pictures):
+            sheet.paste(one.resize((CELL, CELL), Image.Resampling.BICUBIC), (LABEL + column * step, top))
+    return sheet.quantize(255)
+
+
+def page(grids: dict[str, Grid]) -> str:
+    lines = [HEAD.strip()]
+    for slug, grid in grids.items():
+        cls = recipe_class(slug)
+        look = grid.look or cls.info.does
+        own = ", ".join(f"{name}={value}" for name, value in grid.parameters.items()) or "its defaults"
+        size = f"{grid.size} x {grid.size} pixels, " if grid.size else ""
+        told = "; what is named stands in the captions" if cls.beside else ""
+        lines += [
+            f"## {slug}",
+            look,
+            f"![{slug}: pictures without and with it](gallery/{slug}.png)",
+            f"{grid.model}, {size}{grid.steps} steps, guidance {grid.guidance:g}; {own}{told}.",
+        ]
+    return "\n\n".join(lines) + "\n"
+
+
+def make(slugs: Sequence[str]) -> None:
+    grids = drawn()
+    FOLDER.mkdir(exist_ok=True)
+    for slug in slugs or grids:
+        file = FOLDER / f"{slug}.png"
+        picture(slug, rows(slug, grids[slug])).save(file, optimize=True)
+        size = file.stat().st_size
+        print(f"{file.name}: {size} bytes{' (too many)' if size > LARGEST else ''}", flush=True)
+    PAGE.write_text(page(grids), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=list(drawn()), default=[], metavar="METHOD")
+    torch.set_num_threads(1)
+    make(parser.parse_args().only)
+
+
+if __name__ == "__main__":
+    main()

@@ -126,6 +126,8 @@ def page(grids: dict[str, Grid]) -> str:
         own = ", ".join(f"{name}={value}" for name, value in grid.parameters.items()) or "its defaults"
         size = f"{grid.size} x {grid.size} pixels, " if grid.size else ""
         told = "; what is named stands in the captions" if cls.beside else ""
+        if "words" in cls.marks:
+            told = f"; told of: {', '.join(word for *_, words in PROMPTS for word in words)}"
         lines += [
             f"## {slug}",
             look,

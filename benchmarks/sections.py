@@ -29,7 +29,7 @@ class Section:
     of that recipe; {slug TASK}: its profile for a task. choose, confirm: scenes, texts or pairs; with choose 0 all variants are confirmed.
     best: how many settings of a recipe are confirmed; defaults: whether its default is even where others were better.
     instead: {text: text} put into suite and variants when settings are confirmed
-    on another task. paper: {slug: what it reports, on its models}.
+    on another task. paper: {slug: what it reports, on its models}. short: what summaries call it, where that is not the suite's name.
     """
 
     title: str
@@ -46,6 +46,7 @@ class Section:
     baselines: dict[str, Baseline] = field(default_factory=dict)
     instead: dict[str, str] = field(default_factory=dict)
     paper: dict[str, str] = field(default_factory=dict)
+    short: str = ""
 
 
 def highlighters(model: str, title: str) -> Section:
@@ -147,7 +148,7 @@ def negatives(model: str, title: str, settings: str, choose: int, confirm: int) 
     """Told to the pipeline, a negative prompt needs guidance, whose second half costs what a recipe's second text costs at most."""
     variants = tried("negatives") if choose else {slug: [slug] for slug in tried("negatives")}
     return Section(
-        f"A thing that is to stay out of the picture, {title}", model, f"negatives:{settings}", ("kept_out", "rest", "count"),
+        f"A thing that is to stay out of the picture, {title}", model, f"negatives:{settings}", ("right", "kept_out", "rest", "count"),
         variants, choose, confirm, best=2, defaults=False,
         baselines={"as the pipeline's negative_prompt, guidance 2": Baseline("by=pipeline:guidance=2")}, paper=paper("negatives"),
     )  # fmt: skip
@@ -158,7 +159,7 @@ def canvas(side: int) -> Section:
     return Section(
         f"Pictures of {side} x {side} from a model of 64 x 64, {SD[1]}", SD[0], f"binding:side={side}", ("binding", "extra", "count"),
         tried("canvas"), 0, 40,
-        baselines={"drawn at 64 x 64": Baseline("side=64")}, paper=paper("canvas"),
+        baselines={"drawn at 64 x 64": Baseline("side=64")}, paper=paper("canvas"), short=f"binding at {side} x {side}:",
     )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ ALSO = {
     "sentiment": ["auc"],
     "gemma-sentiment": ["auc"],
     "chair": ["recall"],
-    "negatives": ["rest"],
-    "turbo-negatives": ["rest"],
+    "negatives": ["kept_out", "rest"],
+    "turbo-negatives": ["kept_out", "rest"],
     "canvas-96": ["extra"],
     "canvas-48": ["extra"],
 }
@@ -72,7 +72,7 @@ def table(results: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:
         price = "" if row["recipe"] in told else cost(row["recipe"], costs)
         told.add(row["recipe"])
         lines.append(
-            f"| {name_of(row)}, {setting(found, row)} | {found['model'].removeprefix('zoo:')} | {found['suite']} {metric} "
+            f"| {name_of(row)}, {setting(found, row)} | {found['model'].removeprefix('zoo:')} | {found.get('short', found['suite'])} {metric} "
             f"| {plain['metrics'][metric]['value']:.3f} | {row['metrics'][metric]['value']:.3f} | {moved} "
             f"| {best_attempt(found, metric)} | {price} |"
         )

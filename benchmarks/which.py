@@ -47,7 +47,8 @@ def did(section: dict[str, Any], slug: str) -> str:
     if not parts:
         return ""
     less = ", less is better" if metric in section["lower"] else ""
-    name = metric if metric == section["suite"] else f"{section['suite']} {metric}"
+    short = section.get("short", section["suite"])
+    name = metric if metric == short else f"{short} {metric}"
     text = f"{name} {plain['metrics'][metric]['value']:.2f} to {', '.join(parts)}"
     return f"{text}; without a recipe {summary.best_attempt(section, metric)} ({section['model'].removeprefix('zoo:')}{less})"
 

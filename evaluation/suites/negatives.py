@@ -23,7 +23,7 @@ class Negatives(Suite):
     does: ClassVar[str] = (
         "Draws prompts that make a thing likely which a negative text names: how often it stays out, and what is drawn of the rest."
     )
-    shown: ClassVar[Sequence[str] | None] = ("kept_out", "rest", "count")
+    shown: ClassVar[Sequence[str] | None] = ("right", "kept_out", "rest", "count")
     marks: ClassVar[Sequence[str]] = ("negative",)
     batch: ClassVar[int] = 16
 
@@ -97,9 +97,11 @@ class Negatives(Suite):
         return unwanted.name if self.naming == "thing" else getattr(unwanted, self.naming)
 
     def counts(self, record: Mapping[str, Any]) -> dict[str, float]:
-        return {"pictures": 1, **{name: record[name] for name in ("kept_out", "rest", "count")}}
+        right = record["kept_out"] * record["rest"]
+        return {"pictures": 1, "right": right, **{name: record[name] for name in ("kept_out", "rest", "count")}}
 
     def metrics(self, sums: Sums) -> dict[str, Any]:
         """kept_out: share of pictures without what the negative text names; rest: mean share of the prompt's other things with the right
-        colour on the right shape; count: pictures with as many things as these."""
-        return {name: ratio(sums[name], sums["pictures"]) for name in ("kept_out", "rest", "count")}
+        colour on the right shape; right: both at once, rest where it is kept out and else nothing, since a push that ruins a picture keeps
+        everything out; count: pictures with as many things as these."""
+        return {name: ratio(sums[name], sums["pictures"]) for name in ("right", "kept_out", "rest", "count")}

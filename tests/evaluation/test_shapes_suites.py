@@ -233,4 +233,4 @@ def test_negatives_are_scored_by_what_is_in_the_picture(naming):
         ((told, more),) = pipe.told
         assert told == (texts if by == "pipeline" else []) and more["num_inference_steps"] == 7
         found = one.score(records)
-        assert found == {"kept_out": out, "rest": 1.0, "count": out}
+        assert found == {"right": out, "kept_out": out, "rest": 1.0, "count": out}

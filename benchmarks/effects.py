@@ -54,7 +54,8 @@ class Measurement:
         """The section as data for docs/effects.json."""
         section, metric = self.section, self.section.columns[0]
         found: dict[str, Any] = {
-            "title": section.title, "model": section.model, "suite": self.suite.name, "short": section.short or self.suite.name, "columns": list(section.columns),
+            "title": section.title, "model": section.model, "suite": self.suite.name, "short": section.short or self.suite.name,
+            "columns": list(section.columns),
             "lower": [m for m in section.columns if m in self.suite.lower],
             "neutral": [m for m in section.columns if m in self.suite.neutral],
             "paper": section.paper, "refused": self.refused, "chosen": {}, "further": [],

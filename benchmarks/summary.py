@@ -56,6 +56,7 @@ def setting(found: dict[str, Any], row: dict[str, Any]) -> str:
     known = [r for r in found["confirming"]["rows"] if r["recipe"] == row["recipe"]]
     names = ["default"] if row["role"] == "default" else []
     names += ["chosen"] if row["label"] in found["chosen"].values() else []
+    names += ["second"] if row["label"] in found.get("further", ()) else []
     claimed = any(r["role"] == "default" or r["label"] in found["chosen"].values() for r in known)
     # of what was set by hand, controls come after what was tried
     first = row["role"] == "tried" or not any(r["role"] == "tried" for r in known)

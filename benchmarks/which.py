@@ -40,7 +40,7 @@ def did(section: dict[str, Any], slug: str) -> str:
     metric, (plain, *rows) = section["columns"][0], section["confirming"]["rows"]
     parts = []
     for row in rows:
-        if row["recipe"] == slug and summary.setting(section, row):
+        if row["recipe"] == slug and summary.setting(section, row) not in ("", "second"):
             settings = row["label"].removeprefix(slug).strip("()")
             doubt = "" if believed(row["changes"][metric]) else " (no certain change)"
             parts.append(f"{row['metrics'][metric]['value']:.2f}{settings and ' with ' + settings}{doubt}")

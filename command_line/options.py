@@ -45,6 +45,16 @@ Image = Annotated[str, typer.Option("--image", "-i", help="an input picture", sh
 Raw = Annotated[bool, typer.Option("--raw", help="give the text as it is, without the model's chat template")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**20, help="how much text at most")]
 Steps = Annotated[int, typer.Option("--steps", min=0, help="denoising steps; 0 = the pipeline's own", show_default=False)]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", help="guidance scale of the pipeline; default: the pipeline's own", show_default=False),
+]
+Height = Annotated[
+    int, typer.Option("--height", min=0, help="height of the picture in pixels; 0 = the pipeline's own", show_default=False)
+]
+Width = Annotated[
+    int, typer.Option("--width", min=0, help="width of the picture in pixels; 0 = the pipeline's own", show_default=False)
+]
 Sample = Annotated[bool, typer.Option("--sample", help="sample with the seed instead of taking the likeliest token")]
 Seed = Annotated[int, typer.Option("--seed", help="random seed")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]

@@ -14,6 +14,8 @@ from .options import (
     Device,
     Dtype,
     Force,
+    Guidance,
+    Height,
     Image,
     Json,
     Model,
@@ -27,6 +29,7 @@ from .options import (
     Text,
     Tokens,
     Variants,
+    Width,
 )
 
 
@@ -38,6 +41,9 @@ def run(
     image: Image = "",
     max_new_tokens: Tokens = 64,
     steps: Steps = 0,
+    guidance: Guidance = None,
+    height: Height = 0,
+    width: Width = 0,
     sample: Sample = False,
     raw: Raw = False,
     seed: Seed = 0,
@@ -60,7 +66,8 @@ def run(
     from ..recipes.kit.checks import check_output, whole_number, writing
 
     chosen = recipes_of(recipe, set_)
-    pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
+    drawing = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    pipe, given = prepare(model, text, image, raw, max_new_tokens, drawing, sample, device, dtype)
     job = job_for(pipe, seed=whole_number(seed, "--seed"), **given)
     if job.kind == "image":
         place = check_output(out, "--out", overwrite=force, remedy="--force", folders=False)
@@ -95,6 +102,9 @@ def compare(
     image: Image = "",
     max_new_tokens: Tokens = 64,
     steps: Steps = 0,
+    guidance: Guidance = None,
+    height: Height = 0,
+    width: Width = 0,
     sample: Sample = False,
     raw: Raw = False,
     seed: Seed = 0,
@@ -123,7 +133,8 @@ def compare(
         check_output(html, "--html", overwrite=force, remedy="--force")
     if png and check_output(png, "--png", overwrite=force, remedy="--force").suffix.lower() != ".png":
         raise ReattendError(f"--png: {png!r} must end in .png")
-    pipe, given = prepare(model, text, image, raw, max_new_tokens, steps, sample, device, dtype)
+    drawing = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    pipe, given = prepare(model, text, image, raw, max_new_tokens, drawing, sample, device, dtype)
     options = given.pop("options")
     given.pop("tokenizer")
     if png and not isinstance(getattr(pipe, "components", None), dict):

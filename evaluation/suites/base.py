@@ -71,6 +71,10 @@ class Suite(BaseModel):
         """The class for one value of the suite's argument."""
         return cls
 
+    def asked_of(self, subject: Subject) -> Suite:
+        """The suite as this model is asked: parameters that nobody named may be the model's own."""
+        return self
+
     def items(self, count: int, seed: int) -> list[Item]:
         """`count` groups (scenes, texts) worth of items; the same for the same arguments, on every machine."""
         raise NotImplementedError

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from ...zoo.loading import meant
 from ...zoo.worlds.language import listing
 from ...zoo.worlds.reading import judge, read
 from ...zoo.worlds.shapes import CLEAR, Thing, sample_scene
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
+
+OWN = "; of a model of the zoo that is drawn in one way (shapes-turbo) its own, where it is not named"
 
 
 class Binding(Suite):
@@ -28,9 +31,12 @@ class Binding(Suite):
     batch: ClassVar[int] = 16
 
     least: int = Field(2, ge=1, le=4, description="fewest things of a prompt")
-    steps: int = Field(20, ge=1, description="steps of the sampler")
-    guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline")
+    steps: int = Field(20, ge=1, description="steps of the sampler" + OWN)
+    guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline" + OWN)
     side: int | None = Field(None, ge=16, description="side of the picture in pixels; None: the pipeline's own")
+
+    def asked_of(self, subject: Subject) -> Suite:
+        return drawn_as_meant(self, subject)
 
     def items(self, count: int, seed: int) -> list[Item]:
         rng = np.random.default_rng([seed, 404])
@@ -72,6 +78,14 @@ class Binding(Suite):
 def thing(colour: str, shape: str) -> Thing:
     """A thing of a prompt, which has no place."""
     return Thing(shape, colour, 0.5, 0.5, 0.15)
+
+
+def drawn_as_meant(suite: Suite, subject: Subject) -> Suite:
+    """The suite with the steps and the guidance of a model of the zoo that is drawn in one way, as far as nobody named them. Raises
+    ReattendError where they do not go with what was named."""
+    own = meant(subject.pipe)
+    named = {name: getattr(suite, name) for name in suite.model_fields_set}
+    return type(suite)(**{**own, **named}) if own else suite
 
 
 def drawn(

@@ -14,7 +14,7 @@ from ...zoo.worlds.shapes import CLEAR, Thing, sample_scene
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
-from .binding import drawn, thing
+from .binding import OWN, drawn, drawn_as_meant, thing
 
 
 class Negatives(Suite):
@@ -35,8 +35,8 @@ class Negatives(Suite):
         description="who is told of it: the pipeline, as its negative_prompt, which needs guidance; or nobody but a recipe that takes one",
     )
     things: int = Field(3, ge=2, le=4, description="things of a prompt, one of which is to stay out")
-    steps: int = Field(20, ge=1, description="steps of the sampler")
-    guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline")
+    steps: int = Field(20, ge=1, description="steps of the sampler" + OWN)
+    guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline" + OWN)
 
     @model_validator(mode="after")
     def _heard(self) -> Negatives:
@@ -45,6 +45,9 @@ class Negatives(Suite):
                 f'by "pipeline" needs a guidance above 1, got {self.guidance}: without guidance nobody reads negative_prompt'
             )
         return self
+
+    def asked_of(self, subject: Subject) -> Suite:
+        return drawn_as_meant(self, subject)
 
     def items(self, count: int, seed: int) -> list[Item]:
         """Prompts of different shapes, among them one thing whose colour no other has."""

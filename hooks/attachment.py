@@ -77,7 +77,8 @@ class Attachment:
     def add(self, session: Attached) -> None:
         """Puts a session to work. Where this raises, `discard` takes away what is there of it."""
         parts = components(session.model)
-        facts = Facts(session.model, self.table, self.tracker.root, [p for p in parts.values() if denoiser_in(p) is not None])
+        denoisers = [denoiser for part in parts.values() if (denoiser := denoiser_in(part)) is not None]
+        facts = Facts(session.model, self.table, self.tracker.root, denoisers)
         # of isolated sessions it shows in each pass which of them run together
         session.check(facts, [s for s in self.sessions if not (session.isolated and s.isolated)])
         self.in_flight.sweep()

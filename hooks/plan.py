@@ -23,7 +23,8 @@ from .sites.table import SiteTable
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model when a session begins. root: the model that reads tokens; None for a denoiser or a pipeline."""
+    """What is known of a model when a session begins. root: the model that reads tokens; None for a denoiser or a pipeline. denoisers: without
+    the wrappers of torch.compile and DataParallel."""
 
     model: Any
     table: SiteTable

@@ -228,3 +228,16 @@ def test_how_much_a_push_changes_is_that_of_its_first_pass(slug, make):
         ((label, change),) = session.changes.items()
         assert label == slug and 1e-2 < change < 100
         assert torch.equal(draw(pipe, call), first) and session.changes == {slug: change}
+
+
+@methods
+@pytest.mark.filterwarnings("ignore:.*uncompiled")
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_a_wrapped_denoiser_is_read_as_what_it_wraps(slug, make):
+    pipe, call, name, _ = make(guidance=1.0)
+    with push(pipe, slug, negative="a dog"):
+        wanted = draw(pipe, call)
+    setattr(pipe, name, torch.compile(getattr(pipe, name), backend="eager"))
+    with push(pipe, slug, negative="a dog") as session:
+        assert torch.equal(draw(pipe, call), wanted)
+    assert session.applied

@@ -148,8 +148,10 @@ class Context(Step):
         reason = sites_misfit(self.sites) or (encoder_misfit(facts.model) if self._given is None else "")
         if reason:
             return reason
-        names = {site.name for site in self.sites}
-        left = [s.name for s in facts.table.stack("denoiser").kind("joint") if s.name not in names] if self._held else []
+        # a pipeline's table and its denoiser's give the same sites other names
+        own = {id(module) for _, module in self.where}
+        joint = facts.table.stack("denoiser").kind("joint") if self._held else ()
+        left = [site.name for site in joint if id(facts.table.module(site)) not in own]
         if left:
             return f"in joint attention a text changes with every block, so a second one needs all of them: {left[0]} is not among its sites"
         owners = {id(module): denoiser for denoiser in facts.denoisers for module in denoiser.modules()}

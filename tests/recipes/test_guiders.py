@@ -131,6 +131,18 @@ def test_beside_a_recipe_on_the_pipeline(tmp_path: Path) -> None:
     assert not hooks_of(denoiser)
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_inside_a_session_that_changes_nothing(name: str) -> None:
+    """The sites of a pipeline have other names than those of its denoiser."""
+    pipe, denoiser, call = PIPELINES[name]()
+    for slug in ALL:
+        alone = by_guider(pipe, call, ALL[slug]())
+        for model in (pipe, denoiser):
+            with reattend.apply(model, ("entropy-scaling", {"strength": 0.0, "base": 32})):
+                assert torch.equal(draw(pipe, call), alone), slug
+    assert not hooks_of(denoiser)
+
+
 def test_a_scheduler_of_second_order() -> None:
     pipe, _, call = sdxl(HeunDiscreteScheduler())
     expected = through_wrap(pipe, call, "softpag", {"layers": [0]}, guidance_scale=4.0)

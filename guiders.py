@@ -6,8 +6,9 @@
 
 Each takes the parameters of its recipe, by the same names, and those of classifier-free guidance: guidance_scale (1 = without),
 guidance_rescale, use_original_formulation, and guidance_start and guidance_stop, the part of the schedule that it acts in. enabled: False
-leaves the prompt's prediction alone. Parameters out of range raise ReattendError. Needs diffusers 0.42 or newer: older modular pipelines
-prepare the passes of a step otherwise; there `wrap(pipe).use("pag")` does the same.
+leaves the prompt's prediction alone, until `guider.new(enabled=True)`: neither `enable()` nor SDXL's blocks, which call that in every run
+(and so undo a `disable()`), switch it on. Parameters out of range raise ReattendError. Needs diffusers 0.42 or newer: older modular
+pipelines prepare the passes of a step otherwise; there `wrap(pipe).use("pag")` does the same.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class RecipeGuidance(ClassifierFreeGuidance):
             )
         # past the constructor in between, which would keep its own start and stop as the configuration's
         BaseGuidance.__init__(self, guidance_start, guidance_stop)
-        self._enabled = enabled
+        self._enabled = self._may_act = enabled
         self.recipe = recipe
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
@@ -126,6 +126,10 @@ class RecipeGuidance(ClassifierFreeGuidance):
         raise NotImplementedError
 
     # -- what diffusers asks ---------------------------------------------------------------------------------------------
+
+    def enable(self) -> None:
+        """Undoes `disable`. SDXL's blocks call it in every run, which must not switch on what was made with enabled=False."""
+        self._enabled = self._may_act
 
     @property
     def num_conditions(self) -> int:

@@ -168,11 +168,38 @@ def test_nothing_is_bit_identical_and_costs_nothing(make: Any, guidance: float) 
     assert len(rows) == STEPS * (1 + (guidance != 1))
 
 
-def test_disabled() -> None:
-    pipe, _, call = stable_diffusion_3()
-    plain = by_guider(pipe, call, ClassifierFreeGuidance(4.0, enabled=False))
+@pytest.mark.parametrize("name", PIPELINES)
+def test_disabled(name: str) -> None:
+    """On SDXL too, whose blocks switch a guider on."""
+    pipe, _, call = PIPELINES[name]()
+    plain = by_guider(pipe, call, ClassifierFreeGuidance(1.0))
     for slug in ALL:
         assert torch.equal(by_guider(pipe, call, ALL[slug](guidance_scale=4.0, enabled=False)), plain)
+        assert torch.equal(draw(pipe, call), plain), "the next run as well"
+        again = pipe.guider.new(enabled=True)
+        assert not torch.equal(by_guider(pipe, call, again), plain)
+
+
+def test_switched_off_and_on() -> None:
+    pipe, _, call = stable_diffusion_3()
+    plain = by_guider(pipe, call, ClassifierFreeGuidance(1.0))
+    acting = by_guider(pipe, call, PAGGuidance(guidance_scale=4.0))
+    pipe.guider.disable()
+    assert torch.equal(draw(pipe, call), plain)
+    pipe.guider.enable()
+    assert torch.equal(draw(pipe, call), acting)
+
+
+@pytest.mark.parametrize("slug", ALL)
+def test_disabled_without_a_negative_prompt(slug: str) -> None:
+    pipe, _, call = sdxl()
+    call = {name: value for name, value in call.items() if not name.startswith("negative")}
+    plain = by_guider(pipe, call, ClassifierFreeGuidance(1.0))
+    assert torch.equal(by_guider(pipe, call, ALL[slug](guidance_scale=4.0, enabled=False)), plain)
+    whole = whole_sdxl()
+    given = {"prompt": "a fox", "height": 16, "width": 16, "num_inference_steps": 2, "output": "latents"}
+    whole.update_components(guider=ALL[slug](guidance_scale=4.0, enabled=False))
+    whole(**given)
 
 
 def test_passes_by_step() -> None:

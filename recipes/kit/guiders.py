@@ -23,6 +23,7 @@ from ...hooks.host import Host
 from ...hooks.module_hooks import Hooks
 from ...hooks.plan import Facts, Step
 from ...hooks.sites.inputs import hidden_in
+from ...hooks.trackers.part_of_schedule import holds_no_step, lies_in
 from ...interventions import Clock, ReattendError, UnsupportedError
 from .base import Recipe
 from .guidance import BranchGuidance
@@ -125,6 +126,11 @@ class RecipeGuidance(ClassifierFreeGuidance):
         """What the recipe does in that pass."""
         raise NotImplementedError
 
+    @property
+    def _part(self) -> tuple[float, float]:
+        """The part of the schedule that the recipe acts in."""
+        return self.recipe.start, self.recipe.stop  # type: ignore[attr-defined]
+
     # -- what diffusers asks ---------------------------------------------------------------------------------------------
 
     def enable(self) -> None:
@@ -165,6 +171,9 @@ class RecipeGuidance(ClassifierFreeGuidance):
             support = self.recipe.supports(table)
             if not support:
                 raise UnsupportedError(f"recipe {self.recipe.slug!r} does not fit this model: {support.reason}")
+            start, stop = self._part
+            if reason := holds_no_step(self._clock(), start, stop, type(self).__name__):
+                raise ReattendError(reason)
             self._found = denoiser, table
         if self._edited(self._names[self._count_prepared - 1]):
             steps = self._steps(self._found[1])
@@ -255,9 +264,7 @@ class SecondTextPass(RecipeGuidance):
 
     def _on(self) -> bool:
         """Whether the recipe acts at this step."""
-        clock, start, stop = self._clock(), self.recipe.start, self.recipe.stop  # type: ignore[attr-defined]
-        assert clock.steps is not None
-        return self._enabled and self.acts and ((start, stop) == (0, 1) or start <= clock.step / clock.steps < stop)
+        return self._enabled and self.acts and lies_in(self._clock(), *self._part, type(self).__name__)
 
     def _negative(self, batch: Any) -> dict[str, Tensor]:
         found = {}

@@ -343,6 +343,17 @@ def test_a_layer_that_is_not_there_is_refused_before_the_first_pass() -> None:
     assert not rows
 
 
+@pytest.mark.parametrize("slug", ALL)
+def test_a_part_of_the_schedule_without_a_step_is_refused_before_the_first_pass(slug: str) -> None:
+    pipe, denoiser, call = sdxl()
+    rows = passes(denoiser)
+    words = f"{ALL[slug].__name__} acts from 0.3 to 0.31 of the schedule, and none of the 4 steps of this run lies there"
+    with pytest.raises(ReattendError, match=words):
+        by_guider(pipe, call, ALL[slug](start=0.3, stop=0.31))
+    assert not rows
+    by_guider(pipe, call, ALL[slug](start=0.3, stop=0.31, enabled=False))
+
+
 def test_a_loop_of_ones_own_says_where_it_stands() -> None:
     with pytest.raises(ReattendError, match="PAGGuidance: call set_state"):
         PAGGuidance().prepare_inputs({"encoder_hidden_states": (torch.zeros(1), torch.zeros(1))})

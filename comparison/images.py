@@ -28,14 +28,23 @@ class ImageJob(Job):
     def __init__(self, pipe: Any, options: dict[str, Any], seed: int) -> None:
         super().__init__(pipe, getattr(pipe, "tokenizer", None), seed)
         self.options = dict(options)
-        self.accepted = inspect.signature(type(pipe).__call__).parameters
+        # parameters by name, each with a default
+        self.accepted: dict[str, Any]
+        # what a modular pipeline is asked for; "" of others, which return it with all the rest
+        self.output = ""
+        takes_any = False
+        if _modular(pipe):
+            self.accepted = {one.name: one for one in pipe.blocks.inputs if one.name}
+            self.output = _drawn(pipe)
+        else:
+            _, *parameters = inspect.signature(type(pipe).__call__).parameters.values()
+            self.accepted = {one.name: one for one in parameters}
+            # diffusers' own pipelines swallow what they do not know; a pipeline of somebody else's may use it
+            any_more = any(one.kind is one.VAR_KEYWORD for one in parameters)
+            takes_any = any_more and not type(pipe).__module__.startswith("diffusers.")
         unknown = [k for k in self.options if k not in self.accepted]
-        # diffusers' own pipelines swallow what they do not know; a pipeline of somebody else's may use it
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in self.accepted.values())
-        if unknown and (not takes_any or type(pipe).__module__.startswith("diffusers.")):
-            raise ReattendError(
-                f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes: {', '.join(list(self.accepted)[1:])}"
-            )
+        if unknown and not takes_any:
+            raise ReattendError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
 
     @property
     def module(self) -> nn.Module:
@@ -88,10 +97,13 @@ class ImageJob(Job):
         if tick is not None and "callback_on_step_end" in self.accepted and "callback_on_step_end" not in options:
             options["callback_on_step_end"] = lambda pipe, step, time, values: (tick(), values)[1]
         self.reseed()
-        output = self.model(**options)
-        pictures = getattr(output, "images", None)
-        if pictures is None:
-            pictures = getattr(output, "frames", None)
+        if self.output:
+            pictures = self.model(**options, output=self.output)
+        else:
+            output = self.model(**options)
+            pictures = getattr(output, "images", None)
+            if pictures is None:
+                pictures = getattr(output, "frames", None)
         if pictures is None:
             raise ReattendError(
                 f"{type(self.model).__name__} returns neither images nor frames, so there is nothing to compare"
@@ -118,6 +130,23 @@ class ImageJob(Job):
         report.metrics["largest_difference"] = largest
         given = self.options.get("image")
         report.inputs = [given] if given is not None and hasattr(given, "save") else []
+
+
+def _modular(pipe: Any) -> bool:
+    """Whether this is one of diffusers' modular pipelines, whose call takes whatever its blocks take."""
+    return any(base.__name__ == "ModularPipeline" for base in type(pipe).__mro__)
+
+
+def _drawn(pipe: Any) -> str:
+    """What a modular pipeline calls the pictures it makes. Raises ReattendError for one that makes none."""
+    names = pipe.blocks.output_names
+    found = next((name for name in ("images", "videos") if name in names), "")
+    if not found:
+        raise ReattendError(
+            f"{type(pipe).__name__} makes neither images nor videos, so there is nothing to compare; its blocks give: "
+            f"{', '.join(names)}: compare the pipeline with its decoding blocks"
+        )
+    return found
 
 
 def to_tensor(picture: Any) -> Tensor:

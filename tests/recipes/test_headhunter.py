@@ -208,6 +208,11 @@ def test_a_search_ends_and_softpag_and_headhunter_draw_what_it_found(tmp_path):
     assert (stronger - base).norm() > (wanted - base).norm() > 0
 
 
+@pytest.mark.filterwarnings("error:.*changed nothing visible")
+def test_heads_that_do_nothing_are_no_news_in_a_search():
+    assert hunted(sd3(), rounds=1, scale=1e-6).facts["gain"] == pytest.approx(0, abs=0.5)
+
+
 def test_equal_seeds_give_equal_scores_and_a_constant_objective_the_order_of_the_heads():
     pipe = sd3()
     base = drawn(pipe)
@@ -347,6 +352,14 @@ def never(*_: Any) -> Any:
         ({"batch_size": 0}, "batch_size must be"),
         ({"objective": "beauty"}, "objective must be a callable.*one of sharpness, contrast.*got 'beauty'"),
         ({"objective": None}, "objective must be a callable"),
+        (
+            {"objective": lambda picture: 1.0},
+            r"objective is called as objective\(images, prompts\), and <lambda> does not take that: too many positional",
+        ),
+        (
+            {"objective": lambda pictures, prompts, weight: [1.0]},
+            r"objective\(images, prompts\).*missing a required argument: 'weight'",
+        ),
         ({"strength": 0.0}, "strength and scale must be above 0"),
         ({"scale": 0.0}, "strength and scale must be above 0"),
         ({"strength": 2.0}, "strength: .*less than or equal to 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ....hooks import Edits, Plan, SiteTable, attach
-from ....interventions import Call, Edit, ReattendError
+from ....interventions import Call, Edit, ReattendError, ReattendWarning
 from ...kit.checks import check_output, read_json, read_text, shown, writing
 from ...kit.heads import Head
 
@@ -46,13 +47,22 @@ class Painter:
         prompts, seeds = zip(*(self.pairs[pair] for _, pair in jobs))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         guided = any(heads for heads, _ in jobs)
-        with torch.no_grad(), self.quiet(), attach(self.pipe, [self.plan(jobs)]) if guided else contextlib.nullcontext():
+        with torch.no_grad(), self.quiet(), self.perturbed(jobs) if guided else contextlib.nullcontext():
             drawn = self.pipe(list(prompts), generator=generators, num_inference_steps=steps, output_type="pil", **self.given)
         found = getattr(drawn, "images", None)
         if found is None or len(found) != len(jobs):
             what = "no pictures" if found is None else f"{len(found)} pictures"
             raise ReattendError(f"{type(self.pipe).__name__} drew {what} of {len(jobs)} prompts")
         return list(found)
+
+    @contextlib.contextmanager
+    def perturbed(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """The pipeline with its heads weakened. Many heads change nothing visible: their scores say so, and no warning does."""
+        with attach(self.pipe, [self.plan(jobs)]) as session:
+            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "recipe .* changed nothing visible", ReattendWarning)
+                session.remove()
 
     def plan(self, jobs: Sequence[Job]) -> Plan:
         """Edits at each layer, by which pictures weaken a head there; one guide."""

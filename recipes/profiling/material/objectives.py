@@ -5,6 +5,7 @@ An objective is any callable (pictures, prompts) -> one number per picture, high
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +94,16 @@ def objective_of(given: Any) -> tuple[str, Objective]:
         raise ReattendError(
             f"objective must be a callable (pictures, prompts) -> scores, or one of {', '.join(BUILT_IN)}, got {shown(given)}"
         )
-    return getattr(given, "__name__", type(given).__name__), given
+    name = getattr(given, "__name__", type(given).__name__)
+    try:
+        inspect.signature(given).bind([], [])
+    except TypeError as error:
+        raise ReattendError(
+            f"objective is called as objective(images, prompts), and {name} does not take that: {error}"
+        ) from None
+    except ValueError:
+        pass  # a callable that does not say what it takes
+    return name, given
 
 
 def scored(objective: Objective, pictures: Sequence[Any], prompts: Sequence[str]) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import reattend
 import summary
 from claims import believed
-from reattend.recipes.kit.base import Family, Problem
+from reattend.recipes.kit.base import COSTS, Family, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, METHODS = ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "recipes" / "README.md"
@@ -79,6 +79,8 @@ def answers(found: dict[str, dict[str, Any]]) -> str:
 def page(found: dict[str, dict[str, Any]]) -> str:
     """docs/recipes.md: everything a recipe says of itself, and every figure."""
     parts = ["# The recipes", "", "Written by `python benchmarks/which.py`; do not edit. Parameters: `reattend show NAME`."]
+    words = "; ".join(f"{word}, {meaning}" for word, meaning in COSTS.items())
+    parts += ["", f"Costs are measured, as multiples of the untouched model's time, or words: {words}."]
     for slug, info in reattend.list_recipes().items():
         code = f"[{info.code}](https://github.com/{info.code})" + (f", {info.licence}" if info.licence else "")
         first = ", ".join(f"{k}={v}" for k, v in info.try_first.items()) or "the defaults"

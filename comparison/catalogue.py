@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..recipes import Info, Recipe
-from ..recipes.kit.base import Problem
+from ..recipes.kit.base import COSTS, Problem
 from ..recipes.kit.registry import NOTHING, measured
 
 
@@ -31,7 +31,9 @@ def print_list(found: Mapping[str, Info]) -> None:
         console.print(table)
     console.print(
         Text(
-            "Figures are of small models; docs/results.md tells the rest. `reattend show NAME`: parameters, paper.", style="dim"
+            f"Cost is measured, as a multiple of the untouched model's time, or a word: {_meaning(COSTS)}. Figures are of small models; "
+            "docs/results.md tells the rest. `reattend show NAME`: parameters, paper.",
+            style="dim",
         )
     )
 
@@ -48,6 +50,11 @@ def _facts(name: str, info: Info) -> str:
     )
     did = f"measured: {known['did'][0]}" if known["did"] else "not measured"
     return f"{', '.join(info.kinds)}; {did}; cost: {known['cost'] or info.cost}; {profiling}"
+
+
+def _meaning(words: Mapping[str, str]) -> str:
+    """What words of cost mean; one alone needs no name."""
+    return next(iter(words.values())) if len(words) == 1 else "; ".join(f"{word} = {text}" for word, text in words.items())
 
 
 def parameters_of(cls: type[Recipe]) -> list[dict[str, Any]]:
@@ -73,7 +80,7 @@ def print_recipe(cls: type[Recipe]) -> None:
     lines = [
         f"{info.paper}, {info.year}, https://arxiv.org/abs/{info.arxiv}",
         code,
-        f"for {', '.join(info.kinds)}; cost: {info.cost}; status: {info.status}",
+        f"for {', '.join(info.kinds)}; cost: {info.cost} ({_meaning(info.costs)}); status: {info.status}",
         *([f"profiling: {info.profiling}"] if info.profiling else []),
     ]
     console.print(Text("\n".join(lines), style="dim"))

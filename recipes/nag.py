@@ -37,7 +37,7 @@ class NAG(NegativeText):
         arxiv="2505.21179",
         families=("guidance",),
         kinds=("diffusion",),
-        cost="forward",
+        cost="decode, in joint attention forward",
         problems=("the picture shows what it should not", "the picture lacks structure and detail"),
         sweep={"scale": (2.0, 4.0, 8.0)},
         code="ChenDarYen/Normalized-Attention-Guidance",

@@ -51,8 +51,8 @@ class PAG(IdentityGuidance):
     )
     scope: Literal["image", "all", "masked"] = Field(
         "masked",
-        description="rows weakened where image and text share a stream: image tokens that still see the text, as diffusers has it "
-        '("masked"), image tokens that see themselves alone ("image"), or all tokens alone ("all")',
+        description="rows weakened where image and text share a stream: image tokens that still see the text, as diffusers' SD3 PAG "
+        'pipeline has it ("masked"), image tokens that see themselves alone ("image"), or all tokens alone ("all")',
     )
 
     @property

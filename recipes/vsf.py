@@ -37,13 +37,13 @@ HIDDEN = 1024.0
 class VSF(NegativeText):
     slug = "vsf"
     info = Info(
-        does="Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, at next to no cost.",
+        does="Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, without a further pass.",
         paper="VSF: Simple, Efficient, and Effective Negative Guidance in Few-Step Image Generation Models By Value Sign Flip",
         year=2025,
         arxiv="2508.10931",
         families=("guidance",),
         kinds=("diffusion",),
-        cost="forward",
+        cost="decode",
         problems=("the picture shows what it should not",),
         sweep={"scale": (1.0, 2.0, 4.0)},
         code="weathon/VSF",
@@ -57,8 +57,9 @@ class VSF(NegativeText):
         None,
         ge=0,
         le=100,
-        description="how much of the negative text's values is taken away; 1 = as much as they would have added. Default: 3 for SD3, 6 for "
-        "Flux, 1.7 for Wan and other models with cross-attention, 3 for others",
+        description="how much of the negative text's values is taken away; 1 = as much as they would have added; 0 = none, but its tokens "
+        "still take their share of the attention, so the picture is not the untouched one. Default: 3 for SD3, 6 for Flux, 1.7 for Wan and "
+        "other models with cross-attention, 3 for others",
     )
     offset: float | None = Field(
         None,

@@ -34,6 +34,7 @@ def test_list_and_show(call):
     found = json.loads(call("list", "--json").stdout)
     assert [item["name"] for item in found] == list(reattend.list_recipes())
     assert {"does", "paper", "arxiv", "families", "kinds", "cost"} <= set(found[0])
+    assert all(info.costs for info in reattend.list_recipes().values()), "the words of cost are explained"
     assert "streaming" in call("list").stdout
     only = json.loads(call("list", "--family", "sparsity", "--kind", "llm", "--json").stdout)
     assert only and all("sparsity" in i["families"] and "llm" in i["kinds"] for i in only)
@@ -42,6 +43,7 @@ def test_list_and_show(call):
     assert window["default"] == 1020 and window["help"] and window["schema"]["minimum"] == 1
     text = call("show", "streaming").stdout
     assert "arxiv.org/abs/2309.17453" in text and "window" in text
+    assert "cost: decode (more work at every step, but no further pass)" in " ".join(call("show", "vsf").stdout.split())
 
 
 def test_list_answers_by_problem_and_show_says_what_to_try(call):

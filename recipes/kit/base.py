@@ -37,6 +37,13 @@ Problem = Literal[
     "the picture lacks structure and detail",
     "the picture shows what it should not",
 ]
+# what a method costs, in words that `Info.cost` is made of
+COSTS = {
+    "free": "next to nothing",
+    "prefill": "more work when the prompt is read",
+    "decode": "more work at every step, but no further pass",
+    "forward": "further passes of the model, or further rows of its batch",
+}
 Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding"]
 
 
@@ -47,7 +54,7 @@ class Info:
     does: one line for somebody who has not read the paper. paper, year, arxiv: the source; the year is that of the conference where
     there was one. code, licence: the official code where known. families: the first is the primary one. profiling: what has to be learned
     about a model before use, or "".
-    cost: "free", "decode" (every step), "prefill", "forward" (a further forward pass). status: "ready" or "experiment".
+    cost: words of COSTS, as "free", or with where one holds. status: "ready" or "experiment".
     problems: what it is a remedy for. try_first: the strength that a user should begin with, {} = the defaults are that; sweep: the
     values of a strength that are worth comparing, from weak to strong.
     """
@@ -66,6 +73,11 @@ class Info:
     licence: str = ""
     profiling: str = ""
     status: str = "ready"
+
+    @property
+    def costs(self) -> dict[str, str]:
+        """The words of `cost`, and what they mean."""
+        return {word: meaning for word, meaning in COSTS.items() if word in self.cost.replace(",", " ").split()}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -164,7 +164,7 @@ class IdentityGuidance(PerturbedGuidance):
     scope: Literal["image", "all", "masked"] = Field(
         "image",
         description="rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still "
-        'see the text ("masked")',
+        'see the text ("masked"), as diffusers has it in its SD3 PAG pipeline',
     )
 
     @property

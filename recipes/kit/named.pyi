@@ -213,7 +213,7 @@ class HeadHunterParameters(TypedDict, total=False):
     """heads as [layer, head] pairs, best first, instead of a profile"""
     scope: Literal["image", "all", "masked"]
     """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
-    text ('masked')"""
+    text ('masked'), as diffusers has it in its SD3 PAG pipeline"""
     strength: float
     """how far the chosen heads are weakened in the branch; 1 = PAG"""
     perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"]
@@ -301,8 +301,8 @@ class PAGParameters(TypedDict, total=False):
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
     scope: Literal["image", "all", "masked"]
-    """rows weakened where image and text share a stream: image tokens that still see the text, as diffusers has it
-    ('masked'), image tokens that see themselves alone ('image'), or all tokens alone ('all')"""
+    """rows weakened where image and text share a stream: image tokens that still see the text, as diffusers' SD3 PAG
+    pipeline has it ('masked'), image tokens that see themselves alone ('image'), or all tokens alone ('all')"""
     adaptive: float
     """how much the scale falls with each of the 1000 timesteps of training that are over: 0.003 takes a scale of 3 to 0 at
     the end, 0.006 half way; 0 = it stays"""
@@ -494,7 +494,7 @@ class SoftPAGParameters(TypedDict, total=False):
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
     scope: Literal["image", "all", "masked"]
     """rows weakened where image and text share a stream: image tokens only, all tokens, or image tokens that still see the
-    text ('masked')"""
+    text ('masked'), as diffusers has it in its SD3 PAG pipeline"""
     strength: float
     """how far the chosen heads are weakened in the branch; 1 = PAG"""
     perturbation: Literal["identity", "uniform", "mean_query", "argmax", "temperature"]
@@ -629,7 +629,7 @@ class VisualTokenExitParameters(TypedDict, total=False):
     image tokens (and padding) leave the sequence there, for the same answers with less work and shorter caches"""
 
 class VSFParameters(TypedDict, total=False):
-    """Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, at next to no cost."""
+    """Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, without a further pass."""
 
     negative: str | Sequence[str]
     """what is taken out of the image: one text, or one per prompt; '' = nothing, no change"""
@@ -641,8 +641,9 @@ class VSFParameters(TypedDict, total=False):
     stop: float
     """the fraction of the steps from which on there is none; the effect lies in the first ones"""
     scale: float | None
-    """how much of the negative text's values is taken away; 1 = as much as they would have added. Default: 3 for SD3, 6
-    for Flux, 1.7 for Wan and other models with cross-attention, 3 for others"""
+    """how much of the negative text's values is taken away; 1 = as much as they would have added; 0 = none, but its tokens
+    still take their share of the attention, so the picture is not the untouched one. Default: 3 for SD3, 6 for Flux,
+    1.7 for Wan and other models with cross-attention, 3 for others"""
     offset: float | None
     """how much less the image attends to the negative text, subtracted from scores before the softmax; below 0 = more.
     Default: 0.08 for SD3, 0 for Flux, 0.2 for Wan and other models with cross-attention, 0.08 for others"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -116,11 +117,11 @@ class Recipe(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """No integer that overflows later on, and no truth value where a number is meant."""
+        """No integer that overflows later on, no nan, no bytes for a text, and no truth value where a number is meant."""
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and not _takes(field.annotation, bool):
             raise ValueError("must be no truth value")
-        reason = _too_much(value)
+        reason = _unusable(value)
         if reason:
             raise ValueError(reason)
         return value
@@ -165,8 +166,12 @@ def _takes(annotation: Any, kind: type) -> bool:
     return annotation is Any or annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
 
 
-def _too_much(value: Any, depth: int = 0) -> str:
-    """Why a value is too large or too deep for any parameter; "" where it, and what is in it, is not."""
+def _unusable(value: Any, depth: int = 0) -> str:
+    """Why no parameter takes a value: too large, too deep, no number, or bytes; "" where it, and what is in it, is none of these."""
+    if isinstance(value, float):
+        return "must be a finite number" if math.isnan(value) else ""
+    if isinstance(value, (bytes, bytearray)):
+        return "must be no bytes; give a text as str"
     if isinstance(value, int):
         return "" if -LARGEST <= value <= LARGEST else f"a whole number must lie between {-LARGEST} and {LARGEST}"
     if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
@@ -174,7 +179,7 @@ def _too_much(value: Any, depth: int = 0) -> str:
     if depth == DEEPEST:
         return f"must not be nested {DEEPEST} deep"
     items = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-    return next(filter(None, (_too_much(item, depth + 1) for item in items)), "")
+    return next(filter(None, (_unusable(item, depth + 1) for item in items)), "")
 
 
 def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:
@@ -185,8 +190,11 @@ def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: st
         if item["type"] == "extra_forbidden":
             known = ", ".join(fields) or "none"
             parts.append(f"{name} is not a parameter of {slug!r}; its parameters are: {known}")
-        elif item["type"] == "missing":
+        elif item["type"] == "missing" and len(item["loc"]) == 1:
             parts.append(f"{name} is required: {fields.get(name, '')}")
+        elif item["type"] == "missing":
+            whole = str(item["loc"][0])
+            parts.append(f"{name} is missing, got {shown(item['input'])}; {whole}: {fields.get(whole, '')}")
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
             message = message.removeprefix("value error, ")

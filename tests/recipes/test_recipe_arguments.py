@@ -51,6 +51,21 @@ def test_broken_recipe_files(data, words, tmp_path):
         assert len(str(found.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    "name, parameters, words",
+    [
+        ("softpag", {"heads": [[1]]}, r"heads\.0\.1 is missing, got \[1\]; heads: single heads as \[layer, head\] pairs"),
+        ("pag", {"scale": float("nan")}, "scale: must be a finite number, got nan"),
+        ("prompt-reweight", {"columns": [([2], float("nan"))]}, "columns: must be a finite number"),
+        ("nag", {"negative": b"x"}, "negative: must be no bytes; give a text as str, got b'x'"),
+        ("vsf", {"negative": ["a", b"x"]}, "negative: must be no bytes"),
+    ],
+)
+def test_values_of_which_the_message_says_what_would_be_right(name, parameters, words):
+    with pytest.raises(ReattendError, match=words):
+        recipe(name, **parameters)
+
+
 def test_aliases_of_a_person_s_size_and_a_byte_order_mark_are_read(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_bytes("\ufeffname: act\nheads:\n  - &pair [0, 1]\n  - [1, 1]\n".encode())

@@ -91,6 +91,19 @@ def sites(model: Model, as_json: Json = False, debug: Debug = False) -> None:
     else:
         typer.echo(f"{table.model_name}: {len(table)} attention sites (read from its config, no weights loaded)")
         typer.echo("\n".join(sites_by_layers(table)))
+        if numbered := layers_of_recipes(table):
+            typer.echo(numbered)
+
+
+def layers_of_recipes(table: SiteTable) -> str:
+    """How recipes for pictures number a denoiser's layers, whose numbers begin anew in each stack of the table; "" for other models."""
+    from ..recipes.kit.denoisers import image_layers
+
+    found = []
+    for stack, group in itertools.groupby(image_layers(table).items(), key=lambda item: item[1][0].stack):
+        layers = [layer for layer, _ in group]
+        found.append(f"{stack} {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else ""))
+    return f"recipes for pictures number all self-attention in one row (layers=, heads=): {', '.join(found)}" if found else ""
 
 
 def sites_by_layers(table: SiteTable) -> list[str]:

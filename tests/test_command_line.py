@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from reattend.command_line import listing
 from reattend.evaluation.suites.registry import registry as suites
+from reattend.recipes.kit.denoisers import image_layers
 from reattend.zoo import packaged
 from text_pipelines import fill_pipe, image_pipe, llama, text_pipe, tokenizer, word_tokenizer  # noqa: F401
 
@@ -154,6 +155,15 @@ def test_sites_reads_configs_only(call, saved, tmp_path):
 
 
 @pytest.mark.slow
+def test_sites_of_a_denoiser_say_how_recipes_number_its_layers(call):
+    *_, last = call("sites", "zoo:shapes-sd").stdout.splitlines()
+    assert last.endswith("(layers=, heads=): denoiser.down 0-2, denoiser.mid 3, denoiser.up 4-9")
+    sites = reattend.sites(reattend.zoo.load("shapes-sd"))
+    assert {n: t[0].stack for n, t in image_layers(sites).items()} == dict(
+        enumerate(["denoiser.down"] * 3 + ["denoiser.mid"] + ["denoiser.up"] * 6)
+    )
+
+
 def test_sites_of_a_packaged_model_read_no_weights(call, smollm2, monkeypatch):
     monkeypatch.setitem(packaged.PACKAGED, "smollm2", lambda: 1 / 0)
     sites = json.loads(call("sites", "smollm2", "--json").stdout)["sites"]

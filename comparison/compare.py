@@ -130,9 +130,7 @@ def compare(
     job.fill(report, before, after)
     for label, counts in report.stats.items():
         if not counts:
-            report.notes.append(
-                f"Recipe {label!r} never acted in this run: no call met its conditions, so nothing was changed."
-            )
+            report.notes.append(f"Recipe {label!r} never acted in this run, so nothing was changed: {session.idle(label)}.")
     return report
 
 

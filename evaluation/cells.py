@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..hooks import Plan
+from ..recipes.kit.registry import registry
 from .metrics.intervals import Interval
 from .suites import Suite
 
@@ -71,8 +73,13 @@ class Measured:
     @property
     def notes(self) -> list[str]:
         """What a reader must know."""
-        idle = dict.fromkeys(c.recipe for c in self.cells if c.recipes and not c.applied)
-        return [f"{label!r} never acted: no call met its conditions, so nothing was changed." for label in idle]
+        idle = {c.recipe: c.recipes for c in self.cells if c.recipes and not c.applied}
+        known = registry()
+        return [
+            f"{label!r} never acted, so nothing was changed: "
+            f"{'; '.join(dict.fromkeys(getattr(known.get(one['name']), 'idle', Plan.idle) for one in recipes))}."
+            for label, recipes in idle.items()
+        ]
 
 
 def _unknown(result: Measured, suite: str, recipe: str) -> Cell:

@@ -154,11 +154,12 @@ def sites_misfit(table: SiteTable, outputs: bool = False) -> str:
 
 @dataclass
 class Plan:
-    """The steps of one recipe on one model, with the name they are counted under."""
+    """The steps of one recipe on one model, with the name they are counted under. idle: why, where they never acted."""
 
     recipe: str
     steps: list[Step] = field(default_factory=list)
     memory_key: object = field(default_factory=object)
+    idle: str = "no call met its conditions"
 
     @property
     def all(self) -> list[Step]:

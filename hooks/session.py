@@ -62,6 +62,7 @@ class Session:
         self._changes: dict[tuple[str, torch.device], Tensor] = {}
         # by recipe: of what its changes are
         self._changed: dict[str, str] = {}
+        self._idle = {plan.recipe: plan.idle for plan in self.plans}
         self.forwards = 0
         self.active = self.ended = False
         # the steps that mark tokens of a prompt: what the user named, which is no part of the model
@@ -175,6 +176,10 @@ class Session:
         before = self._changes.get(key)
         self._changes[key] = change if before is None else torch.maximum(before, change)
 
+    def idle(self, label: str) -> str:
+        """Why the recipe of this label did not act, if it did not."""
+        return self._idle.get(label, Plan.idle)
+
     @property
     def nested(self) -> list[Session]:
         """The sessions of steps that run passes of their own."""
@@ -222,7 +227,7 @@ class Session:
         for label, counter in self.counts.items():
             if over and self.forwards and not counter:
                 warnings.warn(
-                    f"recipe {label!r} never acted in {self.forwards} forward passes: no call met its conditions",
+                    f"recipe {label!r} never acted in {self.forwards} forward passes: {self.idle(label)}",
                     ReattendWarning,
                     2,
                 )

@@ -52,6 +52,8 @@ class EntropyScaling(Recipe):
         sweep={"strength": (0.5, 1.0, 2.0)},
     )
 
+    idle = "the picture has as many places as those of the training, at which nothing changes: draw another size, or name base"
+
     base: int | tuple[int, int] | None = Field(
         None,
         description="the size of the pictures that the model was trained on, in pixels: one side of a square, or [height, width]; default: the "

@@ -59,7 +59,7 @@ def plans_of(chosen: Sequence[Recipe], model: Any) -> list[Plan]:
         support = item.supports(table)
         if not support:
             raise UnsupportedError(f"recipe {item.slug!r} does not fit this model: {support.reason}")
-        plans.append(Plan(item.slug, item.plan(table)))
+        plans.append(Plan(item.slug, item.plan(table), idle=item.idle))
     reason = plans_misfit([*(plan for session in running(model) for plan in session.plans), *plans])
     if reason:
         raise UnsupportedError(reason)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ...hooks import SiteTable, Support
-from ...hooks.plan import Step
+from ...hooks.plan import Plan, Step
 from ...interventions import ReattendError
 from .checks import shown
 from .contents import Contents
@@ -102,6 +102,8 @@ class Recipe(BaseModel):
     # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.plans_misfit`
     weighs: ClassVar[frozenset[str]] = frozenset()
     hides: ClassVar[frozenset[str]] = frozenset()
+    # why it did nothing, where none of its edits was applied
+    idle: ClassVar[str] = Plan.idle
     # what a profile of it holds, which is checked before the profile is used
     contents: ClassVar[Contents] = Contents()
 

@@ -9,12 +9,15 @@ import pytest
 import reattend
 import tiny_pipelines
 import torch
+from reattend.evaluation import suite
+from reattend.evaluation.cells import Cell, Measured
 from reattend.hooks import Edits, Plan, attach
 from reattend.hooks.sites.canvas import Canvas, canvas_of
 from reattend.interventions import (
     Call,
     Clock,
     ReattendError,
+    ReattendWarning,
     ScaleQuery,
     Site,
     TokenGrid,
@@ -258,3 +261,21 @@ def test_an_unknown_raster_is_one_error() -> None:
         pytest.raises(ReattendError, match="entropy-scaling: which image token"),
     ):
         predict(model, inputs)
+
+
+def test_the_models_own_canvas_is_named_as_the_reason_why_nothing_happens() -> None:
+    reason = (
+        "the picture has as many places as those of the training, at which nothing changes: draw another size, or name base"
+    )
+    pipe = tiny_pipelines.stable_diffusion()
+    with (
+        pytest.warns(ReattendWarning, match=f"'entropy-scaling' never acted in 2 forward passes: {reason}$"),
+        reattend.apply(pipe, "entropy-scaling"),
+    ):
+        pipe("a fox", num_inference_steps=2, output_type="latent")
+    with pytest.warns(ReattendWarning, match=reason):
+        report = reattend.compare(pipe, "entropy-scaling", prompt="a fox", num_inference_steps=1, attention=False)
+    assert any(reason in note for note in report.notes)
+    cell = Cell(suite("binding"), "entropy-scaling", [{"name": "entropy-scaling"}], {}, 1)
+    (note,) = Measured({}, [cell], [], 0, 1, 1).notes
+    assert note == f"'entropy-scaling' never acted, so nothing was changed: {reason}."

@@ -18,14 +18,15 @@ class Rank(IntEnum):
     """The order of what doors do before a pass of a root; after it they come in the opposite order. Facts are read in between."""
 
     LATENTS = 0
-    ARGUMENTS = 1  # arguments and second texts
-    ROWS = 2  # rows of guides
-    FACTS = 3  # what is added to the facts, once they are read
-    TRIALS = 4  # passes of doors' own, around the real one: trials of next tokens, prompts of branches, probes
-    BRANCHES = 5
-    PROBES = 6
-    REUSE = 7
-    CACHES = 8  # after a pass first: what comes of its cache
+    LENGTHS = 1  # second texts that stand after the prompt, and are part of what others take for it
+    ARGUMENTS = 2  # arguments and other second texts
+    ROWS = 3  # rows of guides
+    FACTS = 4  # what is added to the facts, once they are read
+    TRIALS = 5  # passes of doors' own, around the real one: trials of next tokens, prompts of branches, probes
+    BRANCHES = 6
+    PROBES = 7
+    REUSE = 8
+    CACHES = 9  # after a pass first: what comes of its cache
 
 
 @dataclass(frozen=True)

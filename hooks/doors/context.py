@@ -210,7 +210,8 @@ class Context(Step):
             except ReattendError as error:
                 raise ReattendError(f"{plan.recipe}: {error}") from None
 
-        handles.act(Action(Rank.ARGUMENTS, encode, certain=f"{plan.recipe}: its second text"))
+        rank = Rank.LENGTHS if self.place == "after" else Rank.ARGUMENTS
+        handles.act(Action(rank, encode, certain=f"{plan.recipe}: its second text"))
         for site in self.sites:
             handles.edit(site, self.sites.module(site), edit)
         return handles
@@ -238,12 +239,16 @@ class Context(Step):
             )
         if self.place == "after":
             number = shared_out(call.clock, len(rows), text.count, alone=True)
+            after = call.kept.setdefault(AFTER, [])
             for _ in range(self.copies):
-                call.kept[AFTER] = call.kept.get(AFTER, 0) + text.embeds.shape[1]
+                after.append(text.embeds.shape[1])
                 put(call, lengthened(call.given, text, number))
+            store["after"] = after, len(after)
             return
         if self._held:
             text = store["level"] = level(call, text, store)
+            prompt, second = store.get("lengths", (0, 0))
+            call.kept.setdefault(AFTER, []).append(max(0, second - prompt))
         # looked at once a run
         if "fits" not in store:
             text.arguments(call.given, pooled=bool(self._held))
@@ -263,7 +268,7 @@ class Context(Step):
             if "text" not in store or "conditional" not in call.clock.branches:
                 return None
             size = "columns", call.site.kind, call.batch, call.num_keys
-            return _once(store, size, call.clock, lambda: _columns(call, store["text"]))
+            return _once(store, size, call.clock, lambda: _columns(call, store))
         if call.site.kind == "joint":
             rows = call.clock.rows(self.name, call.batch)
             if rows is None:
@@ -291,7 +296,7 @@ class Context(Step):
                 prompt, second = store["lengths"]
                 return padding_of(call, torch.where(rows, second, prompt))
             words = _words(call, store["text"])
-            return None if bool(words.all()) else words_at(call, ~words.repeat(1, self.copies))
+            return None if bool(words.all()) else words_at(call, ~words.repeat(1, self.copies), _later(store))
 
         size = "hidden", call.site and call.site.kind, call.batch, call.num_keys
         hidden = _once(store, size, call.clock, columns)
@@ -302,7 +307,7 @@ class Context(Step):
         if self.place == "beside":
             return found[: len(found) - len(edits)]
         length = self.copies * store["text"].embeds.shape[1]
-        return [KeyBias(bias=words_at(call, torch.ones(call.batch, length, dtype=torch.bool)) * -HIDDEN)]
+        return [KeyBias(bias=words_at(call, torch.ones(call.batch, length, dtype=torch.bool), _later(store)) * -HIDDEN)]
 
     @torch.no_grad()
     def _keys(self, call: Call, forward: DenoiserForward, store: _Store) -> tuple[Tensor, Tensor]:
@@ -340,8 +345,14 @@ def _words(call: Call, text: Encoded) -> Tensor:
     return words[number.clamp_min(0)] & (number >= 0)[:, None]
 
 
-def _columns(call: Call, text: Encoded) -> SecondText:
-    return SecondText(columns=words_at(call, _words(call, text)) & call.columns("text"))
+def _later(store: _Store) -> int:
+    """How many tokens of other texts come after those of a second text that stands after the prompt."""
+    after, place = store["after"]
+    return sum(after[place:])
+
+
+def _columns(call: Call, store: _Store) -> SecondText:
+    return SecondText(columns=words_at(call, _words(call, store["text"]), _later(store)) & call.columns("text"))
 
 
 class _Run:

@@ -99,15 +99,15 @@ def put(call: RootCall, changes: Mapping[str, Any]) -> None:
     call.replace(tuple(args), kwargs)
 
 
-def words_at(call: Call, words: Tensor) -> Tensor:
-    """Bool [B, Tk]: words bool [B, n] of the last n tokens of each row's text stream, padding too, where these are among the keys. Raises
-    ReattendError where that is not known."""
+def words_at(call: Call, words: Tensor, later: int = 0) -> Tensor:
+    """Bool [B, Tk]: words bool [B, n] of the last n tokens of each row's text stream, padding too, where these are among the keys. later: how
+    many further tokens come after them. Raises ReattendError where that is not known."""
     text, length = _stream(call), words.shape[1]
     place = text.cumsum(dim=1)
-    place = place - 1 - (place[:, -1:] - length)  # among the last `length`, from 0
+    place = place - 1 - (place[:, -1:] - later - length)  # among these, from 0
     if not length:
         return torch.zeros_like(text)
-    return text & (place >= 0) & words.to(text.device).gather(1, place.clamp(0, length - 1))
+    return text & (place >= 0) & (place < length) & words.to(text.device).gather(1, place.clamp(0, length - 1))
 
 
 def _stream(call: Call) -> Tensor:

@@ -13,7 +13,7 @@ from ..actions import RootCall
 from .denoisers import DenoiserForward
 from .text_columns import Encoded, Held, Stream, held_by, read_row, row_held
 
-# under which a call keeps how many columns after its prompt hold a second text
+# under which a call keeps the lengths of what was put after its prompt, in order: second texts, and what fills up the prompt
 AFTER = "columns after the prompt"
 ENCODE_WITHIN = "encode the prompt while the session lasts (pipe.encode_prompt), or give columns"
 
@@ -22,7 +22,7 @@ ENCODE_WITHIN = "encode the prompt while the session lasts (pipe.encode_prompt),
 class PassText:
     """texts: [rows, columns, width] each, whose columns run on from one to the next. frames: rows of the text for each of the batch.
     conditional: such rows of the batch; source: of each row of the batch, the one that it was copied from. held: prints of the texts.
-    after: further columns, of a second text after the prompt."""
+    after: further columns after the prompt."""
 
     texts: list[Tensor]
     frames: int
@@ -47,7 +47,7 @@ class PassText:
             raise ReattendError(f"{kind} gets its text in another form than [rows, columns, width], where words are not found")
         if len(texts[0]) % forward.batch:
             raise ReattendError(f"this denoiser gets {len(texts[0])} rows of text for a batch of {forward.batch}")
-        after = call.kept.get(AFTER, 0)
+        after = sum(call.kept.get(AFTER, ()))
         if after:
             texts[-1] = texts[-1][:, :-after]
         marked = clock.branches.get("conditional")

@@ -241,3 +241,46 @@ def test_a_wrapped_denoiser_is_read_as_what_it_wraps(slug, make):
     with push(pipe, slug, negative="a dog") as session:
         assert torch.equal(draw(pipe, call), wanted)
     assert session.applied
+
+
+def together(pipe: Any, call: dict[str, Any], *recipes: Any) -> Tensor:
+    with reattend.apply(pipe, *recipes):
+        return draw(pipe, call)
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_second_texts_beside_each_other_whatever_the_order(make):
+    """Each finds its own tokens, and a text that stands after the prompt is part of the prompt of one that does not."""
+    pipe, call, _, _ = make(guidance=1.0)
+    nag = ("nag", {**METHODS["nag"], "negative": "a dog"})
+    first, second = (("vsf", {**METHODS["vsf"], "negative": text}) for text in ("a map of trees", "dog"))
+    assert torch.equal(together(pipe, call, nag, first), together(pipe, call, first, nag))
+    assert (together(pipe, call, nag, first) - together(pipe, call, nag)).abs().max() > 1e-3
+    unseen = ("vsf", {**NOTHING["vsf"], "negative": "a map"})
+    torch.testing.assert_close(together(pipe, call, nag, unseen), together(pipe, call, nag), **NEAR)
+    both = together(pipe, call, first, second)
+    torch.testing.assert_close(both, together(pipe, call, second, first), **NEAR)
+    torch.testing.assert_close(together(pipe, call, first, unseen), together(pipe, call, first), **NEAR)
+    torch.testing.assert_close(together(pipe, call, unseen, first), together(pipe, call, first), **NEAR)
+    for alone in (first, second):
+        assert (both - together(pipe, call, alone)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_a_negative_text_of_another_length_beside_tokens_after_the_prompt(length):
+    """Joint attention: what fills up the shorter one of two texts comes after these tokens too."""
+    model, inputs = build("SD3Transformer2DModel")
+    torch.manual_seed(0)
+    texts = [
+        saved(f"{n} beside", {"prompt_embeds": torch.randn(1, n, 8), "pooled_prompt_embeds": torch.randn(1, 8)})
+        for n in (length, 4)
+    ]
+    nag, unseen = ("nag", {**METHODS["nag"], "tensors": texts[0]}), {"tensors": texts[1], "offset": 60.0, "text_rows": "script"}
+    with torch.no_grad():
+        with reattend.apply(model, nag):
+            wanted = model(**inputs)[0]
+        for recipes in ([nag, ("vsf", unseen)], [("vsf", unseen), nag]):
+            with reattend.apply(model, *recipes):
+                torch.testing.assert_close(model(**inputs)[0], wanted, **NEAR)
+        with reattend.apply(model, nag, ("vsf", {**unseen, "offset": -0.5})):
+            assert (model(**inputs)[0] - wanted).abs().max() > 1e-3

@@ -37,7 +37,7 @@ from ..host import Host
 from ..passes import Forward
 from ..plan import Facts, Plan, Step, edits_of, sites_misfit
 from ..prompts.longer_text import lengthened, lengthening_misfit, level, padding_of, put, words_at
-from ..prompts.second_text import Encoded, encoded, encoder_misfit, given_as, pooled_misfit
+from ..prompts.second_text import MASKS, Encoded, encoded, encoder_misfit, given_as, pooled_misfit
 from ..sites.families import family_of
 from ..sites.table import SiteTable
 from ..sites.text_keys import reading_misfit, second_keys, text_at_sites
@@ -253,6 +253,7 @@ class Context(Step):
         if "fits" not in store:
             text.arguments(call.given, pooled=bool(self._held))
             store["fits"] = True
+            store["masked"] = any(isinstance(call.given.get(name), Tensor) for name in MASKS)
 
     def _arguments(self, call: RootCall) -> Mapping[str, Any]:
         """The text arguments of the second text's rows."""
@@ -278,7 +279,8 @@ class Context(Step):
             return None
         key, value = self._keys(call, forward, store)
         text: Encoded = store["text"]
-        mask = None if text.mask is None else text.mask[:, None, None].to(call.query.device)
+        # a model that is given no mask of its prompt reads the padding of both
+        mask = text.mask[:, None, None].to(call.query.device) if text.mask is not None and store["masked"] else None
         if text.count == 1:
             return SecondText(key, value, mask)
         device = call.query.device

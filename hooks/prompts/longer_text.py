@@ -77,7 +77,7 @@ def level(call: RootCall, text: Encoded, store: dict[Any, Any]) -> Encoded:
         mask = torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=own.device) if text.mask is None else text.mask
         more = prompt - second
         words = None if text.words is None else pad(text.words, (0, more))
-        text = Encoded(pad(text.embeds, (0, 0, 0, more)), text.pooled, pad(mask, (0, more)), filled=more, words=words)
+        text = Encoded(pad(text.embeds, (0, 0, 0, more)), text.pooled, pad(mask, (0, more)), words)
     return text
 
 

@@ -48,14 +48,12 @@ class Encoded:
     """Texts as tensors: embeds [P, T, C]; pooled [P, C']; mask [P, T], True = real; None where the family has no such thing.
 
     words bool [P, T], of texts that the pipeline has encoded: where tokens of the texts themselves stand, start and end tokens too. A mask
-    of such a text is none of the denoiser's where its own prompt comes without one.
-    filled: how many tokens at the end were put there to fill them up, which are hidden where the model has no mask for it.
+    is none of the denoiser's where its own prompt comes without one: padding acts there as the prompt's does.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
-    filled: int = 0
     words: Tensor | None = None
 
     @property
@@ -105,8 +103,6 @@ class Encoded:
             if whole.dim() == 2 and whole.shape[1] > text.shape[1]:  # Chroma's goes on with the image's tokens
                 own = torch.cat([own, whole[:1, text.shape[1] :].expand(len(own), -1)], dim=1)
             found[mask] = own
-        elif self.words is None and self.mask is not None and not bool(self.mask[:, : self.mask.shape[1] - self.filled].all()):
-            raise ReattendError("this model is called without a mask of its text: leave prompt_attention_mask out")
         return found
 
 
@@ -126,7 +122,7 @@ def _named(given: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def given_as(tensors: Mapping[str, Tensor]) -> Encoded:
-    """Texts that are given as tensors, by the names of `NAMES`. Raises ReattendError for other names and shapes."""
+    """Texts that are given as tensors, by the names of `NAMES`. Raises ReattendError for other names, shapes and numbers."""
     named = {ALIASES.get(name, name): value for name, value in tensors.items()}
     strange = [name for name in named if name not in NAMES]
     if strange or "prompt_embeds" not in named or not all(isinstance(value, Tensor) for value in named.values()):
@@ -135,6 +131,11 @@ def given_as(tensors: Mapping[str, Tensor]) -> Encoded:
         )
     embeds, pooled, mask = (named.get(name) for name in NAMES)
     assert embeds is not None
+    for name, value in named.items():
+        if name != NAMES[2] and not value.is_floating_point():
+            raise ReattendError(f"{name} must hold floating-point numbers, as text encoders give them, got {value.dtype}")
+        if not bool(value.isfinite().all()):
+            raise ReattendError(f"{name} must hold finite numbers, and some are nan or infinite")
     if embeds.dim() != 3 or not embeds.shape[0]:
         raise ReattendError(f"prompt_embeds must be [texts, tokens, width], got {list(embeds.shape)}")
     if pooled is not None and (pooled.dim() != 2 or len(pooled) != len(embeds)):

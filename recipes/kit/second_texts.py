@@ -25,7 +25,8 @@ class NegativeText(Recipe):
     tensors: str | None = Field(
         None,
         description="the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds "
-        "[texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them",
+        "[texts, tokens, width], with pooled_prompt_embeds where the model has them, and prompt_attention_mask [texts, tokens], 1 = a word, "
+        "0 = padding. Without that mask padding acts as words do (nag reads it as the model reads its prompt's)",
     )
     start: float = Field(0.0, ge=0, lt=1, description="first part of the schedule with guidance, as a fraction of the steps")
     stop: float = Field(

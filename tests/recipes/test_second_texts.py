@@ -9,6 +9,7 @@ import reattend
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from examples.nag import saved
+from reattend.hooks.prompts.second_text import encoded
 from reattend.interventions import UnsupportedError
 from tiny_denoisers import build, noise, unet
 from tiny_prompts import FAMILIES, flow, gemma, gemma_tokenizer, t5, t5_tokenizer
@@ -284,3 +285,42 @@ def test_a_negative_text_of_another_length_beside_tokens_after_the_prompt(length
                 torch.testing.assert_close(model(**inputs)[0], wanted, **NEAR)
         with reattend.apply(model, nag, ("vsf", {**unseen, "offset": -0.5})):
             assert (model(**inputs)[0] - wanted).abs().max() > 1e-3
+
+
+@methods
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_a_file_with_a_mask_is_the_text_that_it_holds(slug, make):
+    """Also where the model is given no mask of its prompt."""
+    pipe, call, _, _ = make(guidance=1.0)
+    found = encoded(pipe, ["a dog"])
+    assert found.words is not None and not found.words.all()
+    held = {"prompt_embeds": found.embeds, "prompt_attention_mask": found.words.long()}
+    if found.pooled is not None:
+        held["pooled_prompt_embeds"] = found.pooled
+    with push(pipe, slug, negative="a dog"):
+        wanted = draw(pipe, call)
+    with push(pipe, slug, tensors=saved(f"{slug} {make.__name__} mask", held)):
+        torch.testing.assert_close(draw(pipe, call), wanted, **NEAR)
+
+
+TEXT = {"prompt_embeds": torch.randn(1, 4, 8, generator=seeded())}
+
+
+@methods
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompt_embeds": torch.ones(1, 4, 8, dtype=torch.long)}, "prompt_embeds must hold floating-point numbers.*int64"),
+        ({"prompt_embeds": torch.full((1, 4, 8), torch.nan)}, "prompt_embeds must hold finite numbers"),
+        ({**TEXT, "pooled_prompt_embeds": torch.full((1, 8), torch.inf)}, "pooled_prompt_embeds must hold finite numbers"),
+        (
+            {**TEXT, "pooled_prompt_embeds": torch.ones(1, 8, dtype=torch.int32)},
+            "pooled_prompt_embeds must hold floating-point",
+        ),
+        ({**TEXT, "prompt_attention_mask": torch.full((1, 4), torch.nan)}, "prompt_attention_mask must hold finite numbers"),
+    ],
+)
+def test_numbers_that_are_no_text(slug, wrong, said):
+    model, _ = build("UNet2DConditionModel")
+    with pytest.raises(reattend.ReattendError, match=said):
+        push(model, slug, tensors=saved(f"{slug} {said[:30]}", wrong))

@@ -177,7 +177,9 @@ def encoded(pipeline: Any, texts: Sequence[str]) -> Encoded:
         elif re.fullmatch(r"prompt_\d", name):
             given[name] = None  # the same text for the other encoders
         elif name == "device":
-            given[name] = getattr(pipeline, "_execution_device", None)
+            # a pipeline looks for its device in all of its modules, which takes as long as a small text encoder
+            found = running.get("device")
+            given[name] = found if isinstance(found, torch.device) else getattr(pipeline, "_execution_device", None)
         elif name.startswith("num_") and name.endswith("_per_prompt"):
             given[name] = 1
         elif name in CONTENT or name.startswith("negative_") or "_embeds" in name or name.endswith(("_mask", "_embeds")):

@@ -324,3 +324,17 @@ def test_numbers_that_are_no_text(slug, wrong, said):
     model, _ = build("UNet2DConditionModel")
     with pytest.raises(reattend.ReattendError, match=said):
         push(model, slug, tensors=saved(f"{slug} {said[:30]}", wrong))
+
+
+@methods
+def test_a_text_goes_to_the_device_of_the_running_call(slug, monkeypatch):
+    """It is not looked for once more, in all modules of the pipeline."""
+    pipe, call, _, _ = stable_diffusion(guidance=1.0)
+    asked: list[int] = []
+    home = type(pipe)._execution_device.fget
+    monkeypatch.setattr(type(pipe), "_execution_device", property(lambda self: asked.append(1) or home(self)))
+    draw(pipe, call)
+    alone = len(asked)
+    with push(pipe, slug, negative="a dog"):
+        draw(pipe, call)
+    assert alone and len(asked) == 2 * alone

@@ -84,8 +84,8 @@ class Holder(Steered, Protocol):
         """The steps of a plan as a session of its own for passes of a door's own, never attached by itself; it counts with this one."""
         ...
 
-    def counter(self, label: str) -> Any:
-        """The counter {site name: times} under this label in `stats`."""
+    def counter(self, label: str, *, idle: str = "") -> Any:
+        """The counter {site name: times} under this label in `stats`. idle: why it is known to stay empty, for the warning that says so."""
         ...
 
     def note(self, label: str, change: Tensor, of: str = "a prediction") -> None:

@@ -62,6 +62,7 @@ class Session:
         self._changes: dict[tuple[str, torch.device], Tensor] = {}
         # by recipe: of what its changes are
         self._changed: dict[str, str] = {}
+        # by recipe: why it does nothing, where it does
         self._idle = {plan.recipe: plan.idle for plan in self.plans}
         self.forwards = 0
         self.active = self.ended = False
@@ -164,8 +165,10 @@ class Session:
         inner.install(self.attachment)
         return inner
 
-    def counter(self, label: str) -> Counter[str]:
-        """The counter {site name: times} under this label."""
+    def counter(self, label: str, *, idle: str = "") -> Counter[str]:
+        """The counter {site name: times} under this label. idle: why it is known to stay empty."""
+        if idle:
+            self._idle[label] = idle
         return self.counts.setdefault(label, Counter())
 
     def note(self, label: str, change: Tensor, of: str = "a prediction") -> None:

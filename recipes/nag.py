@@ -39,6 +39,7 @@ class NAG(NegativeText):
         kinds=("diffusion",),
         cost="decode, in joint attention forward",
         problems=("the picture shows what it should not", "the picture lacks structure and detail"),
+        try_first={"negative": "what should not be there"},
         sweep={"scale": (2.0, 4.0, 8.0)},
         code="ChenDarYen/Normalized-Attention-Guidance",
         licence="MIT",
@@ -46,7 +47,8 @@ class NAG(NegativeText):
 
     negative: str | list[str] = Field(
         "",
-        description='what the image is pushed away from: one text, or one per prompt; "" = away from the empty text, as the authors have it',
+        description='what the image is pushed away from: one text, or one per prompt; "" = away from the empty text, as the authors have it. '
+        "The pipeline's own negative_prompt is not read",
     )
     scale: float | None = Field(
         None, ge=1, le=100, description="how far the push goes; 1 = off. Default: 3 for UNets, 9 for Wan, 5 for others"
@@ -74,7 +76,7 @@ class NAG(NegativeText):
 
         if scale == 1 or strength == 0:
             return []
-        return [Context("nag", text_sites(sites), use, **self.text())]
+        return [Context("nag", text_sites(sites), use, **self.text()), *self.unnamed(acts=True)]
 
     def push(self, call: Call, text: SecondText, scale: float, strength: float) -> list[Edit]:
         """The edits of one call."""

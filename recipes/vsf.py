@@ -45,13 +45,16 @@ class VSF(NegativeText):
         kinds=("diffusion",),
         cost="decode",
         problems=("the picture shows what it should not",),
+        try_first={"negative": "what should not be there"},
         sweep={"scale": (1.0, 2.0, 4.0)},
         code="weathon/VSF",
         licence="MIT",
     )
 
     negative: str | list[str] = Field(
-        "", description='what is taken out of the image: one text, or one per prompt; "" = nothing, no change'
+        "",
+        description='what is taken out of the image: one text, or one per prompt; "" = nothing, no change. The pipeline\'s own '
+        "negative_prompt is not read",
     )
     scale: float | None = Field(
         None,
@@ -77,7 +80,7 @@ class VSF(NegativeText):
     def plan(self, sites: SiteTable) -> list[Step]:
         named = [self.negative] if isinstance(self.negative, str) else self.negative
         if self.tensors is None and not any(text.strip() for text in named):
-            return []
+            return [*self.unnamed(acts=False)]
         chosen = text_sites(sites)
         other, cross = (3.0, 0.08), (1.7, 0.2)
         flux = (6.0, 0.0) if sites.model_name.startswith("Flux") else other

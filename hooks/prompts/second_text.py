@@ -170,7 +170,7 @@ def encoded(pipeline: Any, texts: Sequence[str]) -> Encoded:
         raise ReattendError(reason)
     encode = pipeline.encode_prompt
     given: dict[str, Any] = {"prompt": list(texts)}
-    running = _running_call(pipeline)
+    running = running_call(pipeline)
     for name in inspect.signature(encode).parameters:
         if name == "do_classifier_free_guidance":
             given[name] = False
@@ -232,7 +232,7 @@ def _returned(pipeline: Any) -> list[str]:
     return []
 
 
-def _running_call(pipeline: Any) -> dict[str, Any]:
+def running_call(pipeline: Any) -> dict[str, Any]:
     """The variables of the call of a pipeline that is under way in this thread, with the scale of its text encoders' LoRA layers."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

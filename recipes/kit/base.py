@@ -56,7 +56,7 @@ class Info:
     there was one. code, licence: the official code where known. families: the first is the primary one. profiling: what has to be learned
     about a model before use, or "".
     cost: words of COSTS, as "free", or with where one holds. status: "ready" or "experiment".
-    problems: what it is a remedy for. try_first: the strength that a user should begin with, {} = the defaults are that; sweep: the
+    problems: what it is a remedy for. try_first: what a user should begin with, a strength or a text, {} = the defaults are that; sweep: the
     values of a strength that are worth comparing, from weak to strong.
     """
 

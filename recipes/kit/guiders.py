@@ -285,7 +285,7 @@ class SecondTextPass(RecipeGuidance):
     def _steps(self, table: SiteTable) -> list[Step]:
         # which steps it acts in is said here, since a bare denoiser has no schedule
         given = {"texts": None, "tensors": self._text, "start": 0.0, "stop": 1.0}
-        return [replace(step, **given) if isinstance(step, Context) else step for step in self.recipe.plan(table)]
+        return [replace(step, **given) for step in self.recipe.plan(table) if isinstance(step, Context)]
 
 
 def _number(guider: RecipeGuidance, name: str, value: Any, least: float, most: float) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...hooks import SiteTable
+from ...hooks import SiteTable, Unnamed
 from ...interventions import ReattendError
 from .base import Recipe
 
@@ -50,6 +50,11 @@ class NegativeText(Recipe):
         if not len(chosen):
             return f"{self.slug} needs a diffusion model that reads a text by attention; {sites.model_name} has no such site"
         return chosen.refusal
+
+    def unnamed(self, acts: bool) -> list[Unnamed]:
+        """What a plan says where nobody has given a text. acts: whether the recipe does something without."""
+        given = self.tensors is not None or "negative" in self.model_fields_set
+        return [] if given else [Unnamed("negative", acts)]
 
     def text(self) -> dict[str, Any]:
         """What a `Context` is given of the text and its part of the schedule. Raises ReattendError for a file that holds no tensors."""

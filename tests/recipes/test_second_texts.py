@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -338,3 +339,27 @@ def test_a_text_goes_to_the_device_of_the_running_call(slug, monkeypatch):
     with push(pipe, slug, negative="a dog"):
         draw(pipe, call)
     assert alone and len(asked) == 2 * alone
+
+
+@methods
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3])
+def test_without_a_text_of_its_own_a_recipe_says_so(slug, make):
+    pipe, call, _, _ = make(guidance=1.0)
+    negatives = "a dog" if make is stable_diffusion_3 else ["a dog", "a dog"]
+    base = draw(pipe, call)
+
+    def said(recipe: dict[str, Any], **more: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", reattend.ReattendWarning)
+            with reattend.apply(pipe, slug, **recipe):
+                got = [draw(pipe, call, **more) for _ in range(2)]
+        assert torch.equal(*got) and (slug == "nag" or recipe or torch.equal(got[0], base))
+        return [str(each.message) for each in seen if "changed nothing visible" not in str(each.message)]
+
+    unread = [line for line in said({}, negative_prompt=negatives) if "nobody reads its negative_prompt" in line]
+    assert len(unread) == 1 and "name the text as negative" in unread[0]
+    idle = [line for line in said({}) if "never acted" in line]
+    assert len(idle) == (slug == "vsf") and all("no text: name one as negative" in line for line in idle)
+    assert not said({"negative": "a dog"}, negative_prompt=negatives)
+    if slug == "nag":
+        assert not said({}, negative_prompt=negatives, guidance_scale=4.0) and not said({})

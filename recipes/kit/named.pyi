@@ -252,10 +252,12 @@ class NAGParameters(TypedDict, total=False):
 
     negative: str | Sequence[str]
     """what the image is pushed away from: one text, or one per prompt; '' = away from the empty text, as the authors have
-    it"""
+    it. The pipeline's own negative_prompt is not read"""
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
-    [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
+    [texts, tokens, width], with pooled_prompt_embeds where the model has them, and prompt_attention_mask [texts,
+    tokens], 1 = a word, 0 = padding. Without that mask padding acts as words do (nag reads it as the model reads its
+    prompt's)"""
     start: float
     """first part of the schedule with guidance, as a fraction of the steps"""
     stop: float
@@ -632,10 +634,13 @@ class VSFParameters(TypedDict, total=False):
     """Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, without a further pass."""
 
     negative: str | Sequence[str]
-    """what is taken out of the image: one text, or one per prompt; '' = nothing, no change"""
+    """what is taken out of the image: one text, or one per prompt; '' = nothing, no change. The pipeline's own
+    negative_prompt is not read"""
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
-    [texts, tokens, width], and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
+    [texts, tokens, width], with pooled_prompt_embeds where the model has them, and prompt_attention_mask [texts,
+    tokens], 1 = a word, 0 = padding. Without that mask padding acts as words do (nag reads it as the model reads its
+    prompt's)"""
     start: float
     """first part of the schedule with guidance, as a fraction of the steps"""
     stop: float

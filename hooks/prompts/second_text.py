@@ -153,7 +153,11 @@ def encoder_misfit(model: Any) -> str:
     if isinstance(model, nn.Module):
         return f"{type(model).__name__} is a bare denoiser and encodes no text: {remedy}, or apply the recipe to the pipeline"
     if not callable(getattr(model, "encode_prompt", None)) or not _returned(model):
-        return f"how {type(model).__name__} encodes a text is not known: {remedy}"
+        modular = "update_components" in dir(model) and "blocks" in dir(model)
+        guider = (
+            ", or set the guider reattend.guiders.NAGGuidance, which reads the pipeline's negative_prompt" if modular else ""
+        )
+        return f"how {type(model).__name__} encodes a text is not known: {remedy}{guider}"
     if not any(name.startswith("text_encoder") for name in components(model)):
         return f"this {type(model).__name__} has no text encoder: {remedy}"
     return ""

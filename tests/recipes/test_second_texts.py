@@ -363,3 +363,13 @@ def test_without_a_text_of_its_own_a_recipe_says_so(slug, make):
     assert not said({"negative": "a dog"}, negative_prompt=negatives)
     if slug == "nag":
         assert not said({}, negative_prompt=negatives, guidance_scale=4.0) and not said({})
+
+
+@methods
+def test_a_modular_pipeline_is_told_of_its_guider(slug):
+    from tiny_modular import sdxl
+
+    with pytest.raises(
+        UnsupportedError, match="give the second text as tensors.*or set the guider reattend.guiders.NAGGuidance"
+    ):
+        push(sdxl()[0], slug, negative="a dog")

@@ -505,11 +505,6 @@ def test_what_apply_refuses():
             {"prompt_embeds": torch.ones(3, 5, 8)},
             "3 second texts cannot be shared out to 2 rows of the prompt",
         ),
-        (
-            "UNet2DConditionModel",
-            {"prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0]])},
-            "called without a mask of its text",
-        ),
         ("SD3Transformer2DModel", {"pooled_prompt_embeds": torch.ones(1, 7)}, "are 7 wide, those of the prompt 8"),
     ],
 )

@@ -41,6 +41,8 @@ class Attached(Steered, Protocol):
     """A session, as its model's hooks know it."""
 
     attachment: Attachment | None
+    # all sites of the model, where somebody has found them already
+    table: SiteTable | None
 
     def check(self, facts: Facts, beside: Sequence[Any]) -> None: ...
 
@@ -52,10 +54,10 @@ class Attached(Steered, Protocol):
 class Attachment:
     """The hooks of one model, shared by its sessions."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, key: Any, table: SiteTable | None) -> None:
         self.model = model
-        self.key = key_module(model)
-        self.table: SiteTable = sites(model)
+        self.key = key
+        self.table: SiteTable = sites(model) if table is None else table
         # called at most once in a pass, unlike encoders; a second call may belong to no pass at all
         self.once = {id(self.table.module(s)) for s in self.table if s.stack.startswith(("decoder", "denoiser"))}
         self.rotary: dict[int, nn.Module | None] = {}
@@ -262,10 +264,10 @@ def key_module(model: Any) -> Any:
 def enter(session: Attached) -> None:
     """Puts a session to work on its model; the model's first one installs the hooks."""
     with lifecycle:
-        key = id(key_module(session.model))
+        key = key_module(session.model)
         # the session knows it before anybody else does, so that it can always take it away again
-        session.attachment = _attachments.get(key) or Attachment(session.model)
-        _attachments[key] = session.attachment
+        session.attachment = _attachments.get(id(key)) or Attachment(session.model, key, session.table)
+        _attachments[id(key)] = session.attachment
         session.attachment.add(session)
     if session.isolated:
         _isolated.set((*_open_marks(), session.mark))

@@ -21,6 +21,7 @@ from .attachment import Attachment, enter, forget, leave
 from .handles import Handles
 from .plan import Facts, Plan, Step, wrong_functions
 from .protocols import Place
+from .sites.table import SiteTable
 
 _numbers = itertools.count()
 # A change of a prediction below this part of it shows in no picture. Ours, measured on the zoo at ten steps: softpag and seg at any layer
@@ -46,9 +47,17 @@ class Session:
     """
 
     def __init__(
-        self, model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None, again: Again | None = None
+        self,
+        model: Any,
+        plans: Sequence[Plan],
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        again: Again | None = None,
+        table: SiteTable | None = None,
     ) -> None:
         self._model, self.plans, self.isolated = model, list(plans), isolated
+        self.table = table
         self._again = again
         self.attachment: Attachment | None = None
         self._last_model: weakref.ref[Any] | None = None
@@ -270,7 +279,7 @@ class Session:
             inner.forget()
         if self._last_model is None:
             self._last_model = _weak(self._model)
-        self._model, self.plans = None, []
+        self._model, self.table, self.plans = None, None, []
         self._drop()
 
     def __enter__(self) -> Session:
@@ -359,13 +368,20 @@ def _weak(model: Any) -> Any:
 
 
 def attach(
-    model: Any, plans: Sequence[Plan], *, isolated: bool = False, tokenizer: Any = None, again: Again | None = None
+    model: Any,
+    plans: Sequence[Plan],
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    again: Again | None = None,
+    table: SiteTable | None = None,
 ) -> Session:
     """Starts a session of these plans on a model or pipeline. again(model): the same plans made anew, for a session that is begun a
-    second time. Raises UnsupportedError for sites that cannot be intercepted.
+    second time. table: all sites of the model where they are at hand, which saves finding them. Raises UnsupportedError for sites that
+    cannot be intercepted.
     """
     if not isinstance(plans, (list, tuple)) or not all(isinstance(plan, Plan) for plan in plans):
         raise ReattendError(
             f'attach takes a list of plans, each with its steps: [Plan("name", [step, ...])]; got {plans!r:.80}'
         )
-    return Session(model, plans, isolated=isolated, tokenizer=tokenizer, again=again).attach()
+    return Session(model, plans, isolated=isolated, tokenizer=tokenizer, again=again, table=table).attach()

@@ -176,8 +176,9 @@ class RecipeGuidance(ClassifierFreeGuidance):
                 raise ReattendError(reason)
             self._found = denoiser, table
         if self._edited(self._names[self._count_prepared - 1]):
-            steps = self._steps(self._found[1])
-            self._session = attach(denoiser, [Plan(self.recipe.slug, [WholeBatch(self.recipe.slug), *steps])], isolated=True)
+            table = self._found[1]
+            plan = Plan(self.recipe.slug, [WholeBatch(self.recipe.slug), *self._steps(table)])
+            self._session = attach(denoiser, [plan], isolated=True, table=table)
             self._end.after(denoiser, lambda module, args, output: self._let_go(broken=output is None))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:

@@ -20,6 +20,8 @@ from diffusers import ClassifierFreeGuidance, HeunDiscreteScheduler, ModularPipe
 from diffusers.hooks import LayerSkipConfig  # noqa: E402
 from reattend import ReattendError, UnsupportedError  # noqa: E402
 from reattend.guiders import NAGGuidance, PAGGuidance, SEGGuidance, SoftPAGGuidance  # noqa: E402
+from reattend.hooks import attachment  # noqa: E402
+from reattend.recipes.kit import guiders  # noqa: E402
 from reattend.recipes.kit.registry import registry  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_modular import PIPELINES, STEPS, draw, sdxl, stable_diffusion_3, whole_sdxl  # noqa: E402
@@ -209,6 +211,18 @@ def test_passes_by_step() -> None:
     by_guider(pipe, call, PAGGuidance(start=0.25, stop=0.75, guidance_scale=4.0, guidance_stop=0.5))
     assert rows == [1] * (2 + 3 + 2 + 1)
     assert pipe.guider.num_conditions == 3, "the next run reads both texts again, whatever the last step took"
+
+
+@pytest.mark.parametrize("slug", ALL)
+def test_sites_are_found_once_a_run(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large denoiser that takes as long as a pass of a small one."""
+    pipe, denoiser, call = stable_diffusion_3()
+    found: list[Any] = []
+    for module in (attachment, guiders):
+        monkeypatch.setattr(module, "sites", lambda model, real=module.sites: (found.append(model), real(model))[1])
+    for run in (1, 2):
+        by_guider(pipe, call, ALL[slug](guidance_scale=4.0))
+        assert found == [denoiser] * run
 
 
 # -- nag ---------------------------------------------------------------------------------------------------------------------

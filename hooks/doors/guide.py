@@ -158,9 +158,11 @@ def _branch_off(call: RootCall) -> None:
         return
     call.kept[GuidedPass] = None
     run, branches = call.run, call.clock.branches
+    # all of the pass is a branch of somebody else's already (a modular pipeline's guider's), and the step's shifts belong to its other passes
+    branch = bool(branches.keys() - {"conditional", "unconditional"})
     if run.shift is not None and run.shift.step != run.step:
         _missed(call)
-    found = active_guides(call)
+    found = [one for one in active_guides(call) if not branch or one[0].formula is None]
     hidden = hidden_in(call.given)
     if found:
         _serves(call, [guide for guide, *_ in found], hidden)

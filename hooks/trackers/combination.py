@@ -12,10 +12,12 @@ import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
+
+from torch import Tensor
 
 # keywords that tell a call of a denoiser from one that cuts its output into parts
 OF_A_DENOISER = {"return_dict", "timestep", "encoder_hidden_states"}
@@ -31,11 +33,13 @@ PLAIN = (
 @dataclass(frozen=True)
 class Combination:
     """scale: the s of u + s (c - u); 1 where this pass is combined with nothing. to_come: the half that a later call of this step gives,
-    "conditional", "unconditional", or "" where this pass is the last.
+    "conditional", "unconditional", or "" where this pass is the last. take: what takes the shift of a step and adds it to the combination,
+    where neither half is to have it: a third prediction is combined with them.
     """
 
     scale: float
     to_come: str = ""
+    take: Callable[[Tensor], None] | None = None
 
 
 # tests that lead to a line, each with whether it must hold
@@ -92,7 +96,10 @@ def combination_of(pipeline: Any) -> Combination | None:
 
 
 def _of_guider(guider: Any) -> Combination | None:
-    """What a modular pipeline's guider says; others than the plain one combine in ways of their own."""
+    """What a modular pipeline's guider says: one of ours itself; diffusers' others than the plain one combine in ways of their own."""
+    own = getattr(guider, "combination", None)
+    if callable(own):
+        return own()
     if type(guider).__name__ != "ClassifierFreeGuidance":
         return None
     if guider.num_conditions == 1:

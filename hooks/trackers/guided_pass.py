@@ -171,11 +171,15 @@ def _both(sample: Tensor, guided: GuidedPass, conditional: list[int], unconditio
 def _conditional_alone(sample: Tensor, guided: GuidedPass, conditional: list[int]) -> None:
     """Only the conditional half is here: it takes the shift, unless the other half is certain to come and to take all of it."""
     run, known = guided.run, guided.combination
-    if guided.whole(sample.dtype) and known is not None and known.to_come == "unconditional":
+    taken = known is not None and known.take is not None
+    if known is not None and known.to_come == "unconditional" and (taken or guided.whole(sample.dtype)):
         run.shift = Shift(run.step, late=guided)
         return
     delta = guided.shift(None)
     if delta is None:
+        return
+    if known is not None and known.take is not None:
+        known.take(delta)
         return
     if run.unshifted:
         # the other half is gone: u + s (c + shift / s - u) has the shift as well
@@ -203,7 +207,9 @@ def _unconditional_alone(sample: Tensor, guided: GuidedPass, unconditional: list
             f"a guide cannot pair {len(half)} unconditional rows with {len(late.conditional)} conditional ones of the call before"
         )
     delta = late.shift(half)
-    if delta is not None:
+    if delta is not None and late.combination.take is not None:
+        late.combination.take(delta)
+    elif delta is not None:
         _add(sample, unconditional, delta, -1 / (late.combination.scale - 1))
 
 

@@ -23,6 +23,7 @@ from ...hooks.host import Host
 from ...hooks.module_hooks import Hooks
 from ...hooks.plan import Facts, Step
 from ...hooks.sites.inputs import hidden_in
+from ...hooks.trackers.combination import Combination
 from ...hooks.trackers.part_of_schedule import holds_no_step, lies_in
 from ...interventions import Clock, ReattendError, UnsupportedError
 from .base import Recipe
@@ -39,9 +40,10 @@ TEXT = {
 
 @dataclass
 class WholeBatch(Step):
-    """All rows of a pass are the branch of this name, and the prompt's."""
+    """All rows of a pass are the prompt's. branch: and those of the branch of this name."""
 
     name: str
+    branch: bool
 
     def check(self, facts: Facts) -> str:
         return "" if facts.denoisers else f"{self.name} needs a denoiser; this model has none"
@@ -57,7 +59,8 @@ class WholeBatch(Step):
             name = type(call.root).__name__
             raise UnsupportedError(f"{self.name}: {name} gets its latents as no batch, so there are no rows to act on")
         rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden[0].device)
-        call.clock = replace(call.clock, branches={"conditional": rows, self.name: rows}, unknown="")
+        branches = {"conditional": rows, **({self.name: rows} if self.branch else {})}
+        call.clock = replace(call.clock, branches=branches, unknown="")
 
 
 class RecipeGuidance(ClassifierFreeGuidance):
@@ -102,6 +105,8 @@ class RecipeGuidance(ClassifierFreeGuidance):
         self.guidance_rescale = guidance_rescale
         self.use_original_formulation = use_original_formulation
         self._names: list[str] = [CONDITIONAL]
+        # of this step: what guides of recipes on the pipeline shift the prediction by, added up
+        self._shift: Tensor | None = None
         self._session: Session | None = None
         self._end = Hooks()
         # of one run: the denoiser at work and its sites, which take as long to find as a small denoiser runs
@@ -131,6 +136,10 @@ class RecipeGuidance(ClassifierFreeGuidance):
         """The part of the schedule that the recipe acts in."""
         return self.recipe.start, self.recipe.stop  # type: ignore[attr-defined]
 
+    def _own(self, conditional: Tensor, branch: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
+        """The recipe's own shift of u + guidance (c - u); branch: what the perturbed pass predicted, where one is made."""
+        raise NotImplementedError
+
     # -- what diffusers asks ---------------------------------------------------------------------------------------------
 
     def enable(self) -> None:
@@ -148,6 +157,17 @@ class RecipeGuidance(ClassifierFreeGuidance):
     def is_conditional(self) -> bool:
         return self._names[max(self._count_prepared, 1) - 1] != UNCONDITIONAL
 
+    def combination(self) -> Combination:
+        """How the pass under way will be combined, for guides of recipes on the pipeline: their shifts are added here, so that neither half
+        has them in what the recipe makes of it."""
+        guided = UNCONDITIONAL in self._names
+        scale = self.guidance_scale + self.use_original_formulation if guided else 1.0
+        to_come = "unconditional" if UNCONDITIONAL in self._names[self._count_prepared :] else ""
+        return Combination(float(scale), to_come, self._take)
+
+    def _take(self, shift: Tensor) -> None:
+        self._shift = shift if self._shift is None else self._shift + shift
+
     def prepare_inputs(self, data: Any) -> list[Any]:
         return self._batches(lambda at, name: self._prepare_batch(data, at, name))
 
@@ -156,6 +176,7 @@ class RecipeGuidance(ClassifierFreeGuidance):
 
     def _batches(self, batch: Callable[[int, str], Any]) -> list[Any]:
         self._let_go()
+        self._shift = None
         self._names = self._passes(batch)
         return [batch(int(name == UNCONDITIONAL), name) for name in self._names]
 
@@ -177,7 +198,8 @@ class RecipeGuidance(ClassifierFreeGuidance):
             self._found = denoiser, table
         if self._edited(self._names[self._count_prepared - 1]):
             table = self._found[1]
-            plan = Plan(self.recipe.slug, [WholeBatch(self.recipe.slug), *self._steps(table)])
+            rows = WholeBatch(self.recipe.slug, self._names[self._count_prepared - 1] == PERTURBED)
+            plan = Plan(self.recipe.slug, [rows, *self._steps(table)])
             self._session = attach(denoiser, [plan], isolated=True, table=table)
             self._end.after(denoiser, lambda module, args, output: self._let_go(broken=output is None))
 
@@ -198,6 +220,27 @@ class RecipeGuidance(ClassifierFreeGuidance):
         if clock.steps is not None and clock.step + 1 >= clock.steps:
             self._found = None  # the run is over, and a guider keeps no model alive
         return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
+
+    def forward(
+        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_perturbed: Tensor | None = None
+    ) -> GuiderOutput:
+        """The prediction of classifier-free guidance with all shifts, the recipe's and those of recipes on the pipeline, then brought back
+        by guidance_rescale."""
+        if pred_cond_perturbed is None and self._shift is None:
+            return super().forward(pred_cond, pred_uncond)
+        dtype = torch.promote_types(pred_cond.dtype, torch.float32)
+        conditional, pred, unconditional, guidance = pred_cond.to(dtype), pred_cond.to(dtype), None, 1.0
+        if pred_uncond is not None:
+            unconditional = pred_uncond.to(dtype)
+            guidance = self.guidance_scale + self.use_original_formulation
+            pred = unconditional + guidance * (conditional - unconditional)
+        if self._shift is not None:
+            pred = pred + self._shift
+        if pred_cond_perturbed is not None:
+            pred = pred + self._own(conditional, pred_cond_perturbed.to(dtype), unconditional, guidance)
+        if self.guidance_rescale > 0:
+            pred = rescale_noise_cfg(pred, conditional, self.guidance_rescale)
+        return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _clock(self) -> Clock:
         """Where the run stands."""
@@ -230,26 +273,11 @@ class PerturbedPass(RecipeGuidance):
     def _steps(self, table: SiteTable) -> list[Step]:
         return [step for step in self.recipe.plan(table) if not isinstance(step, Guide)]
 
-    def forward(
-        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_perturbed: Tensor | None = None
-    ) -> GuiderOutput:
-        """The prediction of classifier-free guidance, shifted as the recipe shifts it, then brought back by guidance_rescale."""
-        if pred_cond_perturbed is None:
-            return super().forward(pred_cond, pred_uncond)
-        dtype = torch.promote_types(pred_cond.dtype, torch.float32)
-        conditional, branch = pred_cond.to(dtype), pred_cond_perturbed.to(dtype)
-        pred, unconditional, guidance = conditional, None, 1.0
-        if pred_uncond is not None:
-            unconditional = pred_uncond.to(dtype)
-            guidance = self.guidance_scale + self.use_original_formulation
-            pred = unconditional + guidance * (conditional - unconditional)
+    def _own(self, conditional: Tensor, branch: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
         guide, clock = self.recipe.guide(), self._clock()
         assert guide.formula is not None
-        seen = Predictions(conditional, branch, {guide.name: branch}, unconditional, guide.scale_at(clock), guidance, clock)
-        pred = pred + guide.formula(seen)
-        if self.guidance_rescale > 0:
-            pred = rescale_noise_cfg(pred, conditional, self.guidance_rescale)
-        return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)
+        branches = {guide.name: branch}
+        return guide.formula(Predictions(conditional, branch, branches, unconditional, guide.scale_at(clock), guidance, clock))
 
 
 class SecondTextPass(RecipeGuidance):

@@ -133,6 +133,35 @@ def test_beside_a_recipe_on_the_pipeline(tmp_path: Path) -> None:
     assert not hooks_of(denoiser)
 
 
+@pytest.mark.parametrize("name", ["SDXL", "SD3"])
+@pytest.mark.parametrize(
+    ("guidance", "parameters"),
+    [
+        ({"guidance_scale": 4.0}, {}),
+        ({"guidance_scale": 1.0}, {}),
+        ({"guidance_scale": 3.0, "use_original_formulation": True}, {"rescale": 0.7}),
+        ({"guidance_scale": 1.0}, {"rescale": 0.7}),
+        ({"guidance_scale": 4.0, "guidance_rescale": 0.7}, {"start": 0.25, "stop": 0.75}),
+    ],
+)
+def test_beside_a_recipe_with_a_branch_of_its_own(name: str, guidance: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Each shift counts once: u + s (c - u) + scale_pag (c - c_pag) + scale_seg (c - c_seg)."""
+    pipe, denoiser, call = PIPELINES[name]()
+    pag, seg = {"scale": 3.0, "layers": [0], **parameters}, {"scale": 2.0, "layers": [1]}
+    pipe.update_components(guider=ClassifierFreeGuidance(**guidance))
+    with reattend.wrap(pipe).use(("pag", pag), ("seg", seg)):
+        expected = draw(pipe, call)
+    pipe.update_components(guider=PAGGuidance(**pag, **guidance))
+    with reattend.wrap(pipe).use("seg", **seg):
+        close(draw(pipe, call), expected)
+    alone = draw(pipe, call)
+    assert not torch.allclose(alone, expected, atol=1e-3)
+    pipe.update_components(guider=SEGGuidance(**seg, **guidance))
+    with reattend.wrap(pipe).use("pag", **pag):
+        close(draw(pipe, call), expected)
+    assert not hooks_of(denoiser)
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_inside_a_session_that_changes_nothing(name: str) -> None:
     """The sites of a pipeline have other names than those of its denoiser."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +17,15 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_n
 from torch import Tensor, nn
 
 from ...hooks import Context, Guide, Plan, Predictions, Session, SiteTable, attach, sites
-from ...hooks.actions import Action, Rank, RootCall
-from ...hooks.handles import Handles, Holder
-from ...hooks.host import Host
+from ...hooks.attachment import running
 from ...hooks.module_hooks import Hooks
-from ...hooks.plan import Facts, Step
-from ...hooks.sites.inputs import hidden_in
+from ...hooks.plan import Step
 from ...hooks.trackers.combination import Combination
 from ...hooks.trackers.part_of_schedule import holds_no_step, lies_in
 from ...interventions import Clock, ReattendError, UnsupportedError
 from .base import Recipe
 from .guidance import BranchGuidance
+from .whole_batch import WholeBatch
 
 CONDITIONAL, UNCONDITIONAL, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_perturbed"
 # what modular pipelines call the text, its pooled part and its padding
@@ -36,31 +34,6 @@ TEXT = {
     "pooled_prompt_embeds": ("text_embeds", "pooled_projections", "pooled_prompt_embeds"),
     "prompt_attention_mask": ("prompt_embeds_mask", "encoder_hidden_states_mask", "encoder_attention_mask"),
 }
-
-
-@dataclass
-class WholeBatch(Step):
-    """All rows of a pass are the prompt's. branch: and those of the branch of this name."""
-
-    name: str
-    branch: bool
-
-    def check(self, facts: Facts) -> str:
-        return "" if facts.denoisers else f"{self.name} needs a denoiser; this model has none"
-
-    def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
-        handles = session.handles()
-        handles.act(Action(Rank.LATENTS, self._named))
-        return handles
-
-    def _named(self, call: RootCall) -> None:
-        hidden = hidden_in(call.given)
-        if hidden is None:
-            name = type(call.root).__name__
-            raise UnsupportedError(f"{self.name}: {name} gets its latents as no batch, so there are no rows to act on")
-        rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden[0].device)
-        branches = {"conditional": rows, **({self.name: rows} if self.branch else {})}
-        call.clock = replace(call.clock, branches=branches, unknown="")
 
 
 class RecipeGuidance(ClassifierFreeGuidance):
@@ -192,6 +165,12 @@ class RecipeGuidance(ClassifierFreeGuidance):
             support = self.recipe.supports(table)
             if not support:
                 raise UnsupportedError(f"recipe {self.recipe.slug!r} does not fit this model: {support.reason}")
+            name = self.recipe.slug
+            steps = (step for session in running(denoiser) for plan in session.plans for step in plan.all)
+            if any(isinstance(step, Guide) and step.name == name for step in steps):
+                raise ReattendError(
+                    f"{type(self).__name__}: the recipe {name!r} acts on this pipeline already: use one of the two"
+                )
             start, stop = self._part
             if reason := holds_no_step(self._clock(), start, stop, type(self).__name__):
                 raise ReattendError(reason)

@@ -162,6 +162,36 @@ def test_beside_a_recipe_with_a_branch_of_its_own(name: str, guidance: dict[str,
     assert not hooks_of(denoiser)
 
 
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+@pytest.mark.parametrize("name", ["SDXL", "SD3"])
+def test_nag_beside_a_recipe_with_a_branch(name: str, guidance: float, tmp_path: Path) -> None:
+    pipe, _, call = PIPELINES[name]()
+    fields = [field for field in ("prompt_embeds", "pooled_prompt_embeds") if name == "SD3" or field == "prompt_embeds"]
+    save_file({field: call[f"negative_{field}"] for field in fields}, tmp_path / "no.safetensors")
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance))
+    with reattend.wrap(pipe).use(("nag", {"tensors": str(tmp_path / "no.safetensors")}), ("pag", {"layers": [0]})):
+        expected = draw(pipe, call)
+    pipe.update_components(guider=NAGGuidance(guidance_scale=guidance))
+    with reattend.wrap(pipe).use("pag", layers=[0]):
+        close(draw(pipe, call), expected)
+
+
+@pytest.mark.parametrize("slug", PERTURBED)
+def test_the_same_recipe_twice_is_refused_before_the_first_pass(slug: str) -> None:
+    pipe, denoiser, call = stable_diffusion_3()
+    rows = passes(denoiser)
+    pipe.update_components(guider=PERTURBED[slug](layers=[0]))
+    for isolated in (False, True):
+        with (
+            reattend.apply(pipe, (slug, {"layers": [1]}), isolated=isolated),
+            pytest.raises(
+                ReattendError, match=f"{PERTURBED[slug].__name__}: the recipe '{slug}' acts on this pipeline already"
+            ),
+        ):
+            draw(pipe, call)
+    assert not rows and hooks_of(denoiser) == 1
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_inside_a_session_that_changes_nothing(name: str) -> None:
     """The sites of a pipeline have other names than those of its denoiser."""

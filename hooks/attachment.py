@@ -23,7 +23,7 @@ from .routes.interface import InterfaceRoute
 from .routes.linear import LinearRoute
 from .routes.sdpa import SdpaRoute
 from .sites.denoisers import denoiser_in
-from .sites.discovery import components, pretrained_root, sites, unwrapped_model
+from .sites.discovery import components, original_of, pretrained_root, sites, unwrapped_model
 from .sites.encoders import STACKS as ENCODER_STACKS
 from .sites.table import SiteTable
 from .steering import Acting
@@ -41,7 +41,6 @@ class Attached(Steered, Protocol):
     """A session, as its model's hooks know it."""
 
     attachment: Attachment | None
-    # all sites of the model, where somebody has found them already
     table: SiteTable | None
 
     def check(self, facts: Facts, beside: Sequence[Any]) -> None: ...
@@ -79,8 +78,12 @@ class Attachment:
     def add(self, session: Attached) -> None:
         """Puts a session to work. Where this raises, `discard` takes away what is there of it."""
         parts = components(session.model)
+        if session.table is None:
+            # a wrapper's sites and those of the model inside have other names
+            same = original_of(session.model) is original_of(self.model)
+            session.table = self.table if same else sites(session.model)
         denoisers = [denoiser for part in parts.values() if (denoiser := denoiser_in(part)) is not None]
-        facts = Facts(session.model, self.table, self.tracker.root, denoisers)
+        facts = Facts(session.model, session.table, self.tracker.root, denoisers)
         # of isolated sessions it shows in each pass which of them run together
         session.check(facts, [s for s in self.sessions if not (session.isolated and s.isolated)])
         self.in_flight.sweep()

@@ -12,6 +12,7 @@ from .actions import Action
 from .module_hooks import Hooks
 from .passes import Forward
 from .protocols import Steered
+from .sites.table import SiteTable
 
 Editor = Callable[[Call, Forward], Sequence[Edit]]
 Reader = Callable[[Call, list[Edit], Forward], None]
@@ -74,7 +75,9 @@ class Handles:
 
 
 class Holder(Steered, Protocol):
-    """A session, as a step that installs itself knows it."""
+    """A session, as a step that installs itself knows it. table: all sites of its model, by the names that this model gives them."""
+
+    table: SiteTable | None
 
     def handles(self) -> Handles:
         """New handles, which go with the session."""

@@ -57,6 +57,7 @@ class Session:
         table: SiteTable | None = None,
     ) -> None:
         self._model, self.plans, self.isolated = model, list(plans), isolated
+        # all sites of the model, by the names that it gives them; found when the session begins
         self.table = table
         self._again = again
         self.attachment: Attachment | None = None
@@ -169,7 +170,7 @@ class Session:
         inner = Session(self.model, [plan], isolated=self.isolated)
         inner.counts, inner._ways = self.counts, self._ways
         handles.nested.append(inner)
-        inner.attachment = self.attachment
+        inner.attachment, inner.table = self.attachment, self.table
         assert self.attachment is not None
         inner.install(self.attachment)
         return inner

@@ -71,10 +71,10 @@ class Evict(Step):
         return reason or evict_misfit(self.sites)
 
     def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
-        own = {site.name for site in self.sites}
+        own = {id(module) for _, module in self.where}
         for other, step in others:
             # the recipe's own steps learn what stays; they know that columns are gone after the prompt
-            hit = None if other is plan else next((site.name for site, _ in step.where if site.name in own), None)
+            hit = None if other is plan else next((site.name for site, module in step.where if id(module) in own), None)
             if hit is not None:
                 return f"recipe {other.recipe!r} acts or looks at {hit}, whose tokens recipe {plan.recipe!r} lets leave the cache: {REMEDY}"
         return ""

@@ -134,13 +134,13 @@ def _gaps(table: SiteTable, whole: SiteTable) -> str:
 
 def exit_conflict(plan: Plan, step: Exit, others: Sequence[tuple[Plan, Step]]) -> str:
     """Why these steps cannot run beside an exit: one that comes after it would take columns for other tokens; or ""."""
-    gone = {site.name for site in step.sites}
+    gone = {id(module) for _, module in step.where}
     for other, item in others:
         if item is step:
             continue
         if isinstance(item, Exit):
             return f"{plan.recipe!r} and {other.recipe!r} both let tokens leave the sequence: only one can"
-        hit = next((site.name for site, _ in item.where if site.name in gone), None)
+        hit = next((site.name for site, module in item.where if id(module) in gone), None)
         if hit is not None:
             return (
                 f"recipe {other.recipe!r} acts or looks at {hit}, where recipe {plan.recipe!r} has taken tokens out of "

@@ -113,12 +113,14 @@ class Merge(Step):
         self.whole = self.restore or reads_images(host.tracker.root)
         merging = {site.name for site in self.sites}
         start = min(site.layer for site in self.sites)
-        stack = [site for site in host.table if site.stack == "vision" and site.kind == "self" and site.layer >= start]
+        table = session.table
+        assert table is not None
+        stack = [site for site in table if site.stack == "vision" and site.kind == "self" and site.layer >= start]
         for site in stack:
             layer = layer_module(session.model, site.name)
             if site.layer > start:
                 handles.before(layer, at(site, self._entering), kwargs=True)
-                handles.edit(site, host.table.module(site), self._weighed)
+                handles.edit(site, table.module(site), self._weighed)
             if site.name in merging and self.place == "attention":
                 norm, last = second_half(session.model, site.name) or (layer, layer)
                 handles.before(norm, at(site, self._halfway))

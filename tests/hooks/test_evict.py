@@ -215,6 +215,16 @@ def test_without_its_session_it_refuses(model):
         cache.crop(-2)
 
 
+def test_refused_by_whatever_name_its_sites_go(model):
+    """In a wrapper of PEFT's or one's own, the model inside has other names."""
+    around = torch.nn.Sequential(model)
+    other = Plan("gain", [Edits(sites(around)[:1], lambda call: HeadGain(factor=0.5))])
+    with attach(model, [evicted(model)]), pytest.raises(UnsupportedError, match="'gain' acts or looks at 0.model.layers.0"):
+        attach(around, [other])
+    with attach(around, [other]), pytest.raises(UnsupportedError, match="goes together with other recipes"):
+        attach(model, [evicted(model)])
+
+
 def test_refused(model):
     other = Plan("gain", [Edits(sites(model)[:1], lambda call: HeadGain(factor=0.5))])
     with attach(model, [evicted(model)]), pytest.raises(UnsupportedError, match="'gain' acts or looks at .*layers.0"):

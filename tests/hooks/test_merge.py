@@ -631,3 +631,19 @@ def test_token_merging_is_what_its_paper_says():
                 torch.testing.assert_close(merged[row, place], (hidden[row, parts] * size[row, parts, None]).sum(0) / total)
     torch.testing.assert_close((merged * sizes[..., None]).sum(1), (hidden * size[..., None]).sum(1))
     assert merged.shape[1] == 8 and (regroup.index == -1).sum(dim=1).tolist() == [0, 2]
+
+
+def test_beside_a_session_on_the_model_inside():
+    """Whose names for its sites are others than the wrapper's."""
+    model, name = build("clip_vision"), "clip_vision"
+    around, given = torch.nn.Sequential(model), inputs_of(model)
+
+    def run():
+        with torch.no_grad():
+            return model(**given).last_hidden_state
+
+    with attach(around, [Plan("merge", steps_of(around, name, restore=True))]):
+        alone = run()
+    look = Plan("look", [Capture(sites(model), lambda *_: None)])
+    with attach(model, [look]), attach(around, [Plan("merge", steps_of(around, name, restore=True))]):
+        assert torch.equal(run(), alone)

@@ -20,7 +20,6 @@ from .doors.rewrite import Rewrite
 from .doors.rotary import Rotary
 from .doors.share import Share, Shared
 from .doors.spans import Question, Segments, Spans
-from .doors.unnamed import Unnamed
 from .doors.words import Words
 from .editing import edit
 from .plan import Plan, Step
@@ -77,7 +76,6 @@ __all__ = [
     "Step",
     "Support",
     "Trials",
-    "Unnamed",
     "Words",
     "attach",
     "capture",

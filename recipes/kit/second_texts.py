@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...hooks import SiteTable, Unnamed
+from ...hooks import SiteTable
 from ...interventions import ReattendError
 from .base import Recipe
+from .unnamed import Unnamed
 
 T = TypeVar("T")
 

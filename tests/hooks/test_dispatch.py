@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,14 +218,15 @@ FITTING = [(name, place) for name, (_, example) in METHODS.items() for place in 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("method", "place"), FITTING, ids=[f"{name}-{place}" for name, place in FITTING])
 @pytest.mark.parametrize("kernel", ["heads first"], indirect=True)
-def test_every_method_for_pictures_is_as_on_the_native_backend(kernel: Kernel, method: str, place: str) -> None:
+def test_every_method_for_pictures_is_as_on_the_native_backend(kernel: Kernel, method: str, place: str, tmp_path: Path) -> None:
     model, run = build(place, flash=False)
     slug, example = METHODS[method]
-    with reattend.apply(model, slug, **example.parameters):
+    given = example.on(model, tmp_path)
+    with reattend.apply(model, slug, **given):
         wanted = run()
     model.set_attention_backend("flash")  # type: ignore[operator]
     before = run()
-    with reattend.apply(model, slug, **example.parameters):
+    with reattend.apply(model, slug, **given):
         found = run()
     scale = wanted.abs().max()
     torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=1e-4)

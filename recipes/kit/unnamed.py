@@ -1,12 +1,4 @@
-"""The door of recipes that were given no text of their own: what a session says of them.
-
-Gives: a recipe that does nothing without a text counts as one that never acted, and the session says why. Where a pipeline's call that
-does no guidance is given a negative prompt, a warning says once that nobody reads it.
-
-Costs: a look at the pipeline's call in the first pass of a run.
-
-Refuses: nothing.
-"""
+"""What a session says of a recipe that was given no text: why it never acted, and that nobody reads the pipeline's negative prompt."""
 
 from __future__ import annotations
 
@@ -14,13 +6,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from ...hooks.actions import Action, Rank, RootCall
+from ...hooks.handles import Handles, Holder
+from ...hooks.host import Host
+from ...hooks.plan import Facts, Plan, Step
+from ...hooks.prompts.second_text import running_call
+from ...hooks.trackers.combination import combination_of
 from ...interventions import ReattendWarning
-from ..actions import Action, Rank, RootCall
-from ..handles import Handles, Holder
-from ..host import Host
-from ..plan import Facts, Plan, Step
-from ..prompts.second_text import running_call
-from ..trackers.combination import combination_of
 
 
 @dataclass

@@ -97,8 +97,8 @@ def combination_of(pipeline: Any) -> Combination | None:
 
 def _of_guider(guider: Any) -> Combination | None:
     """What a modular pipeline's guider says: one of ours itself; diffusers' others than the plain one combine in ways of their own."""
-    own = getattr(guider, "combination", None)
-    if callable(own):
+    own: Callable[[], Combination | None] | None = getattr(guider, "combination", None)
+    if own is not None:
         return own()
     if type(guider).__name__ != "ClassifierFreeGuidance":
         return None
@@ -133,7 +133,7 @@ def _now(method: Method, frame: FrameType) -> Combination | None:
         to_come = [half for half, name in halves.items() if name in later]
         if len(to_come) == 2:
             return None
-        found.add(Combination(float(scale) + formula.more, *to_come))
+        found.add(Combination(float(scale) + formula.more, "".join(to_come)))
     if not found:
         return Combination(1.0)
     return found.pop() if len(found) == 1 else None

@@ -124,7 +124,6 @@ def _folded(group: Group, _: object) -> Tensor:
 
 WAYS: list[Way] = [
     Way("untouched", "call", lambda task: not task.edits, lambda task, _: plain(task.call)),
-    Way("other scale", "call", _is_scaled, _scaled),
     Way(one_row.ROW, "call", one_row.is_row, one_row.run, one_row.find),
     Way(
         one_row.WINDOW,
@@ -134,6 +133,7 @@ WAYS: list[Way] = [
         one_row.find_newest,
     ),
     Way(lifted.NAME, "call", lifted.is_lifted, lifted.run, lifted.find),
+    Way("other scale", "call", _is_scaled, _scaled),
     Way(one_query.NAME, "call", one_query.is_one, one_query.run),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),

@@ -483,7 +483,7 @@ def test_a_pipeline_takes_it_up() -> None:
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(reattend.__file__).parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "usage.md").read_text(encoding="utf-8")
     (code,) = (block.partition("```")[0] for block in page.split("```python\n")[1:] if "PAGGuidance(" in block)
     pipe = whole_sdxl()
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...interventions import Call, ReattendError, Site
 from ...interventions.engine.output_edits import edited_output
 from ..host import Host
-from ..module_hooks import Hooks
 from ..passes import Forward
-from ..protocols import Steered
 from ..steering import Acting, acting_at, edits_of
 from ..tokens.denoisers import DenoiserForward, locate
-from .sdpa import check_bypassed
+from .marking import Marked, MarkingRoute, check_bypassed
 
 
 @dataclass
@@ -33,13 +31,9 @@ class _Running:
     calls: int = 0
 
 
-class _Marked:
-    """A module that sessions edit, with its hooks and the attachments of all models that it belongs to."""
-
+class _Marked(Marked):
     def __init__(self, module: Any) -> None:
-        self.module = module
-        self.hooks = Hooks()
-        self.owners: list[Host] = []
+        super().__init__(module)
         self.local = threading.local()
 
     def put_on(self) -> None:
@@ -107,32 +101,7 @@ def _split(merged: Tensor, site: Site) -> Tensor:
     return merged.unflatten(2, (site.num_heads, -1)).transpose(1, 2)
 
 
-_marked: dict[int, _Marked] = {}
-
-
-class LinearRoute:
-    """Marks the modules that sessions edit."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-
-    def install(self, session: Steered) -> None:
-        for site, module in session.acted:
-            if site.route != "linear":
-                continue
-            marked = _marked.setdefault(id(module), _Marked(module))
-            if self.host not in marked.owners:
-                marked.owners = [*marked.owners, self.host]
-            if not marked.hooks:
-                marked.put_on()
-
-    def uninstall(self) -> None:
-        """Takes the marks away, where no other model's sessions need them; safe to call twice."""
-        for key, marked in list(_marked.items()):
-            if self.host not in marked.owners:
-                continue
-            rest = [owner for owner in marked.owners if owner is not self.host]
-            if not rest:
-                marked.hooks.remove()
-                del _marked[key]
-            marked.owners = rest
+class LinearRoute(MarkingRoute):
+    name = "linear"
+    mark = _Marked
+    marked: ClassVar[dict[int, Marked]] = {}

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,38 +20,26 @@ from torch.overrides import TorchFunctionMode
 
 from ...interventions import Call, ReattendError, Site
 from ..host import Host
-from ..module_hooks import Hooks
 from ..passes import Forward
-from ..protocols import Steered
 from ..sites.backends import carrier_of
-from ..sites.discovery import dispatch
 from ..steering import Acting, acting_at, edited
 from ..tokens.denoisers import DenoiserForward, locate
 from ..trackers.caches import filled_columns
 from ..trackers.in_flight import module_call, on_stack
 from .dispatch import Backend, Loan, call_of, close, give_back, lend, take_back
+from .marking import Marked, MarkingRoute, check_bypassed
 
 _local = threading.local()
 
 
-class Bypassed(Protocol):
-    """A module's forward that a step acts in."""
-
-    module: nn.Module
-    acting: Acting
-
-
-class Marked:
-    """A module that sessions edit, with its hooks and the attachments of all models that it belongs to."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.hooks = Hooks()
-        self.owners: list[Host] = []
-
+class _Marked(Marked):
     def put_on(self) -> None:
         self.hooks.after(self.module, self._unmark)
         self.hooks.before(self.module, self._mark)
+
+    def take_off(self) -> None:
+        super().take_off()
+        take_back(carrier_of(self.module))
 
     def _mark(self, module: nn.Module, args: tuple) -> None:
         acting = acting_at(self.owners, module)
@@ -71,55 +59,16 @@ class Marked:
             check_bypassed(mode)
 
 
-_marked: dict[int, Marked] = {}
-
-
-class SdpaRoute:
-    """Marks the modules that sessions edit."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-
-    def install(self, session: Steered) -> None:
-        for site, module in session.acted:
-            if site.route != "sdpa":
-                continue
-            marked = _marked.setdefault(id(module), Marked(module))
-            if self.host not in marked.owners:
-                marked.owners = [*marked.owners, self.host]
-            if not marked.hooks:
-                marked.put_on()
+class SdpaRoute(MarkingRoute):
+    name = "sdpa"
+    mark = _Marked
+    marked: ClassVar[dict[int, Marked]] = {}
 
     def uninstall(self) -> None:
-        """Takes the marks away, where no other model's sessions need them; safe to call twice."""
         clear_marks()
-        for key, marked in list(_marked.items()):
-            if self.host not in marked.owners:
-                continue
-            rest = [owner for owner in marked.owners if owner is not self.host]
-            if not rest:
-                marked.hooks.remove()
-                take_back(carrier_of(marked.module))
-                del _marked[key]
-            marked.owners = rest
-        if not _marked:
+        super().uninstall()
+        if not self.marked:
             close()
-
-
-def check_bypassed(mode: Bypassed) -> None:
-    """Raises ReattendError for a module that ran without coming through its route, though a step acts there."""
-    place, _ = mode.acting[0]
-    name = place.site.name
-    how = dispatch(mode.module)
-    problem = "it no longer computes attention that can be intercepted" if how is None else how[1]
-    if problem is None:
-        if "forward" in vars(mode.module):
-            return  # replaced on the instance: it may hand out what it computed before, as diffusers' caches do
-        problem = "it did not call torch's SDPA"
-    raise ReattendError(
-        f"{name} ran, but its attention did not come through the session, which acts there: {problem} (was its processor or its "
-        f"implementation switched inside the session?)"
-    )
 
 
 def _marks() -> list[_Interception]:

@@ -82,9 +82,9 @@ def run(group: Group, known: Plan) -> Tensor:
     old = output[:, :, index].to(dtype)
     # who sees neither itself nor any of the columns keeps what it has
     named = None if seen is None else (seen | any_shown)[..., None]
-    if edit.rows is not None:
-        rows = (edit.rows if edit.rows.shape[1] == 1 else edit.rows[:, index])[:, None, :, None]
-        named = rows if named is None else named & rows
+    chosen = edit.chosen(group.rows(index))
+    if chosen is not None:
+        named = chosen if named is None else named & chosen
     mixed = torch.lerp(old, mixed, edit.strength)
     mixed = mixed if named is None else torch.where(named, mixed, old)
     return output.index_copy(2, index, mixed.to(output.dtype))

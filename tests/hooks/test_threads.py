@@ -274,6 +274,7 @@ FILES = (
     "routes/interface.py",
     "routes/names.py",
     "routes/sdpa.py",
+    "routes/marking.py",
     "module_hooks.py",
     "trackers/in_flight.py",
     "trackers/denoise.py",

@@ -40,7 +40,8 @@ LARGEST = 150_000
 HEAD = """# Before and after
 
 Written by `python benchmarks/gallery.py`; do not edit. Six prompts and seeds, the same for every method and chosen before anything was drawn:
-the upper row without the method, the lower one with it, all else equal. The models are the zoo's small ones, whose pictures have 64 x 64
+the upper row without the method, the one below with it, all else equal; a pipeline's own negative prompt, in a third row, needs
+guidance. The models are the zoo's small ones, whose pictures have 64 x 64
 pixels (here enlarged) and which often draw what the prompt does not say. What such differences come to over hundreds of prompts:
 [results](results.md).
 """

@@ -87,11 +87,13 @@ class TokenGrid:
     """Where the tokens of one image or video lie: `index` [frames, rows, cols] long, positions in row `row` of the batch.
 
     An image has one frame. role: which tokens these are, "image", "reference" (an image that the one being made looks at) or "patch".
+    whole: rows and columns of the latents, of which a UNet's inner layers see fewer; None where the layer sees all of them.
     """
 
     row: int
     index: Tensor
     role: str = "image"
+    whole: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim() != 3 or not self.index.numel():

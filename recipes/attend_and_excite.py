@@ -25,15 +25,15 @@ from torch.nn.functional import pad
 
 from ..hooks import AtStep, Capture, Latents, SiteTable, Words
 from ..hooks.plan import Step
-from ..interventions import Call, ReattendError, column_weights
-from .kit.base import Info, Recipe
-from .kit.denoisers import image_grid, reads_prompt
+from ..interventions import Call, column_weights
+from .kit.base import Info
+from .kit.denoisers import reads_prompt
+from .kit.descent import Descent, Looked
 
-SHARPEN, SCALES = 100, (1.0, 0.5)
-UNET = ("denoiser.down", "denoiser.mid", "denoiser.up")
+SHARPEN = 100
 
 
-class AttendAndExcite(Recipe):
+class AttendAndExcite(Descent):
     slug = "attend-and-excite"
     info = Info(
         does="Moves a picture, before each early step, until every chosen word of the prompt has a place that attends to it.",
@@ -64,18 +64,11 @@ class AttendAndExcite(Recipe):
         "all", description="which occurrence of a word that occurs more than once, from 0, -1 = the last"
     )
     each: bool = Field(False, description="every token of a word must show by itself, instead of their mean")
-    scale: float = Field(20.0, ge=0, le=50, description="how far the latents go down the gradient at the first step; 0 = not")
-    steps: int = Field(25, ge=0, description="how many of the first steps are changed; the default is half of the authors' 50")
     thresholds: dict[int, float] = Field(
         {0: 0.05, 10: 0.5, 20: 0.8},
         description="{step: how much the least attended word must have}: there the change is repeated until it has",
     )
     tries: int = Field(20, ge=0, le=100, description="how often a change is repeated at most")
-    resolution: int | None = Field(
-        None,
-        ge=1,
-        description="places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)",
-    )
     smooth: bool = Field(True, description="smooth the maps before their largest value is taken")
     sigma: float = Field(0.5, gt=0, le=10, description="width of the smoothing")
     normalize_eot: bool = Field(
@@ -100,18 +93,6 @@ class AttendAndExcite(Recipe):
             )
         return self
 
-    def misfit(self, sites: SiteTable) -> str:
-        chosen = self.read_at(sites)
-        if not len(chosen):
-            stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
-            return f"{self.slug} reads a UNet's cross-attention to its prompt; {sites.model_name} has attention in: {stacks}"
-        if any(s.stack.endswith(".motion") for s in sites):
-            return f"{self.slug} moves pictures; {sites.model_name} denoises videos, of which nothing is published"
-        return chosen.refusal
-
-    def read_at(self, sites: SiteTable) -> SiteTable:
-        return sites.kind("cross").where(lambda s: s.stack in UNET)
-
     def plan(self, sites: SiteTable) -> list[Step]:
         table = self.read_at(sites)
         columns = None if self.columns is None else [[[column] for column in row] for row in self.columns]
@@ -123,12 +104,10 @@ class AttendAndExcite(Recipe):
 
     def before(self, table: SiteTable, at: AtStep) -> Tensor | None:
         """Before a step's ordinary pass: the latents x [B, ...], moved; None where they stay."""
-        step, steps = at.clock.step, at.clock.steps
-        if steps is None:
-            raise ReattendError(f"{self.slug}: the number of steps is not known; run the pipeline, or its schedule, as a whole")
+        step = at.clock.step
+        size = self.size(at.clock)
         if not self.scale or step >= self.steps:
             return None
-        size = self.scale * float(torch.linspace(*SCALES, steps, dtype=torch.float64)[step]) ** 0.5
         x, (loss, slope) = at.latents, self.evaluate(table, at, at.latents)
         bound = 1 - self.thresholds.get(step, 0.0)
         going = loss > bound
@@ -142,42 +121,19 @@ class AttendAndExcite(Recipe):
         x = x - size * slope
         return None if torch.equal(x, at.latents) else x
 
-    def evaluate(self, table: SiteTable, at: AtStep, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(L [B], dL/dx): every picture's own loss, and where it leads."""
-        losses: dict[str, Tensor] = {}
-
-        def total(latents: Tensor) -> Tensor:
-            sides = [-(-side // 4) for side in latents.shape[-2:]]
-            at.memory["excite"] = {"sides": sides, "maps": [], "sites": set()}
-            known = at.memory.get("excite sites")
-            at.look(latents, text="conditional", grad=True, until=known)
-            found = at.memory.pop("excite")
-            if not found["maps"]:
-                wanted = (
-                    f"{self.resolution} places along the shorter side" if self.resolution else f"{sides[0]} x {sides[1]} places"
-                )
-                raise ReattendError(f"{self.slug}: no cross-attention sees {wanted}: choose another resolution")
-            at.memory["excite sites"] = [site for site in table if site.name in found["sites"]]
-            losses["each"] = self.neglect(torch.stack(found["maps"]).mean(dim=0), *found["text"])
-            return losses["each"].sum()
-
-        slope = at.gradient(total, x)[1]
-        return losses["each"].detach(), slope
+    def loss(self, looked: Looked) -> Tensor:
+        return self.neglect(looked.mean("cross"), *looked.text)
 
     def read(self, named: list[str], call: Call) -> None:
         """Keeps the weights of all text columns, mean over heads, at the resolution that is asked for."""
         if not reads_prompt(call):
             return
-        found = call.memory["excite"]
-        grid = image_grid(call, self.slug)
-        shape = list(grid.shape)
-        if (min(shape) != self.resolution) if self.resolution else (shape != found["sides"]):
-            return
-        assert call.site is not None
-        weights = column_weights(call, [], torch.arange(call.num_keys)).mean(dim=1)
-        found["maps"].append(weights[:, grid.to(weights.device)])
-        found["sites"].add(call.site.name)
-        found["text"] = self.compared(call), [call.columns(role) for role in named]
+        looked: Looked = call.memory["looked"]
+        grid = self.grid(call)
+        if grid is not None:
+            weights = column_weights(call, [], torch.arange(call.num_keys)).mean(dim=1)
+            looked.keep(call, weights[:, grid])
+            looked.text = self.compared(call), [call.columns(role) for role in named]
 
     def compared(self, call: Call) -> Tensor:
         """Bool [B, K]: the text columns that words are compared with."""

@@ -43,6 +43,7 @@ from reattend.interventions import (
 from reattend.interventions.edits.second import extrapolated
 from reattend.interventions.engine.kernels import attend
 from reattend.interventions.families.guidance import BlurQuery, MixOwnAnd, Soften
+from reattend.interventions.families.layout import Redistribute
 from reattend.interventions.families.sinks import GiveBack, SoundMap, VisualSinks
 from reattend.interventions.rotary import Rotary
 from torch import Tensor
@@ -108,6 +109,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "weight map across the batch": lambda: WeightMap(function=shared_by_batch, reads="batch", **who),
         "mix own and columns": lambda: MixOwnAnd(columns=columns, strength=0.6, **who),
         "soften": lambda: Soften(temperature=2.0, strength=0.5, **who),
+        "redistribute": lambda: Redistribute(columns=columns, belongs=torch.rand(b, h, t, n) > 0.5, strength=0.8, **who),
         "head gain": lambda: HeadGain(factor=rand(b, h), **who),
         "head mix": lambda: HeadMix(target=rand(b, h, call.value.shape[3]), strength=rand(b, h), **who),
         "mix value": lambda: MixValue(strength=per_row, **who),

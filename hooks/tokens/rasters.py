@@ -24,12 +24,13 @@ SOUND = re.compile(r"Audio|1DModel")
 
 @dataclass(frozen=True)
 class Raster:
-    """One image or video of the latents, in tokens."""
+    """One image or video of the latents, in tokens. whole: its height and width before a UNet has halved them, where it has."""
 
     frames: int
     height: int
     width: int
     role: str = "image"
+    whole: tuple[int, int] | None = None
 
     @property
     def count(self) -> int:
@@ -68,7 +69,7 @@ class Latents:
         yield own
         while self.levels and height * width > 1:
             height, width = (height + 1) // 2, (width + 1) // 2
-            yield Raster(frames, height, width)
+            yield Raster(frames, height, width, whole=(own.height, own.width))
 
     @property
     def pieces(self) -> list[Piece]:

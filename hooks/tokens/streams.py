@@ -28,7 +28,7 @@ def laid_out(batch: int, pieces: Sequence[Piece], device: torch.device, gridless
         if piece.raster is not None:
             own = piece.raster
             index = torch.arange(start, start + own.count, device=device).view(own.frames, own.height, own.width)
-            tokens.grids += [TokenGrid(row, index, piece.role) for row in range(batch)]
+            tokens.grids += [TokenGrid(row, index, piece.role, own.whole) for row in range(batch)]
         start += piece.count
     tokens.grids.sort(key=lambda grid: grid.row)
     return tokens

@@ -58,6 +58,12 @@ class ACTParameters(TypedDict, total=False):
 class AttendAndExciteParameters(TypedDict, total=False):
     """Moves a picture, before each early step, until every chosen word of the prompt has a place that attends to it."""
 
+    scale: float
+    """how far the latents go down the gradient at the first step; 0 = not"""
+    steps: int
+    """how many of the first steps are changed; the default is half of the authors' 50"""
+    resolution: int | None
+    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)"""
     words: Sequence[str] | Sequence[Sequence[str]] | None
     """the words that must show: those of every prompt, or a list of them per prompt"""
     columns: Sequence[Sequence[int]] | None
@@ -67,16 +73,10 @@ class AttendAndExciteParameters(TypedDict, total=False):
     """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
     each: bool
     """every token of a word must show by itself, instead of their mean"""
-    scale: float
-    """how far the latents go down the gradient at the first step; 0 = not"""
-    steps: int
-    """how many of the first steps are changed; the default is half of the authors' 50"""
     thresholds: Mapping[int, float]
     """{step: how much the least attended word must have}: there the change is repeated until it has"""
     tries: int
     """how often a change is repeated at most"""
-    resolution: int | None
-    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)"""
     smooth: bool
     """smooth the maps before their largest value is taken"""
     sigma: float

@@ -1,0 +1,126 @@
+"""What recipes share that are told where things go: boxes and masks by the words they belong to, and the places of a picture that these hold.
+
+A box is (left, top, right, bottom) in shares of the picture's width and height. A mask has one value for each pixel or place, not 0 where
+it holds; it is kept as rows of "0" and "1", so that a recipe stays plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from ...interventions import Call, ReattendError
+from .checks import shown
+
+T = TypeVar("T")
+Box = tuple[float, float, float, float]
+Mask = tuple[str, ...]
+BOX = "a box must be [left, top, right, bottom] in shares of the picture's sides, 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+MASK = "a mask must be [height, width], not 0 where it holds"
+
+
+def read_region(value: Any) -> Box | Mask:
+    """A box of four numbers, or a mask: a picture, an array, a tensor, rows of numbers, or rows of "0" and "1".
+
+    Raises ValueError for a box outside the picture or without area, a mask of another form and one that holds nothing.
+    """
+    if getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    listed = isinstance(value, (list, tuple))
+    if listed and len(value) == 4 and all(isinstance(number, Real) and not isinstance(number, bool) for number in value):
+        left, top, right, bottom = box = tuple(map(float, value))
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"{BOX} (divide pixels by these), got {list(value)}")
+        return box
+    if listed and value and all(isinstance(row, str) for row in value):
+        rows = tuple(value)
+        if not rows[0] or any(len(row) != len(rows[0]) or set(row) - {"0", "1"} for row in rows):
+            raise ValueError(f'{MASK}: rows of "0" and "1" must be of one length')
+    else:
+        rows = tuple("".join("1" if inside else "0" for inside in row) for row in _held(value).tolist())
+    if not any("1" in row for row in rows):
+        raise ValueError("the mask is empty: it is 0 everywhere")
+    return rows
+
+
+def _held(value: Any) -> Tensor:
+    """Bool [height, width]: where a mask holds."""
+    try:
+        if hasattr(value, "convert"):  # a PIL image
+            image = value.convert("L")
+            found = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+        else:
+            found = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{BOX}, or {MASK}; got {shown(value)}") from None
+    if found.dim() != 2 or not found.numel() or not bool((found == found).all()):
+        raise ValueError(f"{BOX}, or {MASK}; got {shown(value)}")
+    return found != 0
+
+
+Region = Annotated[Any, BeforeValidator(read_region)]
+# by words of the prompt: one mapping for every prompt, or one for each
+Regions = dict[str, Region] | list[dict[str, Region]]
+
+
+def per_prompt(given: Mapping[str, T] | Sequence[Mapping[str, T]] | None) -> list[Mapping[str, T]]:
+    """The mappings of a parameter that takes one for all prompts, or a list of one for each."""
+    return [] if given is None else [given] if isinstance(given, Mapping) else list(given)
+
+
+def of_picture(given: Sequence[T], number: int, pictures: int) -> T:
+    """What belongs to a picture: prompts come as often as there are pictures of each. Raises ReattendError where they do not."""
+    times, rest = divmod(pictures, len(given))
+    if rest:
+        raise ReattendError(
+            f"regions for {len(given)} prompts, and {pictures} pictures: give them for every prompt, or once for all"
+        )
+    return given[number // times]
+
+
+def places_in(region: Box | Mask, height: int, width: int, whose: str) -> Tensor:
+    """Bool [height, width]: the places of a raster that a region holds. Corners are rounded to places; a mask is read at their centres.
+
+    Raises ReattendError where these are none, and for a mask of other proportions. whose: what messages call the region.
+    """
+    if isinstance(region[0], str):
+        mask = torch.tensor([[mark == "1" for mark in row] for row in region])
+        down, across = mask.shape
+        # an odd side is halved upwards, so that inner layers see other proportions by less than a place
+        if abs(down * width - across * height) >= min(down, across):
+            raise ReattendError(
+                f"{whose}: a mask of {across} x {down} has other proportions than the picture, which is {width} x {height} places"
+            )
+        found = torch.nn.functional.interpolate(mask[None, None].float(), size=(height, width), mode="nearest-exact")[0, 0] > 0
+    else:
+        left, top, right, bottom = region
+        found = torch.zeros(height, width, dtype=torch.bool)
+        found[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True  # type: ignore[operator]
+    if not bool(found.any()):
+        raise ReattendError(
+            f"{whose}: it holds none of the {width} x {height} places of the attention that is changed: make it larger"
+        )
+    return found
+
+
+def pictures_of(call: Call) -> tuple[list[int], list[int | None], int]:
+    """(number of each row's picture, the conditional row of each picture in this call, how many pictures).
+
+    Conditional and unconditional rows of a picture, and the rows that guides have copied from them, have one number. Pictures of a call
+    that holds the unconditional half alone have no conditional row.
+    """
+    clock, batch = call.clock, call.batch
+    source = list(range(batch)) if clock.source is None else clock.source.tolist()
+    numbers: dict[int, int] = {}
+    first: list[int | None] = []
+    for half in ("conditional", "unconditional"):
+        rows = clock.rows(half, batch)
+        own = [] if rows is None else [row for row in rows.nonzero()[:, 0].tolist() if source[row] == row]
+        numbers |= {row: number for number, row in enumerate(own)}
+        first = first or ([*own] if half == "conditional" else [None] * len(own))
+    return [numbers[row] for row in source], first, len(first)

@@ -104,7 +104,7 @@ class CSG(Descent):
     @model_validator(mode="after")
     def _consistent(self) -> CSG:
         layouts = self.layouts
-        if not layouts or not all(layouts):
+        if not layouts or not all(per_prompt(self.boxes)):
             raise ValueError("boxes must name a word and its box for every prompt")
         if self.columns is not None:
             known = per_prompt(self.columns)
@@ -138,14 +138,11 @@ class CSG(Descent):
         return found
 
     def misfit(self, sites: SiteTable) -> str:
-        return super().misfit(sites) or self.changed_at(sites).refusal
+        return super().misfit(sites) or super().read_at(sites).refusal
 
     def read_at(self, sites: SiteTable) -> SiteTable:
         """The up blocks, whose self-attention is read too."""
         return sites.kind("cross", "self").where(lambda s: s.stack == "denoiser.up")
-
-    def changed_at(self, sites: SiteTable) -> SiteTable:
-        return super().read_at(sites)
 
     def plan(self, sites: SiteTable) -> list[Step]:
         layouts, known = self.layouts, per_prompt(self.columns)
@@ -161,7 +158,7 @@ class CSG(Descent):
             reader = Capture(table, lambda call, edits: self.read(name, call), grad=True)
             steps.append(Latents(partial(self.before, table), steps=[words, reader]))
         if self.strength:
-            steps.append(Edits(self.changed_at(sites), partial(self.redistribute, name)))
+            steps.append(Edits(super().read_at(sites), partial(self.redistribute, name)))
         return steps
 
     # -- (a) the latents ------------------------------------------------------------------------------------------------
@@ -236,7 +233,9 @@ class CSG(Descent):
 
     def redistribute(self, name: str, call: Call) -> Edit | None:
         """A'[q, i] = T(q) where place q belongs to token i, 0 elsewhere; rows then have their old sum."""
-        grid = self.grid(call) if call.clock.step <= self.steps and reads_prompt(call) else None
+        if call.clock.step > self.steps or (self.conditional_only and call.clock.rows("conditional", call.batch) is None):
+            return None
+        grid = self.grid(call) if reads_prompt(call) else None
         layouts = None if grid is None else self.of_call(name, call, grid)
         if grid is None or layouts is None:
             return None
@@ -262,9 +261,8 @@ class CSG(Descent):
     def of_call(self, name: str, call: Call, grid: Tensor) -> list[Layout] | None:
         """Every picture's layout; None where the call holds no prompt, and none came before it."""
         _, first, pictures = pictures_of(call)
-        known = call.memory.setdefault("columns", {})
+        known, key = call.memory.setdefault("columns", {}), id(call.tokens)
         if None not in first:
-            key = id(call.tokens)
             if key not in known:
                 marked = [call.columns(f"{name}.{word}").cpu() for word in range(max(map(len, self.layouts)))]
                 found = [[(c, w) for w, mine in enumerate(marked) for c in mine[row].nonzero()[:, 0].tolist()] for row in first]

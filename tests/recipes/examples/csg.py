@@ -56,6 +56,7 @@ EXAMPLES = {
 BAD = [
     ({}, "boxes is required"),
     ({"boxes": {}}, "boxes must name a word and its box for every prompt"),
+    ({"boxes": {}, "background": {"a": [0, 0, 1, 1]}}, "boxes must name a word and its box for every prompt"),
     ({"boxes": [{"a": [0, 0, 1, 1]}, {}]}, "boxes must name a word and its box for every prompt"),
     ({"boxes": {"a": [0, 0, 64, 64]}}, r"boxes.*0 <= left < right <= 1.*\[0, 0, 64, 64\]"),
     ({"boxes": {"a": [0.5, 0, 0.5, 1]}}, "boxes.*0 <= left < right <= 1"),

@@ -17,8 +17,9 @@ from .subject import Subject
 class Steering:
     """A context manager: `with Steering(subject, ["emphasise"], suite.marks) as steering: suite.answer(subject, batch)`.
 
-    A recipe with all its parameters acts from `with` to its end. One that takes passages of the prompt (`Recipe.marks`) or a text beside
-    it (`Recipe.beside`) and was given none waits: it acts inside `subject.marked(...)`, where the suite names those of each prompt.
+    A recipe with all its parameters acts from `with` to its end. One that takes passages of the prompt (`Recipe.marks`), a text beside
+    it (`Recipe.beside`) or boxes (`Recipe.placed`) and was given none waits: it acts inside `subject.marked(...)`, where the suite names
+    those of each prompt.
     marks: the kinds of passages that the suite names. stats: {recipe: {site: how often its edits were applied}} of all sessions.
     Raises ReattendError when it is made, before any forward pass: an unknown recipe or parameter, a model that a recipe does not
     fit, or passages that a recipe needs and the suite does not name.
@@ -34,13 +35,12 @@ class Steering:
         trial = []
         for choice in choices:
             cls, given = read_choice(choice)
-            filled_in = {**cls.marks, **cls.beside}
-            lacking = {kind: field for kind, field in filled_in.items() if kind in marks and given.get(field) is None}
+            awaited = {kind: field for kind, field in cls.awaited().items() if kind in marks and given.get(field[0]) is None}
+            lacking = {kind: name for kind, (name, _) in awaited.items()}
             if lacking and not isinstance(choice, Recipe):
                 self.waiting.append((cls, given, lacking))
                 # any passage will do to see whether the other parameters and the model fit
-                any_one = {field: ["passage"] if kind in cls.beside else [["passage"]] for kind, field in lacking.items()}
-                trial.append(cls(**given, **any_one))
+                trial.append(cls(**given, **dict(awaited.values())))
             else:
                 self.ready += resolve([choice], {})
         table = sites(subject.source)
@@ -67,7 +67,7 @@ class Steering:
 
     @contextlib.contextmanager
     def marked(self, rows: dict[str, list[Any]]) -> Iterator[None]:
-        """The waiting recipes at work on one batch; rows: {kind: for every prompt its passages, or its text}."""
+        """The waiting recipes at work on one batch; rows: {kind: for every prompt its passages, its text, or its boxes}."""
         chosen = [
             cls(**given, **{field: rows[kind] for kind, field in lacking.items()}) for cls, given, lacking in self.waiting
         ]

@@ -57,7 +57,8 @@ class Subject:
     def marked(self, **rows: list[Any]) -> contextlib.AbstractContextManager:
         """Around a batch: tells recipes that wait for passages what to mark, by kind: `marked(highlight=[["Anna lives in Rome."]])`.
 
-        Each value holds, for every prompt of the batch, the passages as they stand in it, or a text beside it: `marked(negative=["a dog"])`.
+        Each value holds, for every prompt of the batch, the passages as they stand in it, a text beside it (`marked(negative=["a dog"])`),
+        or boxes (`marked(boxes=[{"dog": (0, 0.5, 0.5, 1)}])`).
         Without such recipes it does nothing.
         """
         return contextlib.nullcontext() if self.steering is None else self.steering.marked(rows)

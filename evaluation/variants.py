@@ -37,8 +37,9 @@ class Variant:
         labels, facts = [], []
         for choice in choices:
             kind, given = read_choice(choice)
-            # passages that only the suite knows are filled in by it; until then any will do for checking the rest
-            waiting = {name: [["passage"]] for name in kind.marks.values() if given.get(name) is None}
+            # passages and boxes that only the suite knows are filled in by it; until then any will do for checking the rest
+            awaited = [kind.awaited()[what] for what in (*kind.marks, *kind.placed)]
+            waiting = {name: value for name, value in awaited if given.get(name) is None}
             checked = made(kind, {**waiting, **given}).model_dump(mode="json")
             settings = {name: checked[name] for name in given}
             labels.append(kind.slug + (f"({', '.join(map(_short, settings.items()))})" if settings else ""))

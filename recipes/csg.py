@@ -63,12 +63,12 @@ class CSG(Descent):
         families=("guidance", "reweighting"),
         kinds=("diffusion",),
         cost="forward",
-        problems=("the picture ignores a word",),
-        try_first={},
+        problems=("things are in the wrong place of the picture", "the picture ignores a word"),
+        try_first={"steps": 10},
         sweep={"scale": (0.1, 0.5, 2.0), "strength": (0.5, 1.0)},
         code="Papple-F/csg",
     )
-    beside = {"boxes": "boxes"}
+    placed = {"boxes": "boxes"}
     least_side: ClassVar[int] = LEAST_SIDE
 
     boxes: Regions = Field(

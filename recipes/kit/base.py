@@ -37,6 +37,7 @@ Problem = Literal[
     "the picture ignores a word",
     "the picture lacks structure and detail",
     "the picture shows what it should not",
+    "things are in the wrong place of the picture",
 ]
 # what a method costs, in words that `Info.cost` is made of
 COSTS = {
@@ -99,6 +100,8 @@ class Recipe(BaseModel):
     marks: ClassVar[Mapping[str, str]] = {}
     # {kind of text: parameter that takes one text per prompt}, for texts beside the prompt that an evaluation has to write itself
     beside: ClassVar[Mapping[str, str]] = {}
+    # {kind of layout: parameter that takes one {words: box} per prompt}, for boxes that an evaluation has made up
+    placed: ClassVar[Mapping[str, str]] = {}
     # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.plans_misfit`
     weighs: ClassVar[frozenset[str]] = frozenset()
     hides: ClassVar[frozenset[str]] = frozenset()
@@ -132,6 +135,13 @@ class Recipe(BaseModel):
     def serial(self) -> int:
         """A number that no other recipe object has; token roles of its own carry it."""
         return next(_serials)
+
+    @classmethod
+    def awaited(cls) -> dict[str, tuple[str, Any]]:
+        """{kind: (parameter, what may stand in for it until an evaluation names it)}, of `marks`, `beside` and `placed`."""
+        passage = "passage"
+        stands_in = ((cls.marks, [[passage]]), (cls.beside, [passage]), (cls.placed, [{passage: (0, 0, 1, 1)}]))
+        return {kind: (name, value) for kinds, value in stands_in for kind, name in kinds.items()}
 
     @classmethod
     def field_help(cls) -> dict[str, str]:

@@ -8,6 +8,7 @@ from ..act import ACT
 from ..attend_and_excite import AttendAndExcite
 from ..block_topk import BlockTopK
 from ..cmai import CMAI
+from ..csg import CSG
 from ..emphasise import Emphasise
 from ..entropy_scaling import EntropyScaling
 from ..evit import EViT
@@ -111,6 +112,40 @@ class CMAIParameters(TypedDict, total=False):
     """share of a row's image tokens that are blocked; 0 changes nothing"""
     lag: Literal[0, 1]
     """1: the focus comes from the layer before; 0: from the layer's own plain weights"""
+
+class CSGParameters(TypedDict, total=False):
+    """Draws each word of the prompt in the box that it was given."""
+
+    scale: float
+    """how far the latents go down the gradient at the first step; 0 = not"""
+    steps: int
+    """how many of the first steps are changed; the default is half of the authors' 50"""
+    resolution: int | None
+    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)"""
+    boxes: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    """the box of each word of the prompt, [left, top, right, bottom] in shares of the picture, or its mask: {'red circle':
+    [0.1, 0.2, 0.5, 0.6]}; several prompts may have one such mapping each"""
+    background: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+    """the same for words of what is behind the others: they get what the boxes of these leave of their own"""
+    columns: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None
+    """where each of these words stands in the text that the denoiser gets, as columns from 0, for prompts that were
+    encoded elsewhere; default: they are looked for in the prompt"""
+    occurrence: int | Literal["all"]
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    tries: int
+    """how many moves there are before each of these steps"""
+    strength: float
+    """how far weights are redistributed to the boxes; 0 = not"""
+    conditional_only: bool
+    """redistribute the weights of the prompt's rows alone, not of the negative prompt's"""
+    topk: float
+    """share of a box's places that the loss looks at, those with most attention"""
+    dropout: float
+    """share of these that are taken, at random"""
+    margin: float
+    """how much more attention a word must have in its box than any other word there"""
+    seed: int
+    """of the random places"""
 
 class EmphasiseParameters(TypedDict, total=False):
     """Makes a language model read marked passages of its prompt (an instruction, a fact) more than the rest."""
@@ -699,6 +734,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["csg"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[CSGParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["emphasise"],
     /,
     *,
@@ -984,6 +1029,12 @@ def recipe(
 ) -> CMAI: ...
 @overload
 def recipe(
+    name: Literal["csg"],
+    /,
+    **parameters: Unpack[CSGParameters],
+) -> CSG: ...
+@overload
+def recipe(
     name: Literal["emphasise"],
     /,
     **parameters: Unpack[EmphasiseParameters],
@@ -1181,6 +1232,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[CMAIParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["csg"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[CSGParameters],
     ) -> Session: ...
     @overload
     def use(

@@ -11,11 +11,13 @@ import reattend
 import torch
 from reattend.evaluation import evaluate, suite
 from reattend.evaluation.suites.chair import VOCABULARY, Chair
+from reattend.evaluation.suites.layout import Layout, located, overlap
 from reattend.evaluation.suites.negatives import Negatives
 from reattend.evaluation.suites.pope import SPLITS, Pope
 from reattend.evaluation.suites.questions import Questions, given
 from reattend.evaluation.suites.shapes_world import frequencies, together
 from reattend.zoo.worlds.drawing import picture
+from reattend.zoo.worlds.reading import read
 from reattend.zoo.worlds.shapes import CLEAR, HABITS, SHAPES, Scene, Thing
 from text_pipelines import llama, text_pipe, tokenizer  # noqa: F401
 
@@ -234,3 +236,59 @@ def test_negatives_are_scored_by_what_is_in_the_picture(naming):
         assert told == (texts if by == "pipeline" else []) and more["num_inference_steps"] == 7
         found = one.score(records)
         assert found == {"right": out, "kept_out": out, "rest": 1.0, "count": out}
+
+
+# -- what lies where in pictures --------------------------------------------------------------------------------------
+
+
+def test_layouts_have_a_box_for_each_thing_in_an_order_that_says_nothing():
+    one = Layout()
+    items = one.items(40, 3)
+    assert items == one.items(40, 3) == one.items(50, 3)[:40] and len({item.id for item in items}) == 40
+    for item in items:
+        asked = one.asked(item)
+        assert len(asked) in (2, 3) and len({t.shape for t, _ in asked.values()}) == len(asked)
+        for _, (left, top, right, bottom) in asked.values():
+            assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+    lefts = [[box[0] for _, box in one.asked(item).values()] for item in items]
+    assert 5 < sum(each == sorted(each) for each in lefts) < 25
+    assert {len(item.data["asked"]) for item in Layout(least=1, most=1).items(5, 0)} == {1}
+    with pytest.raises(reattend.ReattendError, match="least 3 .* most 2"):
+        Layout(least=3, most=2)
+
+
+def test_boxes_overlap_by_their_union():
+    assert overlap((0, 0, 1, 1), (0, 0, 1, 1)) == 1 and overlap((0, 0, 0.5, 1), (0.5, 0, 1, 1)) == 0
+    assert overlap((0, 0, 0.5, 1), (0.25, 0, 0.75, 1)) == pytest.approx(1 / 3)
+
+
+def test_layouts_are_scored_by_where_the_right_things_are():
+    """A picture of the boxes, one with two things that have changed places, one with another colour, and an empty one."""
+    one = Layout()
+    things = [Thing("circle", "red", 0.25, 0.3, 0.15), Thing("square", "green", 0.7, 0.6, 0.15)]
+    asked = [(t, t.box) for t in things]
+
+    def found(*there):
+        image = picture(Scene(there), 64, CLEAR)
+        return located(asked, read(image), image.size)
+
+    swapped = [Thing(t.shape, t.colour, other.x, other.y, t.size) for t, other in zip(things, things[::-1])]
+    right = found(*things)
+    assert right["placed"] == right["inside"] == 1 and right["iou"] > 0.8
+    assert found(*swapped) == found() == {"placed": 0, "iou": 0, "inside": 0}
+    half = found(things[0], Thing("square", "blue", 0.7, 0.6, 0.15))
+    assert half["placed"] == half["inside"] == 0.5
+    off = found(things[0], Thing("square", "green", 0.7, 0.72, 0.15))
+    assert off["placed"] == 0.5 and off["inside"] == 1 and 0.5 < off["iou"] < 0.8
+    # of two that are alike the one that fits counts
+    assert found(*things, Thing("circle", "red", 0.8, 0.2, 0.12))["placed"] == 1
+
+    steering, pipe = Listening(), Drawing()
+    subject = SimpleNamespace(source=pipe, marked=lambda **rows: steering.marked(rows), quiet=contextlib.nullcontext)
+    items = one.items(4, 0)
+    records = one.answer(subject, items)
+    names = [list(one.asked(item)) for item in items]
+    (heard,) = steering.heard
+    assert heard["words"] == names and [list(boxes) for boxes in heard["boxes"]] == names
+    assert heard["boxes"][0][names[0][0]] == tuple(items[0].data["boxes"][0])
+    assert one.score(records)["binding"] == 1 and one.score(records)["extra"] == 0 and one.score(records)["placed"] < 1

@@ -64,6 +64,33 @@ def test_a_text_beside_the_prompt_is_the_suite_s_where_none_was_given() -> None:
         Steering(asked, [("nag", {"scale": -1})], ["negative"])
 
 
+def test_boxes_are_the_suite_s_where_none_were_given() -> None:
+    import tiny_pipelines
+    from reattend.evaluation import Subject
+    from reattend.evaluation.variants import Variant
+    from tiny_runs import seeded
+
+    pipe = tiny_pipelines.stable_diffusion()
+    asked = Subject(pipe)
+
+    def draw() -> torch.Tensor:
+        return pipe(["a fox", "a map"], num_inference_steps=2, generator=seeded(), output_type="latent").images
+
+    plain, choice = draw(), ("csg", {"scale": 0})
+    left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+    with Steering(asked, [choice], ["boxes", "words"]):
+        assert torch.equal(draw(), plain)
+        with asked.marked(boxes=[{"fox": left}, {"map": left}], words=[["fox"], ["map"]]):
+            placed = draw()
+        with asked.marked(boxes=[{"fox": left}, {"map": right}], words=[["fox"], ["map"]]):
+            other = draw()
+    assert not torch.equal(placed[0], plain[0]) and torch.equal(placed[0], other[0]) and not torch.equal(placed[1], other[1])
+    (fact,) = Variant.of([choice]).facts
+    assert "boxes" not in fact["parameters"] and fact["given"] == {"scale": 0}
+    with pytest.raises(ReattendError, match="boxes is required"):
+        Steering(asked, [choice], [])
+
+
 def test_what_cannot_work_is_refused_before_anything_runs() -> None:
     asked = subject(None)
     with pytest.raises(ReattendError, match="passage"):

@@ -22,9 +22,9 @@ token of two words counts for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -33,17 +33,15 @@ from torch import Tensor
 from ..hooks import AtStep, Capture, Edits, Latents, SiteTable, Words
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, ReattendError, column_weights, weighted
-from ..interventions.families.layout import Redistribute
+from ..interventions.families.layout import Draw, Redistribute, selected, share_outside
 from .kit.base import Info
 from .kit.denoisers import LEAST_SIDE, reads_prompt
 from .kit.descent import Descent, Looked
 from .kit.layout import Regions, of_picture, per_prompt, pictures_of, places_in
 
 LOSS, AGAINST_OTHERS = 5, 50
-SMALL = 1e-12
-MOST_TRIES = 100
-# a random order of so many things
-Draw = Callable[[int], Tensor]
+MOST_TRIES, KEPT = 100, 16
+T = TypeVar("T")
 
 
 class Layout(NamedTuple):
@@ -120,7 +118,7 @@ class CSG(Descent):
                 raise ValueError("columns count from 0")
         return self
 
-    @property
+    @cached_property
     def layouts(self) -> list[dict[str, tuple[Any, bool]]]:
         """For every prompt, or once for all, {word: (region, whether it is background)}."""
         boxes, behind = per_prompt(self.boxes), per_prompt(self.background) or [{}]
@@ -210,24 +208,16 @@ class CSG(Descent):
         words = layout.words.to(cross.device)
         intra = inter = among = cross.new_zeros(())
         for column, word in layout.tokens:
-            inside, outside, taken = self.sampled(cross[:, column], words[word], draw)
-            intra = intra + spread(inside, outside)
+            inside, outside, taken = selected(cross[:, column], words[word], self.topk, self.dropout, draw)
+            intra = intra + share_outside(inside, outside) ** 2
             others = [other for other, its in layout.tokens if its != word and other != column]
             if others:
                 most = (cross[taken][:, others] * words[word][taken, None]).mean(dim=0).amax()
                 inter = inter + (torch.minimum(inside.mean() - self.margin, most) - most) ** 2
         for _, word in layout.tokens if own is not None else ():
-            inside, outside, _ = self.sampled(own[:, word], words[word], draw)
-            among = among + spread(inside, outside)
+            inside, outside, _ = selected(own[:, word], words[word], self.topk, self.dropout, draw)
+            among = among + share_outside(inside, outside) ** 2
         return LOSS * (intra + AGAINST_OTHERS * inter), LOSS * among
-
-    def sampled(self, map: Tensor, places: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """(what is taken in the box [r], the r largest outside, the places taken) of a map [n]."""
-        count = max(1, int(self.topk * int(places.sum())))
-        taken = max(1, round(count * self.dropout))
-        best = (map * places).topk(count).indices
-        chosen = best[draw(count)[:taken].to(best.device)]
-        return (map * places)[chosen], (map * ~places).topk(taken).values, chosen
 
     # -- (b) the weights ------------------------------------------------------------------------------------------------
 
@@ -236,8 +226,11 @@ class CSG(Descent):
         if call.clock.step > self.steps or (self.conditional_only and call.clock.rows("conditional", call.batch) is None):
             return None
         grid = self.grid(call) if reads_prompt(call) else None
-        layouts = None if grid is None else self.of_call(name, call, grid)
-        if grid is None or layouts is None:
+        return None if grid is None else kept(call, "edits", grid, lambda: self.edit(name, call, grid))
+
+    def edit(self, name: str, call: Call, grid: Tensor) -> Edit | None:
+        layouts = self.of_call(name, call, grid)
+        if layouts is None:
             return None
         columns = torch.zeros(len(layouts), call.num_keys, dtype=torch.bool)
         belongs = torch.zeros(len(layouts), call.num_queries, call.num_keys, dtype=torch.bool)
@@ -246,33 +239,29 @@ class CSG(Descent):
             for column, word in layout.tokens:
                 columns[number, column] = True
                 belongs[number, index, column] |= layout.words[word]
-        whose = torch.tensor(pictures_of(call)[0])
-        device = call.query.device
+        whose, device = torch.tensor(pictures_of(call)[0]), call.query.device
         rows = call.columns(name).any(dim=1)
         unconditional = None if self.conditional_only else call.clock.rows("unconditional", call.batch)
         if unconditional is not None:
-            rows = rows | unconditional.to(rows.device)
-        return Redistribute(
-            columns=columns[whose].to(device), belongs=belongs[whose].to(device), strength=self.strength, rows=rows[:, None]
-        )
+            rows = rows | unconditional.to(device)
+        columns, belongs = columns[whose].to(device), belongs[whose].to(device)
+        return Redistribute(columns=columns, belongs=belongs, strength=self.strength, rows=rows[:, None])
 
     # -- the layout of a call -------------------------------------------------------------------------------------------
 
     def of_call(self, name: str, call: Call, grid: Tensor) -> list[Layout] | None:
         """Every picture's layout; None where the call holds no prompt, and none came before it."""
         _, first, pictures = pictures_of(call)
-        known, key = call.memory.setdefault("columns", {}), id(call.tokens)
         if None not in first:
-            if key not in known:
-                marked = [call.columns(f"{name}.{word}").cpu() for word in range(max(map(len, self.layouts)))]
-                found = [[(c, w) for w, mine in enumerate(marked) for c in mine[row].nonzero()[:, 0].tolist()] for row in first]
-                known[key] = call.tokens, found
             # the unconditional half in a call of its own has the columns of the call before it
-            known["last"] = known[key]
-        if "last" not in known:
-            return None
-        columns = known["last"][1]
-        return [Layout(self.words(call, number, pictures, grid), columns[number]) for number in range(pictures)]
+            call.memory["columns"] = kept(call, "known columns", grid, lambda: self.columns_of(name, call, first))
+        columns = call.memory.get("columns")
+        return columns and [Layout(self.words(call, number, pictures, grid), columns[number]) for number in range(pictures)]
+
+    def columns_of(self, name: str, call: Call, rows: Sequence[int | None]) -> list[list[tuple[int, int]]]:
+        """Of these rows, (column, number of its word) of all tokens of the layout, the words in their order."""
+        marked = [call.columns(f"{name}.{word}").cpu() for word in range(max(map(len, self.layouts)))]
+        return [[(c, w) for w, mine in enumerate(marked) for c in mine[row].nonzero()[:, 0].tolist()] for row in rows]
 
     def words(self, call: Call, number: int, pictures: int, grid: Tensor) -> Tensor:
         """Bool [words, n]: the places of each word of a picture's layout. Raises ReattendError for a word that has none."""
@@ -293,7 +282,13 @@ class CSG(Descent):
         return known[key]
 
 
-def spread(inside: Tensor, outside: Tensor) -> Tensor:
-    """(1 - in / (in + out))^2: 0 where nothing is outside."""
-    there = inside.sum()
-    return (1 - there / (there + outside.sum()).clamp_min(SMALL)) ** 2
+def kept(call: Call, what: str, grid: Tensor, make: Callable[[], T]) -> T:
+    """make(), once for the calls of a run that have the same tokens; None is asked for again."""
+    store = call.memory.setdefault(what, {})
+    key = (id(call.tokens), *grid.shape)
+    if store.get(key, (None, None))[1] is None:
+        # what each pass has its own tokens for must not pile up
+        if len(store) >= KEPT:
+            store.clear()
+        store[key] = call.tokens, make()
+    return store[key][1]

@@ -1,7 +1,8 @@
-"""Attention to a text that is told which places of the picture its tokens belong to."""
+"""Attention to a text that is told which places of the picture its tokens belong to: how far it is from that, and an edit that makes it so."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from ..edits import Rows
 from ..edits.base import check_number
 from ..edits.weights import TINY, WeightEdit
+
+SMALL = 1e-12
+# a random order of so many things
+Draw = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,3 +49,21 @@ class Redistribute(WeightEdit):
         total, kept = weights.sum(dim=-1, keepdim=True), new.sum(dim=-1, keepdim=True)
         new = new * (total / kept.clamp_min(TINY))
         return torch.where(kept > TINY, torch.lerp(weights, new, self.strength), weights)
+
+
+def selected(map: Tensor, places: Tensor, topk: float, dropout: float, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """(what is taken inside [r], the r largest values outside, the places taken) of a map [n]; places: bool [n], those inside.
+
+    Of the k largest values inside, k = topk of the places, r = dropout of these are taken, in the random order that draw(k) gives; at least one.
+    """
+    count = max(1, int(topk * int(places.sum())))
+    taken = max(1, round(count * dropout))
+    best = (map * places).topk(count).indices
+    chosen = best[draw(count)[:taken].to(best.device)]
+    return (map * places)[chosen], (map * ~places).topk(taken).values, chosen
+
+
+def share_outside(inside: Tensor, outside: Tensor) -> Tensor:
+    """The share of the sum of both that is outside."""
+    there = inside.sum()
+    return 1 - there / (there + outside.sum()).clamp_min(SMALL)

@@ -54,7 +54,7 @@ class Redistribute(WeightEdit):
 def selected(map: Tensor, places: Tensor, topk: float, dropout: float, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
     """(what is taken inside [r], the r largest values outside, the places taken) of a map [n]; places: bool [n], those inside.
 
-    Of the k largest values inside, k = topk of the places, r = dropout of these are taken, in the random order that draw(k) gives; at least one.
+    Of the k largest values inside, k = topk of the places, r = dropout of these are taken, the first of draw(k); both are at least 1.
     """
     count = max(1, int(topk * int(places.sum())))
     taken = max(1, round(count * dropout))

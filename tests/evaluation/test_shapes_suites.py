@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,3 +293,18 @@ def test_layouts_are_scored_by_where_the_right_things_are():
     assert heard["words"] == names and [list(boxes) for boxes in heard["boxes"]] == names
     assert heard["boxes"][0][names[0][0]] == tuple(items[0].data["boxes"][0])
     assert one.score(records)["binding"] == 1 and one.score(records)["extra"] == 0 and one.score(records)["placed"] < 1
+
+
+def test_of_several_pictures_of_a_layout_the_one_that_fits_is_kept():
+    one = Layout(pictures=3)
+    (item,) = one.items(1, 0)
+    things = [replace(t, x=(a + c) / 2, y=(b + d) / 2, size=(c - a) / 2) for t, (a, b, c, d) in one.asked(item).values()]
+    drawn, noise = [Scene(tuple(things[:1])), Scene(tuple(things)), Scene(())], []
+
+    def pipe(prompts, generator, **more):
+        noise.append(generator[0].initial_seed())
+        return SimpleNamespace(images=[picture(drawn[len(noise) - 1], 64, CLEAR)])
+
+    subject = SimpleNamespace(source=pipe, marked=lambda **rows: contextlib.nullcontext(), quiet=contextlib.nullcontext)
+    (record,) = one.answer(subject, [item])
+    assert record["placed"] == record["binding"] == 1 and noise == [item.data["noise"] + turn for turn in range(3)]

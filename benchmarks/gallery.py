@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,20 @@ PROMPTS = (
     ("a yellow star and a blue circle", "a blue circle", ["star"]),
     ("a red triangle , a green square and a purple circle", "a red triangle", ["square"]),
 )
-TOLD = {"negative": [unwanted for _, unwanted, _ in PROMPTS], **dict.fromkeys(("words", "highlight"), [w for *_, w in PROMPTS])}
+
+
+def boxes(prompt: str) -> dict[str, tuple[float, float, float, float]]:
+    """{thing of a prompt: its box}: from left to right, by turns higher and lower."""
+    things = re.findall(r"an? (\w+ \w+)", prompt)
+    middles = [((number + 0.5) / len(things), (0.35, 0.65)[number % 2]) for number in range(len(things))]
+    return {name: (x - 0.15, y - 0.15, x + 0.15, y + 0.15) for name, (x, y) in zip(things, middles, strict=True)}
+
+
+TOLD = {
+    "boxes": [boxes(prompt) for prompt, *_ in PROMPTS],
+    "negative": [unwanted for _, unwanted, _ in PROMPTS],
+    **dict.fromkeys(("words", "highlight"), [w for *_, w in PROMPTS]),
+}
 CELL, CAPTION, MARGIN, LABEL = 128, 62, 4, 92
 LARGEST = 150_000
 HEAD = """# Before and after
@@ -71,7 +85,7 @@ def drawn() -> dict[str, Grid]:
 def parameters(slug: str, grid: Grid) -> dict[str, Any]:
     """What is said of every prompt, and the method's own."""
     cls = recipe_class(slug)
-    told = {name: TOLD[of] for of, name in {**cls.marks, **cls.beside}.items() if of in TOLD}
+    told = {name: TOLD[of] for of, name in {**cls.marks, **cls.beside, **cls.placed}.items() if of in TOLD}
     return {**told, **grid.parameters}
 
 
@@ -115,7 +129,10 @@ def picture(slug: str, found: dict[str, list[Image.Image]]) -> Image.Image:
         top = CAPTION + row * step
         pen.multiline_text((2, top + CELL // 2 - 8), textwrap.fill(label, 15), "black", font, spacing=1)
         for column, one in enumerate(pictures):
-            sheet.paste(one.resize((CELL, CELL), Image.Resampling.BICUBIC), (LABEL + column * step, top))
+            left = LABEL + column * step
+            sheet.paste(one.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
+            for box in TOLD["boxes"][column].values() if recipe_class(slug).placed else ():
+                pen.rectangle([(left, top)[i % 2] + round(side * CELL) for i, side in enumerate(box)], outline="white")
     return sheet.quantize(255)
 
 
@@ -126,7 +143,7 @@ def page(grids: dict[str, Grid]) -> str:
         look = grid.look or cls.info.does
         own = ", ".join(f"{name}={value}" for name, value in grid.parameters.items()) or "its defaults"
         size = f"{grid.size} x {grid.size} pixels, " if grid.size else ""
-        told = "; what is named stands in the captions" if cls.beside else ""
+        told = "; what is named stands in the captions" if cls.beside else "; told of the boxes drawn" if cls.placed else ""
         if "words" in cls.marks:
             told = f"; told of: {', '.join(word for *_, words in PROMPTS for word in words)}"
         lines += [

@@ -71,6 +71,10 @@ BAD = [
     ({"boxes": {"a": [0, 0, 1, 1]}, "dropout": 0}, "dropout.*greater than 0"),
 ]
 TRIED = {}
+GALLERY = {
+    "parameters": {"steps": 10, "tries": 2},
+    "look": "Whether the things stand in their boxes: the first of the prompt in the leftmost one.",
+}
 
 GOLDEN = (
     "ar_two_boxes", "ar_fg_and_bg_overlap", "ar_after_window", "ar_other_resolution", "loss_deterministic", "loss_dropout_half",

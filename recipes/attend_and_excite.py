@@ -9,7 +9,8 @@ Gaussian), m its largest value, L = max over words of max(0, 1 - m), and x' = x 
 At the steps in `thresholds` this is repeated until L <= 1 - threshold, at most `tries` times.
 Conventions: the official Gaussian divides by 2 sigma before it squares. A word of several tokens has the mean of their maps; `each` makes
 every one a word of its own, as the official code does, which is given tokens.
-Ours: every picture of a batch by its own words, the scheduler's scaling of the input, and pictures that are not square. Passes of the official
+Ours: every picture of a batch by its own words, the scheduler's scaling of the input, and pictures that are not square; maps of at least
+8 x 8 places where the latents have them (a quarter of small ones tells too few places apart). Passes of the official
 code that change nothing (two per try) and those that it repeats are left out.
 """
 

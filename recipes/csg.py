@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -35,7 +35,7 @@ from ..hooks.plan import Step
 from ..interventions import Call, Edit, ReattendError, column_weights, weighted
 from ..interventions.families.layout import Draw, Redistribute, selected, share_outside
 from .kit.base import Info
-from .kit.denoisers import LEAST_SIDE, reads_prompt
+from .kit.denoisers import reads_prompt
 from .kit.descent import Descent, Looked
 from .kit.layout import Regions, of_picture, per_prompt, pictures_of, places_in
 
@@ -62,12 +62,11 @@ class CSG(Descent):
         kinds=("diffusion",),
         cost="forward",
         problems=("things are in the wrong place of the picture", "the picture ignores a word"),
-        try_first={"steps": 10},
+        try_first={"steps": 10, "tries": 2},
         sweep={"scale": (0.1, 0.5, 2.0), "strength": (0.5, 1.0)},
         code="Papple-F/csg",
     )
     placed = {"boxes": "boxes"}
-    least_side: ClassVar[int] = LEAST_SIDE
 
     boxes: Regions = Field(
         description='the box of each word of the prompt, [left, top, right, bottom] in shares of the picture, or its mask: {"red circle": '

@@ -7,7 +7,7 @@ computed nor differentiated.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...hooks import AtStep, SiteTable
 from ...interventions import Call, Clock, ReattendError
 from .base import Recipe
-from .denoisers import grids_of, image_grid
+from .denoisers import LEAST_SIDE, grids_of, image_grid
 
 # the first step goes by the whole scale, the last by its root of a half
 SCALES = (1.0, 0.5)
@@ -43,17 +43,16 @@ class Looked:
 
 
 class Descent(Recipe):
-    """Base of these recipes. A subclass says which sites it reads (`read_at`), keeps their maps in `looked(call)`, and makes a loss of them."""
-
-    # places along the shorter side that the maps have at least, where nobody says how many
-    least_side: ClassVar[int] = 1
+    """Base of these recipes. A subclass says which sites it reads (`read_at`), keeps their maps in `call.memory["looked"]`, a `Looked`, while a
+    pass lasts, and makes a loss of them."""
 
     scale: float = Field(20.0, ge=0, le=50, description="how far the latents go down the gradient at the first step; 0 = not")
     steps: int = Field(25, ge=0, description="how many of the first steps are changed; the default is half of the authors' 50")
     resolution: int | None = Field(
         None,
-        ge=1,
-        description="places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)",
+        ge=2,
+        description="places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels), for "
+        "small pictures, where that is fewer than 8, half of them or all",
     )
 
     def misfit(self, sites: SiteTable) -> str:
@@ -83,7 +82,7 @@ class Descent(Recipe):
             at.look(latents, text="conditional", grad=True, until=at.memory.get("looked at"))
             del at.memory["looked"]
             if "cross" not in looked.maps:
-                height, width = self.sides(*latents.shape[-2:])
+                height, width = read_sides(*latents.shape[-2:])
                 wanted = f"{self.resolution} places along the shorter side" if self.resolution else f"{height} x {width} places"
                 raise ReattendError(f"{self.slug}: no cross-attention sees {wanted}: choose another resolution")
             at.memory["looked at"] = [site for site in table if site.name in looked.sites]
@@ -97,14 +96,6 @@ class Descent(Recipe):
         """L [B] of what a pass has shown."""
         raise NotImplementedError
 
-    def sides(self, height: int, width: int) -> list[int]:
-        """Height and width of the maps that are read, for latents of this size."""
-        sides = [height, width]
-        for _ in range(2):
-            halved = [-(-side // 2) for side in sides]
-            sides = halved if min(halved) >= self.least_side else sides
-        return sides
-
     def grid(self, call: Call) -> Tensor | None:
         """Long [height, width]: the places of a call's image, if it has the resolution that is read."""
         grid = image_grid(call, self.slug)
@@ -112,5 +103,11 @@ class Descent(Recipe):
             fits = min(grid.shape) == self.resolution
         else:
             whole = grids_of(call.tokens if call.query_tokens is None else call.query_tokens, call.site, self.slug)[0].whole
-            fits = list(grid.shape) == self.sides(*(whole or grid.shape))
+            fits = list(grid.shape) == read_sides(*(whole or grid.shape))
         return grid.to(call.query.device) if fits else None
+
+
+def read_sides(height: int, width: int) -> list[int]:
+    """The maps of latents of this size that are read: a quarter of its sides, or half or all of them, the first with LEAST_SIDE places."""
+    found = ([-(-side // part) for side in (height, width)] for part in (4, 2, 1))
+    return next((sides for sides in found if min(sides) >= LEAST_SIDE), [height, width])

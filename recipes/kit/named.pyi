@@ -64,7 +64,8 @@ class AttendAndExciteParameters(TypedDict, total=False):
     steps: int
     """how many of the first steps are changed; the default is half of the authors' 50"""
     resolution: int | None
-    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)"""
+    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels), for
+    small pictures, where that is fewer than 8, half of them or all"""
     words: Sequence[str] | Sequence[Sequence[str]] | None
     """the words that must show: those of every prompt, or a list of them per prompt"""
     columns: Sequence[Sequence[int]] | None
@@ -121,7 +122,8 @@ class CSGParameters(TypedDict, total=False):
     steps: int
     """how many of the first steps are changed; the default is half of the authors' 50"""
     resolution: int | None
-    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels)"""
+    """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels), for
+    small pictures, where that is fewer than 8, half of them or all"""
     boxes: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     """the box of each word of the prompt, [left, top, right, bottom] in shares of the picture, or its mask: {'red circle':
     [0.1, 0.2, 0.5, 0.6]}; several prompts may have one such mapping each"""

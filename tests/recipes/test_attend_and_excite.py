@@ -204,7 +204,6 @@ def test_nothing_moves_where_every_word_shows_or_after_the_first_steps():
             {"words": WORDS, "resolution": 5},
             "no cross-attention sees 5 places along the shorter side: choose another resolution",
         ),
-        ({"words": WORDS, "resolution": None}, "no cross-attention sees 2 x 2 places"),
     ],
 )
 def test_refusals_before_anything_is_drawn(given, said):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from reattend.hooks import Capture, Plan, attach, sites
 from reattend.interventions import Call, Clock, ReattendError
+from reattend.recipes.kit.descent import read_sides
 from reattend.recipes.kit.layout import of_picture, pictures_of, places_in, read_region
 from tiny_denoisers import build
 
@@ -105,6 +106,21 @@ def test_prompts_come_as_often_as_there_are_pictures_of_each():
     assert [of_picture("a", number, 3) for number in range(3)] == list("aaa")
     with pytest.raises(ReattendError, match="2 prompts, and 3 pictures"):
         of_picture("ab", 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("latents", "read"),
+    [
+        ((64, 64), [16, 16]),
+        ((96, 64), [24, 16]),
+        ((61, 64), [16, 16]),
+        ((16, 16), [8, 8]),
+        ((8, 8), [8, 8]),
+        ((6, 10), [6, 10]),
+    ],
+)
+def test_the_maps_that_are_read_by_default_tell_places_apart(latents, read):
+    assert read_sides(*latents) == read
 
 
 def test_layers_of_a_unet_say_how_large_the_whole_is():

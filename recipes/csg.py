@@ -72,7 +72,7 @@ class CSG(Descent):
         description='the box of each word of the prompt, [left, top, right, bottom] in shares of the picture, or its mask: {"red circle": '
         "[0.1, 0.2, 0.5, 0.6]}; several prompts may have one such mapping each",
     )
-    background: Regions | None = Field(
+    background: Regions = Field(
         None, description="the same for words of what is behind the others: they get what the boxes of these leave of their own"
     )
     columns: dict[str, list[int]] | list[dict[str, list[int]]] | None = Field(
@@ -100,9 +100,9 @@ class CSG(Descent):
 
     @model_validator(mode="after")
     def _consistent(self) -> CSG:
-        layouts = self.layouts
-        if not layouts or not all(per_prompt(self.boxes)):
+        if not self.boxes or not all(per_prompt(self.boxes)):
             raise ValueError("boxes must name a word and its box for every prompt")
+        layouts = self.layouts
         if self.columns is not None:
             known = per_prompt(self.columns)
             if len(known) not in (1, len(layouts)):
@@ -124,7 +124,7 @@ class CSG(Descent):
         if 1 not in (len(boxes), len(behind)) and len(boxes) != len(behind):
             raise ValueError(f"boxes are for {len(boxes)} prompts, background for {len(behind)}")
         found = []
-        for number in range(max(len(boxes), len(behind)) if boxes else 0):
+        for number in range(max(len(boxes), len(behind))):
             own, after = boxes[number % len(boxes)], behind[number % len(behind)]
             both = sorted(own.keys() & after.keys())
             if both:

@@ -35,7 +35,7 @@ def read_region(value: Any) -> Box | Mask:
     if listed and len(value) == 4 and all(isinstance(number, Real) and not isinstance(number, bool) for number in value):
         left, top, right, bottom = box = tuple(map(float, value))
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError(f"{BOX} (divide pixels by these), got {list(value)}")
+            raise ValueError(f"{BOX} (divide pixels by these), not {list(value)}")
         return box
     if listed and value and all(isinstance(row, str) for row in value):
         rows = tuple(value)
@@ -57,15 +57,33 @@ def _held(value: Any) -> Tensor:
         else:
             found = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{BOX}, or {MASK}; got {shown(value)}") from None
+        raise ValueError(f"{BOX}, or {MASK}, not {shown(value)}") from None
     if found.dim() != 2 or not found.numel() or not bool((found == found).all()):
-        raise ValueError(f"{BOX}, or {MASK}; got {shown(value)}")
+        raise ValueError(f"{BOX}, or {MASK}, not {shown(value)}")
     return found != 0
 
 
-Region = Annotated[Any, BeforeValidator(read_region)]
+def read_regions(value: Any) -> dict[str, Box | Mask] | list[dict[str, Box | Mask]] | None:
+    """{words: region} of every prompt, or a list of these, one for each; None stays. Raises ValueError for anything else."""
+    if isinstance(value, (list, tuple)):
+        return [_of_prompt(one) for one in value]
+    return None if value is None else _of_prompt(value)
+
+
+def _of_prompt(value: Any) -> dict[str, Box | Mask]:
+    if not isinstance(value, Mapping) or not all(isinstance(words, str) and words.strip() for words in value):
+        raise ValueError("must be {words of the prompt: box or mask}, or a list of these, one for each prompt")
+    found = {}
+    for words, region in value.items():
+        try:
+            found[words] = read_region(region)
+        except ValueError as error:
+            raise ValueError(f"{words!r}: {error}") from None
+    return found
+
+
 # by words of the prompt: one mapping for every prompt, or one for each
-Regions = dict[str, Region] | list[dict[str, Region]]
+Regions = Annotated[Any, BeforeValidator(read_regions)]
 
 
 def per_prompt(given: Mapping[str, T] | Sequence[Mapping[str, T]] | None) -> list[Mapping[str, T]]:

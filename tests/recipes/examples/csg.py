@@ -17,12 +17,12 @@ REFUSED = {
     "UNetMotionModel": "denoises videos",
     **dict.fromkeys(("ControlNet", "ControlNet without weight"), "belongs to another pipeline"),
 }
-BARE = {**REFUSED, "UNet2DConditionModel, UNet2DConditionModel": "give columns"}
-TWO = [
-    {"a": [0, 0, 0.5, 0.6], "fox": [0.4, 0.3, 1, 1]},
-    {"map": [0, 0.5, 0.5, 1], "a": [0.5, 0, 1, 1]},
-]
-COLUMNS = {"boxes": {"a": [0, 0, 0.5, 0.6], "fox": [0.4, 0.3, 1, 1]}, "columns": {"a": [1], "fox": [2, 3]}}
+BARE = {**REFUSED, "UNet2DConditionModel, UNet2DConditionModel": "apply the recipe to the pipeline"}
+# weights are redistributed beside a ControlNet as they are without
+ALONE = {place: said for place, said in REFUSED.items() if "ControlNet" not in place}
+BOXES = {"a": [0, 0, 0.5, 0.6], "fox": [0.4, 0.3, 1, 1]}
+PLACED = {"boxes": BOXES, "columns": {"a": [1], "fox": [2, 3]}}
+TWO = [BOXES, {"map": [0, 0.5, 0.5, 1], "a": [0.5, 0, 1, 1]}]
 
 
 def layers(sites):
@@ -33,24 +33,24 @@ def layers(sites):
 EXAMPLES = {
     "": Example(
         "diffusion",
-        {"boxes": TWO, "scale": 5.0, "tries": 2},
+        {**PLACED, "scale": 5.0, "tries": 2},
         off={"scale": 0, "strength": 0},
         layers=lambda sites: layers(sites) + 1,
         refused=BARE,
     ),
     "redistribution": Example(
         "diffusion",
-        {**COLUMNS, "scale": 0},
+        {**PLACED, "scale": 0},
         off={"strength": 0},
         layers=layers,
-        refused=REFUSED,
+        refused=ALONE,
     ),
     "gradient": Example(
         "diffusion",
         {"boxes": {"a": [0, 0, 0.5, 0.6]}, "scale": 5.0, "tries": 1, "strength": 0},
         off={"steps": 0},
         layers=1,
-        refused=BARE,
+        refused={**BARE, "UNet2DConditionModel, UNet2DConditionModel": "give columns"},
     ),
 }
 BAD = [
@@ -61,7 +61,11 @@ BAD = [
     ({"boxes": {"a": [0, 0, 64, 64]}}, r"boxes.*0 <= left < right <= 1.*\[0, 0, 64, 64\]"),
     ({"boxes": {"a": [0.5, 0, 0.5, 1]}}, "boxes.*0 <= left < right <= 1"),
     ({"boxes": {"a": torch.zeros(8, 8)}}, "the mask is empty"),
-    ({"boxes": {"a": "mask.png"}}, "a mask must be"),
+    ({"boxes": {"a": "mask.png"}}, "boxes: 'a': .*a mask must be.*not 'mask.png'"),
+    ({"boxes": "a"}, "boxes: must be .words of the prompt: box or mask"),
+    ({"boxes": [BOXES, 3]}, "boxes: must be .words of the prompt: box or mask"),
+    ({"boxes": {" ": [0, 0, 1, 1]}}, "boxes: must be .words of the prompt: box or mask"),
+    ({"boxes": BOXES, "background": {"sky": [0, 0, 0, 1]}}, "background: 'sky': a box must be"),
     ({"boxes": {"a": [0, 0, 1, 1]}, "background": {"a": [0, 0, 1, 1]}}, "'a' is in boxes and in background"),
     ({"boxes": TWO, "background": [{}] * 3}, "boxes are for 2 prompts, background for 3"),
     ({"boxes": TWO, "columns": {"a": [1], "fox": [2]}}, "columns must say where 'map' stands"),

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BeforeValidator
+from pydantic import PlainValidator
 from torch import Tensor
 
 from ...interventions import Call, ReattendError
@@ -83,7 +83,7 @@ def _of_prompt(value: Any) -> dict[str, Box | Mask]:
 
 
 # by words of the prompt: one mapping for every prompt, or one for each
-Regions = Annotated[Any, BeforeValidator(read_regions)]
+Regions = Annotated[dict[str, Any] | list[dict[str, Any]] | None, PlainValidator(read_regions)]
 
 
 def per_prompt(given: Mapping[str, T] | Sequence[Mapping[str, T]] | None) -> list[Mapping[str, T]]:

@@ -124,7 +124,7 @@ class CSGParameters(TypedDict, total=False):
     resolution: int | None
     """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels), for
     small pictures, where that is fewer than 8, half of them or all"""
-    boxes: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    boxes: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
     """the box of each word of the prompt, [left, top, right, bottom] in shares of the picture, or its mask: {'red circle':
     [0.1, 0.2, 0.5, 0.6]}; several prompts may have one such mapping each"""
     background: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None

@@ -154,6 +154,14 @@ def negatives(model: str, title: str, settings: str, choose: int, confirm: int) 
     )  # fmt: skip
 
 
+def layout() -> Section:
+    """A prompt without a recipe says nothing of places: what one can do is to draw several pictures and to keep the best."""
+    return Section(
+        f"Each thing in its box, {SD[1]}", SD[0], "layout", ("placed", "iou", "inside", "binding"), tried("layout"), 32, 200,
+        best=2, defaults=False, baselines={"the best of four pictures": Baseline("pictures=4")}, paper=paper("layout"),
+    )  # fmt: skip
+
+
 def canvas(side: int) -> Section:
     """Larger pictures repeat things, which shows as things that nobody asked for."""
     return Section(
@@ -186,6 +194,7 @@ SECTIONS = {
     "pictures": pictures(),
     "negatives": negatives(*SD, "guidance=2", 0, 32),
     "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1", 32, 200),
+    "layout": layout(),
     "canvas-96": canvas(96),
     "canvas-48": canvas(48),
 }  # fmt: skip

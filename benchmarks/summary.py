@@ -29,6 +29,7 @@ ALSO = {
     "chair": ["recall"],
     "negatives": ["kept_out", "rest"],
     "turbo-negatives": ["kept_out", "rest"],
+    "layout": ["binding"],
     "canvas-96": ["extra"],
     "canvas-48": ["extra"],
 }

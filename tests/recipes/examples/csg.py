@@ -74,7 +74,16 @@ BAD = [
     ({"boxes": {"a": [0, 0, 1, 1]}, "scale": 51}, "scale.*less than or equal to 50"),
     ({"boxes": {"a": [0, 0, 1, 1]}, "dropout": 0}, "dropout.*greater than 0"),
 ]
-TRIED = {}
+TRIED = {
+    "layout": [
+        "csg:steps=10:scale=0",
+        "csg:steps=10:tries=2",
+        "csg:steps=10:tries=2:conditional_only=true",
+        "csg:steps=10:strength=0",
+        "csg:steps=10",
+        "csg",
+    ]
+}
 GALLERY = {
     "parameters": {"steps": 10, "tries": 2},
     "look": "Whether the things stand in their boxes: the first of the prompt in the leftmost one.",

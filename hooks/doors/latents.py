@@ -45,12 +45,14 @@ Change = Callable[["AtStep"], Tensor | None]
 @dataclass
 class AtStep:
     """A step of a denoising run. latents [B, ...]: what the scheduler holds, one per image; clock: of the call under way (its branches name
-    rows of the denoiser's batch); memory: the recipe's own store of this run; scheduler: the one that steps."""
+    rows of the denoiser's batch); memory: the recipe's own store of this run; scheduler: the one that steps; pipeline: whose call this is, for
+    its other parts (a VAE)."""
 
     latents: Tensor
     clock: Clock
     memory: Memory
     scheduler: Any
+    pipeline: Any = None
     _pass: Callable[..., Any] | None = None
 
     def predict(
@@ -166,7 +168,9 @@ class _Installed:
         if scheduler is None:
             raise ReattendError(f"{who}: the latents cannot be recovered: it has no scheduler")
         followed = follow(scheduler, self.handles)
-        at = LatentsCall(self.host, self.readers, self.step.steps, self.companions, call, denoiser, place, followed, who)
+        at = LatentsCall(
+            self.host, self.readers, self.step.steps, self.companions, call, denoiser, place, followed, pipeline, who
+        )
         at.note()
         one = followed.under_way(call.run)
         if one is None:
@@ -210,7 +214,7 @@ class _Installed:
             # its own: what it does to them in place is a change too
             given = latents.clone()
             untouched = given._version
-            new = function(AtStep(given, clock, memory, at.followed.scheduler, further))
+            new = function(AtStep(given, clock, memory, at.followed.scheduler, at.pipeline, further))
         if (new is None or new is given) and given._version == untouched:
             return None
         new = given if new is None else new

@@ -40,6 +40,7 @@ class LatentsCall:
     denoiser: nn.Module
     place: Place
     followed: Followed
+    pipeline: Any
     who: str
 
     @property

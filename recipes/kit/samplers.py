@@ -1,4 +1,4 @@
-"""What a run's scheduler does to a picture: how much of it and of noise the latents hold at each step, the way back to noise, and windows.
+"""What a run's scheduler does to a picture: how much of it and of noise the latents hold at each step, and the way back to noise.
 
 All of it is read from public parts of a pipeline (timesteps, sigmas or alphas of its scheduler, its VAE), inside a run: recipes call it
 with what the latents door hands them.
@@ -154,12 +154,3 @@ def encoded(pipeline: Any, pictures: Sequence[Any], like: Tensor) -> Tensor:
     latents = given.latent_dist.mode() if hasattr(given, "latent_dist") else given.latent
     shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     return ((latents - shift) * factor).to(like)
-
-
-def within(clock: Clock, start: float, stop: float) -> bool:
-    """Whether a step lies in a window, start <= step / steps < stop. Raises ReattendError where the number of steps is not known."""
-    if (start, stop) == (0, 1):
-        return True
-    if clock.steps is None:
-        raise ReattendError("the number of steps is not known: run the pipeline, or its schedule, as a whole")
-    return start <= clock.step / clock.steps < stop

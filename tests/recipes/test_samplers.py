@@ -1,4 +1,4 @@
-"""What a scheduler does to a picture: the level at each step, DDIM inversion against diffusers' own scheduler, pictures as latents, windows."""
+"""What a scheduler does to a picture: the level at each step, DDIM inversion against diffusers' own scheduler, pictures as latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from reattend.hooks import AtStep, Latents, Plan, attach
 from reattend.interventions import Clock, Memory
-from reattend.recipes.kit.samplers import CLEAN, encoded, flows, inverted, levels, place, reached, within
+from reattend.recipes.kit.samplers import CLEAN, encoded, flows, inverted, levels, place, reached
 
 SCHEDULERS = {
     "DDIM": lambda: diffusers.DDIMScheduler(clip_sample=False),
@@ -126,10 +126,3 @@ def test_pictures_that_a_run_cannot_take_up():
         encoded(tiny_pipelines.stable_diffusion(), [picture], torch.zeros(1, 4, 8, 8))
     with pytest.raises(reattend.ReattendError, match="latents are packed"):
         encoded(tiny_pipelines.flux(), [picture], torch.zeros(1, 16, 16))
-
-
-def test_windows():
-    assert [within(at_clock(step, 0), 0.25, 0.5) for step in range(8)] == [False, False, True, True, *[False] * 4]
-    assert within(at_clock(3, 0, None), 0, 1)
-    with pytest.raises(reattend.ReattendError, match="number of steps is not known"):
-        within(at_clock(3, 0, None), 0, 0.5)

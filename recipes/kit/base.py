@@ -38,6 +38,7 @@ Problem = Literal[
     "the picture lacks structure and detail",
     "the picture shows what it should not",
     "things are in the wrong place of the picture",
+    "something in a picture should be gone",
 ]
 # what a method costs, in words that `Info.cost` is made of
 COSTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -99,8 +100,8 @@ class PerturbedGuidance(BranchGuidance):
             raise ValueError("layers and heads must not be empty; leave them out for the default layer")
         return self
 
-    def perturbed(self, call: Call, heads: list[int] | None, rows: Tensor) -> Edit | None:
-        """The edit of a call at these heads (None = all) and rows [B, Tq or 1]: the branch's, of image tokens where text joins them."""
+    def perturbed(self, call: Call, heads: list[int] | None, rows: Tensor) -> Edit | Sequence[Edit] | None:
+        """The edits of a call at these heads (None = all) and rows [B, Tq or 1]: the branch's, of image tokens where text joins them."""
         raise NotImplementedError
 
     @property
@@ -145,7 +146,7 @@ class PerturbedGuidance(BranchGuidance):
             return sorted(self.heads)
         return [(layer, None) for layer in sorted(self.layers or default_layers(sites))]
 
-    def weaken(self, heads: list[int] | None, call: Call) -> Edit | None:
+    def weaken(self, heads: list[int] | None, call: Call) -> Edit | Sequence[Edit] | None:
         """`perturbed` on the branch's rows. Attention to other tokens (an image prompt's) is left alone."""
         branch = call.clock.rows(self.slug, call.batch)
         if branch is None or (call.query_tokens is not None and not _sees_itself(call)):

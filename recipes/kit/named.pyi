@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from ...hooks import Session
 from ..act import ACT
 from ..attend_and_excite import AttendAndExcite
+from ..attentive_eraser import AttentiveEraser
 from ..block_topk import BlockTopK
 from ..cmai import CMAI
 from ..csg import CSG
@@ -87,6 +88,47 @@ class AttendAndExciteParameters(TypedDict, total=False):
     """compare a word with the other words of the prompt alone, without the end token and the padding (SD 2.1)"""
     length: int | None
     """with columns and normalize_eot: tokens of the prompt, with start and end"""
+
+class AttentiveEraserParameters(TypedDict, total=False):
+    """Takes a masked thing out of a picture and goes on with what is around it, instead of drawing another thing there."""
+
+    scale: float
+    """how far the prediction goes to, and beyond, the one that does not see the thing; 0 = not, 1 = there"""
+    rescale: float
+    """how far the guided prediction is brought back to the spread of the conditional one, against pale or glaring
+    pictures; 0 = not (a pipeline's own guidance_rescale does the same)"""
+    start: float
+    """first part of the schedule with guidance, as a fraction of the steps"""
+    stop: float
+    """the fraction of the steps from which on there is none"""
+    layers: Sequence[int] | None
+    """layers that are redirected, numbered over all self-attention of the denoiser (UNet: down, mid, up); default: a
+    UNet's up blocks, the second half of other models"""
+    heads: Sequence[tuple[int, int] | Sequence[Any]] | None
+    """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
+    mask: Any
+    """what is to go: the path of a picture that is not black there, a PIL picture, or rows of numbers; one for all
+    pictures, or a list of one for each prompt"""
+    boxes: (
+        Sequence[tuple[float, float, float, float] | Sequence[Any]]
+        | Sequence[Sequence[tuple[float, float, float, float] | Sequence[Any]]]
+        | None
+    )
+    """instead of a mask: boxes [left, top, right, bottom] in shares of the picture's sides; of all pictures, or a list for
+    each prompt"""
+    image: Any
+    """the picture that the thing is taken out of, a path or a PIL picture (or a list of one for each prompt): all outside
+    the mask is kept as it is there. Without it that is left to the pipeline, which inpainting ones do"""
+    invert: bool
+    """begin with the noise that leads to `image` (one more pass of the denoiser for each step), instead of the pipeline's
+    own; then call a text-to-image pipeline"""
+    factor: float
+    """scores of tokens in the mask are multiplied by this at the first steps, so that they read more broadly; 1 = not"""
+    steps: int
+    """how many of the first steps have that"""
+    grow: float
+    """the mask is made larger by this much to every side, in shares of the picture's shorter side (the authors: 0.004 to
+    0.015)"""
 
 class BlockTopKParameters(TypedDict, total=False):
     """Each written token reads only the best blocks of a long context, its first tokens and the recent ones."""
@@ -716,6 +758,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["attentive-eraser"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[AttentiveEraserParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["block-topk"],
     /,
     *,
@@ -1019,6 +1071,12 @@ def recipe(
 ) -> AttendAndExcite: ...
 @overload
 def recipe(
+    name: Literal["attentive-eraser"],
+    /,
+    **parameters: Unpack[AttentiveEraserParameters],
+) -> AttentiveEraser: ...
+@overload
+def recipe(
     name: Literal["block-topk"],
     /,
     **parameters: Unpack[BlockTopKParameters],
@@ -1214,6 +1272,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[AttendAndExciteParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["attentive-eraser"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[AttentiveEraserParameters],
     ) -> Session: ...
     @overload
     def use(

@@ -51,7 +51,8 @@ def levels(scheduler: Any) -> list[Level]:
             shares = [*(float(alphas[int(time)]) for time in times), end]
             return [Level(share**0.5, (1 - share) ** 0.5) for share in shares]
     raise ReattendError(
-        f"how much noise latents hold at the timesteps of {name} is not known: use DDIM, Euler, DPM-Solver++, UniPC, PNDM or a flow scheduler"
+        f"how much noise latents hold at the timesteps of {name} is not known: use DDIM, Euler, DPM-Solver++, UniPC, a flow scheduler, or "
+        "PNDM with skip_prk_steps"
     )
 
 

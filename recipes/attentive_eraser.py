@@ -1,0 +1,213 @@
+"""Attentive Eraser (Sun et al., AAAI 2025): removal of a thing from a picture, by redirected self-attention.
+
+Fixes: a mask over a thing, and an inpainting pipeline that draws a thing there again, because the tokens in the hole attend to each other.
+A further branch of the denoiser runs in which no token reads from the mask, and tokens in the mask read broadly from the rest; its
+prediction is followed beyond: eps = eps_source + scale (eps_branch - eps_source).
+Acts on: the scores of self-attention of the branch alone, all heads of the second half of the layers (as published: blocks 7 to 15 of SD's
+16, 34 to 69 of SDXL's 70, which are a UNet's up blocks), all steps. S' = S - inf at masked columns; at the first steps rows in the mask
+have factor * S. Cross-attention and the pipeline's own rows are computed as without the recipe. Where `image` is given, also the latents:
+outside the mask they are the picture's own at every step, so the background stays.
+Conventions: an empty prompt, guidance_scale 1, image-to-image from strength 0.8 on (50 steps; 10 of the 40 that run have `factor`). A place
+of a layer's raster is masked where the mask touches it at all (max-pooling).
+Ours: beside classifier-free guidance the shift is added as PAG's is. Any raster, also of pictures that are not square; a layer in which the
+mask touches every place is left alone (the official code reads evenly there). In a joint stream image tokens alone are redirected, which
+nobody published. The noise on the background is what the start of the run holds beside the picture, and follows the scheduler's own
+levels; `invert` is DDIM inversion under the prompt of the run, for every scheduler whose levels are known. `grow` is a square, where the
+official scripts blur the mask and cut it at 0.1. FreeU, which the SD 2.1 scripts add, stays with diffusers (`pipe.enable_freeu`).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ..hooks import AtStep, Latents, SiteTable
+from ..hooks.plan import Step
+from ..interventions import Call, Clock, Edit, Keep, ReattendError, ScaleQuery, TokenMap
+from .kit.base import Info
+from .kit.denoisers import grids_of, image_layers
+from .kit.guidance import PerturbedGuidance
+from .kit.layout import Box, Mask, of_picture, read_region
+from .kit.pictures import Masks, Pictures, listed, mask_of, opened, picture_numbers, touched
+from .kit.samplers import encoded, inverted, levels, place, reached
+
+WHOLE = "it covers the whole picture, so there is nothing left to fill it from: make it smaller"
+
+
+class AttentiveEraser(PerturbedGuidance):
+    slug = "attentive-eraser"
+    info = Info(
+        does="Takes a masked thing out of a picture and goes on with what is around it, instead of drawing another thing there.",
+        paper="Attentive Eraser: Unleashing Diffusion Model's Object Removal Potential via Self-Attention Redirection Guidance",
+        year=2025,
+        arxiv="2412.12974",
+        families=("guidance", "sparsity", "calibration"),
+        kinds=("diffusion",),
+        cost="forward",
+        problems=("something in a picture should be gone",),
+        try_first={"scale": 5.0},
+        sweep={"scale": (3.0, 5.0, 9.0)},
+        code="Anonym0u3/AttentiveEraser",
+        licence="Apache-2.0",
+    )
+
+    marks = {"removed": "boxes", "picture": "image"}
+
+    mask: Masks | None = Field(
+        None,
+        description="what is to go: the path of a picture that is not black there, a PIL picture, or rows of numbers; one for all pictures, "
+        "or a list of one for each prompt",
+    )
+    boxes: list[Box] | list[list[Box]] | None = Field(
+        None,
+        description="instead of a mask: boxes [left, top, right, bottom] in shares of the picture's sides; of all pictures, or a list for "
+        "each prompt",
+    )
+    image: Pictures | None = Field(
+        None,
+        description="the picture that the thing is taken out of, a path or a PIL picture (or a list of one for each prompt): all outside the "
+        "mask is kept as it is there. Without it that is left to the pipeline, which inpainting ones do",
+    )
+    invert: bool = Field(
+        False,
+        description="begin with the noise that leads to `image` (one more pass of the denoiser for each step), instead of the pipeline's own; "
+        "then call a text-to-image pipeline",
+    )
+    scale: float = Field(
+        9.0,
+        ge=0,
+        le=100,
+        description="how far the prediction goes to, and beyond, the one that does not see the thing; 0 = not, 1 = there",
+    )
+    factor: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="scores of tokens in the mask are multiplied by this at the first steps, so that they read more broadly; 1 = not",
+    )
+    steps: int = Field(10, ge=0, description="how many of the first steps have that")
+    grow: float = Field(
+        0.0,
+        ge=0,
+        le=0.25,
+        description="the mask is made larger by this much to every side, in shares of the picture's shorter side (the authors: 0.004 to 0.015)",
+    )
+    layers: list[int] | None = Field(
+        None,
+        description="layers that are redirected, numbered over all self-attention of the denoiser (UNet: down, mid, up); default: a UNet's "
+        "up blocks, the second half of other models",
+    )
+
+    @model_validator(mode="after")
+    def _told(self) -> AttentiveEraser:
+        if (self.mask is None) == (self.boxes is None):
+            raise ValueError("give a mask of what is to go, or boxes")
+        if self.invert and self.image is None:
+            raise ValueError("invert needs image, the picture whose noise is to be found")
+        if self.boxes is not None:
+            lists = [one if isinstance(one, list) else [one] for one in self.boxes]
+            if not lists or not all(lists):
+                raise ValueError("boxes must not be empty: name at least one for each picture")
+            for box in (box for boxes in lists for box in boxes):
+                if read_region(box) == (0, 0, 1, 1):
+                    raise ValueError(f"boxes: {WHOLE}")
+        return self
+
+    @cached_property
+    def regions(self) -> list[Mask | list[Box]]:
+        """What is to go, for each prompt or once for all. Raises ReattendError for a file that is no mask, and one that covers everything."""
+        if self.boxes is not None:
+            return self.boxes if isinstance(self.boxes[0], list) else [self.boxes]  # type: ignore[return-value]
+        masks = [mask_of(one, "mask") for one in listed(self.mask)]
+        if any("0" not in "".join(mask) for mask in masks):
+            raise ReattendError(f"mask: {WHOLE}")
+        return masks  # type: ignore[return-value]
+
+    @property
+    def called(self) -> str:
+        return "mask" if self.boxes is None else "boxes"
+
+    @property
+    def neutral(self) -> bool:
+        return False
+
+    def scale_at(self, clock: Clock) -> float:
+        """Towards the branch, where a guide goes away from it."""
+        return -self.scale
+
+    def selection(self, sites: SiteTable) -> list[tuple[int, int | None]]:
+        if self.layers is not None or self.heads is not None:
+            return super().selection(sites)
+        layers = image_layers(sites)
+        up = [number for number, table in layers.items() if table[0].stack == "denoiser.up"]
+        return [(number, None) for number in up or list(layers)[len(layers) // 2 :]]
+
+    def plan(self, sites: SiteTable) -> list[Step]:
+        # a mask that cannot be read is an error now
+        assert self.regions
+        kept = [] if self.image is None or self.scale == 0 else [Latents(self.begin, self.keep)]
+        return [*super().plan(sites), *kept]
+
+    # -- the branch ----------------------------------------------------------------------------------------------------
+
+    def perturbed(self, call: Call, heads: list[int] | None, rows: Tensor) -> list[Edit]:
+        """S' = factor S in rows of the mask, then -inf in its columns."""
+        columns = self.masked(call, call.tokens, call.num_keys)
+        if not bool(columns.any()):
+            return []
+        edits: list[Edit] = []
+        if self.factor != 1 and call.clock.step < self.steps:
+            own = call.query_tokens
+            inside = columns if own is None else self.masked(call, own, call.num_queries)
+            edits.append(ScaleQuery(factor=self.factor, heads=heads, rows=rows & inside.to(rows.device)))
+        return [*edits, Keep(pattern=~columns[:, None, None].to(rows.device), heads=heads, rows=rows)]
+
+    def masked(self, call: Call, tokens: TokenMap | None, length: int) -> Tensor:
+        """Bool [B, length], on the CPU: places of the mask among these tokens; none in rows where it would leave no place."""
+        numbers, count = ([0] * call.batch, 1) if len(self.regions) == 1 else picture_numbers(call)
+        found = torch.zeros(call.batch, length, dtype=torch.bool)
+        for grid in grids_of(tokens, call.site, self.slug):
+            inside = self.places(numbers[grid.row], count, grid.height, grid.width)
+            if not bool(inside.all()):
+                found[grid.row, grid.index.cpu()] = inside
+        return found
+
+    def places(self, number: int, count: int, height: int, width: int) -> Tensor:
+        """Bool [height, width]: the places of one of the run's pictures that its mask touches."""
+        region = of_picture(self.regions, number, count)
+        return touched(region, height, width, self.grow, self.called)
+
+    # -- the background ------------------------------------------------------------------------------------------------
+
+    def begin(self, at: AtStep) -> Tensor | None:
+        """Before the first step: what outside the mask is to be at every step."""
+        if at.clock.step:
+            return None
+        pictures = [opened(one, "image") for one in listed(self.image)]
+        clean = encoded(at.pipeline, pictures, at.latents)
+        count = len(at.latents)
+        clean = torch.stack([of_picture(list(clean), number, count) for number in range(count)])
+        inside = torch.stack([self.places(number, count, *clean.shape[-2:]) for number in range(count)])[:, None]
+        if bool(inside.flatten(1).all(dim=1).any()):
+            raise ReattendError(f"{self.called}: {WHOLE}")
+        at.memory.update(clean=clean, inside=inside.to(clean.device))
+        if self.invert:
+            at.memory["inverted"] = found = inverted(at, clean)
+            return found[place(at.scheduler, at.clock)]
+        start = levels(at.scheduler)[place(at.scheduler, at.clock)]
+        at.memory["noise"] = start.noise_of(at.latents, clean)
+        return None
+
+    def keep(self, at: AtStep) -> Tensor:
+        """After every step: x = M x + (1 - M) x_picture at the level that the scheduler has reached."""
+        known, now, clean = levels(at.scheduler), reached(at.scheduler, at.clock), at.memory["clean"]
+        if now == len(known) - 1:
+            kept = clean
+        elif self.invert:
+            kept = at.memory["inverted"][now]
+        else:
+            kept = known[now].mixed(clean, at.memory["noise"])
+        return torch.where(at.memory["inside"], at.latents, kept)

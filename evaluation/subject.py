@@ -77,17 +77,18 @@ class Subject:
         return torch.device(place or next(self.module.parameters()).device)
 
     @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Around a call of a diffusers pipeline: without its own progress bar."""
-        kept = getattr(self.source, "_progress_bar_config", None)
-        self.source.set_progress_bar_config(**{**(kept or {}), "disable": True})
+    def quiet(self, pipe: Any = None) -> Iterator[None]:
+        """Around a call of a diffusers pipeline (None: the source): without its own progress bar."""
+        pipe = self.source if pipe is None else pipe
+        kept = getattr(pipe, "_progress_bar_config", None)
+        pipe.set_progress_bar_config(**{**(kept or {}), "disable": True})
         try:
             yield
         finally:
             if kept is None:
-                del self.source._progress_bar_config
+                del pipe._progress_bar_config
             else:
-                self.source._progress_bar_config = kept
+                pipe._progress_bar_config = kept
 
     # -- encoders of images ------------------------------------------------------------------------------------------
 

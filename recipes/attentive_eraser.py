@@ -54,7 +54,8 @@ class AttentiveEraser(PerturbedGuidance):
         licence="Apache-2.0",
     )
 
-    marks = {"removed": "boxes", "picture": "image"}
+    beside = {"picture": "image"}
+    areas = {"removed": "boxes"}
 
     mask: Masks | None = Field(
         None,

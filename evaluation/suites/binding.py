@@ -89,9 +89,11 @@ def drawn_as_meant(suite: Suite, subject: Subject) -> Suite:
 
 
 def drawn(
-    subject: Subject, prompts: Sequence[str], items: Sequence[Item], steps: int, guidance: float, **more: Any
+    subject: Subject, prompts: Sequence[str], items: Sequence[Item], steps: int, guidance: float, pipe: Any = None, **more: Any
 ) -> list[Any]:
-    """The pictures of a batch. Each has its item's own noise, so that plain and changed runs begin alike."""
+    """The pictures of a batch. Each has its item's own noise, so that plain and changed runs begin alike. pipe: another pipeline of the
+    subject's parts."""
     noise = [torch.Generator().manual_seed(item.data["noise"]) for item in items]
-    with subject.quiet():
-        return subject.source(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance, **more).images
+    pipe = subject.source if pipe is None else pipe
+    with subject.quiet(pipe):
+        return pipe(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance, **more).images

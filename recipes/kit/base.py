@@ -99,10 +99,12 @@ class Recipe(BaseModel):
     version: ClassVar[int] = 1
     # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
     marks: ClassVar[Mapping[str, str]] = {}
-    # {kind of text: parameter that takes one text per prompt}, for texts beside the prompt that an evaluation has to write itself
+    # {kind of text or picture: parameter that takes one per prompt}, for what an evaluation has to bring beside the prompt
     beside: ClassVar[Mapping[str, str]] = {}
     # {kind of layout: parameter that takes one {words: box} per prompt}, for boxes that an evaluation has made up
     placed: ClassVar[Mapping[str, str]] = {}
+    # {what lies there: parameter that takes a list of boxes per prompt}, for places that an evaluation knows
+    areas: ClassVar[Mapping[str, str]] = {}
     # roles of tokens whose weights it changes or reads, and roles that it hides from the layers it acts at: see `apply.plans_misfit`
     weighs: ClassVar[frozenset[str]] = frozenset()
     hides: ClassVar[frozenset[str]] = frozenset()
@@ -139,9 +141,14 @@ class Recipe(BaseModel):
 
     @classmethod
     def awaited(cls) -> dict[str, tuple[str, Any]]:
-        """{kind: (parameter, what may stand in for it until an evaluation names it)}, of `marks`, `beside` and `placed`."""
+        """{kind: (parameter, what may stand in for it until an evaluation names it)}, of `marks`, `beside`, `placed` and `areas`."""
         passage = "passage"
-        stands_in = ((cls.marks, [[passage]]), (cls.beside, [passage]), (cls.placed, [{passage: (0, 0, 1, 1)}]))
+        stands_in = (
+            (cls.marks, [[passage]]),
+            (cls.beside, [passage]),
+            (cls.placed, [{passage: (0, 0, 1, 1)}]),
+            (cls.areas, [[(0.25, 0.25, 0.75, 0.75)]]),
+        )
         return {kind: (name, value) for kinds, value in stands_in for kind, name in kinds.items()}
 
     @classmethod

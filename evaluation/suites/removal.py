@@ -33,7 +33,7 @@ class Removal(Suite):
     does: ClassVar[str] = (
         "Takes one coloured shape out of a picture, by a box: how often it is gone, nothing came in its place, and the rest is as it was."
     )
-    shown: ClassVar[Sequence[str] | None] = ("empty", "removed", "rest", "psnr", "ssim", "inside")
+    shown: ClassVar[Sequence[str] | None] = ("right", "empty", "removed", "rest", "psnr", "ssim", "inside")
     lower: ClassVar[Sequence[str]] = ("inside",)
     marks: ClassVar[Sequence[str]] = ("removed", "picture")
     batch: ClassVar[int] = 16
@@ -138,13 +138,16 @@ class Removal(Suite):
         _, unwanted, rest = parts
         seen = read(after)
         places = [(one.name, one.box) for one in seen]
+        empty = float(not any(covered(box, mask) >= 0.5 for _, box in places))
+        still = judge(list(rest.things), seen)["binding"]
         outside = background(before, after, mask)
         return {
             "unwanted": unwanted.name,
             "seen": [name for name, _ in places],
+            "right": empty * still,
+            "empty": empty,
             "removed": float(removed(unwanted.name, places, mask)),
-            "empty": float(not any(covered(box, mask) >= 0.5 for _, box in places)),
-            "rest": judge(list(rest.things), seen)["binding"],
+            "rest": still,
             "psnr": min(outside["psnr"], ALIKE),
             "ssim": outside["ssim"],
             "inside": change_inside(picture(rest, after.width, CLEAR), after, mask),
@@ -155,6 +158,6 @@ class Removal(Suite):
 
     def metrics(self, sums: Sums) -> dict[str, Any]:
         """empty: share of pictures with nothing in the box; removed: share without the thing there, whatever came instead; rest: mean share
-        of the other things that are still seen; psnr (dB), ssim: likeness outside the box, means; inside: mean absolute difference, in the
-        box, from a picture that never had the thing (0 to 1)."""
+        of the other things that are still seen; right: both at once, rest where the box is empty and else nothing; psnr (dB), ssim: likeness
+        outside the box, means; inside: mean absolute difference, in the box, from a picture that never had the thing (0 to 1)."""
         return {name: ratio(sums[name], sums["pictures"]) for name in self.shown or ()}

@@ -333,14 +333,16 @@ def test_removal_is_scored_by_what_is_in_the_box_and_around_it():
     before, held = picture(scene, 64, CLEAR), one.mask(star, 64)
     perfect = one.record((scene, star, rest), before, held, picture(rest, 64, CLEAR))
     assert {name: perfect[name] for name in one.shown} == {
-        "empty": 1, "removed": 1, "rest": 1, "psnr": 100, "ssim": pytest.approx(1), "inside": 0,
+        "right": 1, "empty": 1, "removed": 1, "rest": 1, "psnr": 100, "ssim": pytest.approx(1), "inside": 0,
     }  # fmt: skip
     untouched = one.record((scene, star, rest), before, held, before)
     assert (untouched["empty"], untouched["removed"], untouched["rest"]) == (0, 0, 1) and untouched["inside"] > 0.05
     other = Scene((Thing("circle", "orange", 0.25, 0.25, 0.15), Thing("ring", "cyan", 0.7, 0.7, 0.15)))
     replaced = one.record((scene, star, rest), before, held, picture(other, 64, CLEAR))
     assert (replaced["empty"], replaced["removed"], replaced["rest"]) == (0, 1, 0) and replaced["psnr"] < 40
-    assert one.score([perfect, replaced])["empty"] == 0.5
+    ruined = one.record((scene, star, rest), before, held, picture(Scene(()), 64, CLEAR))
+    assert (ruined["empty"], ruined["right"]) == (1, 0)
+    assert one.score([perfect, replaced])["right"] == 0.5
 
 
 @pytest.mark.parametrize("by", ["image", "inpaint", "text"])

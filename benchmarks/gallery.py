@@ -20,9 +20,11 @@ from typing import Any
 import methods
 import reattend
 import torch
+from diffusers import AutoPipelineForInpainting
 from PIL import Image, ImageDraw, ImageFont
 from reattend.recipes import recipe_class
 from reattend.recipes.kit.registry import registry
+from reattend.zoo.worlds.reading import read
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, FOLDER = DOCS / "gallery.md", DOCS / "gallery"
@@ -105,8 +107,35 @@ def draw(grid: Grid, **more: Any) -> list[Image.Image]:
     ).images  # fmt: skip
 
 
+def edited(slug: str, grid: Grid) -> dict[str, list[Image.Image]]:
+    """{label: pictures} of a method that takes things out of pictures: the largest thing of each, by its box, under an empty prompt."""
+    before = draw(replace(grid, guidance=2.0))
+    boxes = []
+    for one in before:
+        box = next((seen.box for seen in read(one)), (one.width // 3, one.height // 3, one.width // 2, one.height // 2))
+        shares = [(edge + reach) / one.width for edge, reach in zip(box, (-1, -1, 1, 1), strict=True)]
+        boxes.append([tuple(min(max(share, 0.0), 1.0) for share in shares)])
+    masks = [Image.fromarray(reattend.recipe(slug, boxes=own).places(0, 1, 64, 64).numpy()) for own in boxes]
+    pipe = AutoPipelineForInpainting.from_pipe(pipeline(grid.model))
+    pipe.set_progress_bar_config(disable=True)
+
+    def fill() -> list[Image.Image]:
+        return pipe(
+            [""] * len(before), image=before, mask_image=masks, height=before[0].height, width=before[0].width, strength=1.0,
+            num_inference_steps=grid.steps, guidance_scale=grid.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(len(before))],
+        ).images  # fmt: skip
+
+    found = {"before": before, "inpainting pipeline": fill()}
+    with reattend.apply(pipeline(grid.model), slug, boxes=boxes, **grid.parameters):
+        found[f"{slug} on it"] = fill()
+    return found
+
+
 def rows(slug: str, grid: Grid) -> dict[str, list[Image.Image]]:
     """{label: pictures}"""
+    if recipe_class(slug).areas:
+        return edited(slug, grid)
     found = {"without": draw(grid)}
     with reattend.apply(pipeline(grid.model), slug, **parameters(slug, grid)):
         found[slug] = draw(grid)
@@ -143,7 +172,9 @@ def page(grids: dict[str, Grid]) -> str:
         look = grid.look or cls.info.does
         own = ", ".join(f"{name}={value}" for name, value in grid.parameters.items()) or "its defaults"
         size = f"{grid.size} x {grid.size} pixels, " if grid.size else ""
-        told = "; what is named stands in the captions" if cls.beside else "; told of the boxes drawn" if cls.placed else ""
+        told = "; what is named stands in the captions" if cls.beside and not cls.areas else ""
+        told = "; told of the boxes drawn" if cls.placed else told
+        told = "; the empty prompt, and a box around the largest thing" if cls.areas else told
         if "words" in cls.marks:
             told = f"; told of: {', '.join(word for *_, words in PROMPTS for word in words)}"
         lines += [

@@ -162,6 +162,19 @@ def layout() -> Section:
     )  # fmt: skip
 
 
+def removal() -> Section:
+    """From noise alone in the box, under an empty prompt, as the authors have it; what a user would try is an inpainting pipeline."""
+    return Section(
+        f"A thing taken out of a picture, {SD[1]}", SD[0], "removal:strength=1", ("right", "empty", "rest", "psnr", "ssim", "inside"),
+        tried("removal"), 32, 200, best=2, defaults=False,
+        baselines={
+            "an inpainting pipeline": Baseline("by=inpaint"),
+            "that, told what stays": Baseline("by=inpaint:prompt=rest"),
+        },
+        paper=paper("removal"),
+    )  # fmt: skip
+
+
 def canvas(side: int) -> Section:
     """Larger pictures repeat things, which shows as things that nobody asked for."""
     return Section(
@@ -195,6 +208,7 @@ SECTIONS = {
     "negatives": negatives(*SD, "guidance=2", 0, 32),
     "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1", 32, 200),
     "layout": layout(),
+    "removal": removal(),
     "canvas-96": canvas(96),
     "canvas-48": canvas(48),
 }  # fmt: skip

@@ -18,8 +18,8 @@ class Steering:
     """A context manager: `with Steering(subject, ["emphasise"], suite.marks) as steering: suite.answer(subject, batch)`.
 
     A recipe with all its parameters acts from `with` to its end. One that takes passages of the prompt (`Recipe.marks`), a text or picture
-    beside it (`Recipe.beside`) or boxes (`Recipe.placed`, `Recipe.areas`) and was given none waits: it acts inside `subject.marked(...)`, where the suite names
-    those of each prompt.
+    beside it (`Recipe.beside`) or boxes (`Recipe.placed`, `Recipe.areas`) and was given none waits: it acts inside `subject.marked(...)`,
+    where the suite names those of each prompt.
     marks: the kinds of passages that the suite names. stats: {recipe: {site: how often its edits were applied}} of all sessions.
     Raises ReattendError when it is made, before any forward pass: an unknown recipe or parameter, a model that a recipe does not
     fit, or passages that a recipe needs and the suite does not name.

@@ -20,7 +20,7 @@ from ..metrics.images import background, change_inside, covered, removed
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
-from .binding import drawn
+from .binding import OWN, drawn, drawn_as_meant
 
 Box = tuple[float, float, float, float]
 # of pictures that do not differ at all, in dB
@@ -49,8 +49,11 @@ class Removal(Suite):
         0.02, ge=0, le=0.1, description="how far the box reaches beyond the thing, in shares of the picture's side"
     )
     strength: float = Field(0.8, gt=0, le=1, description="where image to image and inpainting begin: 1 = from noise alone")
-    steps: int = Field(20, ge=1, description="steps of the sampler, of which the share `strength` is made")
-    guidance: float = Field(1.0, ge=0, description="guidance scale of the pipeline")
+    steps: int = Field(20, ge=1, description="steps of the sampler, of which the share `strength` is made" + OWN)
+    guidance: float = Field(1.0, ge=0, description="guidance scale of the pipeline" + OWN)
+
+    def asked_of(self, subject: Subject) -> Suite:
+        return drawn_as_meant(self, subject)
 
     def items(self, count: int, seed: int) -> list[Item]:
         """Scenes with a thing whose box touches no other's."""

@@ -19,6 +19,7 @@ official scripts blur the mask and cut it at 0.1. FreeU, which the SD 2.1 script
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -127,6 +128,11 @@ class AttentiveEraser(PerturbedGuidance):
             raise ReattendError(f"mask: {WHOLE}")
         return masks  # type: ignore[return-value]
 
+    @cached_property
+    def pictures(self) -> list[Any]:
+        """The pictures (PIL) that `image` names. Raises ReattendError for a file that is none."""
+        return [opened(one, "image") for one in listed(self.image)]
+
     @property
     def called(self) -> str:
         return "mask" if self.boxes is None else "boxes"
@@ -147,8 +153,8 @@ class AttentiveEraser(PerturbedGuidance):
         return [(number, None) for number in up or list(layers)[len(layers) // 2 :]]
 
     def plan(self, sites: SiteTable) -> list[Step]:
-        # a mask that cannot be read is an error now
-        assert self.regions
+        # files that cannot be read are an error now
+        assert self.regions and (self.image is None or self.pictures)
         kept = [] if self.image is None or self.scale == 0 else [Latents(self.begin, self.keep)]
         return [*super().plan(sites), *kept]
 
@@ -187,8 +193,7 @@ class AttentiveEraser(PerturbedGuidance):
         """Before the first step: what outside the mask is to be at every step."""
         if at.clock.step:
             return None
-        pictures = [opened(one, "image") for one in listed(self.image)]
-        clean = encoded(at.pipeline, pictures, at.latents)
+        clean = encoded(at.pipeline, self.pictures, at.latents)
         count = len(at.latents)
         clean = torch.stack([of_picture(list(clean), number, count) for number in range(count)])
         inside = torch.stack([self.places(number, count, *clean.shape[-2:]) for number in range(count)])[:, None]

@@ -240,11 +240,16 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(reattend.ReattendError, match=said):
             reattend.apply(pipe, "attentive-eraser", mask=tmp_path / given)
+    for given, said in {
+        tmp_path / "text.png": "image: .*cannot be read",
+        "data:image/png;base64,AAAA": "image: .*in the recipe",
+    }.items():
+        with pytest.raises(reattend.ReattendError, match=said):
+            reattend.apply(pipe, "attentive-eraser", boxes=BOX, image=given)
     runs = [
         ({"mask": tmp_path / "low.png"}, "mask of 16 x 12 has other proportions than the picture"),
         ({"mask": tmp_path / "low.png", "image": photo()}, "mask of 16 x 12 has other proportions than the picture"),
         ({"boxes": BOX, "image": photo(16, 12)}, "picture of 16 x 12 pixels has other proportions"),
-        ({"boxes": BOX, "image": tmp_path / "text.png"}, "image: .*cannot be read as a picture"),
         ({"boxes": [BOX, BOX]}, "regions for 2 prompts, and 1 pictures"),
         ({"boxes": [[0, 0, 1, 0.97], [0, 0.9, 1, 1]], "image": photo()}, "boxes: it covers the whole picture"),
     ]

@@ -45,6 +45,8 @@ class PromptReweight(Recipe):
         licence="Apache-2.0",
     )
 
+    marks = {"words": "words"}
+
     words: str | list[str] | list[list[str]] | Factors | list[Factors] | None = Field(
         None,
         description='the words: one, several of every prompt, or a list of them per prompt; with factors of their own as {"red": 1.4} or as '

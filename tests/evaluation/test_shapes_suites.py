@@ -354,3 +354,89 @@ def test_removal_runs_every_kind_of_pipeline(by):
     plain, steered = found.cells
     assert steered.applied > 0 and set(steered.metrics) == set(one.shown)
     assert [record["inside"] for record in plain.records] != [record["inside"] for record in steered.records]
+
+
+# -- words of a picture's prompt ----------------------------------------------------------------------------------------
+
+
+def test_binding_names_the_words_of_its_prompts_to_recipes():
+    """A recipe that waits for words is given those of every prompt of a batch, colours and shapes as asked for."""
+    told = []
+
+    class Noting:
+        def marked(self, rows):
+            told.append(rows)
+            return contextlib.nullcontext()
+
+    for naming in ("both", "colours", "shapes"):
+        one = suite("binding", steps=1, naming=naming)
+        items = one.items(3, 0)
+        asked = [item.data["asked"] for item in items]
+        drawn_at = [one.words(item) for item in items]
+        for pairs, words in zip(asked, drawn_at):
+            wanted = {"both": sum(pairs, []), "colours": [c for c, _ in pairs], "shapes": [s for _, s in pairs]}[naming]
+            assert words == list(dict.fromkeys(wanted))
+        subject = SimpleNamespace(marked=lambda **rows: Noting().marked(rows), quiet=contextlib.nullcontext, source=blank)
+        records = one.answer(subject, items)
+        assert told[-1] == {"words": drawn_at} and len(records) == 3
+
+
+def blank(prompts, generator, **more):
+    from PIL import Image
+
+    blank.prompts, blank.more = prompts, more
+    return SimpleNamespace(images=[Image.new("RGB", (64, 64), "white") for _ in generator])
+
+
+def test_words_said_twice_in_a_row():
+    one = suite("binding", steps=1, naming="colours", prompting="repeated")
+    item = next(item for item in one.items(20, 0) if len({c for c, _ in item.data["asked"]}) == len(item.data["asked"]))
+    subject = SimpleNamespace(marked=lambda **_: contextlib.nullcontext(), quiet=contextlib.nullcontext, source=blank)
+    one.answer(subject, [item])
+    words = blank.prompts[0].split()
+    for colour, shape in item.data["asked"]:
+        assert words.count(colour) == 2 and words.count(shape) == 1 and words[words.index(colour) + 1] == colour
+
+
+@pytest.mark.parametrize("name", ["SD", "SDXL"])
+def test_the_embeddings_of_words_are_scaled_away_from_those_of_the_empty_prompt(name):
+    from reattend.evaluation.suites.word_embeddings import scaled
+    from tiny_prompts import FAMILIES
+
+    pipe, _ = FAMILIES[name]()
+    prompts = ["a red sky", "the sky"]
+    same, more = (scaled(pipe, prompts, [["red"], ["the", "sky"]], factor) for factor in (1.0, 3.0))
+    own, empty = (same[f"{kind}prompt_embeds"] for kind in ("", "negative_"))
+    alone = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    torch.testing.assert_close(own, alone[0])
+    torch.testing.assert_close(empty, alone[1])
+    moved = (more["prompt_embeds"] != own).any(dim=2)
+    ids = pipe.tokenizer(prompts)["input_ids"]
+    letters = [pipe.tokenizer.convert_ids_to_tokens(row) for row in ids]
+    # of "a red sky" the three letters of "red", of "the sky" all but start and end
+    assert moved[0].nonzero()[:, 0].tolist() == [2, 3, 4], letters
+    assert moved[1].nonzero()[:, 0].tolist() == list(range(1, len(ids[1]) - 1))
+    torch.testing.assert_close((more["prompt_embeds"] - empty)[moved], 3 * (own - empty)[moved])
+    assert all(torch.equal(more[key], same[key]) for key in more if "pooled" in key)
+
+
+def test_embeddings_are_not_scaled_where_a_t5_reads_the_prompt_too():
+    from reattend.evaluation.suites.word_embeddings import scaled
+    from tiny_prompts import FAMILIES
+
+    for name in ("SD3", "PixArt"):
+        pipe, _ = FAMILIES[name]()
+        with pytest.raises(reattend.ReattendError, match="CLIP text encoders alone, and .* has others"):
+            scaled(pipe, ["a red sky"], [["red"]], 2.0)
+
+
+def test_recipes_with_words_are_measured_on_pictures():
+    """prompt-reweight and attend-and-excite wait for the words of a batch, and act then."""
+    import tiny_pipelines
+
+    pipe = tiny_pipelines.stable_diffusion()
+    one = suite("binding", steps=2, side=16, prompting="none")
+    variants = ["none", "prompt-reweight:factor=4:stop=1", "attend-and-excite:resolution=4"]
+    found = evaluate(pipe, [one], variants, count=2, progress=False, resamples=50)
+    applied = {cell.recipe: cell.applied for cell in found.cells}
+    assert [count > 0 for count in applied.values()] == [False, True, True], applied

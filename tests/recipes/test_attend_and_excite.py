@@ -12,7 +12,7 @@ import tiny_pipelines
 import torch
 from golden_files import golden_file
 from reattend.interventions import ReattendError
-from reattend.recipes.attend_and_excite import AttendAndExcite
+from reattend.recipes.attend_and_excite import AttendAndExcite, read_sides
 from torch import Tensor
 
 PROMPTS, WORDS = ["a b c", "d e f"], [["b"], ["e", "f"]]
@@ -192,6 +192,64 @@ def test_nothing_moves_where_every_word_shows_or_after_the_first_steps():
     with reattend.apply(pipe, "attend-and-excite", words=WORDS, steps=2, **STRONG) as session:
         draw(pipe, PROMPTS, [0, 1])
     assert session.stats == {"attend-and-excite": {"latents": 2}}
+
+
+@pytest.mark.parametrize(
+    ("latents", "read"),
+    [
+        ((64, 64), [16, 16]),
+        ((96, 64), [24, 16]),
+        ((61, 64), [16, 16]),
+        ((16, 16), [8, 8]),
+        ((8, 8), [8, 8]),
+        ((6, 10), [6, 10]),
+    ],
+)
+def test_the_maps_that_are_read_by_default_tell_places_apart(latents, read):
+    assert read_sides(*latents) == read
+
+
+def test_by_default_it_reads_what_a_small_unet_has():
+    pipe = euler()
+    drawn = []
+    for resolution in (None, 8, 4):
+        with reattend.apply(pipe, "attend-and-excite", words=WORDS, **{**STRONG, "resolution": resolution}):
+            drawn.append(draw(pipe, PROMPTS, [0, 1]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_word_that_occurs_twice_and_prompts_that_are_too_long():
+    """All occurrences of a word have one map, or one of them is named; of a text that was cut off nothing is found."""
+    pipe, drawn = euler(), []
+    for given in ({"words": ["b"]}, {"words": ["b"], "occurrence": 1}, {"words": ["b"], "occurrence": -1}):
+        with reattend.apply(pipe, "attend-and-excite", **given, **STRONG):
+            drawn.append(draw(pipe, ["a b c b"], [0]))
+    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    long = "a b " * pipe.tokenizer.model_max_length + "wolf"
+    said = "'wolf' is not in prompt 0, which its text encoders read as"
+    with reattend.apply(pipe, "attend-and-excite", words=["wolf"], **STRONG), pytest.raises(ReattendError, match=said):
+        draw(pipe, [long], [0])
+    with reattend.apply(pipe, "attend-and-excite", words=["b"], **STRONG) as session:
+        draw(pipe, [long], [0])
+    assert session.applied
+
+
+def test_prompts_that_were_encoded_before_the_session_need_columns():
+    pipe = euler()
+    encoded = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt("a b", "cpu", 1, True), strict=True))
+    call = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.randn(1, 4, 8, 8), **encoded}
+    with (
+        reattend.apply(pipe, "attend-and-excite", words=["b"], **STRONG),
+        pytest.raises(ReattendError, match="or give columns"),
+    ):
+        pipe(**call)
+    with reattend.apply(pipe, "attend-and-excite", columns=[[2]], **STRONG) as session:
+        pipe(**call)
+    assert session.applied
+    with reattend.apply(pipe, "attend-and-excite", words=["b"], **STRONG) as session:
+        within = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt("a b", "cpu", 1, True), strict=True))
+        pipe(**{**call, **within})
+    assert session.applied
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ BAD = [
     ({"columns": [[]]}, "at least one entry per prompt"),
     ({"columns": [[1]], "thresholds": {0: 2}}, "number from 0 to 1"),
     ({"columns": [[1]], "normalize_eot": True}, "columns with normalize_eot need length"),
+    ({"words": ["red"], "resolution": 1}, "resolution.*greater than or equal to 2"),
     ({"columns": [[1]], "scale": 51}, "scale.*less than or equal to 50"),
 ]
 
@@ -102,4 +103,12 @@ def golden(name, run):
     yield draw() / largest, data["latents_plain"] / largest
 
 
+# -- what the benchmarks ask, see benchmarks/methods.py
+
+TRIED = {
+    "words": [
+        "attend-and-excite:scale=10", "attend-and-excite", "attend-and-excite:scale=40", "attend-and-excite:tries=0",
+        "attend-and-excite:resolution=4",
+    ]
+}  # fmt: skip
 GALLERY = {"look": "The last shape of most prompts, which is told to be attended to: whether it comes."}

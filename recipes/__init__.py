@@ -6,6 +6,7 @@ from .kit.language import decoder_sites
 from .kit.profile import Profile
 from .kit.profiling import cached_profile
 from .kit.registry import list_recipes, load_recipe, recipe, recipe_class, save_recipe
+from .kit.weighted_prompts import plain_prompt
 
 __all__ = [
     "Info",
@@ -16,6 +17,7 @@ __all__ = [
     "decoder_sites",
     "list_recipes",
     "load_recipe",
+    "plain_prompt",
     "recipe",
     "recipe_class",
     "save_recipe",

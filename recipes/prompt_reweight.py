@@ -1,18 +1,23 @@
-"""Reweighting the words of a prompt (the reweight part of prompt-to-prompt, Hertz et al., arXiv 2208.01626).
+"""Prompt-to-prompt (Hertz et al., arXiv 2208.01626): reweighting the words of a prompt, and editing a picture by its prompt.
 
 Fixes: a word of the prompt shows too little in the picture, or too much. The attention weights that the image gives to chosen words are
 multiplied by a factor c: A'[:, j] = c_j A[:, j]. A factor above 1 strengthens a word, one below 1 weakens it, a negative one turns it round.
-Acts on: the prompt's rows (not the negative prompt's), at all cross-attention, or the image tokens' rows of all joint attention (ours:
-the paper knows no such models), in steps s with int(start (n + 1)) <= s < int(stop (n + 1)) of n steps, as in the official code.
-Rows are not made to sum to 1 again, as in the paper; `renormalise` does so.
-Ours: one picture by itself, where the paper takes the weights of the run without the change for the run with it. The factors of several
-words are those given: the official code makes rows of factors of its own where there are several values. `stop` 0.8 is what the authors'
-examples take.
+With `edit`, prompts beside a source prompt are drawn with the source's attention, so that what the words do not change stays: "replace"
+A' = A_source M with words swapped one for one, "refine" A' = A_source at the words that both have, A at new ones; then factors.
+Acts on: the prompt's rows (not the negative prompt's, nor the source's), at all cross-attention, or the image tokens' rows of all joint
+attention (ours: the paper knows no such models), in steps s with int(start (n + 1)) <= s < int(stop (n + 1)) of n steps, as in the official
+code; an edit also at self-attention of at most `self_places` keys, int(self_start n) <= s < int(self_stop n).
+Conventions: rows are not made to sum to 1 again, as in the paper; `renormalise` does so. The factors of several words are those given: the
+official code makes rows of factors of its own where there are several values.
+Ours: reweighting one picture by itself, where the paper takes the weights of the run without the change for the run with it (`edit` does,
+with the same prompt twice). `stop` 0.8 is what the authors' examples take. In joint attention the image's own columns are taken as
+self-attention's, of any size: such models have one size of maps. The source may be the session's first run instead of the batch's first
+prompt, whose queries and keys are then kept. The local blend of latents is left out. Pictures to be edited have to begin with the same
+noise: give the pipeline `latents`, or a list of generators with the same seed.
 """
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any, Literal
 
@@ -22,16 +27,17 @@ from ..hooks import Edits, SiteTable, Words
 from ..hooks.plan import Step
 from ..interventions import Call, Clock, Edit, Gain, ReattendError
 from .kit.base import Info, Recipe
-from .kit.denoisers import reads_prompt, text_layers
+from .kit.denoisers import image_layers, reads_prompt, text_layers
+from .kit.source_prompt import SourcePrompt
+from .kit.weighted_prompts import weighted
 
-WEIGHTED = re.compile(r"\(([^():]+):\s*([-+]?\d*\.?\d+)\s*\)")
 Factors = dict[str, float]
 
 
 class PromptReweight(Recipe):
     slug = "prompt-reweight"
     info = Info(
-        does="Multiplies the attention that a picture gives to chosen words of the prompt.",
+        does="Multiplies the attention that a picture gives to chosen words of the prompt, or edits a picture by its prompt.",
         paper="Prompt-to-Prompt Image Editing with Cross-Attention Control",
         year=2023,
         arxiv="2208.01626",
@@ -50,7 +56,7 @@ class PromptReweight(Recipe):
     words: str | list[str] | list[list[str]] | Factors | list[Factors] | None = Field(
         None,
         description='the words: one, several of every prompt, or a list of them per prompt; with factors of their own as {"red": 1.4} or as '
-        'the whole prompt "a (red:1.4) circle" (give the pipeline the prompt without them)',
+        'the whole prompt "a (red:1.4) circle" (the pipeline gets reattend.recipes.plain_prompt of it)',
     )
     columns: list[tuple[list[int], float]] | None = Field(
         None,
@@ -71,16 +77,51 @@ class PromptReweight(Recipe):
     )
     renormalise: bool = Field(False, description="scale each row back to its old sum, so that other words give what these gain")
 
+    edit: Literal["replace", "refine"] | None = Field(
+        None,
+        description='draw the prompts after the first with the attention of the first one: "replace", words swapped one for one (a cat / a '
+        'dog), or "refine", words added (a cat / a fluffy cat); give the pipeline both prompts, the same noise, and words only to reweight too',
+    )
+    source: Literal["batch", "run"] = Field(
+        "batch", description="with edit: the attention is that of the first prompt of the batch, or of the session's first run"
+    )
+    pictures: int = Field(1, ge=1, description="with edit: how many pictures each prompt has (num_images_per_prompt)")
+    self_start: float = Field(0.0, ge=0, lt=1, description="with edit: the first part of the schedule, for self-attention")
+    self_stop: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="with edit: the fraction of the steps from which on self-attention is no longer taken; 0 = never",
+    )
+    self_places: int = Field(
+        256,
+        ge=1,
+        description="with edit: self-attention is taken where it sees at most so many places; joint models have no such limit",
+    )
+    aligned: bool = Field(
+        False,
+        description='with edit "replace": words after a swapped one that has more tokens, or fewer, take their own attention, and not that of '
+        "the place at which they stand",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> PromptReweight:
-        if (self.words is None) == (self.columns is None):
+        if self.edit is None and (self.words is None) == (self.columns is None):
             raise ValueError("give words to reweight, or columns")
+        if self.edit is not None and self.columns is not None:
+            raise ValueError("edit reads the prompts itself: give words, or nothing, instead of columns")
+        if self.edit is None and (self.source, self.pictures, self.aligned) != ("batch", 1, False):
+            raise ValueError('source, pictures and aligned go with edit: give edit="replace" or "refine"')
+        if self.aligned and self.edit != "replace":
+            raise ValueError('aligned goes with edit "replace"')
+        if self.edit is not None and 0 < self.self_stop <= self.self_start:
+            raise ValueError(f"self_start {self.self_start} must lie below self_stop {self.self_stop}")
         if self.layers == []:
             raise ValueError("layers must not be empty; leave it out for all of them")
         if self.start >= self.stop:
             raise ValueError(f"start {self.start} must lie below stop {self.stop}")
         prompts = self.prompts
-        if not any(prompts) and self.columns is None:
+        if not any(prompts) and (self.words is not None or self.edit is None) and self.columns is None:
             raise ValueError("words names no word")
         for factor in [*(f for prompt in prompts for _, f in prompt), *(f for _, f in self.columns or ())]:
             if not -2 <= factor <= 10:
@@ -107,6 +148,8 @@ class PromptReweight(Recipe):
         missing = [layer for layer in self.layers or () if layer not in layers]
         if layers and missing:
             return f"layer {missing[0]} does not exist: {name} has layers 0 to {len(layers) - 1}"
+        if layers and self.edit is not None and any(s.kind == "temporal" or s.stack.endswith(".motion") for s in sites):
+            return f"{self.slug} edits pictures; {name} draws videos"
         if layers:
             return self.chosen(sites).refusal
         stacks = ", ".join(sorted({s.stack for s in sites})) or "none"
@@ -128,17 +171,38 @@ class PromptReweight(Recipe):
             same = [[[word for word, own in prompt if own == factor] for prompt in self.prompts] for factor in factors]
             steps = [Words(self._role(n), words, occurrence=self.occurrence) for n, words in enumerate(same)]
         changing = {step.name: factor for step, factor in zip(steps, factors, strict=True) if factor != 1}
-        return [*steps, Edits(self.chosen(sites), partial(self.reweight, changing))] if changing else [*steps]
+        given: list[Step] = [*steps]
+        editing = None
+        if self.edit is not None:
+            read = Words(f"{self.slug}-{self.serial}")
+            editing = SourcePrompt(
+                self.slug, self.edit, self.source, read, self.acts, self.within, self.self_places, self.pictures, self.aligned
+            )
+            given += [read, editing.step(self.taken(sites))]
+        if changing:
+            given.append(Edits(self.chosen(sites), partial(self.reweight, changing, editing)))
+        return given
+
+    def taken(self, sites: SiteTable) -> SiteTable:
+        """Where an edit takes the source's attention: to the text, and among image tokens."""
+        names = {site.name for site in self.chosen(sites)}
+        names |= {
+            site.name for table in image_layers(sites).values() for site in table if site.kind == "self" and site.supported
+        }
+        return sites.where(lambda s: s.name in names)
 
     def _role(self, number: int) -> str:
         return f"{self.slug}-{self.serial}-{number}"
 
-    def reweight(self, factors: dict[str, float], call: Call) -> list[Edit] | None:
-        """A'[:, j] = c_j A[:, j] for the columns j of each role."""
+    def reweight(self, factors: dict[str, float], editing: SourcePrompt | None, call: Call) -> list[Edit] | None:
+        """A'[:, j] = c_j A[:, j] for the columns j of each role; of an edit only the rows that are edited."""
         conditional = call.clock.rows("conditional", call.batch)
         if conditional is None or not self.acts(call.clock) or not reads_prompt(call):
             return None
-        rows = conditional[:, None]
+        chosen = conditional if editing is None else editing.edited(call)
+        if chosen is None:
+            return None
+        rows = chosen[:, None]
         if call.site is not None and call.site.kind == "joint":
             rows = rows & call.query_rows("image")
         whole = "row" if self.renormalise else None
@@ -158,14 +222,8 @@ class PromptReweight(Recipe):
             )
         return first <= clock.step < last
 
-
-def weighted(text: str) -> list[tuple[tuple[str, int], float]]:
-    """[((word, which occurrence of it), factor)] of a prompt with "(word:factor)" in it."""
-    plain, found, end = "", [], 0
-    for match in WEIGHTED.finditer(text):
-        plain += text[end : match.start()]
-        word = match[1].strip()
-        before = re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", plain, re.IGNORECASE)
-        found.append(((word, len(before)), float(match[2])))
-        plain, end = plain + match[1], match.end()
-    return found
+    def within(self, clock: Clock) -> bool:
+        """Whether self-attention is taken in a step."""
+        if clock.steps is None:
+            raise ReattendError(f"{self.slug}: the number of steps is not known; run the pipeline, or its schedule, as a whole")
+        return int(self.self_start * clock.steps) <= clock.step < int(self.self_stop * clock.steps)

@@ -36,6 +36,7 @@ from reattend.interventions import (
     Second,
     SetScores,
     TakeOutput,
+    TakeWeights,
     TokenMap,
     Transfer,
     WeightMap,
@@ -120,6 +121,8 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         ),
         "take output": lambda: TakeOutput(**taken(b, t), **who),
         "take output of batch rows": lambda: TakeOutput(batch=torch.arange(b).roll(1), **who),
+        "take weights": lambda: take_weights(call, h, **who),
+        "take all weights": lambda: take_weights(call, h, others=True, **who),
         "instead": lambda: Instead(compute=sharper, **who),
         "instead across heads": lambda: Instead(compute=sharper, reads="heads", **who),
         "extrapolate": lambda: Extrapolate(other=torch.randn(b, call.num_heads, t, call.value.shape[3]).to(dtype), factor=2.0, rows=rows),
@@ -146,6 +149,14 @@ def second(call: Call, count: int, **options: Any) -> Second:
     b, d, dtype = call.batch, call.query.shape[3], call.query.dtype
     key, value = torch.randn(b, count, 5, d).to(dtype), torch.randn(1, count, 5, call.value.shape[3]).to(dtype)
     return Second(key=key, value=value.expand(b, -1, -1, -1), mask=torch.arange(5).expand(call.num_queries, -1) > 0, **options)
+
+
+def take_weights(call: Call, count: int, **more: Any) -> TakeWeights:
+    """The weights of another query and other keys, two columns of which are mixed, of which something of the own ones stays."""
+    b, t, n, d, dtype = call.batch, call.num_queries, call.num_keys, call.query.shape[3], call.query.dtype
+    named: dict[str, Any] = {"transfer": torch.rand(b, 2, 2).to(dtype), "own": torch.rand(1, 2).to(dtype)}
+    query, key = torch.randn(b, count, t, d).to(dtype), torch.randn(b, count, n, d).to(dtype)
+    return TakeWeights(query=query, key=key, columns=torch.tensor([0, min(2, n - 1)]), **named, **more)
 
 
 def taken(batch: int, queries: int) -> dict[str, Tensor]:

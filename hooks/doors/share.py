@@ -107,11 +107,12 @@ class Share(Step):
 
     of: "batch" (other rows of the call itself), "step" (this site at an earlier step of the run: the newest of the last `steps` that were
     kept) or "run" (this site and step in the first run of the session, which is itself left as it is). when: of which steps something is
-    kept, default all. Where nothing is kept, `use` is not asked. part: the half or branch whose rows are given; default each row's own (of
-    a guide's branch that was not kept: the conditional half). rows(n) -> n numbers: which of its rows each of the n rows of a part is given;
-    default the same place, or the only one. role: of which tokens ("image", "text", "all"). `keep` may name "query", "key", "value" and
-    "output" ("output" not with "batch": `TakeOutput(batch=shared.rows)` takes it over). offload: kept in main memory. label names it in the
-    session's counters. Raises ReattendError for other names and for numbers out of range.
+    kept, default all; at: at which calls something is kept and given, default all. Where nothing is kept, `use` is not asked. part: the
+    half or branch whose rows are given; default each row's own (of a guide's branch that was not kept: the conditional half). rows(n) -> n
+    numbers: which of its rows each of the n rows of a part is given; default the same place, or the only one. role: of which tokens
+    ("image", "text", "all"). `keep` may name "query", "key", "value" and "output" ("output" not with "batch":
+    `TakeOutput(batch=shared.rows)` takes it over). offload: kept in main memory. label names it in the session's counters. Raises
+    ReattendError for other names and for numbers out of range.
     """
 
     sites: SiteTable
@@ -123,6 +124,7 @@ class Share(Step):
     role: str = "all"
     steps: int = 1
     when: Callable[[Clock], bool] | None = None
+    at: Callable[[Call], bool] | None = None
     offload: bool = False
     label: str = ""
     _kept: Callable[[], _Kept | None] = field(default=lambda: None, init=False, repr=False)
@@ -163,10 +165,10 @@ class Share(Step):
 
         def edit(call: Call, forward: Forward) -> Sequence[Edit]:
             run = kept.of(forward, key)
-            shared = self._shared(call, kept, run)
+            call.memory = forward.memory(plan.memory_key)
+            shared = self._shared(call, kept, run) if self.at is None or self.at(call) else None
             if shared is None:
                 return ()
-            call.memory = forward.memory(plan.memory_key)
             edits = edits_of(self.use(call, shared))
             if edits:
                 assert call.site is not None
@@ -175,7 +177,9 @@ class Share(Step):
 
         def read(call: Call, edits: list[Edit], forward: Forward) -> None:
             run = kept.of(forward, key)
-            if (self.of == "step" or run is kept.reference) and (self.when is None or self.when(call.clock)):
+            call.memory = forward.memory(plan.memory_key)
+            wanted = (self.when is None or self.when(call.clock)) and (self.at is None or self.at(call))
+            if wanted and (self.of == "step" or run is kept.reference):
                 self._keep(call, kept.runs[run])
 
         for site in self.sites:

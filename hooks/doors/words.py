@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...interventions import ReattendError
 from ..actions import Action, Rank, RootCall
@@ -36,7 +36,7 @@ from ..tokens.marks import Marks
 from ..tokens.pass_text import ENCODE_WITHIN, PassText
 from ..tokens.text_columns import Stream
 from ..tokens.text_encodings import TextEncodings, text_encoders
-from ..tokens.words import Occurrence, Word, columns_of, texts_read
+from ..tokens.words import Occurrence, Text, Word, columns_of, texts_read
 
 TEXTS = 8
 # of every prompt, whoever asks; and what else the tokens of a denoiser are called
@@ -51,7 +51,8 @@ class Words(Step):
     words: for every prompt a list of words or passages (one inner list = the same for every prompt), each a text or (text, occurrence);
     whole words, in any case of letters. columns: or for every prompt a list of column lists, one for each word, counted from 0 in the
     text that the denoiser gets. Neither: "start", "words" and "end" alone. occurrence: which one when a word occurs more than once
-    (from 0, -1 = the last, "all"; None: that is an error).
+    (from 0, -1 = the last, "all"; None: that is an error). Whoever reads or edits in the same plan finds what the encoders wrote in
+    `call.memory[step]`: {conditional row of the denoiser's batch: a `Text` per encoder}, with the ids of its tokens and their columns.
     Raises ReattendError for the name of a role that there is, an empty word, lists that name nothing, both words and columns, or a negative
     column.
     """
@@ -99,7 +100,7 @@ class Words(Step):
         return ""
 
     def install(self, host: Host, session: Holder, plan: Plan) -> Handles:
-        reader = _Reader(self, plan.recipe, {} if self.columns is not None else text_encoders(session.model))
+        reader = _Reader(self, plan, {} if self.columns is not None else text_encoders(session.model))
         handles = session.handles()
         reader.encodings.listen(handles)
         handles.act(Action(Rank.FACTS, before=reader.mark, certain=f"the words of {plan.recipe!r}"))
@@ -120,8 +121,8 @@ def _listed(value: Any) -> bool:
 class _Reader:
     """What a pipeline's text encoders gave while a session lasts, and the words in the texts that came of it."""
 
-    def __init__(self, step: Words, recipe: str, encoders: dict[str, tuple[nn.Module, Any]]) -> None:
-        self.step, self.recipe = step, recipe
+    def __init__(self, step: Words, plan: Plan, encoders: dict[str, tuple[nn.Module, Any]]) -> None:
+        self.step, self.plan = step, plan
         self.encodings = TextEncodings(encoders)
         self.known: OrderedDict[Any, Marks] = OrderedDict()
 
@@ -131,23 +132,26 @@ class _Reader:
         """Tells the facts of a pass which columns of its text these are, before its first layer."""
         assert isinstance(call.forward, DenoiserForward)
         try:
-            call.forward.marks.append(self._marks(PassText.of(call, list(self.encodings.encoded))))
+            marks = self._marks(PassText.of(call, list(self.encodings.encoded)))
         except ReattendError as error:
-            raise ReattendError(f"{self.recipe}: {error}") from None
+            raise ReattendError(f"{self.plan.recipe}: {error}") from None
+        call.forward.marks.append(marks)
+        call.forward.memory(self.plan.memory_key)[self.step] = marks.texts
 
     def _marks(self, text: PassText) -> Marks:
         if text.key not in self.known:
-            self.known[text.key] = Marks(self._roles(text))
+            self.known[text.key] = self._read(text)
             if len(self.known) > TEXTS:
                 self.known.popitem(last=False)
         return self.known[text.key]
 
-    def _roles(self, text: PassText) -> dict[str, Tensor]:
-        """{role: bool [rows, columns]} of the conditional rows of a pass's text."""
+    def _read(self, text: PassText) -> Marks:
+        """The roles of the conditional rows of a pass's text, and what was read there."""
         step, own = self.step, text.own
         given: Sequence[Any] = step.columns or step.words or []
         marks = {role: torch.zeros(text.rows, text.width, dtype=torch.bool) for role in step.roles}
         streams: dict[int, list[Stream]] = {}
+        read: dict[int, Sequence[Text]] = {}
         if step.columns is None:
             streams = {row: text.read(row * text.frames, self.encodings.tokenizers) for row in text.conditional}
         for row in text.conditional:
@@ -166,7 +170,7 @@ class _Reader:
             if step.columns is not None:
                 each = [set(columns) for columns in named]
             else:
-                texts = texts_read(streams[row], self.encodings.tokenizers)
+                texts = read[row] = texts_read(streams[row], self.encodings.tokenizers)
                 for role in OF_A_PROMPT:
                     found[role] = sorted(set().union(*(getattr(one, role) for one in texts)))
                 if named and not copy and _ids(streams[own[first]]) != _ids(streams[row]):
@@ -189,7 +193,7 @@ class _Reader:
                 found[step.name] = sorted(set().union(*each))
             for role, columns in found.items():
                 marks[role][row * text.frames : (row + 1) * text.frames, columns] = True
-        return marks
+        return Marks(marks, read)
 
 
 def _of_prompt(given: Sequence[Any], number: int, count: int, what: str) -> tuple[Any, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from ...interventions import TokenMap
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    """Roles of the columns of a pass's text: by name bool [rows of the text, columns], on the CPU."""
+    """Roles of the columns of a pass's text: by name bool [rows of the text, columns], on the CPU. texts: {row of the batch: what each text
+    encoder wrote there}, of rows whose words were read."""
 
     roles: Mapping[str, Tensor]
+    texts: Mapping[int, Sequence[Any]] = field(default_factory=dict)
 
 
 def mark(tokens: TokenMap, marks: Marks, mask: Tensor | None, sample: int | None, site: str) -> None:

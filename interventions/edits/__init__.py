@@ -11,6 +11,7 @@ from .projection import ProjectKey
 from .rearrange import Rearrange
 from .scores import KeyBias, LowRankBias, PairBias, ScoreEdit, ScoreGain, SetScores
 from .second import Extrapolate, Instead, Second, TakeOutput
+from .taken import TakeWeights
 from .weights import Gain, Lift, Mix, Transfer, WeightEdit, WeightMap
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SetScores",
     "Shape",
     "TakeOutput",
+    "TakeWeights",
     "Transfer",
     "WeightEdit",
     "WeightMap",

@@ -414,11 +414,11 @@ class PineParameters(TypedDict, total=False):
     where they stand (they still see each other; the order then matters)"""
 
 class PromptReweightParameters(TypedDict, total=False):
-    """Multiplies the attention that a picture gives to chosen words of the prompt."""
+    """Multiplies the attention that a picture gives to chosen words of the prompt, or edits a picture by its prompt."""
 
     words: str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, float] | Sequence[Mapping[str, float]] | None
     """the words: one, several of every prompt, or a list of them per prompt; with factors of their own as {'red': 1.4} or
-    as the whole prompt 'a (red:1.4) circle' (give the pipeline the prompt without them)"""
+    as the whole prompt 'a (red:1.4) circle' (the pipeline gets reattend.recipes.plain_prompt of it)"""
     columns: Sequence[tuple[Sequence[int], float] | Sequence[Any]] | None
     """instead of words, of every prompt: columns of the text that the denoiser gets, from 0, and their factor; for prompts
     that were encoded elsewhere"""
@@ -434,6 +434,23 @@ class PromptReweightParameters(TypedDict, total=False):
     """layers that are changed, numbered over all attention to the text (UNet: down, mid, up); default: all of them"""
     renormalise: bool
     """scale each row back to its old sum, so that other words give what these gain"""
+    edit: Literal["replace", "refine"] | None
+    """draw the prompts after the first with the attention of the first one: 'replace', words swapped one for one (a cat /
+    a dog), or 'refine', words added (a cat / a fluffy cat); give the pipeline both prompts, the same noise, and words
+    only to reweight too"""
+    source: Literal["batch", "run"]
+    """with edit: the attention is that of the first prompt of the batch, or of the session's first run"""
+    pictures: int
+    """with edit: how many pictures each prompt has (num_images_per_prompt)"""
+    self_start: float
+    """with edit: the first part of the schedule, for self-attention"""
+    self_stop: float
+    """with edit: the fraction of the steps from which on self-attention is no longer taken; 0 = never"""
+    self_places: int
+    """with edit: self-attention is taken where it sees at most so many places; joint models have no such limit"""
+    aligned: bool
+    """with edit 'replace': words after a swapped one that has more tokens, or fewer, take their own attention, and not
+    that of the place at which they stand"""
 
 class RetrievalHeadsParameters(TypedDict, total=False):
     """Masks or strengthens the few heads that copy facts from the context into the answer."""

@@ -314,3 +314,23 @@ def test_a_part_that_was_not_kept_is_an_error():
             predict(model, three)
         with reattend.rows("unconditional"), pytest.raises(ReattendError, match="nothing was kept of unconditional rows"):
             predict(model, {**one, "timestep": torch.tensor(300)})
+
+
+def test_only_at_the_calls_that_are_asked_for():
+    """Elsewhere nothing is kept, and nobody is asked."""
+    pipe, call, _, _ = stable_diffusion()
+    asked, kept = [], []
+    places: set[int] = set()
+    wishes = (lambda keys: True, lambda keys: keys == min(places), lambda keys: False)
+    for wanted in wishes:
+        asked.clear()
+        share = Share(
+            seeing(pipe), lambda at, shared: asked.append(at.num_keys), of="step", at=lambda at, w=wanted: w(at.num_keys)
+        )
+        held = []
+        with attach(pipe, [Plan("share", [share])]):
+            draw(pipe, call, callback_on_step_end=lambda *_, s=share, h=held: h.append(s.bytes) or {})
+        kept.append(held)
+        places |= set(asked)
+        assert set(asked) == {keys for keys in places if wanted(keys)}
+    assert len(places) > 1 and kept[0][0] > kept[1][0] > 0 and not any(kept[2])

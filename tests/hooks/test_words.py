@@ -326,3 +326,20 @@ def test_words_of_the_zoo(name: str) -> None:
     words = ["", *text.split()]
     assert rows[-1]["w.0"] == [words.index("red")] and rows[-1]["w.1"] == [words.index("blue"), words.index("square")]
     assert rows[-1]["end"] == [len(words)] and not rows[0]["w"]
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3", "Flux"])
+def test_what_each_encoder_wrote_is_there_for_the_plan(name):
+    """For every conditional row, with the ids of the tokens and the columns in which they stand."""
+    pipe, given = FAMILIES[name]()
+    words, seen = Words("w", [["red"]]), []
+    table = reattend.sites(pipe).stack("denoiser").kind("cross", "joint")
+    look = Capture(table[:1], lambda call, edits: seen.append((call.memory[words], call.clock)))
+    with attach(pipe, [Plan("look", [words, look])]):
+        pipe(prompt=["a red sky", PROMPT], num_inference_steps=1, output_type="latent", **given)
+    texts, clock = seen[0]
+    assert list(texts) == clock.branches["conditional"].nonzero()[:, 0].tolist()
+    for row, prompt in zip(texts, ("a red sky", PROMPT), strict=True):
+        for text in texts[row]:
+            assert prompt in text.transcript.text
+            assert len(text.stream.ids) == len(text.stream.columns) and set(text.stream.columns) <= text.stream.touched

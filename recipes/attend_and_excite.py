@@ -167,9 +167,3 @@ class AttendAndExcite(Descent):
         kernel = line[:, None] * line / line.sum() ** 2
         framed = pad(maps.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
         return torch.nn.functional.conv2d(framed, kernel[None, None])[:, 0].unflatten(0, maps.shape[:2])
-
-
-def read_sides(height: int, width: int) -> list[int]:
-    """The maps of latents of this size that are read: a quarter of its sides, or half or all of them, the first with LEAST_SIDE places."""
-    found = ([-(-side // part) for side in (height, width)] for part in (4, 2, 1))
-    return next((sides for sides in found if min(sides) >= LEAST_SIDE), [height, width])

@@ -15,6 +15,7 @@ from ..recipes.kit.registry import is_file_name, read_choice
 from .arguments import picture_of
 from .cost import Meter
 from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes
+from .images import ImageJob
 from .inputs import job_for
 from .job import Job, Tick, generators_kept
 from .looks import add_side
@@ -23,6 +24,7 @@ from .shares import FIRST, named
 from .sweep import Sweep
 from .sweep_run import sweep
 from .sweep_variants import filled, passage_of
+from .word_maps import WordMaps
 
 # The role of the first token where passages have roles of their own, which go before "bos".
 FIRST_ALONE = "first token alone"
@@ -127,6 +129,8 @@ def compare(
             after = _run(job, report, session, attention, tick, before)
             report.stats, report.ways = session.stats, session.ways
     report.notes += around
+    if isinstance(job, ImageJob):
+        report.maps = WordMaps(job, chosen)
     job.fill(report, before, after)
     for label, counts in report.stats.items():
         if not counts:

@@ -125,6 +125,7 @@ class ImageJob(Job):
         chosen = sorted({round(i * (len(pairs) - 1) / max(1, SHOWN_FRAMES - 1)) for i in range(SHOWN_FRAMES)})
         report.before.pictures = [before[i] for i in chosen]
         report.after.pictures = [after[i] for i in chosen]
+        report.before.shown = report.after.shown = chosen
         largest = max(float((a - b).abs().max()) for a, b in pairs)
         report.difference = [difference_picture(*pairs[i], largest) for i in chosen]
         report.metrics["largest_difference"] = largest

@@ -14,12 +14,13 @@ from .shares import on_prompt
 
 @dataclass
 class Side:
-    """One of the two runs. Only what fits the kind of comparison is filled in."""
+    """One of the two runs. Only what fits the kind of comparison is filled in. pictures: those shown, of `shown` by number."""
 
     text: str | None = None
     tokens: list[str] = field(default_factory=list)
     predictions: list[tuple[str, float]] = field(default_factory=list)
     pictures: list[Any] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     mass: dict[str, float] = field(default_factory=dict)
     mass_by_layer: dict[int, dict[str, float]] = field(default_factory=dict)

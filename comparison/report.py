@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..interventions import ReattendError
 from .forms import from_template, write_html, write_picture
 from .looks import Looks
 from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from .word_maps import WordMaps
 
 TEMPLATE = "report.html"
 
@@ -19,8 +22,10 @@ TEMPLATE = "report.html"
 @dataclass
 class Report(Outcome):
     """Before and after of one comparison. Shows itself in a terminal (`print()`), a notebook, as `html(path)` and as `json()`;
-    pictures also as `grid()` and `png(path)`. What it holds: see `Outcome`.
+    pictures also as `grid()` and `png(path)`. What it holds: see `Outcome`. maps: what reads where pictures look for words.
     """
+
+    maps: WordMaps | None = field(default=None, repr=False, compare=False)
 
     def attention_map(self, image: Any = None, *, groups: int = 3) -> Any:
         """A PIL picture of where the answer looks, before, after and what moved.
@@ -60,6 +65,33 @@ class Report(Outcome):
         part = ((box[0] - left) / width, (box[1] - top) / height, (box[2] - left) / width, (box[3] - top) / height)
         before, after = self._looks().inside(grid, part, layers)
         return {"before": before, "after": after}
+
+    def words(self, words: str | Sequence[str] | None = None, *, picture: int = 0) -> Any:
+        """A PIL picture of where a drawn picture looks for the words of its prompt, before and after.
+
+        words: some of the prompt, default its content words. picture: which of the pictures that the report shows. Draws both variants once
+        more, with the same seed, and needs the pipeline for it: see `word_maps`, which gives the numbers. Raises ReattendError where the
+        outputs are no pictures, the pipeline is gone, or a word is not in the prompt.
+        """
+        from .word_maps import sheet
+
+        maps = self.word_maps(words, picture=picture)
+        return sheet(maps, {"before": self.before.pictures[picture], "after": self.after.pictures[picture]})
+
+    def word_maps(self, words: str | Sequence[str] | None = None, *, picture: int = 0) -> dict[str, dict[str, Any]]:
+        """{"before", "after"}: {word: [height, width]}, the attention that each place of a picture gives to a word of its prompt.
+
+        Summed over steps and layers, mean over heads and a word's tokens; all occurrences of a word together.
+        """
+        if self.maps is None:
+            raise ReattendError("maps of words are of pictures that a diffusers pipeline has drawn, and this report holds none")
+        shown = self.before.shown
+        if shown and not (isinstance(picture, int) and 0 <= picture < len(shown)):
+            raise ReattendError(f"picture must be 0 to {len(shown) - 1}, got {picture!r:.80}")
+        return self.maps.read(words, shown[picture] if shown else picture)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "maps": None}  # what draws them once more needs the pipeline
 
     def _looks(self) -> Looks:
         if self.looks is None or not self.looks.layers:

@@ -1,0 +1,109 @@
+"""Maps of words: where a picture looks for the words of its prompt, before and after, as numbers and as a picture."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import reattend
+import tiny_pipelines
+import torch
+from reattend.hooks import Plan, Words, attach
+from reattend.interventions import ReattendError
+from reattend.recipes.kit.denoisers import text_sites
+from reattend.recipes.kit.heat import Heat
+from text_pipelines import llama, text_pipe, tokenizer  # noqa: F401
+
+PROMPT, CALL = "a red sky", {"num_inference_steps": 2, "progress": False}
+PIPES = {"SD": tiny_pipelines.stable_diffusion, "SD3": tiny_pipelines.stable_diffusion_3}
+SMALL = {"height": 16, "width": 16}
+
+
+def compared(pipe: Any, prompt: Any = PROMPT, **more: Any) -> Any:
+    return reattend.compare(
+        pipe, ("prompt-reweight", {"words": "sky", "factor": 3.0, "stop": 1.0}), prompt=prompt, **CALL, **more
+    )
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_maps_are_those_of_the_runs_that_were_compared(name):
+    pipe = PIPES[name]()
+    report = compared(pipe, **SMALL)
+    maps = report.word_maps(["red", "sky"])
+    heat = Heat(text_sites(reattend.sites(pipe)), Words("w", [["red", "sky"]]))
+    drawn = []
+    with attach(pipe, [Plan("look", heat.steps)]):
+        drawn.append(pipe(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0), **SMALL).images[0])
+    assert drawn[0].tobytes() == report.before.pictures[0].tobytes()
+    for n, word in enumerate(("red", "sky")):
+        assert torch.equal(maps["before"][word], heat.map(f"w.{n}")[0])
+    ratio = maps["after"]["sky"].mean() / maps["before"]["sky"].mean()
+    assert 2.5 < ratio < 3.5 and 0.8 < maps["after"]["red"].mean() / maps["before"]["red"].mean() < 1.2
+    again = report.word_maps(["red", "sky"])
+    assert all(torch.equal(again[side][word], maps[side][word]) for side in maps for word in maps[side])
+    assert not reattend.hooks.running(pipe)
+
+
+def test_the_picture_has_a_column_for_each_word():
+    report = compared(tiny_pipelines.stable_diffusion())
+    sheets = [report.words(given) for given in (None, "sky", ["sky"], ["a", "red", "sky"])]
+    # by default the words with content: of "a red sky" two
+    assert sheets[0].width > sheets[1].width and sheets[3].width > sheets[0].width
+    assert sheets[1].tobytes() == sheets[2].tobytes() and len({sheet.height for sheet in sheets}) == 1
+    assert list(report.word_maps()["after"]) == ["red", "sky"]
+
+
+def test_each_picture_of_each_prompt_has_its_own():
+    pipe = tiny_pipelines.stable_diffusion()
+    report = compared(pipe, [PROMPT, "sky and sea"], num_images_per_prompt=2)
+    assert report.before.shown == [0, 1, 2, 3]
+    maps = [report.word_maps("sky", picture=n)["before"]["sky"] for n in range(4)]
+    assert len({tuple(m.flatten().tolist()) for m in maps}) == 4
+    assert list(report.word_maps(picture=3)["before"]) == ["sky", "sea"]
+    with pytest.raises(ReattendError, match="'sea' is not in prompt 0"):
+        report.words("sea", picture=1)
+    with pytest.raises(ReattendError, match="picture must be 0 to 3, got 4"):
+        report.words(picture=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("wolf", "'wolf' is not in prompt 0"),
+        ([], "words must be a word or passage of the prompt"),
+        (3, "words must be a word or passage of the prompt"),
+        ([" "], "words must be a word or passage of the prompt"),
+    ],
+)
+def test_words_that_are_not_there(words, said):
+    pipe = tiny_pipelines.stable_diffusion()
+    report = compared(pipe)
+    with pytest.raises(ReattendError, match=said):
+        report.words(words)
+    assert not reattend.hooks.running(pipe)
+
+
+def test_a_prompt_that_was_encoded_before(text_pipe):  # noqa: F811
+    pipe = tiny_pipelines.stable_diffusion()
+    encoded = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(PROMPT, "cpu", 1, True), strict=True))
+    report = reattend.compare(pipe, ("pag", {"scale": 2.0}), **encoded, **CALL)
+    with pytest.raises(ReattendError, match="need the prompt as a text"):
+        report.words("sky")
+    text = reattend.compare(
+        text_pipe, ("streaming", {"window": 2, "sinks": 1}), text="the red dog sat on", max_new_tokens=3, progress=False
+    )
+    with pytest.raises(ReattendError, match="of pictures that a diffusers pipeline has drawn"):
+        text.words()
+
+
+def test_a_report_keeps_no_pipeline_alive():
+    pipe = tiny_pipelines.stable_diffusion()
+    report = compared(pipe)
+    with pytest.raises(ReattendError, match="this report holds none"):
+        pickle.loads(pickle.dumps(report)).words()
+    del pipe
+    gc.collect()
+    with pytest.raises(ReattendError, match="the pipeline of this report is gone"):
+        report.words()

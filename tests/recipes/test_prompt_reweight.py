@@ -177,16 +177,24 @@ def test_an_edit_brings_the_picture_nearer_to_its_source_which_keeps_its_bits(na
 
 
 @pytest.mark.parametrize("name", ["SD", "SD3"])
-def test_without_a_part_of_the_schedule_or_with_the_same_prompt_nothing_changes(name):
+def test_the_same_prompt_twice_stays_the_same_picture(name):
     pipe, given = FAMILIES[name]()
-    plain = draw(pipe, [SOURCE, EDITED], given)
-    with reattend.apply(pipe, "prompt-reweight", edit="replace", stop=0.01, self_stop=0.0) as session:
-        assert torch.equal(draw(pipe, [SOURCE, EDITED], given), plain) and not session.applied
     same = draw(pipe, [SOURCE, SOURCE], given)
     with reattend.apply(pipe, "prompt-reweight", edit="refine", **WHOLE) as session:
         found = draw(pipe, [SOURCE, SOURCE], given)
     torch.testing.assert_close(found, same, atol=1e-4, rtol=1e-4)
     assert session.applied
+
+
+def test_text_and_image_have_parts_of_the_schedule_of_their_own():
+    """Of four steps the text's maps in one, int(0.2 * 5); the image's in three, int(0.9 * 4), or in none."""
+    pipe, given = FAMILIES["SD"]()
+    for stop, times in ((0.9, 3), (0.0, 0)):
+        with reattend.apply(pipe, "prompt-reweight", edit="replace", stop=0.2, self_stop=stop) as session:
+            draw(pipe, [SOURCE, EDITED], given)
+        counts = session.stats["prompt-reweight"]
+        assert {count for site, count in counts.items() if site.endswith("attn2")} == {1}
+        assert {count for site, count in counts.items() if site.endswith("attn1")} == ({times} if times else set())
 
 
 @pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux"])

@@ -50,7 +50,7 @@ BAD = [
     ({"columns": [[1]], "scale": 51}, "scale.*less than or equal to 50"),
 ]
 
-GOLDEN = ("run_updates", "run_refine")
+GOLDEN = ("loss", "run_updates", "run_refine")
 
 
 def official_losses(own, threshold):
@@ -59,9 +59,33 @@ def official_losses(own, threshold):
     return [first, first, *rest, rest[-1]] if threshold is not None and first > 1 - threshold else [first, first]
 
 
+def loss_of_maps(data, facts):
+    """The loss of given maps, each word's own, and where they lead."""
+    side, indices = int(facts["res"]), json.loads(facts["indices"])
+    maps = data["probs"].mean(dim=(0, 1)).unflatten(0, (side, side))
+    yield maps, data["aggregated"]
+    count = maps.shape[2]
+    compared = (torch.arange(count) > 0) & (torch.arange(count) < count - 1)
+
+    def loss(maps, columns):
+        method = AttendAndExcite(columns=[columns])
+        words = [torch.arange(count)[None] == column for column in columns]
+        return method.neglect(maps[None], compared[None], words)
+
+    maps.requires_grad_()
+    yield loss(maps, indices).detach(), data["loss"]
+    each = [1 - loss(maps, [column]).detach() for column in indices]
+    yield torch.cat(each), data["max_per_index"]
+    (slope,) = torch.autograd.grad(loss(maps, indices).sum(), maps)
+    yield slope / data["grad_aggregated"].abs().max(), data["grad_aggregated"] / data["grad_aggregated"].abs().max()
+
+
 def golden(name, run):
     """Latents after every step, in shares of the largest, and the losses of the steps that are changed."""
     data, facts = golden_file("attend-and-excite", name)
+    if name == "loss":
+        yield from loss_of_maps(data, facts)
+        return
     unet = diffusers.UNet2DConditionModel(**json.loads(facts["config"])).eval()
     unet.load_state_dict({key[2:]: value for key, value in data.items() if key.startswith("w.")})
     scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)

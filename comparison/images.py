@@ -27,7 +27,7 @@ class ImageJob(Job):
 
     def __init__(self, pipe: Any, options: dict[str, Any], seed: int) -> None:
         super().__init__(pipe, getattr(pipe, "tokenizer", None), seed)
-        self.options = dict(options)
+        self.options = _drawn_alike(dict(options))
         # parameters by name, each with a default
         self.accepted: dict[str, Any]
         # what a modular pipeline is asked for; "" of others, which return it with all the rest
@@ -87,7 +87,7 @@ class ImageJob(Job):
         return result
 
     def _call(self, steps: int | None, tick: Tick | None) -> list[Any]:
-        options = dict(self.options)
+        options = _drawn_alike(self.options)
         if steps is not None and "num_inference_steps" in self.accepted:
             options["num_inference_steps"] = min(steps, self.ticks)
         if "generator" in self.accepted:
@@ -148,6 +148,22 @@ def _drawn(pipe: Any) -> str:
             f"{', '.join(names)}: compare the pipeline with its decoding blocks"
         )
     return found
+
+
+def _drawn_alike(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with generators of their own in the state of those that are given, which stay there: every run begins with the same noise."""
+    given = options.get("generator")
+    if isinstance(given, torch.Generator):
+        return {**options, "generator": _twin(given)}
+    if isinstance(given, (list, tuple)) and all(isinstance(one, torch.Generator) for one in given):
+        return {**options, "generator": [_twin(one) for one in given]}
+    return dict(options)
+
+
+def _twin(generator: torch.Generator) -> torch.Generator:
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    return twin
 
 
 def to_tensor(picture: Any) -> Tensor:

@@ -107,3 +107,24 @@ def test_a_report_keeps_no_pipeline_alive():
     gc.collect()
     with pytest.raises(ReattendError, match="the pipeline of this report is gone"):
         report.words()
+
+
+def test_generators_of_the_user_begin_every_run_where_they_stand():
+    """One, or one for each picture: the source of an edit is the same before and after, and its maps are those of the run compared."""
+    pipe = tiny_pipelines.stable_diffusion()
+    edit = ("prompt-reweight", {"edit": "replace", "stop": 1.0, "self_stop": 1.0})
+    noise = [torch.Generator().manual_seed(5) for _ in range(2)]
+    states = [one.get_state() for one in noise]
+    report = reattend.compare(pipe, edit, prompt=[PROMPT, "a sad sky"], generator=noise, **CALL)
+    before, after = (side.pictures for side in (report.before, report.after))
+    assert before[0].tobytes() == after[0].tobytes() and before[1].tobytes() != after[1].tobytes()
+    assert all(torch.equal(one.get_state(), state) for one, state in zip(noise, states, strict=True))
+    maps = [report.word_maps("sky", picture=n) for n in (0, 1)]
+    assert torch.equal(maps[0]["before"]["sky"], maps[0]["after"]["sky"])
+    # the edited picture's maps are the source's, where these were taken
+    taken, own = ((maps[1][side]["sky"] - maps[0][side]["sky"]).abs().max() for side in ("after", "before"))
+    assert taken < 1e-6 < 1e-3 < own
+    alone = reattend.compare(
+        pipe, ("prompt-reweight", {"words": "sky", "factor": 1.0}), prompt=PROMPT, generator=noise[0], **CALL
+    )
+    assert alone.metrics["identical"]

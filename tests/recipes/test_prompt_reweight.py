@@ -214,6 +214,21 @@ def test_the_first_run_of_a_session_as_the_source(name):
     assert not torch.allclose(other, plain, atol=1e-4)  # the source's prompt too has its factors in a later run
 
 
+def test_a_session_that_begins_again_has_a_new_source():
+    pipe, given = FAMILIES["SD"]()
+    plain = draw(pipe, EDITED, given)
+    session = reattend.apply(pipe, "prompt-reweight", edit="refine", words={"sky": 3.0}, source="run", **WHOLE)
+    draw(pipe, SOURCE, given)
+    assert not torch.equal(draw(pipe, EDITED, given), plain)
+    session.remove()
+    with session:
+        assert torch.equal(draw(pipe, EDITED, given), plain)
+        found = draw(pipe, LONGER, given)
+    with reattend.apply(pipe, "prompt-reweight", edit="refine", words=[{}, {"sky": 3.0}], **WHOLE):
+        wanted = draw(pipe, [EDITED, LONGER], given)
+    torch.testing.assert_close(found[0], wanted[1], atol=1e-3, rtol=1e-3)
+
+
 def test_several_pictures_of_each_prompt():
     pipe, given = FAMILIES["SD"]()
     prompts, noise = [SOURCE, EDITED, SOURCE], [torch.Generator().manual_seed(n) for n in (1, 2) * 3]

@@ -12,7 +12,8 @@ import tiny_pipelines
 import torch
 from golden_files import golden_file
 from reattend.interventions import ReattendError
-from reattend.recipes.attend_and_excite import AttendAndExcite, read_sides
+from reattend.recipes.attend_and_excite import AttendAndExcite
+from reattend.recipes.kit.descent import read_sides
 from torch import Tensor
 
 PROMPTS, WORDS = ["a b c", "d e f"], [["b"], ["e", "f"]]

@@ -62,7 +62,7 @@ class SecondText:
     In cross-attention key [B or 1, Hkv, m, D] and value [B or 1, Hkv, m, Dv] of the text, mask bool [B or 1, 1, 1, m] (True = a word; None
     where all are). In joint attention rows bool [B] are those of the second text, and partner long [B] the row that each row is tied to:
     a row of the second text and the conditional row it was copied from name each other, any other row itself. After the prompt columns bool
-    [B, Tk]: where its words are, of several copies those of the last.
+    [B, Tk]: where its words are, of several copies those of the last; each bool [B, n, Tk]: the same for each of the n texts of a prompt.
     """
 
     key: Tensor | None = None
@@ -71,6 +71,7 @@ class SecondText:
     rows: Tensor | None = None
     partner: Tensor | None = None
     columns: Tensor | None = None
+    each: Tensor | None = None
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Context(Step):
     those that the model has. name: of the second text's rows in `call.clock.branches`, and of its edits in the session's counters.
     place: "beside" the prompt, with keys and values or rows of its own, or "after" it, in the same stream (the pooled text stays the prompt's):
     copies of it, each of as many tokens as the longest text has; an empty text has none there.
+    each: how many texts every prompt has after it, one after the other: the first `each` texts are those of the first prompt, and so on.
     start, stop: the part of the schedule it acts in, start <= step / steps < stop. Raises ReattendError for both or neither, for tensors that
     are no texts, and for a part that is empty.
     """
@@ -92,6 +94,7 @@ class Context(Step):
     tensors: Mapping[str, Tensor] | None = None
     place: Literal["beside", "after"] = "beside"
     copies: int = 1
+    each: int = 1
     start: float = 0.0
     stop: float = 1.0
     _held: list[Step] = field(default_factory=list, init=False, repr=False)
@@ -115,6 +118,8 @@ class Context(Step):
             raise ReattendError(f'place must be "beside" or "after", got {self.place!r}')
         if self.copies < 1 or (self.copies > 1 and self.place == "beside"):
             raise ReattendError(f'copies must be 1, or more with place "after", got {self.copies}')
+        if self.each < 1 or (self.each > 1 and self.place == "beside"):
+            raise ReattendError(f'each must be 1, or more with place "after", got {self.each}')
         joint = self.sites.kind("joint")
         if len(joint) and self.place == "beside":
             double, single = (joint.where(lambda s, one=one: s.stack.endswith(".single") is one) for one in (False, True))
@@ -231,7 +236,11 @@ class Context(Step):
         if "text" not in store:
             texts = [self.texts] if isinstance(self.texts, str) else list(self.texts or ())
             text = self._given or encoded(pipeline, texts)
-            store["text"] = text.packed() if self.place == "after" else text
+            if text.count % self.each:
+                raise ReattendError(
+                    f"every prompt has {self.each} second texts, so there are {self.each} or several times that, got {text.count}"
+                )
+            store["text"] = text.packed().joined(self.each) if self.place == "after" else text
         text, count, store["rows"] = store["text"], int(rows.sum()), len(rows)
         if count % text.count:
             raise ReattendError(
@@ -269,7 +278,7 @@ class Context(Step):
             if "text" not in store or "conditional" not in call.clock.branches:
                 return None
             size = "columns", call.site.kind, call.batch, call.num_keys
-            return _once(store, size, call.clock, lambda: _columns(call, store))
+            return _once(store, size, call.clock, lambda: _columns(call, store, self.each))
         if call.site.kind == "joint":
             rows = call.clock.rows(self.name, call.batch)
             if rows is None:
@@ -353,8 +362,11 @@ def _later(store: _Store) -> int:
     return sum(after[place:])
 
 
-def _columns(call: Call, store: _Store) -> SecondText:
-    return SecondText(columns=words_at(call, _words(call, store["text"]), _later(store)) & call.columns("text"))
+def _columns(call: Call, store: _Store, each: int) -> SecondText:
+    words, own, later = _words(call, store["text"]), call.columns("text"), _later(store)
+    parts = torch.arange(words.shape[1]) // (words.shape[1] // each) if words.shape[1] else torch.zeros(0)
+    found = torch.stack([words_at(call, words & (parts == part), later) & own for part in range(each)], dim=1)
+    return SecondText(columns=found.any(dim=1), each=found)
 
 
 class _Run:

@@ -71,6 +71,13 @@ class Encoded:
         left = words.gather(1, order)
         return Encoded(embeds, self.pooled, None if bool(left.all()) else left)
 
+    def joined(self, each: int) -> Encoded:
+        """Texts of `each` of these, one after the other; the pooled ones are left out where that is more than one."""
+        if each == 1:
+            return self
+        embeds = self.embeds.reshape(self.count // each, -1, self.embeds.shape[2])
+        return Encoded(embeds, None, None if self.mask is None else self.mask.reshape(len(embeds), -1))
+
     def arguments(self, given: Mapping[str, Any], *, pooled: bool = True) -> dict[str, Any]:
         """The arguments of a denoiser's call that these texts stand for, by name, with P rows each. pooled: also the pooled ones.
 

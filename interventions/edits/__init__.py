@@ -3,6 +3,7 @@
 from .band import Band
 from .base import Edit, Rows, Shape
 from .columns import AppendKV, PoolKV, Reorder, ReplaceKV
+from .groups import Grouped
 from .held import HeldKV
 from .keep import Blocks, Chosen, Keep, Pattern
 from .operands import OperandEdit, Operands, ScaleQuery
@@ -22,6 +23,7 @@ __all__ = [
     "Edit",
     "Extrapolate",
     "Gain",
+    "Grouped",
     "HeadGain",
     "HeadMix",
     "HeldKV",

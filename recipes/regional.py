@@ -111,17 +111,24 @@ class Regional(TextsAside):
     def split(self, call: Call, text: SecondText, ratio: float) -> list[Edit]:
         """The edit of one call, which is the same for all sites of a pass with as many tokens."""
         rows = call.clock.rows("conditional", call.batch)
-        if rows is None or text.each is None or call.site is None or not reads_prompt(call) or not bool(text.each.any()):
+        if (
+            rows is None
+            or text.each is None
+            or text.stretch is None
+            or call.site is None
+            or not reads_prompt(call)
+            or not bool(text.each.any())
+        ):
             return []
         interval = self.single_interval if call.site.stack.endswith(".single") else self.double_interval
         apart = call.site.kind == "cross" or call.site.layer % interval == 0
         size, kept = (call.site.kind, call.num_queries, call.num_keys, apart), call.memory.setdefault("edits", {})
         if kept.get(size, (None,))[0] is not call.clock:
-            kept[size] = call.clock, self.edit(call, text.each, rows, ratio, apart)
+            kept[size] = call.clock, self.edit(call, text.each, text.stretch, rows, ratio, apart)
         return [kept[size][1]]
 
-    def edit(self, call: Call, each: Tensor, rows: Tensor, ratio: float, apart: bool) -> Edit:
-        """each: bool [B, R, Tk], the columns of each region's text."""
+    def edit(self, call: Call, each: Tensor, stretch: Tensor, rows: Tensor, ratio: float, apart: bool) -> Edit:
+        """each bool [B, R, Tk]: the columns of each region's text; stretch bool [B, Tk]: those of all, and what fills them up."""
         joint = call.site is not None and call.site.kind == "joint"
         tokens = call.tokens if call.query_tokens is None else call.query_tokens
         grids = {grid.row: grid for grid in grids_of(tokens, call.site, self.slug)}
@@ -130,7 +137,7 @@ class Regional(TextsAside):
         seen = call.columns("reference").cpu() if joint and call.tokens is not None and "reference" in call.tokens else None
         found = []
         for row, picture in enumerate(pictures):
-            own = each[row].cpu()
+            own, base = each[row].cpu(), ~stretch[row].cpu()
             if not bool(rows[row]):
                 # not named, and computed like any other
                 found.append((torch.ones(call.num_queries, 1), torch.ones(call.num_keys, 1, dtype=torch.bool)))
@@ -141,9 +148,9 @@ class Regional(TextsAside):
                 held[number, grids[row].index.cpu()] = inside.float()  # of every frame
             if joint:
                 always = torch.zeros(call.num_keys, dtype=torch.bool) if seen is None else seen[row]
-                found.append(joint_groups(held > 0, own, image[row], always, ratio, apart))
+                found.append(joint_groups(held > 0, own, base, image[row], always, ratio, apart))
             else:
-                found.append(cross_groups(held, own, ratio))
+                found.append(cross_groups(held, own, base, ratio))
         most = max(shares.shape[1] for shares, _ in found)
         shares, columns = (
             torch.stack([torch.nn.functional.pad(part[which], (0, most - part[which].shape[1])) for part in found])[:, None]
@@ -153,29 +160,34 @@ class Regional(TextsAside):
         return Grouped(shares=shares.to(call.query.device), columns=columns.to(call.query.device), rows=named)
 
 
-def cross_groups(held: Tensor, each: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """(shares [n, 1 + R], columns bool [K, 1 + R]) of one row in cross-attention. held [R, n]: masks, also soft ones; each bool [R, K]."""
+def cross_groups(held: Tensor, each: Tensor, base: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """(shares [n, 1 + R], columns bool [K, 1 + R]) of one row in cross-attention.
+
+    held [R, n]: masks, also soft ones; each bool [R, K]: the regions' texts; base bool [K]: the prompt.
+    """
     total = held.sum(dim=0)
     weights = held / total.clamp_min(torch.finfo(held.dtype).tiny)
-    base = torch.where(total > 0, ratio, 1.0)
+    share = torch.where(total > 0, ratio, 1.0)
     used = each.any(dim=1)
-    shares = torch.cat([base[None], (1 - base) * weights])
-    columns = torch.cat([~each.any(dim=0)[None], each])
+    shares = torch.cat([share[None], (1 - share) * weights])
+    columns = torch.cat([base[None], each])
     kept = torch.cat([used.new_ones(1), used])
     return shares[kept].T, columns[kept].T
 
 
-def joint_groups(held: Tensor, each: Tensor, image: Tensor, always: Tensor, ratio: float, apart: bool) -> tuple[Tensor, Tensor]:
+def joint_groups(
+    held: Tensor, each: Tensor, base: Tensor, image: Tensor, always: Tensor, ratio: float, apart: bool
+) -> tuple[Tensor, Tensor]:
     """(shares [n, G], columns bool [n, G]) of one row in joint attention, a group for each kind of row.
 
-    held bool [R, n]: the image tokens of each region; each bool [R, n]: the tokens of its text; image bool [n]; always bool [n]: columns that
-    every image token sees. apart: whether regions are hidden from each other.
+    held bool [R, n]: the image tokens of each region; each bool [R, n]: the tokens of its text; base bool [n]: all tokens but these
+    and what fills them up; image bool [n]; always bool [n]: columns that every image token sees.
+    apart: whether regions are hidden from each other.
     """
     regional = each.any(dim=0)
-    base = ~regional
     prompt = base & ~image
     # the prompt, and the image's second attention to it
-    groups = [(torch.where(image, ratio, (~regional).float()), base)]
+    groups = [(torch.where(image, ratio, base.float()), base)]
     if not apart:
         rows = regional.float() + (1 - ratio) * image.float()
         return tuple(torch.stack(t, dim=1) for t in zip(*groups, (rows, regional | image | always), strict=True))  # type: ignore[return-value]

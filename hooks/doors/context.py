@@ -62,7 +62,8 @@ class SecondText:
     In cross-attention key [B or 1, Hkv, m, D] and value [B or 1, Hkv, m, Dv] of the text, mask bool [B or 1, 1, 1, m] (True = a word; None
     where all are). In joint attention rows bool [B] are those of the second text, and partner long [B] the row that each row is tied to:
     a row of the second text and the conditional row it was copied from name each other, any other row itself. After the prompt columns bool
-    [B, Tk]: where its words are, of several copies those of the last; each bool [B, n, Tk]: the same for each of the n texts of a prompt.
+    [B, Tk]: where its words are, of several copies those of the last; each bool [B, n, Tk]: the same for each of the n texts of a prompt,
+    and stretch bool [B, Tk]: all columns that they have, also those that fill them up.
     """
 
     key: Tensor | None = None
@@ -72,6 +73,7 @@ class SecondText:
     partner: Tensor | None = None
     columns: Tensor | None = None
     each: Tensor | None = None
+    stretch: Tensor | None = None
 
 
 @dataclass
@@ -366,7 +368,7 @@ def _columns(call: Call, store: _Store, each: int) -> SecondText:
     words, own, later = _words(call, store["text"]), call.columns("text"), _later(store)
     parts = torch.arange(words.shape[1]) // (words.shape[1] // each) if words.shape[1] else torch.zeros(0)
     found = torch.stack([words_at(call, words & (parts == part), later) & own for part in range(each)], dim=1)
-    return SecondText(columns=found.any(dim=1), each=found)
+    return SecondText(columns=found.any(dim=1), each=found, stretch=words_at(call, torch.ones_like(words), later))
 
 
 class _Run:

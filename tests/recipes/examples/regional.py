@@ -96,19 +96,19 @@ def cross(data, facts, run):
     )
     row = json.loads(facts["order"]).index(0)  # the conditional one
     call = called("cross", query[row : row + 1], key, value)
-    found = run(call, [grouped(cross_groups(masks, each, 0.0))])
+    found = run(call, [grouped(cross_groups(masks, each, owner == 0, 0.0))])
     yield found.transpose(1, 2).flatten(2) @ data["w_out"].T, data["out"][row : row + 1]
 
 
 def parts(regions, length, masks, base=0):
-    """(held, each, image, nothing) of rows [base text, text of region 0.., image]."""
+    """(held, each, base, image, nothing) of rows [base text, text of region 0.., image]."""
     texts, places = regions * length, masks[0].numel()
     count = base + texts + places
     held = torch.zeros(regions, count, dtype=torch.bool)
     held[:, base + texts :] = masks.flatten(1) > 0
     owner = (torch.arange(count) - base).div(length, rounding_mode="floor")
     each = owner == torch.arange(regions)[:, None]
-    return held, each, torch.arange(count) >= base + texts, torch.zeros(count, dtype=torch.bool)
+    return held, each, ~each.any(dim=0), torch.arange(count) >= base + texts, torch.zeros(count, dtype=torch.bool)
 
 
 def mask(data, facts, run):

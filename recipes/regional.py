@@ -14,9 +14,9 @@ seams. Where regions overlap, both texts are read, the mean of both in cross-att
 pooled texts are the prompt's.
 Ours: places in no region read the prompt, as if it were a region with the rest of the picture (the authors' script adds a text
 "a photo" there). One stream: in single blocks the official base stream keeps image tokens of its own, here both share the
-blended ones, which saves a second pass; double blocks equal the official ones. Each text has its own length, without padding; a
-region holds at least one place of each layer, and every frame of a video has the regions; regions per picture; images to look
-at (Kontext) are seen from everywhere. SD3.5's second attention, of the image alone, and the self-attention of UNets stay as
+blended ones, which saves a second pass; double blocks equal the official ones. A region holds
+at least one place of each layer, and every frame of a video has the regions; regions per picture; images to look at (Kontext)
+are seen from everywhere. SD3.5's second attention, of the image alone, and the self-attention of UNets stay as
 they are.
 """
 
@@ -78,6 +78,12 @@ class Regional(TextsAside):
     )
     single_interval: int = Field(1, ge=1, description="the same for blocks in which text and image are one stream")
 
+    padding: bool = Field(
+        True,
+        description="read also what pads the texts to the pipeline's length, where the model reads those of its prompt; False = words alone, "
+        "which costs less",
+    )
+
     @model_validator(mode="after")
     def _named(self) -> Regional:
         if not self.layouts or not all(self.layouts):
@@ -104,7 +110,7 @@ class Regional(TextsAside):
         def use(call: Call, text: SecondText) -> list[Edit]:
             return self.split(call, text, ratio)
 
-        return [Context("regional", chosen, use, place="after", each=most, **self.given(texts, stop))]
+        return [Context("regional", chosen, use, place="after", each=most, packed=not self.padding, **self.given(texts, stop))]
 
     # -- at a call -----------------------------------------------------------------------------------------------------
 
@@ -137,13 +143,15 @@ class Regional(TextsAside):
         seen = call.columns("reference").cpu() if joint and call.tokens is not None and "reference" in call.tokens else None
         found = []
         for row, picture in enumerate(pictures):
-            own, base = each[row].cpu(), ~stretch[row].cpu()
             if not bool(rows[row]):
                 # not named, and computed like any other
                 found.append((torch.ones(call.num_queries, 1), torch.ones(call.num_keys, 1, dtype=torch.bool)))
                 continue
+            layout, base = of_picture(self.layouts, picture, count), ~stretch[row].cpu()
+            # others may have more regions
+            own = each[row, : len(layout)].cpu()
             held = torch.zeros(len(own), call.num_queries)
-            for number, (words, region) in enumerate(of_picture(self.layouts, picture, count).items()):
+            for number, (words, region) in enumerate(layout.items()):
                 inside = held_by(region, grids[row], f"{self.slug}: region {words!r:.40}")
                 held[number, grids[row].index.cpu()] = inside.float()  # of every frame
             if joint:
@@ -168,11 +176,7 @@ def cross_groups(held: Tensor, each: Tensor, base: Tensor, ratio: float) -> tupl
     total = held.sum(dim=0)
     weights = held / total.clamp_min(torch.finfo(held.dtype).tiny)
     share = torch.where(total > 0, ratio, 1.0)
-    used = each.any(dim=1)
-    shares = torch.cat([share[None], (1 - share) * weights])
-    columns = torch.cat([base[None], each])
-    kept = torch.cat([used.new_ones(1), used])
-    return shares[kept].T, columns[kept].T
+    return torch.cat([share[None], (1 - share) * weights]).T, torch.cat([base[None], each]).T
 
 
 def joint_groups(

@@ -5,7 +5,8 @@ site's own projections and norms make of it (LoRA included), for every row, with
 attention, where a text changes with every block, the second text has rows of its own, a guide's branch whose output is dropped: they hold all
 its text arguments (pooled ones too), and their image tokens are those of the rows they were copied from, at every attention of
 blocks that keep the two streams apart, and on entry to the first block that does not. Or the second text stands after the prompt in the
-same stream (place "after"), once or several times, without what pads it, its columns named, hidden from rows that are not the prompt's.
+same stream (place "after"), once or several times, or several of them, without what pads it (unless asked for),
+its columns named, hidden from rows that are not the prompt's.
 Texts are words, encoded as the running pipeline encodes its own prompt and with its settings, or tensors under the names of the pipeline's
 own arguments; one text, or one per prompt. In the first pass of a session it is measured how much attention's output to the image changes.
 
@@ -85,6 +86,7 @@ class Context(Step):
     place: "beside" the prompt, with keys and values or rows of its own, or "after" it, in the same stream (the pooled text stays the prompt's):
     copies of it, each of as many tokens as the longest text has; an empty text has none there.
     each: how many texts every prompt has after it, one after the other: the first `each` texts are those of the first prompt, and so on.
+    packed: whether texts after the prompt are without what pads them; else they have what the pipeline's own prompts have.
     start, stop: the part of the schedule it acts in, start <= step / steps < stop. Raises ReattendError for both or neither, for tensors that
     are no texts, and for a part that is empty.
     """
@@ -97,6 +99,7 @@ class Context(Step):
     place: Literal["beside", "after"] = "beside"
     copies: int = 1
     each: int = 1
+    packed: bool = True
     start: float = 0.0
     stop: float = 1.0
     _held: list[Step] = field(default_factory=list, init=False, repr=False)
@@ -242,7 +245,9 @@ class Context(Step):
                 raise ReattendError(
                     f"every prompt has {self.each} second texts, so there are {self.each} or several times that, got {text.count}"
                 )
-            store["text"] = text.packed().joined(self.each) if self.place == "after" else text
+            if self.place == "after":
+                text = (text.packed() if self.packed else text).joined(self.each)
+            store["text"] = text
         text, count, store["rows"] = store["text"], int(rows.sum()), len(rows)
         if count % text.count:
             raise ReattendError(

@@ -98,6 +98,15 @@ def test_one_region_everywhere_is_its_text_in_the_prompts_place():
     torch.testing.assert_close(found, wanted, **NEAR)
 
 
+def test_a_text_everywhere_is_the_prompt_of_a_pipeline_and_its_padding_is_read_or_not():
+    pipe, call, *_ = stable_diffusion(guidance=4.0)
+    call = {**call, "prompt": "a fox", "num_images_per_prompt": 1}
+    everywhere = {"a dog": [0, 0, 1, 1]}
+    wanted = draw(pipe, call, prompt="a dog")
+    torch.testing.assert_close(drawn(pipe, call, everywhere), wanted, **NEAR)
+    assert (drawn(pipe, call, everywhere, padding=False) - wanted).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_encodes_and_reads_the_texts(family):
     pipe, call = FAMILIES[family]()

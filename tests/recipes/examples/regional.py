@@ -34,7 +34,7 @@ EXAMPLES = {
     ),
     "tensors": Example(
         "diffusion",
-        {"regions": TWO, "tensors": TEXTS, "stop": 1.0, "base_ratio": 0.2},
+        {"regions": TWO, "tensors": TEXTS, "stop": 1.0, "base_ratio": 0.2, "padding": False},
         off=OFF,
         layers=layers,
         refused={**NO_PLACE, **ENCODED},
@@ -164,7 +164,7 @@ TRIED = {
         "regional:base_ratio=0.1",
         "regional:base_ratio=0.3",
         "regional:base_ratio=0.3:stop=0.4",
-        "regional:base_ratio=0:stop=1",
+        "regional:padding=False",
     ]
 }
 GALLERY = {"look": "Whether each thing stands in its region with its own colour, and the seams between regions."}

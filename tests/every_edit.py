@@ -44,6 +44,7 @@ from reattend.interventions import (
 )
 from reattend.interventions.edits.second import extrapolated
 from reattend.interventions.engine.kernels import attend
+from reattend.interventions.families.composition import Correlate
 from reattend.interventions.families.guidance import BlurQuery, MixOwnAnd, Soften
 from reattend.interventions.families.layout import Redistribute
 from reattend.interventions.families.sinks import GiveBack, SoundMap, VisualSinks
@@ -61,6 +62,13 @@ def loudest(weights: Tensor, rows: Any) -> Tensor:
 def shared_by_batch(weights: Tensor, rows: Any) -> Tensor:
     """Half of what the batch gives in the mean: looks across batch rows."""
     return 0.5 * weights + 0.5 * weights.mean(dim=0, keepdim=True)
+
+
+def correlate(call: Call, h: int, **who: Any) -> Edit:
+    """Up to two places of the thing; calls have as many keys as they like."""
+    query, key = torch.randn(2, call.batch, h, call.num_queries, call.query.shape[3], dtype=call.query.dtype)
+    count = min(2, call.num_queries)
+    return Correlate(query=query, key=key[:, :, :count], columns=torch.arange(count), **who)
 
 
 def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = None) -> dict[str, Callable[[], Edit]]:
@@ -111,6 +119,7 @@ def examples(call: Call, heads: list[int] | None = None, rows: Tensor | None = N
         "weight map across the batch": lambda: WeightMap(function=shared_by_batch, reads="batch", **who),
         "mix own and columns": lambda: MixOwnAnd(columns=columns, strength=0.6, **who),
         "soften": lambda: Soften(temperature=2.0, strength=0.5, **who),
+        "correlate": lambda: correlate(call, h, **who),
         "redistribute": lambda: Redistribute(columns=columns, belongs=torch.rand(b, h, t, n) > 0.5, strength=0.8, **who),
         "head gain": lambda: HeadGain(factor=rand(b, h), **who),
         "head mix": lambda: HeadMix(target=rand(b, h, call.value.shape[3]), strength=rand(b, h), **who),

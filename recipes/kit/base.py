@@ -39,6 +39,7 @@ Problem = Literal[
     "the picture shows what it should not",
     "things are in the wrong place of the picture",
     "something in a picture should be gone",
+    "a thing should be put into a picture",
 ]
 # what a method costs, in words that `Info.cost` is made of
 COSTS = {
@@ -48,6 +49,7 @@ COSTS = {
     "forward": "further passes of the model, or further rows of its batch",
 }
 Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding"]
+Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding", "reading"]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..opera import OPERA
 from ..pag import PAG
 from ..pai import PAI
 from ..pine import Pine
+from ..primecomposer import PrimeComposer
 from ..prompt_reweight import PromptReweight
 from ..retrieval_heads import RetrievalHeads
 from ..seg import SEG
@@ -412,6 +413,39 @@ class PineParameters(TypedDict, total=False):
     order: Literal["importance", "reverse", "prompt"]
     """'importance' puts what matters most to a query nearest to it, 'reverse' farthest (worse), 'prompt' leaves segments
     where they stand (they still see each other; the order then matters)"""
+
+class PrimeComposerParameters(TypedDict, total=False):
+    """Puts a thing from one picture into another one and draws it so that it fits there."""
+
+    background: Any
+    """the picture that the thing is put into, a path or a PIL picture, or a list of one for each prompt"""
+    reference: Any
+    """a picture that shows the thing, likewise"""
+    mask: Any
+    """where the thing is in `reference`: the path of a picture that is not black there, a PIL picture, or rows of numbers,
+    or a list of one for each prompt; default: the whole picture is the thing"""
+    box: tuple[float, float, float, float] | Sequence[Any] | Sequence[tuple[float, float, float, float] | Sequence[Any]]
+    """where it goes: [left, top, right, bottom] in shares of the background's sides, or a list of one for each prompt; it
+    is scaled to fill the box as far as its proportions allow"""
+    words: Sequence[str] | Sequence[Sequence[str]] | None
+    """the words of the prompt that mean the thing, of every prompt or a list of them per prompt: only the thing attends to
+    them"""
+    columns: Sequence[Sequence[int]] | None
+    """instead of words: columns of the text that the denoiser gets (0 is the start token), a list per prompt or one for
+    all; for prompts that were encoded elsewhere"""
+    occurrence: int | Literal["all"]
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    same_domain: bool
+    """both pictures are of one kind, as two photographs are: the run begins with the thing pasted into the background.
+    False for a thing that is to be drawn in another style, as in a painting or a sketch"""
+    scores_until: float
+    """the fraction of the steps from which on the picture attends by itself"""
+    background_until: float
+    """the fraction of the steps up to which the background is kept as it is; 1 = to the end"""
+    object_until: float
+    """the fraction of the steps up to which the thing is kept as it is"""
+    centred: bool
+    """the thing is in the middle of its own picture, as published; False: there where it goes"""
 
 class PromptReweightParameters(TypedDict, total=False):
     """Multiplies the attention that a picture gives to chosen words of the prompt, or edits a picture by its prompt."""
@@ -925,6 +959,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["primecomposer"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[PrimeComposerParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["prompt-reweight"],
     /,
     *,
@@ -1176,6 +1220,12 @@ def recipe(
     /,
     **parameters: Unpack[PineParameters],
 ) -> Pine: ...
+@overload
+def recipe(
+    name: Literal["primecomposer"],
+    /,
+    **parameters: Unpack[PrimeComposerParameters],
+) -> PrimeComposer: ...
 @overload
 def recipe(
     name: Literal["prompt-reweight"],
@@ -1439,6 +1489,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[PineParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["primecomposer"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[PrimeComposerParameters],
     ) -> Session: ...
     @overload
     def use(

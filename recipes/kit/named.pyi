@@ -23,6 +23,7 @@ from ..pai import PAI
 from ..pine import Pine
 from ..primecomposer import PrimeComposer
 from ..prompt_reweight import PromptReweight
+from ..regional import Regional
 from ..retrieval_heads import RetrievalHeads
 from ..seg import SEG
 from ..seka import SEKA
@@ -330,9 +331,6 @@ class InstABoostParameters(TypedDict, total=False):
 class NAGParameters(TypedDict, total=False):
     """Pushes an image away from a negative text inside attention: negative prompts for few-step models without CFG."""
 
-    negative: str | Sequence[str]
-    """what the image is pushed away from: one text, or one per prompt; '' = away from the empty text, as the authors have
-    it. The pipeline's own negative_prompt is not read"""
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
     [texts, tokens, width], with pooled_prompt_embeds where the model has them, and prompt_attention_mask [texts,
@@ -342,6 +340,9 @@ class NAGParameters(TypedDict, total=False):
     """first part of the schedule with guidance, as a fraction of the steps"""
     stop: float
     """the fraction of the steps from which on there is none; the effect lies in the first ones"""
+    negative: str | Sequence[str]
+    """what the image is pushed away from: one text, or one per prompt; '' = away from the empty text, as the authors have
+    it. The pipeline's own negative_prompt is not read"""
     scale: float | None
     """how far the push goes; 1 = off. Default: 3 for UNets, 9 for Wan, 5 for others"""
     limit: float
@@ -485,6 +486,32 @@ class PromptReweightParameters(TypedDict, total=False):
     aligned: bool
     """with edit 'replace': words after a swapped one that has more tokens, or fewer, take their own attention, and not
     that of the place at which they stand"""
+
+class RegionalParameters(TypedDict, total=False):
+    """Gives regions of the picture texts of their own: each thing in its box, with its own colours."""
+
+    tensors: str | None
+    """the same texts as tensors, for models without text encoders: a safetensors file with prompt_embeds [texts, tokens,
+    width] in the order of the texts, and pooled_prompt_embeds and prompt_attention_mask where the model has them"""
+    start: float
+    """first part of the schedule it acts in, as a fraction of the steps"""
+    stop: float | None
+    """the fraction of the steps from which on the prompt alone is read: regions late in the schedule leave seams. Default:
+    1 for models with cross-attention, 0.4 for others"""
+    regions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+    """the text of each region and its box, [left, top, right, bottom] in shares of the picture, or its mask: {'a red
+    circle': [0, 0, 0.5, 1]}; several prompts may have one such mapping each. What no region holds is drawn by the
+    prompt"""
+    base_ratio: float | None
+    """how much the whole prompt is read beside a region's text; 0 = not, 1 = the prompt alone. Default: 0 for models with
+    cross-attention, 0.3 for others"""
+    double_interval: int
+    """every so many blocks that keep text and image apart, regions are hidden from each other; 1 = all"""
+    single_interval: int
+    """the same for blocks in which text and image are one stream"""
+    padding: bool
+    """read also what pads the texts to the pipeline's length, where the model reads those of its prompt; False = words
+    alone, which costs less"""
 
 class RetrievalHeadsParameters(TypedDict, total=False):
     """Masks or strengthens the few heads that copy facts from the context into the answer."""
@@ -763,9 +790,6 @@ class VisualTokenExitParameters(TypedDict, total=False):
 class VSFParameters(TypedDict, total=False):
     """Takes a negative text's values away inside attention: negative prompts for few-step models without CFG, without a further pass."""
 
-    negative: str | Sequence[str]
-    """what is taken out of the image: one text, or one per prompt; '' = nothing, no change. The pipeline's own
-    negative_prompt is not read"""
     tensors: str | None
     """the negative text as tensors instead, for models without text encoders: a safetensors file with prompt_embeds
     [texts, tokens, width], with pooled_prompt_embeds where the model has them, and prompt_attention_mask [texts,
@@ -775,6 +799,9 @@ class VSFParameters(TypedDict, total=False):
     """first part of the schedule with guidance, as a fraction of the steps"""
     stop: float
     """the fraction of the steps from which on there is none; the effect lies in the first ones"""
+    negative: str | Sequence[str]
+    """what is taken out of the image: one text, or one per prompt; '' = nothing, no change. The pipeline's own
+    negative_prompt is not read"""
     scale: float | None
     """how much of the negative text's values is taken away; 1 = as much as they would have added; 0 = none, but its tokens
     still take their share of the attention, so the picture is not the untouched one. Default: 3 for SD3, 6 for Flux,
@@ -975,6 +1002,16 @@ def apply(
     isolated: bool = False,
     tokenizer: Any = None,
     **parameters: Unpack[PromptReweightParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
+    name: Literal["regional"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[RegionalParameters],
 ) -> Session: ...
 @overload
 def apply(
@@ -1232,6 +1269,12 @@ def recipe(
     /,
     **parameters: Unpack[PromptReweightParameters],
 ) -> PromptReweight: ...
+@overload
+def recipe(
+    name: Literal["regional"],
+    /,
+    **parameters: Unpack[RegionalParameters],
+) -> Regional: ...
 @overload
 def recipe(
     name: Literal["retrieval-heads"],
@@ -1509,6 +1552,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[PromptReweightParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["regional"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[RegionalParameters],
     ) -> Session: ...
     @overload
     def use(

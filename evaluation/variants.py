@@ -38,7 +38,7 @@ class Variant:
         for choice in choices:
             kind, given = read_choice(choice)
             # passages and boxes that only the suite knows are filled in by it; until then any will do for checking the rest
-            awaited = [kind.awaited()[what] for what in (*kind.marks, *kind.placed, *kind.areas)]
+            awaited = [kind.awaited()[what] for what in (*kind.marks, *kind.beside, *kind.placed, *kind.areas)]
             waiting = {name: value for name, value in awaited if given.get(name) is None}
             checked = made(kind, {**waiting, **given}).model_dump(mode="json")
             settings = {name: checked[name] for name in given}

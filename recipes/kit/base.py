@@ -48,7 +48,6 @@ COSTS = {
     "decode": "more work at every step, but no further pass",
     "forward": "further passes of the model, or further rows of its batch",
 }
-Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding"]
 Family = Literal["calibration", "sinks", "heads", "reweighting", "sparsity", "guidance", "decoding", "reading"]
 
 

@@ -45,7 +45,7 @@ BAD = [
     ({"regions": {}}, "regions must name a text and its region for every prompt"),
     ({"regions": {"a": [0, 0, 64, 64]}}, r"regions.*0 <= left < right <= 1.*\[0, 0, 64, 64\]"),
     ({"regions": {"a": torch.zeros(8, 8)}}, "the mask is empty"),
-    ({"regions": {" ": LEFT}}, "text must not be empty"),
+    ({"regions": {" ": LEFT}}, "regions: must be"),
     ({"regions": TWO, "base_ratio": 1.5}, "base_ratio"),
     ({"regions": TWO, "start": 0.6, "stop": 0.5}, "start 0.6 must lie below stop 0.5"),
     ({"regions": TWO, "tensors": "nowhere.safetensors"}, "tensors must be a safetensors file"),

@@ -40,6 +40,7 @@ Problem = Literal[
     "things are in the wrong place of the picture",
     "something in a picture should be gone",
     "a thing should be put into a picture",
+    "where the things in a picture are",
 ]
 # what a method costs, in words that `Info.cost` is made of
 COSTS = {

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from ...hooks import Session
 from ..act import ACT
+from ..attencraft import AttenCraft
 from ..attend_and_excite import AttendAndExcite
 from ..attentive_eraser import AttentiveEraser
 from ..block_topk import BlockTopK
@@ -58,6 +59,35 @@ class ACTParameters(TypedDict, total=False):
     """spare the first column over the threshold, as the official code does, instead of the first token"""
     min_rows: int
     """rows that must see a column before it can be a sink; 4 to 8 spares the prompt's last tokens"""
+
+class AttenCraftParameters(TypedDict, total=False):
+    """Reads from one pass of the denoiser where each thing of the prompt is in a picture, as masks."""
+
+    words: Sequence[str] | Sequence[Sequence[str]] | None
+    """the things, as words or passages of every prompt, or a list of them per prompt; of a passage the token that shows
+    most at a place counts there"""
+    columns: Sequence[Sequence[int]] | None
+    """instead of words: for every thing its columns in the text that the denoiser gets (0 is the start token), the same
+    for all prompts; for prompts that were encoded elsewhere"""
+    occurrence: int | Literal["all"]
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    image: Any
+    """the picture that is looked at, a path or a PIL picture (or a list of one for each prompt); the prompt says what it
+    shows. Default: the picture that the run draws, at its first step with as little noise as `timestep` says"""
+    timestep: int
+    """how much noise the picture has, from 0 (none) to 999 (noise alone)"""
+    seed: int
+    """of the noise that is put on `image`"""
+    threshold: float
+    """by how much a place's map must lead all others, for the place to be in the mask"""
+    sharpen: int
+    """the power that maps of words are raised to"""
+    spread: int
+    """how often maps are spread over what belongs together; 0 = not"""
+    cross_resolution: int | None
+    """places along the shorter side of the maps of words; default: a quarter of the latents"""
+    self_resolution: int | None
+    """the same of the maps of what belongs together, and of the masks; default: half of the latents"""
 
 class AttendAndExciteParameters(TypedDict, total=False):
     """Moves a picture, before each early step, until every chosen word of the prompt has a place that attends to it."""
@@ -826,6 +856,16 @@ def apply(
 @overload
 def apply(
     model: Any,
+    name: Literal["attencraft"],
+    /,
+    *,
+    isolated: bool = False,
+    tokenizer: Any = None,
+    **parameters: Unpack[AttenCraftParameters],
+) -> Session: ...
+@overload
+def apply(
+    model: Any,
     name: Literal["attend-and-excite"],
     /,
     *,
@@ -1163,6 +1203,12 @@ def recipe(
 ) -> ACT: ...
 @overload
 def recipe(
+    name: Literal["attencraft"],
+    /,
+    **parameters: Unpack[AttenCraftParameters],
+) -> AttenCraft: ...
+@overload
+def recipe(
     name: Literal["attend-and-excite"],
     /,
     **parameters: Unpack[AttendAndExciteParameters],
@@ -1372,6 +1418,16 @@ class Uses:
         isolated: bool = False,
         tokenizer: Any = None,
         **parameters: Unpack[ACTParameters],
+    ) -> Session: ...
+    @overload
+    def use(
+        self,
+        name: Literal["attencraft"],
+        /,
+        *,
+        isolated: bool = False,
+        tokenizer: Any = None,
+        **parameters: Unpack[AttenCraftParameters],
     ) -> Session: ...
     @overload
     def use(

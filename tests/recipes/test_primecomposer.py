@@ -45,10 +45,13 @@ def test_the_thing_fills_its_box_as_far_as_its_proportions_allow():
     changed = (pixels(composite) != torch.tensor([0, 255, 0])).any(dim=2)
     wanted = torch.zeros(16, 32, dtype=torch.bool)
     wanted[4:12, 16:32] = True
+    corners = torch.tensor([[4, 4, 11, 11], [16, 31, 16, 31]])
+    wanted[tuple(corners)] = False  # edges are smooth
     assert torch.equal(changed, wanted) and bool((pixels(composite)[5:11, 18:30, 0] > 200).all())
     assert where.size == (0.5, 0.5) and where.target == (0.5, 0.75) and where.source == (0.5, 0.5)
     held = torch.zeros(16, 32, dtype=torch.bool)
     held[4:12, 8:24] = True
+    held[corners[0], corners[1] - 8] = False
     assert torch.equal(where.inside, held) and bool((pixels(own)[5:11, 10:22, 0] > 200).all())
     theirs, ours = reduced(where, 4, 8).places(4, 8)
     assert theirs.tolist() == [10, 11, 12, 13, 18, 19, 20, 21] and (ours - theirs).tolist() == [2] * 8

@@ -197,7 +197,7 @@ class AttenCraft(Recipe):
             Capture(self.sites_of(sites, "self"), self.read_places),
         ]
         # words that are not there are an error at the first step, whenever they are read
-        return [found, Latents(self.before, steps=[found, *readers])]
+        return [Latents(self.before, steps=[found, *readers]), found]
 
     # -- the pass ------------------------------------------------------------------------------------------------------
 

@@ -40,13 +40,13 @@ from ..interventions.engine.kernels import rows_per_chunk
 from .kit.base import Info, Recipe
 from .kit.checks import as_path, writing
 from .kit.denoisers import grids_of, image_grid, reads_prompt
-from .kit.descent import UNET, Looked
+from .kit.descent import UNET, Looked, read_sides
 from .kit.layout import of_picture
 from .kit.pictures import Pictures, listed, opened
 from .kit.samplers import encoded, levels, place
 
-# how often the sides of the latents are halved for the maps, and how many places they keep at least
-HALVED = {"cross": (2, 8), "self": (1, 16)}
+# places along the shorter side that maps of what belongs together have at least, where the latents have them
+LEAST_KIN = 16
 NOT_TOLD = "choose a lower threshold, or another timestep"
 
 
@@ -280,8 +280,8 @@ class AttenCraft(Recipe):
 
 def reduced(kind: str, height: int, width: int) -> tuple[int, int]:
     """Height and width of the maps that are read of a kind of attention, for latents of this size."""
-    times, least = HALVED[kind]
-    for _ in range(times):
+    if kind == "self":
         halved = -(-height // 2), -(-width // 2)
-        height, width = halved if min(halved) >= least else (height, width)
-    return height, width
+        return halved if min(halved) >= LEAST_KIN else (height, width)
+    down, across = read_sides(height, width)
+    return down, across

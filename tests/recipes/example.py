@@ -46,6 +46,7 @@ class Example:
     off: what added to the parameters makes the method change nothing, not a bit; None where it has no such strength.
     layers: how many sites (and "logits") `session.stats` counts, or what tells it for a table of a model's sites; acts: in
     which passes of a generation each of them is counted.
+    reads: whether it only reads, so that no picture changes. further: whether its own further passes are counted too.
     text_too: with images, whether it also changes a prompt without any.
     unconditional: whether it also acts in calls of a denoiser that see the unconditional half alone.
     profile: (model, tokenizer) -> the profile that it needs.
@@ -59,6 +60,8 @@ class Example:
     off: Mapping[str, Any] | None = None
     layers: int | Callable[[Any], int] = 4
     acts: Sequence[str] = ("prefill", "decode")
+    reads: bool = False
+    further: bool = False
     text_too: bool = False
     unconditional: bool = False
     profile: Callable[[Any, Any], Any] | None = None

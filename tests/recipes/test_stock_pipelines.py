@@ -58,12 +58,15 @@ def test_a_pipeline_as_it_is_used(name: str, place: str) -> None:
         return
     with steered(name, pipe) as session:
         got = run()
+    if example.reads:
+        assert torch.equal(got, base) and session.applied == 0 and torch.equal(run(), base)
+        return
     times = 2 if example.unconditional and "two calls" in condition.case else 1
     # what moves the latents does so once a step
     (acted,) = session.stats.values()
-    assert (
-        acted == {site: STEPS if site == "latents" else times * sum(condition.passes) for site in acted} and len(acted) == sites
-    )
+    least = {site: STEPS if site == "latents" else times * sum(condition.passes) for site in acted}
+    assert len(acted) == sites
+    assert acted == least or example.further and all(acted[site] >= count for site, count in least.items())
     assert not torch.equal(got, base) and got.isfinite().all()
     if {"start", "stop"} <= set(recipe_class(slug).model_fields):
         with steered(name, pipe, start=0.25, stop=0.75) as session:

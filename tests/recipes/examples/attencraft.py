@@ -19,8 +19,8 @@ REFUSED = {
 }
 SKIPS = {"guidance": "it reads, and changes no picture: see tests/recipes/test_attencraft.py"}
 EXAMPLES = {
-    "": Example("diffusion", {"columns": [[1], [2, 3]]}, skips=SKIPS, refused=REFUSED),
-    "words": Example("diffusion", {"words": ["a"], "timestep": 999}, skips=SKIPS, refused=REFUSED),
+    "": Example("diffusion", {"columns": [[1], [2, 3]]}, reads=True, skips=SKIPS, refused=REFUSED),
+    "words": Example("diffusion", {"words": ["a"], "timestep": 999}, reads=True, skips=SKIPS, refused=REFUSED),
 }
 BAD = [
     ({}, "give words of the things to find, or columns"),

@@ -26,12 +26,21 @@ def photo(seed: int, width: int = 16, height: int = 16) -> Image.Image:
 
 MASK = [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
 GIVEN = {"background": photo(1), "reference": photo(2), "mask": MASK, "box": [0.0, 0.25, 0.6, 0.85], "scores_until": 1.0}
+
+
+def changed(kinds):
+    """The latents, and all sites of these kinds."""
+    return lambda sites: 1 + len(sites.stack("denoiser").kind(*kinds))
+
+
 BESIDE = "it also changes the latents before the first step: see tests/recipes/test_primecomposer.py"
 EXAMPLES = {
-    "": Example("diffusion", GIVEN, skips={"guidance": BESIDE}, refused=REFUSED),
+    "": Example("diffusion", GIVEN, layers=changed(["self"]), further=True, skips={"guidance": BESIDE}, refused=REFUSED),
     "words": Example(
         "diffusion",
         {**GIVEN, "words": ["a"], "same_domain": False, "centred": False, "object_until": 0.0},
+        layers=changed(["self", "cross"]),
+        further=True,
         skips={"guidance": BESIDE},
         refused=REFUSED,
     ),

@@ -175,16 +175,15 @@ def removal() -> Section:
     )  # fmt: skip
 
 
-def words(model: str, title: str) -> Section:
+def words(model: str, title: str, choose: int, confirm: int) -> Section:
     """The suite names the words; told without a recipe they are said twice, or stand stronger in the encoded prompt (compel's way)."""
     return Section(
-        f"Words that are to show in drawn pictures, {title}", model, "binding", ("binding", "shapes", "count"), tried("words"), 32, 200,
+        f"Words that are to show in drawn pictures, {title}", model, "binding", ("binding", "shapes", "count"), tried("words"), choose, confirm,
         best=2, defaults=False,
         baselines={
             "the colours said twice": Baseline("naming=colours:prompting=repeated"),
             "the shapes said twice": Baseline("naming=shapes:prompting=repeated"),
             "the words' embeddings scaled by 1.5": Baseline("prompting=scaled"),
-            "the shapes' embeddings scaled by 1.5": Baseline("naming=shapes:prompting=scaled"),
         },
         paper=paper("words"),
     )  # fmt: skip
@@ -220,8 +219,8 @@ SECTIONS = {
         {"at most 12 tokens": Baseline("tokens=12"), "at most 18 tokens": Baseline("tokens=18")},
     ),
     "pictures": pictures(),
-    "words": words(*SD),
-    "sd3-words": words("zoo:shapes-sd3", "shapes-sd3"),
+    "words": words(*SD, 32, 200),
+    "sd3-words": words("zoo:shapes-sd3", "shapes-sd3", 0, 32),
     "negatives": negatives(*SD, "guidance=2", 0, 32),
     "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1", 32, 200),
     "layout": layout(),

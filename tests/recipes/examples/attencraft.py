@@ -83,7 +83,6 @@ TRIED = {
         "attencraft:threshold=0.02",
         "attencraft:threshold=0.2",
         "attencraft:spread=1",
-        "attencraft:timestep=50",
         "attencraft:timestep=300",
     ]
 }

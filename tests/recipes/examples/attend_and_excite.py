@@ -132,7 +132,6 @@ def golden(name, run):
 TRIED = {
     "words": [
         "attend-and-excite:scale=10", "attend-and-excite", "attend-and-excite:scale=40", "attend-and-excite:tries=0",
-        "attend-and-excite:resolution=4",
     ]
 }  # fmt: skip
 GALLERY = {"look": "The last shape of most prompts, which is told to be attended to: whether it comes."}

@@ -78,7 +78,6 @@ def golden(name, run):
 # a box is filled by what the model takes for background: on the zoo's pictures the flat reading (factor) costs more than it gives
 TRIED = {
     "removal": [
-        "attentive-eraser:scale=1:factor=1",
         "attentive-eraser:scale=3:factor=1",
         "attentive-eraser:scale=3",
         "attentive-eraser",

@@ -76,10 +76,8 @@ BAD = [
 ]
 TRIED = {
     "layout": [
-        "csg:steps=10:scale=0",
         "csg:steps=10:tries=2",
         "csg:steps=10:tries=2:conditional_only=true",
-        "csg:steps=10:strength=0",
         "csg:steps=10",
         "csg",
     ]

@@ -129,7 +129,6 @@ TRIED = {
     "composition": [
         "primecomposer",
         "primecomposer:scores_until=0.2",
-        "primecomposer:scores_until=0.6",
         "primecomposer:background_until=1",
         "primecomposer:centred=false",
         "primecomposer:same_domain=false:object_until=0.3",

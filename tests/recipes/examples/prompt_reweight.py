@@ -114,7 +114,6 @@ TIMED = {"prompt-reweight": {"columns": [([1, 2], 2.0)]}}
 TRIED = {
     "words": [
         "prompt-reweight:factor=1.4:stop=1", "prompt-reweight", "prompt-reweight:factor=2:stop=1", "prompt-reweight:factor=4:stop=1",
-        "prompt-reweight:factor=2:stop=1:renormalise=true", "prompt-reweight:factor=4:stop=1:renormalise=true",
     ]
 }  # fmt: skip
 GALLERY = {"parameters": {"factor": 3.0, "stop": 1.0}, "look": "The last shape of most prompts, weighted threefold."}

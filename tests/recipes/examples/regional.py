@@ -164,7 +164,6 @@ TRIED = {
         "regional:base_ratio=0.1",
         "regional:base_ratio=0.3",
         "regional:base_ratio=0.3:stop=0.4",
-        "regional:padding=False",
     ]
 }
 GALLERY = {"look": "Whether each thing stands in its region with its own colour, and the seams between regions."}

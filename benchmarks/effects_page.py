@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from claims import BELIEVED, believed
+from reattend.recipes import recipe_class
 
 HEAD = f"""# What every recipe did, with intervals
 
@@ -65,7 +66,7 @@ def role(row: dict[str, Any], found: dict[str, Any]) -> str:
     names = [row["role"]] if row["role"] in ("default", "baseline") else []
     names += ["chosen"] if row["label"] in found["chosen"].values() else []
     names += ["next best"] if row["label"] in found.get("further", ()) else []
-    names += ["never acts"] if row["recipe"] and not row["applied"] else []
+    names += ["never acts"] if row["recipe"] and not row["applied"] and not recipe_class(row["recipe"]).info.reads else []
     return ", ".join(names)
 
 

@@ -175,6 +175,23 @@ def removal() -> Section:
     )  # fmt: skip
 
 
+def composition() -> Section:
+    """A picture pasted in keeps its own light; an inpainting pipeline draws another thing of that name, and sees no picture of it."""
+    return Section(
+        f"A thing put into a picture, {SD[1]}", SD[0], "composition", ("right", "there", "rest", "psnr", "ssim", "inside"),
+        tried("composition"), 32, 200, best=2, defaults=False,
+        baselines={"pasted in": Baseline("by=pasted"), "an inpainting pipeline": Baseline("by=inpaint")}, paper=paper("composition"),
+    )  # fmt: skip
+
+
+def masks() -> Section:
+    """Without a recipe: where the maps of the words are high, cut at the share that was best of five on seed 0."""
+    return Section(
+        f"Where the things of a picture are, {SD[1]}", SD[0], "masks", ("iou", "told", "rest"), tried("masks"), 32, 200, best=2,
+        defaults=False, baselines={"read with twice the noise": Baseline("strength=0.6"), "of colours and shapes": Baseline("naming=things")}, paper=paper("masks"),
+    )  # fmt: skip
+
+
 def words(model: str, title: str, choose: int, confirm: int) -> Section:
     """The suite names the words; told without a recipe they are said twice, or stand stronger in the encoded prompt (compel's way)."""
     return Section(
@@ -225,6 +242,8 @@ SECTIONS = {
     "turbo-negatives": negatives(*TURBO, "steps=4:guidance=1", 32, 200),
     "layout": layout(),
     "removal": removal(),
+    "composition": composition(),
+    "masks": masks(),
     "canvas-96": canvas(96),
     "canvas-48": canvas(48),
 }  # fmt: skip

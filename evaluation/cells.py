@@ -73,8 +73,12 @@ class Measured:
     @property
     def notes(self) -> list[str]:
         """What a reader must know."""
-        idle = {c.recipe: c.recipes for c in self.cells if c.recipes and not c.applied}
         known = registry()
+
+        def reads(one: Any) -> bool:
+            return one["name"] in known and known[one["name"]].info.reads
+
+        idle = {c.recipe: c.recipes for c in self.cells if c.recipes and not c.applied and not all(map(reads, c.recipes))}
         return [
             f"{label!r} never acted, so nothing was changed: "
             f"{'; '.join(dict.fromkeys(getattr(known.get(one['name']), 'idle', Plan.idle) for one in recipes))}."

@@ -66,13 +66,14 @@ class Steering:
         return done + sum(session.applied for session in self._open)
 
     @contextlib.contextmanager
-    def marked(self, rows: dict[str, list[Any]]) -> Iterator[None]:
-        """The waiting recipes at work on one batch; rows: {kind: for every prompt its passages, its text, or its boxes}."""
+    def marked(self, rows: dict[str, list[Any]]) -> Iterator[list[Recipe]]:
+        """The waiting recipes at work on one batch; rows: {kind: for every prompt its passages, its text, picture, or boxes}. Gives all
+        recipes at work."""
         chosen = [
             cls(**given, **{field: rows[kind] for kind, field in lacking.items()}) for cls, given, lacking in self.waiting
         ]
         with self._session(chosen) if chosen else contextlib.nullcontext():
-            yield
+            yield [*self.ready, *chosen]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..hooks.sites.discovery import components, original_of, unwrapped_model
 from ..interventions import ReattendError
+from ..recipes.kit.base import Recipe
 
 
 class Asked(Protocol):
     """The recipes at work while a suite asks, as a subject needs them: see `Steering`."""
 
-    def marked(self, rows: dict[str, list[Any]]) -> contextlib.AbstractContextManager: ...
+    def marked(self, rows: dict[str, list[Any]]) -> contextlib.AbstractContextManager[Sequence[Recipe]]: ...
 
     def paused(self) -> contextlib.AbstractContextManager: ...
 
@@ -54,14 +55,13 @@ class Subject:
         if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
             raise ReattendError("batches need a padding token: set tokenizer.pad_token")
 
-    def marked(self, **rows: list[Any]) -> contextlib.AbstractContextManager:
+    def marked(self, **rows: list[Any]) -> contextlib.AbstractContextManager[Sequence[Recipe]]:
         """Around a batch: tells recipes that wait for passages what to mark, by kind: `marked(highlight=[["Anna lives in Rome."]])`.
 
         Each value holds, for every prompt of the batch, the passages as they stand in it, a text beside it (`marked(negative=["a dog"])`),
-        or boxes (`marked(boxes=[{"dog": (0, 0.5, 0.5, 1)}])`).
-        Without such recipes it does nothing.
+        or boxes (`marked(boxes=[{"dog": (0, 0.5, 0.5, 1)}])`). Gives the recipes at work, for what they have found afterwards.
         """
-        return contextlib.nullcontext() if self.steering is None else self.steering.marked(rows)
+        return contextlib.nullcontext(()) if self.steering is None else self.steering.marked(rows)
 
     def untouched(self) -> contextlib.AbstractContextManager:
         """The model without the recipes that are being evaluated, for a judgement about what they wrote."""

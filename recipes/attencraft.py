@@ -58,15 +58,17 @@ class Found:
     maps: Tensor
     threshold: float = 0.1
 
-    def masks(self, size: tuple[int, int] | None = None, threshold: float | None = None) -> Tensor:
+    def masks(
+        self, size: tuple[int, int] | None = None, threshold: float | None = None, *, may_be_empty: bool = False
+    ) -> Tensor:
         """Bool [things + 1, height, width], disjoint, the background last. size: maps are made that large first (bilinear; ours).
 
-        Raises ReattendError where a thing, or the background, has no place at all.
+        Raises ReattendError where a thing, or the background, has no place at all, unless that may be.
         """
         maps = self.maps if size is None else interpolate(self.maps[None], size=size, mode="bilinear")[0]
         found = leading(maps, self.threshold if threshold is None else threshold)
         empty = [name for name, mask in zip((*self.names, "the background"), found, strict=True) if not bool(mask.any())]
-        if empty:
+        if empty and not may_be_empty:
             raise ReattendError(f"attencraft: no place is told to be {empty[0]!r}, apart from the others: {NOT_TOLD}")
         return found
 

@@ -66,7 +66,7 @@ class PrimeComposer(Recipe):
         licence="2-clause BSD, non-commercial",
     )
 
-    beside = {"picture": "background"}
+    beside = {"background": "background", "reference": "reference", "mask": "mask", "box": "box"}
 
     background: Pictures = Field(
         description="the picture that the thing is put into, a path or a PIL picture, or a list of one for each prompt"

@@ -43,7 +43,8 @@ class Suite(BaseModel):
     neutral: of which neither more nor less is. marks: kinds of passages and texts that `answer` names to recipes by
     `subject.marked(...)`: "highlight" (to be emphasised), "segments" (whose order should not matter), "words" (that must show in the
     picture), "negative" (a text beside the prompt, that is to stay out of the picture), "boxes" (of words), "removed" (boxes of what is
-    to go), "picture" (the one that is edited). argument: the parameter that "name:..." gives, none by default. batch: how many items are
+    to go), "picture" (the one that is edited or read), "background", "reference", "mask" and "box" (of a thing that is put into a
+    picture). argument: the parameter that "name:..." gives, none by default. batch: how many items are
     answered at once. version: raised when items or scoring change, so that old records are not reused.
     """
 

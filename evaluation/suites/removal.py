@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -11,7 +10,6 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from ...interventions import ReattendError
 from ...zoo.worlds.drawing import picture
 from ...zoo.worlds.language import listing
 from ...zoo.worlds.reading import judge, read
@@ -21,8 +19,8 @@ from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
 from .binding import OWN, drawn, drawn_as_meant
+from .given_pictures import Box, apart, mask_picture, pipeline_of, side_of, touched
 
-Box = tuple[float, float, float, float]
 # of pictures that do not differ at all, in dB
 ALIKE = 100.0
 
@@ -61,18 +59,16 @@ class Removal(Suite):
         items: list[Item] = []
         while len(items) < count:
             scene = sample_scene(rng, replace(CLEAR, things=self.things), habits="absent")
-            apart = [i for i, thing in enumerate(scene.things) if self._apart(thing, scene)]
-            if self.things[0] <= len(scene.things) and apart:
+            alone = [i for i, thing in enumerate(scene.things) if self._alone(thing, scene)]
+            if self.things[0] <= len(scene.things) and alone:
                 things = [[t.shape, t.colour, t.x, t.y, t.size] for t in scene.things]
-                unwanted = apart[int(rng.integers(len(apart)))]
+                unwanted = alone[int(rng.integers(len(alone)))]
                 data = {"things": things, "unwanted": unwanted, "noise": int(rng.integers(2**31))}
                 items.append(Item(f"{seed}-{len(items)}", data))
         return items
 
-    def _apart(self, thing: Thing, scene: Scene) -> bool:
-        left, top, right, bottom = self.box(thing)
-        others = [other.box for other in scene.things if other is not thing]
-        return all(b[0] >= right or b[2] <= left or b[1] >= bottom or b[3] <= top for b in others)
+    def _alone(self, thing: Thing, scene: Scene) -> bool:
+        return all(apart(self.box(thing), other.box) for other in scene.things if other is not thing)
 
     def box(self, thing: Thing) -> Box:
         """What is masked of a thing, in shares of the picture's side."""
@@ -90,31 +86,11 @@ class Removal(Suite):
 
     def mask(self, thing: Thing, side: int) -> np.ndarray:
         """Bool [side, side]: the pixels that its box touches."""
-        left, top, right, bottom = (edge * side for edge in self.box(thing))
-        held = np.zeros((side, side), dtype=bool)
-        held[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
-        return held
-
-    def pipeline(self, subject: Subject) -> Any:
-        """The pipeline of the wanted kind, of the subject's own parts."""
-        import diffusers
-
-        kinds = {
-            "image": diffusers.AutoPipelineForImage2Image,
-            "inpaint": diffusers.AutoPipelineForInpainting,
-            "text": diffusers.AutoPipelineForText2Image,
-        }
-        try:
-            return kinds[self.by].from_pipe(subject.source)
-        except ValueError as error:
-            raise ReattendError(
-                f"suite 'removal': diffusers has no pipeline by={self.by!r} for {type(subject.source).__name__}: {error}"
-            ) from None
+        return touched(self.box(thing), side)
 
     def answer(self, subject: Subject, items: Sequence[Item]) -> list[dict[str, Any]]:
-        pipe = self.pipeline(subject)
-        side = pipe.unet.config.sample_size if hasattr(pipe, "unet") else pipe.transformer.config.sample_size
-        side *= pipe.vae_scale_factor
+        pipe = pipeline_of(subject, self.by, self.name)
+        side = side_of(pipe)
         parts = [self.parts(item) for item in items]
         given = [picture(scene, side, CLEAR) for scene, _, _ in parts]
         masks = [self.mask(unwanted, side) for _, unwanted, _ in parts]
@@ -123,11 +99,7 @@ class Removal(Suite):
         if self.by != "text":
             more = {"image": given, "strength": self.strength}
         if self.by == "inpaint":
-            more |= {
-                "mask_image": [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks],
-                "height": side,
-                "width": side,
-            }
+            more |= {"mask_image": [mask_picture(mask) for mask in masks], "height": side, "width": side}
         boxes = [[self.box(unwanted)] for _, unwanted, _ in parts]
         with subject.marked(removed=boxes, picture=given):
             images = drawn(subject, prompts, items, self.steps, self.guidance, pipe=pipe, **more)

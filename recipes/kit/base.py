@@ -84,6 +84,11 @@ class Info:
         """The words of `cost`, and what they mean."""
         return {word: meaning for word, meaning in COSTS.items() if word in self.cost.replace(",", " ").split()}
 
+    @property
+    def reads(self) -> bool:
+        """Whether it only reads what a model attends to, and changes nothing."""
+        return tuple(self.families) == ("reading",)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -101,7 +106,7 @@ class Recipe(BaseModel):
     version: ClassVar[int] = 1
     # {kind of passage: parameter that takes it as one list of texts per prompt}, so that an evaluation can name the passages itself
     marks: ClassVar[Mapping[str, str]] = {}
-    # {kind of text or picture: parameter that takes one per prompt}, for what an evaluation has to bring beside the prompt
+    # {kind of text, picture, mask or box: parameter that takes one per prompt}, for what an evaluation has to bring beside the prompt
     beside: ClassVar[Mapping[str, str]] = {}
     # {kind of layout: parameter that takes one {words: box} per prompt}, for boxes that an evaluation has made up
     placed: ClassVar[Mapping[str, str]] = {}
@@ -144,14 +149,15 @@ class Recipe(BaseModel):
     @classmethod
     def awaited(cls) -> dict[str, tuple[str, Any]]:
         """{kind: (parameter, what may stand in for it until an evaluation names it)}, of `marks`, `beside`, `placed` and `areas`."""
-        passage = "passage"
+        passage, box = "passage", (0.25, 0.25, 0.75, 0.75)
         stands_in = (
             (cls.marks, [[passage]]),
             (cls.beside, [passage]),
             (cls.placed, [{passage: (0, 0, 1, 1)}]),
-            (cls.areas, [[(0.25, 0.25, 0.75, 0.75)]]),
+            (cls.areas, [[box]]),
         )
-        return {kind: (name, value) for kinds, value in stands_in for kind, name in kinds.items()}
+        of_kind = {"mask": [("1",)], "box": [box]}
+        return {kind: (name, of_kind.get(kind, value)) for kinds, value in stands_in for kind, name in kinds.items()}
 
     @classmethod
     def field_help(cls) -> dict[str, str]:

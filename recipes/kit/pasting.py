@@ -14,6 +14,8 @@ from .layout import Box, Mask
 CENTRE = (0.5, 0.5)
 # of a place of the latents that the thing covers
 LEAST_SHARE = 0.5
+# less than this of a place is nothing
+HAIR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,15 @@ def pasted(background: Any, reference: Any, mask: Mask, box: Box, centred: bool)
 
 
 def reduced(placed: Placed, height: int, width: int) -> Placed:
-    """The same with the mask on the raster of the latents: the places that the thing covers by half.
+    """The same with the mask on the raster of the latents: the places that the thing covers by half, or of a thinner one all that it touches.
 
-    Raises ReattendError where it covers none of them.
+    Raises ReattendError where it touches none of them.
     """
     share = torch.nn.functional.adaptive_avg_pool2d(placed.inside[None].float(), (height, width))[0]
-    found = Placed(placed.source, placed.target, placed.size, share >= LEAST_SHARE)
-    if not found.places(height, width)[0].numel():
-        raise ReattendError(
-            f"box: in it the thing covers none of the {width} x {height} places of the latents by half: make the box larger"
-        )
-    return found
+    for least in (LEAST_SHARE, HAIR):
+        found = Placed(placed.source, placed.target, placed.size, share >= least)
+        if found.places(height, width)[0].numel():
+            return found
+    raise ReattendError(
+        f"box: in it the thing covers none of the {width} x {height} places of the latents: make the box larger"
+    )

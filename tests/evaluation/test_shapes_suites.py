@@ -16,7 +16,6 @@ from reattend.evaluation.suites.layout import Layout, located, overlap
 from reattend.evaluation.suites.negatives import Negatives
 from reattend.evaluation.suites.pope import SPLITS, Pope
 from reattend.evaluation.suites.questions import Questions, given
-from reattend.evaluation.suites.removal import Removal
 from reattend.evaluation.suites.shapes_world import frequencies, together
 from reattend.zoo.worlds.drawing import picture
 from reattend.zoo.worlds.reading import read
@@ -309,51 +308,6 @@ def test_of_several_pictures_of_a_layout_the_one_that_fits_is_kept():
     subject = SimpleNamespace(source=pipe, marked=lambda **rows: contextlib.nullcontext(), quiet=contextlib.nullcontext)
     (record,) = one.answer(subject, [item])
     assert record["placed"] == record["binding"] == 1 and noise == [item.data["noise"] + turn for turn in range(3)]
-
-
-# -- what is taken out of pictures ---------------------------------------------------------------------------------------
-
-
-def test_removal_asks_for_a_thing_whose_box_touches_no_other():
-    one = Removal()
-    items = one.items(30, 3)
-    assert items == one.items(30, 3) == one.items(40, 3)[:30] and len({item.id for item in items}) == 30
-    for item in items:
-        scene, unwanted, rest = one.parts(item)
-        assert 2 <= len(scene.things) <= 3 and {unwanted, *rest.things} == set(scene.things)
-        held = one.mask(unwanted, 64)
-        whole, without = (np.asarray(picture(s, 64, CLEAR)) for s in (scene, rest))
-        assert np.array_equal(whole[~held], without[~held]) and not np.array_equal(whole[held], without[held])
-
-
-def test_removal_is_scored_by_what_is_in_the_box_and_around_it():
-    one = Removal()
-    scene = Scene((Thing("star", "green", 0.25, 0.25, 0.15), Thing("ring", "purple", 0.7, 0.7, 0.15)))
-    rest, star = Scene(scene.things[1:]), scene.things[0]
-    before, held = picture(scene, 64, CLEAR), one.mask(star, 64)
-    perfect = one.record((scene, star, rest), before, held, picture(rest, 64, CLEAR))
-    assert {name: perfect[name] for name in one.shown} == {
-        "right": 1, "empty": 1, "removed": 1, "rest": 1, "psnr": 100, "ssim": pytest.approx(1), "inside": 0,
-    }  # fmt: skip
-    untouched = one.record((scene, star, rest), before, held, before)
-    assert (untouched["empty"], untouched["removed"], untouched["rest"]) == (0, 0, 1) and untouched["inside"] > 0.05
-    other = Scene((Thing("circle", "orange", 0.25, 0.25, 0.15), Thing("ring", "cyan", 0.7, 0.7, 0.15)))
-    replaced = one.record((scene, star, rest), before, held, picture(other, 64, CLEAR))
-    assert (replaced["empty"], replaced["removed"], replaced["rest"]) == (0, 1, 0) and replaced["psnr"] < 40
-    ruined = one.record((scene, star, rest), before, held, picture(Scene(()), 64, CLEAR))
-    assert (ruined["empty"], ruined["right"]) == (1, 0)
-    assert one.score([perfect, replaced])["right"] == 0.5
-
-
-@pytest.mark.parametrize("by", ["image", "inpaint", "text"])
-def test_removal_runs_every_kind_of_pipeline(by):
-    import tiny_pipelines
-
-    one, given = Removal(by=by, steps=2, strength=1.0), {"invert": True} if by == "text" else {}
-    found = evaluate(tiny_pipelines.stable_diffusion(), one, ["none", ("attentive-eraser", given)], count=2, resamples=100)
-    plain, steered = found.cells
-    assert steered.applied > 0 and set(steered.metrics) == set(one.shown)
-    assert [record["inside"] for record in plain.records] != [record["inside"] for record in steered.records]
 
 
 # -- words of a picture's prompt ----------------------------------------------------------------------------------------

@@ -65,8 +65,15 @@ def test_what_whole_places_put_outside_the_picture_is_left_out():
     assert Placed((0.5, 0.5), (0.1, 0.5), (0.5, 0.5), WHOLE.inside).box(4, 4).nonzero().tolist() == [[0, 1], [0, 2]]
 
 
+def test_a_thing_that_covers_no_place_by_half_is_where_it_touches():
+    held = torch.zeros(16, 16, dtype=torch.bool)
+    held[4:12, 7] = True
+    found = reduced(Placed((0.5, 0.5), (0.5, 0.5), (0.5, 0.5), held), 4, 4)
+    assert found.inside.nonzero().tolist() == [[1, 1], [2, 1]] == [[p // 4, p % 4] for p in found.places(4, 4)[0].tolist()]
+
+
 def test_a_thing_that_covers_nothing():
-    with pytest.raises(reattend.ReattendError, match="none of the 4 x 4 places of the latents by half: make the box larger"):
+    with pytest.raises(reattend.ReattendError, match="none of the 4 x 4 places of the latents: make the box larger"):
         reduced(pasted(photo(1), photo(2), composer().masks[0], (0.0, 0.0, 0.1, 0.1), True)[2], 4, 4)
 
 
@@ -246,7 +253,7 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
     states = torch.randn(1, 64, 16)
     runs = [
         ({"background": photo(1, 16, 12)}, {}, "picture of 16 x 12 pixels has other proportions"),
-        ({"box": [0.0, 0.0, 0.1, 0.1]}, {}, "covers none of the 8 x 8 places of the latents by half"),
+        ({"box": [0.0, 0.0, 0.1, 0.1]}, {}, "covers none of the 8 x 8 places of the latents"),
         ({"background": [photo(1), photo(1)]}, {}, "for 2 prompts, and 1 pictures"),
         ({"words": ["zebra"]}, {}, "zebra"),
         ({"words": ["b"]}, {"prompt": None, "prompt_embeds": states, "negative_prompt_embeds": states}, "prompt_embeds|no text encoder"),

@@ -80,9 +80,9 @@ def golden(name, run):
 TRIED = {
     "masks": [
         "attencraft",
-        "attencraft:threshold=0.02",
-        "attencraft:threshold=0.2",
-        "attencraft:spread=1",
-        "attencraft:timestep=300",
+        "attencraft:spread=1:threshold=0.02",
+        "attencraft:cross_resolution=16:spread=1:threshold=0.02",
+        "attencraft:cross_resolution=16:spread=0",
+        "attencraft:cross_resolution=16:spread=0:threshold=0.05",
     ]
 }

@@ -1,0 +1,54 @@
+"""What suites share that give a picture to an image generator: the pipeline that takes it, and boxes in it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from ...interventions import ReattendError
+from ..subject import Subject
+
+Box = tuple[float, float, float, float]
+
+
+def pipeline_of(subject: Subject, by: Literal["image", "inpaint", "text"], suite: str) -> Any:
+    """The pipeline of the wanted kind, of the subject's own parts. Raises ReattendError where diffusers has none."""
+    import diffusers
+
+    kinds = {
+        "image": diffusers.AutoPipelineForImage2Image,
+        "inpaint": diffusers.AutoPipelineForInpainting,
+        "text": diffusers.AutoPipelineForText2Image,
+    }
+    try:
+        return kinds[by].from_pipe(subject.source)
+    except ValueError as error:
+        name = type(subject.source).__name__
+        raise ReattendError(f"suite {suite!r}: diffusers has no pipeline by={by!r} for {name}: {error}") from None
+
+
+def side_of(pipe: Any) -> int:
+    """The side of the pictures that a pipeline draws by itself, in pixels."""
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    return denoiser.config.sample_size * pipe.vae_scale_factor
+
+
+def touched(box: Box, side: int) -> np.ndarray:
+    """Bool [side, side]: the pixels that a box, in shares of the picture's side, touches."""
+    left, top, right, bottom = (edge * side for edge in box)
+    held = np.zeros((side, side), dtype=bool)
+    held[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
+    return held
+
+
+def apart(box: Box, other: Box) -> bool:
+    """Whether two boxes have nothing in common."""
+    return other[0] >= box[2] or other[2] <= box[0] or other[1] >= box[3] or other[3] <= box[1]
+
+
+def mask_picture(mask: np.ndarray) -> Image.Image:
+    """A mask as pipelines take it: white where it holds."""
+    return Image.fromarray(mask.astype(np.uint8) * 255)

@@ -15,16 +15,15 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import methods
 import reattend
 import torch
-from diffusers import AutoPipelineForInpainting
+from gallery_editing import found_in, put_in, taken_out
 from PIL import Image, ImageDraw, ImageFont
 from reattend.recipes import recipe_class
 from reattend.recipes.kit.registry import registry
-from reattend.zoo.worlds.reading import read
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, FOLDER = DOCS / "gallery.md", DOCS / "gallery"
@@ -44,6 +43,10 @@ def boxes(prompt: str) -> dict[str, tuple[float, float, float, float]]:
     things = re.findall(r"an? (\w+ \w+)", prompt)
     middles = [((number + 0.5) / len(things), (0.35, 0.65)[number % 2]) for number in range(len(things))]
     return {name: (x - 0.15, y - 0.15, x + 0.15, y + 0.15) for name, (x, y) in zip(things, middles, strict=True)}
+
+
+def shapes(prompt: str) -> list[str]:
+    return re.findall(r"an? \w+ (\w+)", prompt)
 
 
 TOLD = {
@@ -67,7 +70,8 @@ pixels (here enlarged) and which often draw what the prompt does not say. What s
 class Grid:
     """How a method is drawn: `GALLERY = {field: value}` of its example.
 
-    model: of the zoo. size: of the pictures, in pixels a side; None: the model's own. steps, guidance: the pipeline's. look: what to look at.
+    model: of the zoo. size: of the pictures, in pixels a side; None: the model's own. steps, guidance: the pipeline's. words: those that a
+    method is told of, one shape of each prompt or all of them. look: what to look at.
     """
 
     model: str = "shapes-sd"
@@ -75,6 +79,7 @@ class Grid:
     size: int | None = None
     steps: int = 20
     guidance: float = 2.0
+    words: Literal["one", "shapes"] = "one"
     look: str = ""
 
 
@@ -88,6 +93,8 @@ def parameters(slug: str, grid: Grid) -> dict[str, Any]:
     """What is said of every prompt, and the method's own."""
     cls = recipe_class(slug)
     told = {name: TOLD[of] for of, name in {**cls.marks, **cls.beside, **cls.placed}.items() if of in TOLD}
+    if "words" in cls.marks and grid.words == "shapes":
+        told[cls.marks["words"]] = [shapes(prompt) for prompt, *_ in PROMPTS]
     return {**told, **grid.parameters}
 
 
@@ -107,39 +114,20 @@ def draw(grid: Grid, **more: Any) -> list[Image.Image]:
     ).images  # fmt: skip
 
 
-def edited(slug: str, grid: Grid) -> dict[str, list[Image.Image]]:
-    """{label: pictures} of a method that takes things out of pictures: the largest thing of each, by its box, under an empty prompt."""
-    before = draw(replace(grid, guidance=2.0))
-    boxes = []
-    for one in before:
-        box = next((seen.box for seen in read(one)), (one.width // 3, one.height // 3, one.width // 2, one.height // 2))
-        shares = [(edge + reach) / one.width for edge, reach in zip(box, (-1, -1, 1, 1), strict=True)]
-        boxes.append([tuple(min(max(share, 0.0), 1.0) for share in shares)])
-    masks = [Image.fromarray(reattend.recipe(slug, boxes=own).places(0, 1, 64, 64).numpy()) for own in boxes]
-    pipe = AutoPipelineForInpainting.from_pipe(pipeline(grid.model))
-    pipe.set_progress_bar_config(disable=True)
-
-    def fill() -> list[Image.Image]:
-        return pipe(
-            [""] * len(before), image=before, mask_image=masks, height=before[0].height, width=before[0].width, strength=1.0,
-            num_inference_steps=grid.steps, guidance_scale=grid.guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(len(before))],
-        ).images  # fmt: skip
-
-    found = {"before": before, "inpainting pipeline": fill()}
-    with reattend.apply(pipeline(grid.model), slug, boxes=boxes, **grid.parameters):
-        found[f"{slug} on it"] = fill()
-    return found
-
-
 def rows(slug: str, grid: Grid) -> dict[str, list[Image.Image]]:
     """{label: pictures}"""
-    if recipe_class(slug).areas:
-        return edited(slug, grid)
+    cls, pipe = recipe_class(slug), pipeline(grid.model)
+    how = grid.steps, grid.guidance, grid.parameters
+    if cls.areas:
+        return taken_out(slug, pipe, draw(replace(grid, guidance=2.0)), *how)
+    if "background" in cls.beside:
+        return put_in(slug, pipe, len(PROMPTS), *how)
+    if cls.info.reads:
+        return found_in(slug, pipe, len(PROMPTS), *how)
     found = {"without": draw(grid)}
-    with reattend.apply(pipeline(grid.model), slug, **parameters(slug, grid)):
+    with reattend.apply(pipe, slug, **parameters(slug, grid)):
         found[slug] = draw(grid)
-    if "negative" in recipe_class(slug).beside:
+    if "negative" in cls.beside:
         guided = replace(grid, guidance=max(grid.guidance, 2.0))
         found[f"negative prompt, guidance {guided.guidance:g}"] = draw(guided, negative_prompt=TOLD["negative"])
     return found
@@ -150,9 +138,11 @@ def picture(slug: str, found: dict[str, list[Image.Image]]) -> Image.Image:
     step = CELL + MARGIN
     sheet = Image.new("RGB", (LABEL + step * len(PROMPTS), CAPTION + step * len(found)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    negative = "negative" in recipe_class(slug).beside
+    cls = recipe_class(slug)
+    negative = "negative" in cls.beside
+    own = "background" in cls.beside or cls.info.reads
     for column, (prompt, unwanted, _) in enumerate(PROMPTS):
-        text = f"{prompt}{f'; not {unwanted}' if negative else ''} (seed {column})"
+        text = f"scene {column}" if own else f"{prompt}{f'; not {unwanted}' if negative else ''} (seed {column})"
         pen.multiline_text((LABEL + column * step, 2), textwrap.fill(text, 25), "black", font, spacing=1)
     for row, (label, pictures) in enumerate(found.items()):
         top = CAPTION + row * step
@@ -160,7 +150,7 @@ def picture(slug: str, found: dict[str, list[Image.Image]]) -> Image.Image:
         for column, one in enumerate(pictures):
             left = LABEL + column * step
             sheet.paste(one.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
-            for box in TOLD["boxes"][column].values() if recipe_class(slug).placed else ():
+            for box in TOLD["boxes"][column].values() if cls.placed else ():
                 pen.rectangle([(left, top)[i % 2] + round(side * CELL) for i, side in enumerate(box)], outline="white")
     return sheet.quantize(255)
 
@@ -172,11 +162,15 @@ def page(grids: dict[str, Grid]) -> str:
         look = grid.look or cls.info.does
         own = ", ".join(f"{name}={value}" for name, value in grid.parameters.items()) or "its defaults"
         size = f"{grid.size} x {grid.size} pixels, " if grid.size else ""
-        told = "; what is named stands in the captions" if cls.beside and not cls.areas else ""
+        told = "; what is named stands in the captions" if "negative" in cls.beside else ""
         told = "; told of the boxes drawn" if cls.placed else told
         told = "; the empty prompt, and a box around the largest thing" if cls.areas else told
-        if "words" in cls.marks:
-            told = f"; told of: {', '.join(word for *_, words in PROMPTS for word in words)}"
+        told = "; scenes of its own, with a box and a mask of the thing" if "background" in cls.beside else told
+        if cls.info.reads:
+            told = "; scenes of its own, which are told of their shapes: red, green and blue in the order of the prompt"
+        elif "words" in cls.marks:
+            one = f"told of: {', '.join(word for *_, words in PROMPTS for word in words)}"
+            told = f"; {'told of all shapes' if grid.words == 'shapes' else one}"
         lines += [
             f"## {slug}",
             look,

@@ -189,7 +189,7 @@ def masks() -> Section:
     baselines = {"read with twice the noise": Baseline("strength=0.6"), "of colours and shapes": Baseline("naming=things")}
     return Section(
         f"Where the things of a picture are, {SD[1]}", SD[0], "masks", ("iou", "told", "rest"), tried("masks"), 32, 200,
-        best=2, defaults=False, baselines=baselines, paper=paper("masks"),
+        best=2, baselines=baselines, paper=paper("masks"),
     )  # fmt: skip
 
 

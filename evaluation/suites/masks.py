@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -82,7 +82,7 @@ class Masks(Suite):
         given, words = [picture(scene, side, CLEAR) for scene in scenes], [self.words(scene) for scene in scenes]
         prompts = [listing(list(scene.things)) for scene in scenes]
         with subject.marked(words=words, picture=given) as recipes:
-            with maps_of(pipe, words) as heat:
+            with found_by(pipe, words) as heat:
                 drawn(
                     subject, prompts, items, self.steps, self.guidance, pipe=pipe, image=given, strength=self.strength,
                     output_type="latent",
@@ -93,7 +93,7 @@ class Masks(Suite):
             if found is not None:
                 masks = found[number].masks((side, side), may_be_empty=True)[: len(own)]
             else:
-                masks = cut_out(torch.stack([heat.map(f"{ROLE}.{n}", (side, side))[number] for n in range(len(own))]), self.cut)
+                masks = cut_out(heat(number, (side, side)), self.cut)
             records.append(self.record(scene, masks.numpy()))
         return records
 
@@ -117,17 +117,20 @@ class Masks(Suite):
         return {name: ratio(sums[name], sums["pictures"]) for name in self.shown or ()}
 
 
-ROLE = "masks"
-
-
 @contextlib.contextmanager
-def maps_of(pipe: Any, words: Sequence[Sequence[str]]) -> Iterator[Heat]:
-    """The maps of words that runs of a pipeline make meanwhile, after the edits of the recipes at work: see `Heat`."""
-    heat = Heat(
-        text_sites(sites(pipe)).where(lambda s: s.supported), Words(ROLE, [list(own) for own in words], occurrence="all")
-    )
+def found_by(pipe: Any, words: Sequence[Sequence[str]]) -> Iterator[Callable[[int, tuple[int, int]], torch.Tensor]]:
+    """Reads the maps of words that runs of a pipeline make meanwhile, after the edits of the recipes at work: see `Heat`.
+
+    words: of every prompt. Gives a function: (number of a picture, (height, width)) to the maps [words of its prompt, height, width].
+    """
+    table = text_sites(sites(pipe)).where(lambda s: s.supported)
+    heat = Heat(table, Words("masks", [list(own) for own in words], occurrence="all"))
+
+    def maps(number: int, size: tuple[int, int]) -> torch.Tensor:
+        return torch.stack([heat.map(f"masks.{place}", size)[number] for place in range(len(words[number]))])
+
     with attach(pipe, [Plan("maps of words", heat.steps)]):
-        yield heat
+        yield maps
 
 
 def cut_out(maps: torch.Tensor, share: float) -> torch.Tensor:

@@ -86,3 +86,7 @@ TRIED = {
         "attencraft:cross_resolution=16:spread=0:threshold=0.05",
     ]
 }
+GALLERY = {
+    "parameters": {"cross_resolution": 16, "spread": 0},
+    "look": "Whether each mask is one whole thing, and none is swapped with another.",
+}

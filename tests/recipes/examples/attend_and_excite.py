@@ -134,4 +134,4 @@ TRIED = {
         "attend-and-excite:scale=10", "attend-and-excite", "attend-and-excite:scale=40", "attend-and-excite:tries=0",
     ]
 }  # fmt: skip
-GALLERY = {"look": "The last shape of most prompts, which is told to be attended to: whether it comes."}
+GALLERY = {"words": "shapes", "parameters": {"scale": 10.0}, "look": "Whether all shapes of the prompt come."}

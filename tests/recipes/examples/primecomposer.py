@@ -134,3 +134,4 @@ TRIED = {
         "primecomposer:same_domain=false:object_until=0.3",
     ]
 }
+GALLERY = {"look": "Whether the thing is in its place, as itself, and has the light of the picture that it went into."}

@@ -16,19 +16,32 @@ from typing import Any
 
 import diffusers
 import methods
+import numpy as np
 import reattend
 import torch
 from diffusers.models.attention_processor import Attention
+from reattend.evaluation.suites.given_pictures import side_of
 from reattend.hooks import Guide
-from reattend.recipes import recipe_class
 from reattend.recipes.kit.denoisers import default_layers, image_layers
+from reattend.zoo.worlds.drawing import picture
+from reattend.zoo.worlds.shapes import CLEAR, sample_scene
 from timing import Pace
 from torch import Tensor, nn
 
 STEPS = 4
 GUIDANCE = 2.0
 SCALE = 3.0
-PROMPT, NEGATIVE = "a red circle and a blue square", "a blue square"
+PROMPT = "a red circle and a blue square"
+BOX = (0.1, 0.3, 0.4, 0.7)
+# what methods are told of, once for the picture
+TOLD: dict[str, Any] = {
+    "negative": "a blue square",
+    "words": [["circle", "square"]],
+    "boxes": [{"red circle": BOX, "blue square": (0.55, 0.3, 0.95, 0.7)}],
+    "removed": [[BOX]],
+    "mask": [["0" * 8, *["0" + "1" * 6 + "0"] * 6, "0" * 8]],
+    "box": [BOX],
+}
 WHY = {0: "no pass more", 1: "a branch of the conditional rows"}
 OWN = {"shapes-sd": diffusers.StableDiffusionPAGPipeline, "shapes-sd3": diffusers.StableDiffusion3PAGPipeline}
 
@@ -136,10 +149,10 @@ def eager(pipe: Any, layer: nn.Module) -> Callable[[], AbstractContextManager]:
     return lambda: more_rows(denoiser(pipe), 1, guided)
 
 
-def chosen() -> dict[str, tuple[str, dict[str, Any]]]:
-    """{label: (slug, parameters)} of the methods for image generation, but for those that mark words of the prompt."""
-    rows = methods.timed("diffusion", {"negative": NEGATIVE})
-    return {label: row for label, row in rows.items() if not recipe_class(row[0]).marks}
+def chosen(side: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{label: (slug, parameters)} of the methods for image generation. side: of the pictures that some of them are given, in pixels."""
+    scene = picture(sample_scene(np.random.default_rng(0), CLEAR), side, CLEAR)
+    return methods.timed("diffusion", {**TOLD, **dict.fromkeys(("background", "reference"), scene)})
 
 
 def branches(pipe: Any, recipe: Any) -> int:
@@ -157,7 +170,7 @@ def drawings(name: str) -> tuple[Drawing, dict[str, tuple[Drawing, int]]]:
     (layer,) = default_layers(table)
     (site,) = image_layers(table)[layer]
     found: dict[str, tuple[Drawing, int]] = {"untouched": (Drawing(copied(pipe)), 0)}
-    for label, (slug, given) in chosen().items():
+    for label, (slug, given) in chosen(side_of(pipe)).items():
         parameters = given(table) if callable(given) else given
         recipe = reattend.recipe(slug, **parameters)
         if not recipe.supports(table).ok:
@@ -184,7 +197,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     """The section of docs/costs.json: {row: {"picture", "floor", "above": [ratio, low, high]}}, and why a floor is what it is."""
     plain, found = drawings(name)
     floors = {added: Drawing(copied(plain.pipe)) for added in sorted({added for _, added in found.values()}) if added}
-    rows, why = {}, {}
+    rows, why, said = {}, {}, methods.floors("diffusion")
     for label, (drawing, added) in found.items():
         times = []
         with ExitStack() as open_now:
@@ -201,7 +214,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             key: [round(part, 3) for part in (pace.value, pace.low, pace.high)]
             for key, pace in ((key, Pace.of(values)) for key, values in paces.items())
         }
-        why[label] = "" if label == "untouched" else WHY[added]
+        why[label] = "" if label == "untouched" else said.get(label, (WHY[added],))[0]
     title = f"{name}: a picture of {STEPS} steps, guidance {GUIDANCE:g}"
     return {"title": title, "new": STEPS, "rows": rows, "why": why}
 

@@ -5,7 +5,8 @@ A file of tests/recipes/examples may set, each by kind of model or group of sect
     TIMED = {label: parameters}                    rows of docs/costs.md, the first one for docs/results.md; parameters may be a function
                                                    of the `Subject` that is timed, or, for pictures, of the sites of their pipeline.
                                                    Default: one row with what the method marks.
-    FLOORS = {label: (why, floor)}                 passes that the method needs by its definition: see FLOORS of subjects.py
+    FLOORS = {label: (why, floor)}                 passes that the method needs by its definition: see FLOORS of subjects.py; of pictures
+                                                   the reason alone, where it is no branch: (why, "")
     TRIED = {"highlight": [variant, ...]}          variants of effects.py, from weak to strong; {}: none. Default: those of `Info.sweep`
     PAPER = {"highlight": text}                    what the paper reports there
     PROFILED = {option: value}                     options of its profiling run; samples="scenes": questions on scenes of the zoo;
@@ -42,13 +43,15 @@ def said(slug: str, name: str) -> dict[str, Any]:
 
 
 def timed(kind: str, marks: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """{label: (slug, parameters)} of the methods whose first kind of model is this one. marks: {kind of passage: the marked ones}."""
+    """{label: (slug, parameters)} of the methods whose first kind of model is this one. marks: {kind of passage, text, picture or box: the
+    ones that a method is told of}."""
     found: dict[str, tuple[str, Any]] = {}
     for slug in registry():
         cls = recipe_class(slug)
         if cls.info.kinds[0] != kind:
             continue
-        marked = {parameter: marks[of] for of, parameter in {**cls.marks, **cls.beside}.items() if of in marks}
+        told = {**cls.marks, **cls.beside, **cls.placed, **cls.areas}
+        marked = {parameter: marks[of] for of, parameter in told.items() if of in marks}
         rows = said(slug, "TIMED") or {slug: marked}
         found |= {label: (slug, given) for label, given in rows.items()}
     return found

@@ -77,6 +77,7 @@ def golden(name, run):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
+FLOORS = {"attencraft": ("one pass of the prompt's row in a run, whatever its steps", "")}
 TRIED = {
     "masks": [
         "attencraft",

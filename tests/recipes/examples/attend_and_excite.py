@@ -129,6 +129,8 @@ def golden(name, run):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
+TIMED = {"attend-and-excite, half of the steps": {"words": [["circle", "square"]], "steps": 2, "tries": 0}}
+FLOORS = {"attend-and-excite, half of the steps": ("a pass of the prompt's row with gradients before 2 of 4 steps", "")}
 TRIED = {
     "words": [
         "attend-and-excite:scale=10", "attend-and-excite", "attend-and-excite:scale=40", "attend-and-excite:tries=0",

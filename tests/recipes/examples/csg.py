@@ -74,6 +74,14 @@ BAD = [
     ({"boxes": {"a": [0, 0, 1, 1]}, "scale": 51}, "scale.*less than or equal to 50"),
     ({"boxes": {"a": [0, 0, 1, 1]}, "dropout": 0}, "dropout.*greater than 0"),
 ]
+TIMED = {
+    "csg, half of the steps": {
+        "boxes": {"circle": [0.1, 0.3, 0.4, 0.7], "square": [0.55, 0.3, 0.95, 0.7]},
+        "steps": 2,
+        "tries": 2,
+    }
+}
+FLOORS = {"csg, half of the steps": ("2 passes of the prompt's row with gradients before 2 of 4 steps", "")}
 TRIED = {
     "layout": [
         "csg:steps=10:tries=2",

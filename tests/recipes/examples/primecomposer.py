@@ -125,6 +125,7 @@ def golden(name, run):
 
 # -- what the benchmarks ask, see benchmarks/methods.py
 
+FLOORS = {"primecomposer": ("a pass of each of two pictures for every step, and one more of the prompt's row at 2 of 4", "")}
 TRIED = {
     "composition": [
         "primecomposer",

@@ -49,8 +49,15 @@ def shapes(prompt: str) -> list[str]:
     return re.findall(r"an? \w+ (\w+)", prompt)
 
 
+def columns(prompt: str) -> dict[str, tuple[float, float, float, float]]:
+    """{thing of a prompt, as a prompt: its part of the canvas}, from left to right."""
+    things = re.findall(r"an? \w+ \w+", prompt)
+    return {name: (number / len(things), 0.0, (number + 1) / len(things), 1.0) for number, name in enumerate(things)}
+
+
 TOLD = {
     "boxes": [boxes(prompt) for prompt, *_ in PROMPTS],
+    "cells": [columns(prompt) for prompt, *_ in PROMPTS],
     "negative": [unwanted for _, unwanted, _ in PROMPTS],
     **dict.fromkeys(("words", "highlight"), [w for *_, w in PROMPTS]),
 }
@@ -150,7 +157,7 @@ def picture(slug: str, found: dict[str, list[Image.Image]]) -> Image.Image:
         for column, one in enumerate(pictures):
             left = LABEL + column * step
             sheet.paste(one.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
-            for box in TOLD["boxes"][column].values() if cls.placed else ():
+            for box in TOLD[next(iter(cls.placed))][column].values() if cls.placed else ():
                 pen.rectangle([(left, top)[i % 2] + round(side * CELL) for i, side in enumerate(box)], outline="white")
     return sheet.quantize(255)
 

@@ -38,6 +38,7 @@ TOLD: dict[str, Any] = {
     "negative": "a blue square",
     "words": [["circle", "square"]],
     "boxes": [{"red circle": BOX, "blue square": (0.55, 0.3, 0.95, 0.7)}],
+    "cells": [{"a red circle": (0.0, 0.0, 0.5, 1.0), "a blue square": (0.5, 0.0, 1.0, 1.0)}],
     "removed": [[BOX]],
     "mask": [["0" * 8, *["0" + "1" * 6 + "0"] * 6, "0" * 8]],
     "box": [BOX],

@@ -53,7 +53,7 @@ class Regional(TextsAside):
         code="instantX-research/Regional-Prompting-FLUX",
         licence="Apache-2.0",
     )
-    placed = {"boxes": "regions"}
+    placed = {"cells": "regions"}
 
     regions: Regions = Field(
         description='the text of each region and its box, [left, top, right, bottom] in shares of the picture, or its mask: {"a red circle": '

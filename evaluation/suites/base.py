@@ -42,10 +42,10 @@ class Suite(BaseModel):
     shown: the metrics of the table, the first is the one that counts; None shows all. lower: metrics of which less is better;
     neutral: of which neither more nor less is. marks: kinds of passages and texts that `answer` names to recipes by
     `subject.marked(...)`: "highlight" (to be emphasised), "segments" (whose order should not matter), "words" (that must show in the
-    picture), "negative" (a text beside the prompt, that is to stay out of the picture), "boxes" (of words), "removed" (boxes of what is
-    to go), "picture" (the one that is edited or read), "background", "reference", "mask" and "box" (of a thing that is put into a
-    picture). argument: the parameter that "name:..." gives, none by default. batch: how many items are
-    answered at once. version: raised when items or scoring change, so that old records are not reused.
+    picture), "negative" (a text beside the prompt, that is to stay out of the picture), "boxes" (of words), "cells" (the part of the
+    canvas for each text), "removed" (boxes of what is to go), "picture" (the one that is edited or read), "background", "reference",
+    "mask" and "box" (of a thing that is put into a picture). argument: the parameter that "name:..." gives, none by
+    default. batch: how many items are answered at once. version: raised when items or scoring change, so that old records are not reused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -19,6 +19,8 @@ from .binding import drawn, thing
 
 # boxes that overlap by this share of their union are the same, as object detection counts it
 SAME = 0.5
+# places a side of the masks that a canvas is divided by
+CELLS = 32
 Box = tuple[float, float, float, float]
 
 
@@ -30,7 +32,7 @@ class Layout(Suite):
     )
     shown: ClassVar[Sequence[str] | None] = ("placed", "iou", "inside", "binding", "extra")
     lower: ClassVar[Sequence[str]] = ("extra",)
-    marks: ClassVar[Sequence[str]] = ("boxes", "words")
+    marks: ClassVar[Sequence[str]] = ("boxes", "cells", "words")
     batch: ClassVar[int] = 16
 
     least: int = Field(2, ge=1, le=4, description="fewest things of a prompt")
@@ -78,7 +80,8 @@ class Layout(Suite):
         prompts = [listing([one for one, _ in each.values()]) for each in asked]
         size = {} if self.side is None else {"height": self.side, "width": self.side}
         boxes = [{name: box for name, (_, box) in each.items()} for each in asked]
-        with subject.marked(boxes=boxes, words=[list(each) for each in asked]):
+        told = {"boxes": boxes, "cells": [cells(each) for each in asked], "words": [list(each) for each in asked]}
+        with subject.marked(**told):
             turns = [
                 drawn(subject, prompts, [other_noise(item, turn) for item in items], self.steps, self.guidance, **size)
                 for turn in range(self.pictures)
@@ -108,6 +111,14 @@ class Layout(Suite):
 def other_noise(item: Item, turn: int) -> Item:
     """An item as it is drawn once more."""
     return replace(item, data={**item.data, "noise": item.data["noise"] + turn})
+
+
+def cells(asked: Mapping[str, tuple[Thing, Box]]) -> dict[str, list[list[int]]]:
+    """{a thing's own prompt: mask of the places that are nearer to the middle of its box than to any other}: they cover the canvas."""
+    down, across = np.mgrid[0:CELLS, 0:CELLS] + 0.5
+    middles = [((box[0] + box[2]) / 2 * CELLS, (box[1] + box[3]) / 2 * CELLS) for _, box in asked.values()]
+    nearest = np.stack([np.hypot(across - x, down - y) for x, y in middles]).argmin(axis=0)
+    return {listing([one]): (nearest == number).astype(int).tolist() for number, (one, _) in enumerate(asked.values())}
 
 
 def located(asked: Iterable[tuple[Thing, Box]], seen: Sequence[Seen], size: tuple[int, int]) -> dict[str, float]:

@@ -292,6 +292,11 @@ def test_layouts_are_scored_by_where_the_right_things_are():
     (heard,) = steering.heard
     assert heard["words"] == names and [list(boxes) for boxes in heard["boxes"]] == names
     assert heard["boxes"][0][names[0][0]] == tuple(items[0].data["boxes"][0])
+    for own, boxes in zip(heard["cells"], heard["boxes"], strict=True):
+        masks = np.asarray(list(own.values()), dtype=bool)
+        assert [text.split(" ", 1)[1] for text in own] == list(boxes) and (masks.sum(axis=0) == 1).all()
+        for mask, (left, top, right, bottom) in zip(masks, boxes.values(), strict=True):
+            assert mask[int((top + bottom) / 2 * len(mask)), int((left + right) / 2 * len(mask))]
     assert one.score(records)["binding"] == 1 and one.score(records)["extra"] == 0 and one.score(records)["placed"] < 1
 
 

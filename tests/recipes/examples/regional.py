@@ -163,7 +163,7 @@ TRIED = {
         "regional",
         "regional:base_ratio=0.1",
         "regional:base_ratio=0.3",
-        "regional:base_ratio=0.3:stop=0.4",
+        "regional:stop=0.5",
     ]
 }
 GALLERY = {"look": "Whether each thing stands in its region with its own colour, and the seams between regions."}

@@ -305,8 +305,13 @@ class Edit:
         return new if self.lasts is None else new.lasting(self.lasts.setdefault(("heads", tuple(positions)), {}))
 
     def can_split_batch(self, batch: int) -> bool:
-        """Whether `at_batch` gives the same edit: it names its batch rows, and everything it holds tells which of them it belongs to."""
-        if self.rows is None or self.rows.shape[0] != batch or not self.splits_batch or self.reads_batch:
+        """Whether `at_batch` gives the same edit, which names its batch rows."""
+        return self.rows is not None and self.rows.shape[0] == batch and self.tells_rows
+
+    @property
+    def tells_rows(self) -> bool:
+        """Whether everything that it holds tells which batch rows it belongs to."""
+        if not self.splits_batch or self.reads_batch:
             return False
         known = ("rows", *self.broadcast, *self.indices, *self.batched)
         return not any(isinstance(getattr(self, f.name), Tensor) for f in dataclasses.fields(self) if f.name not in known)

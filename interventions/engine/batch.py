@@ -50,6 +50,53 @@ def run_rows(task: Task, acting: Tensor) -> Tensor:
     return output
 
 
+def takes_place(task: Task) -> bool:
+    """Whether an edit takes attention's place in some batch rows, with all their heads and query rows."""
+    return task.call.batch > 1 and any(map(_replaces, task.edits)) and all(edit.tells_rows for edit in task.edits)
+
+
+def _replaces(edit: Edit) -> bool:
+    return edit.replaces and edit.heads is None and edit.rows is not None and edit.rows.shape[1] == 1
+
+
+def find_replaced(task: Task) -> tuple[Edit, Tensor, Tensor]:
+    """(the edit, the batch rows that it does not name, those that it names), long."""
+    edit = next(filter(_replaces, task.edits))
+    batch, device = task.call.batch, task.call.query.device
+
+    def find(rows: Tensor) -> list[Tensor]:
+        named = rows[:, 0].expand(batch)
+        return [sent(which.nonzero()[:, 0], device) for which in (~named, named)]
+
+    assert edit.rows is not None
+    with torch.inference_mode(False):  # so that what is sent can be looked up
+        others, own = found_in(edit.rows, ("replaced", batch, device), find)
+    return edit, others, own
+
+
+def run_replaced(task: Task, found: tuple[Edit, Tensor, Tensor]) -> Tensor:
+    """Its own rows are computed by the edit alone, the others without it."""
+    edit, others, own = found
+    call, output = task.call, None
+    left = [one for one in task.edits if one is not edit]
+    if not len(own):
+        return task.again(call, left)
+    if not len(others):
+        return task.again(call, [_everywhere(one) if one is edit else one for one in task.edits])
+    for index, edits in ((others, left), (own, task.edits)):
+        cut = [_everywhere(_cut(one, index)) if one is edit else _cut(one, index) for one in edits]
+        part = task.again(call_at(call, index, lambda index=index: plain(call)[index]), cut)  # type: ignore[misc]
+        output = part.new_empty(call.batch, *part.shape[1:]) if output is None else output
+        output[index] = part
+    assert output is not None
+    return output
+
+
+def _everywhere(edit: Edit) -> Edit:
+    """An edit that names all rows, without naming them."""
+    return edit.remember("everywhere", lambda: edit._copy(rows=None))
+
+
 def _cut(edit: Edit, acting: Tensor) -> Edit:
     """The edit for these rows of the batch; layers that share the edit share it too."""
     if edit._needs_gradient():

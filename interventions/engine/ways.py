@@ -135,6 +135,7 @@ WAYS: list[Way] = [
     Way(lifted.NAME, "call", lifted.is_lifted, lifted.run, lifted.find),
     Way("other scale", "call", _is_scaled, _scaled),
     Way(one_query.NAME, "call", one_query.is_one, one_query.run),
+    Way("replaced in batch rows", "call", batch.takes_place, batch.run_replaced, batch.find_replaced, cut=True),
     Way("batch rows", "call", batch.can_cut, batch.run_rows, batch.find_rows, cut=True),
     Way("batch rows and heads", "call", batch.may_leave_pairs, batch.run_pairs, batch.find_pairs, cut=True),
     Way(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reattend.interventions import Call, Grouped, ReattendError, fused, reference
+from reattend.interventions import Call, Grouped, KeyBias, ReattendError, fused, reference
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 
@@ -47,6 +47,25 @@ def test_shares_mix_the_attentions_and_named_rows_alone_change():
     found = fused(given, [Grouped(shares=shares, columns=columns, rows=rows)])
     torch.testing.assert_close(found[0][:, rows[0]], wanted[0][:, rows[0]], atol=1e-6, rtol=1e-5)
     assert torch.equal(found[1], fused(given, [])[1]) and torch.equal(found[0][:, ~rows[0]], fused(given, [])[0][:, ~rows[0]])
+
+
+@pytest.mark.parametrize("named", [[0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]])
+def test_batch_rows_that_it_names_are_not_attended_to_twice(monkeypatch, named):
+    """Of rows named whole nothing else is computed; the others are attended with the other edits alone."""
+    given, (shares, columns), seen = call(batch=3), kinds(3, 20, 24), []
+    less = KeyBias(bias=torch.where(torch.arange(24) < 20, 0.0, -9.0).expand(3, 1, 24).clone())
+    edits = [less, Grouped(shares=shares, columns=columns, rows=torch.tensor(named, dtype=torch.bool)[:, None])]
+
+    def attended(query, *args, **more):
+        seen.append(query.shape[0] * query.shape[2])
+        return scaled_dot_product_attention(query, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attended)
+        found = fused(given, edits)
+    torch.testing.assert_close(found, reference(given, edits), atol=1e-6, rtol=1e-5)
+    # each row has a share of one group
+    assert sum(seen) == 3 * 20
 
 
 def test_batch_rows_with_the_same_groups_go_together():

@@ -15,6 +15,7 @@ from reattend.interventions import (
     Call,
     Edit,
     Gain,
+    Grouped,
     HeadGain,
     Instead,
     Keep,
@@ -63,6 +64,10 @@ def own_and_few(call: Call) -> list[Edit]:
     return [MixOwnAnd(columns=torch.arange(call.num_keys) < 4, strength=1.0)]
 
 
+def grouped(call: Call, **who) -> Grouped:
+    return Grouped(shares=torch.ones(call.num_queries, 1), columns=torch.arange(call.num_keys)[:, None] < 4, **who)
+
+
 def over_heads(output: Tensor, other: Tensor, rows: Rows) -> Tensor:
     return output + other.mean(dim=1, keepdim=True)
 
@@ -71,6 +76,7 @@ def over_heads(output: Tensor, other: Tensor, rows: Rows) -> Tensor:
 EXAMPLES = {
     "untouched": (12, lambda call: []),
     "batch rows": (12, lambda call: [Gain(columns=FIRST, factor=0.5, rows=rows(call))]),
+    "replaced in batch rows": (12, lambda call: [bias(call), grouped(call, rows=torch.arange(call.batch)[:, None] == 0)]),
     "one additive row": (1, lambda call: [bias(call, heads=[1]), Gain(columns=FIRST, factor=0.5, heads=[2])]),
     "lifted share": (1, lambda call: [Lift(columns=torch.arange(3), share=0.6)]),
     "newest window": (1, lambda call: [Keep(pattern=Band(1, 3))]),

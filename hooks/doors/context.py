@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...interventions import Call, Clock, Edit, KeyBias, Memory, ReattendError, Site
+from ...interventions import Call, Clock, Edit, Grouped, KeyBias, Memory, ReattendError, Site
 from ..actions import Action, Rank, RootCall
 from ..handles import Handles, Holder
 from ..host import Host
@@ -204,7 +204,7 @@ class Context(Step):
                 return ()
             call.memory = forward.memory(plan.memory_key)
             edits = edits_of(self.use(call, text))
-            found = [*self._hidden(call, store), *edits]
+            found = [*self._hidden(call, store, edits), *edits]
             if edits:
                 assert call.site is not None
                 counter[call.site.name] += 1
@@ -303,8 +303,11 @@ class Context(Step):
         number = _once(store, call.batch, call.clock, lambda: shared_out(call.clock, call.batch, text.count).to(device))
         return SecondText(key[number], value[number], None if mask is None else mask[number])
 
-    def _hidden(self, call: Call, store: _Store) -> list[Edit]:
-        """After the prompt: rows that are not the prompt's see nothing of the second text. Both places: nobody sees what fills up a text."""
+    def _hidden(self, call: Call, store: _Store, edits: Sequence[Edit]) -> list[Edit]:
+        """After the prompt: rows that are not the prompt's see nothing of the second text. Both places: nobody sees what fills up a text.
+
+        Rows of the prompt whose columns an edit names (`Grouped`) need nothing hidden.
+        """
         rows = call.clock.rows(self.name if self._held else "conditional", call.batch)
         if rows is None or not (self.place == "after" or store.get("filled")):
             return []
@@ -318,7 +321,16 @@ class Context(Step):
 
         size = "hidden", call.site and call.site.kind, call.batch, call.num_keys
         hidden = _once(store, size, call.clock, columns)
-        return [] if hidden is None else [KeyBias(bias=hidden * -HIDDEN)]
+        if hidden is None:
+            return []
+        if self.place == "beside" or not any(isinstance(edit, Grouped) for edit in edits):
+            return [KeyBias(bias=hidden * -HIDDEN)]
+
+        def others() -> list[Edit]:
+            left = hidden & ~rows[:, None].to(hidden.device)
+            return [KeyBias(bias=left * -HIDDEN)] if bool(left.any()) else []
+
+        return _once(store, ("others", *size), call.clock, others)
 
     def _without(self, call: Call, store: _Store, found: Sequence[Edit], edits: Sequence[Edit]) -> Sequence[Edit]:
         """What of a call's edits acts without the intervention; after the prompt, nobody sees any of the second text then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ReattendError
-from .base import Rows, Shape
+from .base import Edit, Rows, Shape
 from .outputs import OutputEdit
+from .scores import KeyBias
+from .weights import TINY, WeightEdit
 
 
 class _Part(NamedTuple):
@@ -25,6 +28,9 @@ class _Part(NamedTuple):
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Grouped(OutputEdit):
     """O_i = sum_g shares[i, g] O_ig, with O_ig the attention of row i over the columns of group g alone: softmax(scale q_i K_g^T) V_g.
+
+    Beside edits of scores or weights it is one of weights itself, before the others of these: A'_ij = sum_g shares[i, g] A_ij / (sum of A_i over
+    group g) for j in g, with A the weights under the scores as edited. Then edits of outputs act, whichever was given first.
 
     shares [.., Tq, G]: rows with 0 are not computed in that group; a row without any share keeps its output where it is not named, and is 0
     where it is. columns bool [.., Tk, G]. All heads share both. A mask of any pairs is one, with a group for each distinct pattern of its
@@ -54,6 +60,28 @@ class Grouped(OutputEdit):
             raise ReattendError(f"shares of Grouped are for {self.shares.shape[2]} query rows, this call has {shape.queries}")
         if shape.keys is not None and self.columns.shape[2] != shape.keys:
             raise ReattendError(f"columns of Grouped are for {self.columns.shape[2]} keys, this call has {shape.keys}")
+
+    def meets(self, other: Edit) -> bool:
+        """Whether another edit changes scores or weights of rows that this one names, or their output before it."""
+        if other is self or other.level == "operands" or isinstance(other, Grouped):
+            return False
+        if self.rows is None or (other.rows is None and not isinstance(other, KeyBias)):
+            return True
+        # a bias that is 0 there changes nothing
+        key = other.rows if other.rows is not None else other
+        return self.remember(("meets", key), lambda: self._meets(other))
+
+    def _meets(self, other: Edit) -> bool:
+        assert self.rows is not None
+        if other.rows is not None:
+            return bool((self.rows & other.rows.to(self.rows.device)).any())
+        assert isinstance(other, KeyBias)
+        changed = (other.bias != 0).flatten(1).any(dim=1).to(self.rows.device)
+        return bool((self.rows & changed[:, None]).any())
+
+    def as_weights(self) -> GroupedWeights:
+        """The same as an edit of weights."""
+        return self.remember("as weights", lambda: GroupedWeights(rows=self.rows, shares=self.shares, columns=self.columns))
 
     def parts(self, batch: int) -> list[_Part]:
         """The attentions that it is made of; batch rows with the same groups go together."""
@@ -93,6 +121,39 @@ class Grouped(OutputEdit):
             own = own.to(output.dtype) * share[:, None, :, None].to(output.dtype)
             found.transpose(1, 2).index_put_(place, own.transpose(1, 2), accumulate=True)
         return found if rows.index.numel() == count else found[:, :, rows.index]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroupedWeights(WeightEdit):
+    """`Grouped` as an edit of weights: what it is beside others, which it has to leave something to act on."""
+
+    shares: Tensor
+    columns: Tensor
+    broadcast = {"shares": 2, "columns": 2}
+    per_row = ("shares",)
+    reads_operands = False
+
+    def on_weights(self, weights: Tensor, rows: Rows) -> Tensor:
+        found = torch.zeros_like(weights)
+        for group in range(self.shares.shape[3]):
+            own = weights * rows.padded(self.columns[..., group]).to(weights)[:, :, None]
+            share = self.shares[:, :, rows.index, group, None].to(weights)
+            found = found + share * own / own.sum(dim=-1, keepdim=True).clamp_min(TINY)
+        return found
+
+
+def grouped_beside_others(edits: Sequence[Edit]) -> list[Edit]:
+    """The edits of one call, `Grouped` as an edit of weights and first of these where others act on its rows."""
+    first = [edit for edit in edits if isinstance(edit, Grouped) and any(map(edit.meets, _before(edit, edits)))]
+    if not first:
+        return list(edits)
+    return [*(edit.as_weights() for edit in first), *(edit for edit in edits if edit not in first)]
+
+
+def _before(edit: Edit, edits: Sequence[Edit]) -> list[Edit]:
+    """Those that would act before an edit of outputs."""
+    place = [other is edit for other in edits].index(True)
+    return [other for n, other in enumerate(edits) if other.level in ("scores", "weights") or n < place]
 
 
 def _taken(tensor: Tensor, index: Tensor) -> Tensor:

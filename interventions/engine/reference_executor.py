@@ -28,6 +28,7 @@ from ..edits import (
     WeightEdit,
 )
 from ..edits.base import repeat_heads
+from ..edits.groups import grouped_beside_others
 from ..errors import ReattendError
 from .kernels import score_rows, softmax_rows
 
@@ -62,7 +63,7 @@ def check_edits(call: Call, edits: list[Edit]) -> list[Edit]:
             f"{type(odd).__name__} names columns of a sequence of which tokens have left the cache, so that its columns are others: let it "
             "act before they leave, or hide the tokens instead (Keep)"
         )
-    return acting
+    return grouped_beside_others(acting)
 
 
 def _names_columns(edit: Edit) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from reattend.interventions import Call, Grouped, KeyBias, ReattendError, fused, reference
+from reattend.interventions import Call, Gain, Grouped, HeadGain, KeyBias, ReattendError, fused, reference
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 
@@ -53,8 +55,10 @@ def test_shares_mix_the_attentions_and_named_rows_alone_change():
 def test_batch_rows_that_it_names_are_not_attended_to_twice(monkeypatch, named):
     """Of rows named whole nothing else is computed; the others are attended with the other edits alone."""
     given, (shares, columns), seen = call(batch=3), kinds(3, 20, 24), []
-    less = KeyBias(bias=torch.where(torch.arange(24) < 20, 0.0, -9.0).expand(3, 1, 24).clone())
-    edits = [less, Grouped(shares=shares, columns=columns, rows=torch.tensor(named, dtype=torch.bool)[:, None])]
+    rows = torch.tensor(named, dtype=torch.bool)[:, None]
+    # of the others alone: an edit of the same rows would have to act on something
+    less = KeyBias(bias=torch.where((torch.arange(24) < 20) | rows[:, :, None], 0.0, -9.0))
+    edits = [less, Grouped(shares=shares, columns=columns, rows=rows)]
 
     def attended(query, *args, **more):
         seen.append(query.shape[0] * query.shape[2])
@@ -88,3 +92,40 @@ def test_batch_rows_with_the_same_groups_go_together():
 def test_refusals(shares, columns, said):
     with pytest.raises(ReattendError, match=said):
         fused(call(), [Grouped(shares=shares, columns=columns)])
+
+
+def written_out(given: Call, shares: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Each group's softmax over the biased scores of its columns alone, mixed by shares, times a factor per column; [B, H, Tq, Dv]."""
+    key, value = (x.repeat_interleave(2, dim=1) for x in (given.key, given.value))
+    scores = given.query @ key.transpose(2, 3) * given.scaling + bias
+    found = torch.zeros_like(scores)
+    for group in range(shares.shape[3]):
+        hidden = ~columns[..., group][:, :, None]
+        found += shares[..., group, None] * scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return (found * factor) @ value
+
+
+@pytest.mark.parametrize("run", [fused, reference])
+@pytest.mark.parametrize("last", [False, True])
+def test_others_act_in_each_group_whichever_was_given_first(run, last):
+    given = call()
+    columns = kinds(2, 20, 24)[1]
+    shares = torch.rand(2, 1, 20, 3)
+    bias, factor = torch.randn(24), torch.ones(24)
+    factor[3:6] = -2.0
+    grouped = Grouped(shares=shares, columns=columns)
+    others = [KeyBias(bias=bias), Gain(columns=[3, 4, 5], factor=-2.0, renormalise=None), HeadGain(factor=0.5)]
+    found = run(given, [*others, grouped] if last else [grouped, *others])
+    wanted = 0.5 * written_out(given, shares, columns, bias, factor)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_bias_of_other_batch_rows_leaves_it_an_attention_for_each_group():
+    given = call(ways=Counter())
+    shares, columns = kinds(2, 20, 24)
+    rows = torch.tensor([[True], [False]])
+    grouped = Grouped(shares=shares, columns=columns, rows=rows)
+    found = fused(given, [KeyBias(bias=torch.randn(24) * ~rows), grouped])
+    assert not grouped.meets(KeyBias(bias=torch.randn(24) * ~rows)) and grouped.meets(KeyBias(bias=torch.randn(24)))
+    assert "materialised" not in given.ways
+    torch.testing.assert_close(found[:1], fused(given, [grouped])[:1])

@@ -214,3 +214,24 @@ def test_a_bare_joint_denoiser_has_no_schedule_and_tensors_are_counted():
     three = saved("three", {"prompt_embeds": noise(3, 5, 8)})
     with reattend.apply(model, "regional", regions=TWO, tensors=three, stop=1.0), pytest.raises(ReattendError, match="got 3"):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "other"),
+    [
+        (stable_diffusion, ("prompt-reweight", {"columns": [([1, 2], 4.0)], "stop": 1.0})),
+        (stable_diffusion, ("nag", {"negative": "a dog"})),
+        (stable_diffusion_3, ("prompt-reweight", {"columns": [([1, 2], 4.0)], "stop": 1.0})),
+        (stable_diffusion_3, ("pag", {"scale": 3.0})),
+        (stable_diffusion_3, ("softpag", {"scale": 3.0})),
+    ],
+)
+def test_beside_others_both_act_whichever_is_named_first(make, other):
+    pipe, call, *_ = make()
+    regional = ("regional", {"regions": HALVES, "stop": 1.0, "base_ratio": 0.3})
+    found = []
+    for recipes in ((regional,), (other,), (regional, other), (other, regional)):
+        with reattend.apply(pipe, *recipes):
+            found.append(draw(pipe, call))
+    torch.testing.assert_close(found[2], found[3], **NEAR)
+    assert all((found[2] - alone).abs().max() > 1e-3 for alone in found[:2])

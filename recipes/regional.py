@@ -7,17 +7,19 @@ image token sees the texts of its regions and the image tokens that share one wi
 sees itself and the whole image. In all blocks the image's outputs are (1 - base_ratio) regional + base_ratio base, with base a
 second attention to the prompt and the whole image. In cross-attention: o_i = sum_r w_r(i) Attention(q_i, K_r, V_r), w_r the
 mask of region r over the sum of all masks, blended alike. Every kind of row attends to the columns that it sees alone
-(`Grouped`): exact, no mask of pairs, and the more regions, the cheaper.
+(`Grouped`): exact, and no mask of pairs.
+Cost: attention of joint models took 0.43 of the time of plain attention at base_ratio 0, and 1.22 times as much at 0.3, where the base is
+a second attention of all image tokens. The texts' tokens come on top in all other layers.
 Conventions: `interval` of blocks as published (block i keeps regions apart where i % interval is 0; double and single blocks
-are counted apart; the others read all regional texts without a mask); after `stop` the prompt alone is read, which smooths the
-seams. Where regions overlap, both texts are read, the mean of both in cross-attention. All texts have text position 0 in Flux;
-pooled texts are the prompt's.
+are counted apart; in the others places of any region read all regional texts and the whole image); before `start` and from
+`stop` on the prompt alone is read, which smooths the seams. Where regions overlap, both texts are read, the mean of both in
+cross-attention. All texts have text position 0 in Flux; pooled texts are the prompt's.
 Ours: places in no region read the prompt, as if it were a region with the rest of the picture (the authors' script adds a text
-"a photo" there). One stream: in single blocks the official base stream keeps image tokens of its own, here both share the
-blended ones, which saves a second pass; double blocks equal the official ones. A region holds
-at least one place of each layer, and every frame of a video has the regions; regions per picture; images to look at (Kontext)
-are seen from everywhere. SD3.5's second attention, of the image alone, and the self-attention of UNets stay as
-they are.
+"a photo" there); in blocks that keep nothing apart they read the prompt and the whole image, and no region's text. One stream:
+in single blocks the official base stream keeps image tokens of its own, here both share the blended ones, which saves a second
+pass; double blocks equal the official ones. A region holds at least one place of each layer, and every frame of a video has the
+regions; regions per picture; images to look at (Kontext) are seen from everywhere. SD3.5's second attention, of the image
+alone, and the self-attention of UNets stay as they are.
 """
 
 from __future__ import annotations
@@ -193,7 +195,9 @@ def joint_groups(
     # the prompt, and the image's second attention to it
     groups = [(torch.where(image, ratio, base.float()), base)]
     if not apart:
-        rows = regional.float() + (1 - ratio) * image.float()
+        inside = image & held.any(dim=0)
+        groups = [(torch.where(inside, ratio, base.float()), base)]
+        rows = regional.float() + (1 - ratio) * inside.float()
         return tuple(torch.stack(t, dim=1) for t in zip(*groups, (rows, regional | image | always), strict=True))  # type: ignore[return-value]
     for region, text in zip(held, each, strict=True):
         groups.append((text.float(), text | region))

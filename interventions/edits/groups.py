@@ -29,8 +29,8 @@ class _Part(NamedTuple):
 class Grouped(OutputEdit):
     """O_i = sum_g shares[i, g] O_ig, with O_ig the attention of row i over the columns of group g alone: softmax(scale q_i K_g^T) V_g.
 
-    Beside edits of scores or weights it is one of weights itself, before the others of these: A'_ij = sum_g shares[i, g] A_ij / (sum of A_i over
-    group g) for j in g, with A the weights under the scores as edited. Then edits of outputs act, whichever was given first.
+    Beside edits of scores or weights it is one of weights itself, before the others of these: A'_ij = sum_g shares[i, g] A_ij / (sum of
+    A_i over group g) for j in g, with A the weights under the scores as edited. Edits of outputs act after it, whichever was given first.
 
     shares [.., Tq, G]: rows with 0 are not computed in that group; a row without any share keeps its output where it is not named, and is 0
     where it is. columns bool [.., Tk, G]. All heads share both. A mask of any pairs is one, with a group for each distinct pattern of its

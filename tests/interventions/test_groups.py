@@ -94,7 +94,9 @@ def test_refusals(shares, columns, said):
         fused(call(), [Grouped(shares=shares, columns=columns)])
 
 
-def written_out(given: Call, shares: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def written_out(
+    given: Call, shares: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor, factor: torch.Tensor
+) -> torch.Tensor:
     """Each group's softmax over the biased scores of its columns alone, mixed by shares, times a factor per column; [B, H, Tq, Dv]."""
     key, value = (x.repeat_interleave(2, dim=1) for x in (given.key, given.value))
     scores = given.query @ key.transpose(2, 3) * given.scaling + bias

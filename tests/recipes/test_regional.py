@@ -177,6 +177,33 @@ def test_after_the_regions_the_prompt_alone_is_read(make):
     assert set(counts.values()) == {2 if make is stable_diffusion_3 else 5}
 
 
+@pipelines
+def test_outside_its_part_of_the_schedule_the_denoiser_is_the_plain_one(make):
+    pipe, call, *_ = make()
+    denoiser, calls = getattr(pipe, "unet", None) or pipe.transformer, []
+    handle = denoiser.register_forward_hook(lambda *seen: calls.append(seen[1:]), with_kwargs=True)
+    with reattend.apply(pipe, "regional", regions={"a dog": [0, 0, 0.5, 1]}, start=0.25, stop=0.5):
+        draw(pipe, call, num_inference_steps=4)
+    handle.remove()
+    with torch.no_grad():
+        same = [torch.equal(denoiser(*args, **given)[0], found[0]) for args, given, found in calls]
+    assert same == [True, False, True, True]
+
+
+def test_places_in_no_region_read_no_regions_text_in_any_block():
+    """Where nothing is kept apart they read the prompt and the whole image, the others all regional texts and the whole image."""
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :3, :3], masks[1, 1:, 1:3] = 1, 1
+    held, each, base, image, nothing = parts(2, 3, masks, base=2)
+    inside, prompt = held.any(dim=0), base & ~image
+    for ratio in (0.0, 0.3):
+        shares, columns = joint_groups(held, each, base, image, nothing, ratio, False)
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(len(image)))
+        seen = torch.einsum("qg,kg->qk", shares, columns.float()) > 0
+        assert not seen[image & ~inside][:, each.any(dim=0)].any() and seen[image & ~inside][:, prompt | image].all()
+        assert seen[inside][:, each.any(dim=0) | image].all() and bool(seen[inside][:, prompt].any()) is (ratio > 0)
+
+
 def test_blocks_outside_the_interval_keep_no_regions_apart():
     model, inputs = build("FluxTransformer2DModel")
     texts = saved("interval", {"prompt_embeds": noise(2, 5, 8)})

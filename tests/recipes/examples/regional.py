@@ -126,7 +126,7 @@ def double(data, facts, run):
     regions, length, base, ratio = int(regions), int(length), int(base), float(ratio)
     apart, texts = facts["masked"] == "true", regions * length
     places = data["query"].shape[2] - texts
-    masks = torch.zeros(regions, places)
+    masks = torch.ones(regions, places)  # the official code leaves no place without a region
     if apart:
         masks = data["attention_mask"][::length][:regions, texts:].float()
     query, key, value = (torch.cat([data[f"{n}_base"][:, :, :base], data[n]], dim=2) for n in ("query", "key", "value"))

@@ -306,10 +306,10 @@ class Edit:
 
     def can_split_batch(self, batch: int) -> bool:
         """Whether `at_batch` gives the same edit, which names its batch rows."""
-        return self.rows is not None and self.rows.shape[0] == batch and self.tells_rows
+        return self.rows is not None and self.rows.shape[0] == batch and self.knows_rows
 
     @property
-    def tells_rows(self) -> bool:
+    def knows_rows(self) -> bool:
         """Whether everything that it holds tells which batch rows it belongs to."""
         if not self.splits_batch or self.reads_batch:
             return False

@@ -52,7 +52,7 @@ def run_rows(task: Task, acting: Tensor) -> Tensor:
 
 def takes_place(task: Task) -> bool:
     """Whether an edit takes attention's place in some batch rows, with all their heads and query rows."""
-    return task.call.batch > 1 and any(map(_replaces, task.edits)) and all(edit.tells_rows for edit in task.edits)
+    return task.call.batch > 1 and any(map(_replaces, task.edits)) and all(edit.knows_rows for edit in task.edits)
 
 
 def _replaces(edit: Edit) -> bool:

@@ -76,7 +76,7 @@ def over_heads(output: Tensor, other: Tensor, rows: Rows) -> Tensor:
 EXAMPLES = {
     "untouched": (12, lambda call: []),
     "batch rows": (12, lambda call: [Gain(columns=FIRST, factor=0.5, rows=rows(call))]),
-    "replaced in batch rows": (12, lambda call: [bias(call), grouped(call, rows=torch.arange(call.batch)[:, None] == 0)]),
+    "replaced in batch rows": (12, lambda call: [grouped(call, rows=torch.arange(call.batch)[:, None] == 0)]),
     "one additive row": (1, lambda call: [bias(call, heads=[1]), Gain(columns=FIRST, factor=0.5, heads=[2])]),
     "lifted share": (1, lambda call: [Lift(columns=torch.arange(3), share=0.6)]),
     "newest window": (1, lambda call: [Keep(pattern=Band(1, 3))]),

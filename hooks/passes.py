@@ -40,7 +40,8 @@ class Running:
         self.forwards: list[Forward] = []
 
     def ended(self, output: Any) -> None:
-        """The pass is over; output: None where it stopped before."""
+        """The pass is over; output: None where it stopped before. What backward computes of it anew (gradient checkpointing) goes on."""
+        self.pending = None
         for forward in self.forwards:
             forward.end(output)
 

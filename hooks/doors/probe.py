@@ -129,6 +129,7 @@ class Probe(Step):
         with tracker.aside(facts):
             with contextlib.suppress(Enough):
                 output = root(**arguments)
+            running.ended(output)
             facts.end(output)
 
 

@@ -63,7 +63,7 @@ class Text:
         start = text.find(wanted, self.begins) if wanted else -1
         while start >= 0:
             stop = start + len(wanted)
-            if not (_joined(text, start) or _joined(text, stop)):
+            if not (joined(text, start) or joined(text, stop)):
                 found.append(set(self.transcript.overlapping(start, stop)))
             start = text.find(wanted, start + 1)
         return found
@@ -129,7 +129,7 @@ def _lower(text: str) -> str:
     return lowered if len(lowered) == len(text) else text
 
 
-def _joined(text: str, at: int) -> bool:
+def joined(text: str, at: int) -> bool:
     """Whether the characters before and at a position belong to one word; scripts that are written without spaces have no words."""
     return 0 < at < len(text) and all(
         c.isalnum() and unicodedata.east_asian_width(c) not in "WF" for c in text[at - 1 : at + 1]

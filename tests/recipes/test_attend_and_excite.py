@@ -259,6 +259,8 @@ def test_prompts_that_were_encoded_before_the_session_need_columns():
         ({"words": ["wolf"]}, "wolf"),
         ({"words": [["b"], ["e"], ["a"]]}, "3 lists of words for 2"),
         ({"columns": [[700]]}, "700.* of a text that has"),
+        ({"columns": [[2, 63]]}, r"columns \[\[2, 63\]\] of a text that has 64 columns, of which 1 to 62 can be compared"),
+        ({"columns": [[2]], "normalize_eot": True, "length": 65}, "length 65 of a text that has 64 columns"),
         (
             {"words": WORDS, "resolution": 5},
             "no cross-attention sees 5 places along the shorter side: choose another resolution",
@@ -270,3 +272,16 @@ def test_refusals_before_anything_is_drawn(given, said):
     with pytest.raises(ReattendError, match=said), reattend.apply(pipe, "attend-and-excite", **{**STRONG, **given}):
         draw(pipe, PROMPTS, [0, 1])
     assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [("attend-and-excite", {"words": ["b"], **STRONG}), ("csg", {"boxes": {"b": [0, 0, 0.5, 1]}, "scale": 2.0, "tries": 2})],
+)
+def test_gradient_checkpointing_changes_nothing(recipe):
+    pipe, found = euler(), []
+    for _ in range(2):
+        with reattend.apply(pipe, recipe):
+            found.append(draw(pipe, [PROMPTS[0]], [0]))
+        pipe.unet.enable_gradient_checkpointing()
+    assert torch.equal(*found) and not torch.equal(found[0], draw(pipe, [PROMPTS[0]], [0]))

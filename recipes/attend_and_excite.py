@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from ..hooks import AtStep, Capture, Latents, SiteTable, Words
 from ..hooks.plan import Step
-from ..interventions import Call, column_weights
+from ..interventions import Call, ReattendError, column_weights
 from .kit.base import Info
 from .kit.denoisers import reads_prompt
 from .kit.descent import Descent, Looked
@@ -54,15 +54,15 @@ class AttendAndExcite(Descent):
     marks = {"words": "words"}
 
     words: list[str] | list[list[str]] | None = Field(
-        None, description="the words that must show: those of every prompt, or a list of them per prompt"
+        None, description="the words that must show: a list of those of every prompt, or a list of such lists, one per prompt"
     )
     columns: list[list[int]] | None = Field(
         None,
-        description="instead of words, the tokens that must show, each by itself: their columns in the text that the denoiser gets (0 is the "
-        "start token), a list per prompt or one for all",
+        description="instead of words, the tokens that must show, each by itself: their columns in the text that the denoiser gets, a list per "
+        "prompt or one for all. Neither 0, the start token, nor the last one: they are compared with no word",
     )
     occurrence: int | Literal["all"] = Field(
-        "all", description="which occurrence of a word that occurs more than once, from 0, -1 = the last"
+        "all", description='which occurrence of a word that occurs more than once, from 0, -1 = the last, or "all" of them'
     )
     each: bool = Field(False, description="every token of a word must show by itself, instead of their mean")
     thresholds: dict[int, float] = Field(
@@ -86,6 +86,13 @@ class AttendAndExcite(Descent):
             raise ValueError("give words that must show, or columns")
         if not (self.words or self.columns) or not all(self.words or self.columns or ()):
             raise ValueError("words and columns must hold at least one entry per prompt")
+        if any(not word.strip() for row in self.words or () for word in ([row] if isinstance(row, str) else row)):
+            raise ValueError("words must not hold an empty word")
+        last = self.length
+        for column in (c for row in self.columns or () for c in row):
+            if column < 1 or (last is not None and column >= last - 1):
+                end = "" if last is None else f" to {last - 2}, the last one before the end token"
+                raise ValueError(f"columns count from 1, the first token after the start token{end}; got {column}")
         if any(step < 0 or not 0 <= least <= 1 for step, least in self.thresholds.items()):
             raise ValueError(f"thresholds must be {{step from 0 on: number from 0 to 1}}, got {self.thresholds}")
         if (self.length is not None) != (self.columns is not None and self.normalize_eot):
@@ -142,6 +149,11 @@ class AttendAndExcite(Descent):
             return call.columns("words")
         places = torch.arange(call.num_keys, device=call.query.device)
         last = call.num_keys if self.length is None else self.length
+        if last > call.num_keys or any(column >= last - 1 for row in self.columns or () for column in row):
+            said = f"length {self.length}" if last > call.num_keys else f"columns {self.columns}"
+            raise ReattendError(
+                f"{self.slug}: {said} of a text that has {call.num_keys} columns, of which 1 to {call.num_keys - 2} can be compared"
+            )
         return ((places > 0) & (places < last - 1)).expand(call.batch, -1)
 
     def neglect(self, weights: Tensor, compared: Tensor, words: list[Tensor]) -> Tensor:

@@ -81,7 +81,7 @@ class CSG(Descent):
         "elsewhere; default: they are looked for in the prompt",
     )
     occurrence: int | Literal["all"] = Field(
-        "all", description="which occurrence of a word that occurs more than once, from 0, -1 = the last"
+        "all", description='which occurrence of a word that occurs more than once, from 0, -1 = the last, or "all" of them'
     )
     scale: float = Field(0.5, ge=0, le=50, description="how far the latents go down the gradient at the first step; 0 = not")
     tries: int = Field(5, ge=1, le=MOST_TRIES, description="how many moves there are before each of these steps")
@@ -113,6 +113,9 @@ class CSG(Descent):
                 missing = [word for word in layout if not known[number % len(known)].get(word)]
                 if missing:
                     raise ValueError(f"columns must say where {missing[0]!r} stands")
+            strange = sorted({word for words in known for word in words}.difference(*layouts))
+            if strange:
+                raise ValueError(f"columns say where {strange[0]!r} stands, which has no box")
             if any(column < 0 for words in known for found in words.values() for column in found):
                 raise ValueError("columns count from 0")
         return self

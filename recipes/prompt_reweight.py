@@ -29,7 +29,7 @@ from ..interventions import Call, Clock, Edit, Gain, ReattendError
 from .kit.base import Info, Recipe
 from .kit.denoisers import image_layers, reads_prompt, text_layers
 from .kit.source_prompt import SourcePrompt
-from .kit.weighted_prompts import weighted
+from .kit.weighted_prompts import weighted, written_weights
 
 Factors = dict[str, float]
 
@@ -67,7 +67,7 @@ class PromptReweight(Recipe):
         2.0, ge=-2, le=10, description="factor on the weights of words that have none of their own; 1 = no change"
     )
     occurrence: int | Literal["all"] = Field(
-        "all", description="which occurrence of a word that occurs more than once, from 0, -1 = the last"
+        "all", description='which occurrence of a word that occurs more than once, from 0, -1 = the last, or "all" of them'
     )
     start: float = Field(0.0, ge=0, lt=1, description="first part of the schedule that is changed, as a fraction of the steps")
     stop: float = Field(0.8, gt=0, le=1, description="the fraction of the steps from which on nothing is changed")
@@ -120,7 +120,11 @@ class PromptReweight(Recipe):
             raise ValueError("layers must not be empty; leave it out for all of them")
         if self.start >= self.stop:
             raise ValueError(f"start {self.start} must lie below stop {self.stop}")
+        if self.columns == []:
+            raise ValueError("columns names no column")
         prompts = self.prompts
+        if any(not (word if isinstance(word, str) else word[0]).strip() for prompt in prompts for word, _ in prompt):
+            raise ValueError("words must not hold an empty word")
         if not any(prompts) and (self.words is not None or self.edit is None) and self.columns is None:
             raise ValueError("words names no word")
         for factor in [*(f for prompt in prompts for _, f in prompt), *(f for _, f in self.columns or ())]:
@@ -142,6 +146,13 @@ class PromptReweight(Recipe):
                 raise ValueError('words must be all words, or all whole prompts with factors as "a (red:1.4) circle"')
             return read if any(read) else [[(word, self.factor) for word in given]]
         return [list(item.items()) if isinstance(item, dict) else [(word, self.factor) for word in item] for item in given]
+
+    @property
+    def written(self) -> list[str]:
+        """The weights of whole prompts as they stand in them, "(red:1.4)"."""
+        given = [self.words] if isinstance(self.words, str) else self.words
+        texts = [item for item in given or () if isinstance(item, str)] if isinstance(given, list) else []
+        return [weight for text in texts for weight in written_weights(text)]
 
     def misfit(self, sites: SiteTable) -> str:
         layers, name = text_layers(sites), sites.model_name
@@ -180,7 +191,9 @@ class PromptReweight(Recipe):
             )
             given += [read, editing.step(self.taken(sites))]
         if changing:
-            given.append(Edits(self.chosen(sites), partial(self.reweight, changing, editing)))
+            given.append(
+                Edits(self.chosen(sites), partial(self.reweight, changing, editing, read=steps[0] if self.written else None))
+            )
         return given
 
     def taken(self, sites: SiteTable) -> SiteTable:
@@ -194,11 +207,18 @@ class PromptReweight(Recipe):
     def _role(self, number: int) -> str:
         return f"{self.slug}-{self.serial}-{number}"
 
-    def reweight(self, factors: dict[str, float], editing: SourcePrompt | None, call: Call) -> list[Edit] | None:
-        """A'[:, j] = c_j A[:, j] for the columns j of each role; of an edit only the rows that are edited."""
+    def reweight(
+        self, factors: dict[str, float], editing: SourcePrompt | None, call: Call, read: Words | None = None
+    ) -> list[Edit] | None:
+        """A'[:, j] = c_j A[:, j] for the columns j of each role; of an edit only the rows that are edited.
+
+        read: the step that has read a prompt whose weights were given as they stand in it.
+        """
         conditional = call.clock.rows("conditional", call.batch)
         if conditional is None or not self.acts(call.clock) or not reads_prompt(call):
             return None
+        if read is not None:
+            self.check_plain(read, call)
         chosen = conditional if editing is None else editing.edited(call)
         if chosen is None:
             return None
@@ -207,6 +227,20 @@ class PromptReweight(Recipe):
             rows = rows & call.query_rows("image")
         whole = "row" if self.renormalise else None
         return [Gain(columns=call.columns(role), factor=c, renormalise=whole, rows=rows) for role, c in factors.items()]
+
+    def check_plain(self, read: Words, call: Call) -> None:
+        """Raises ReattendError for a prompt that the pipeline was given with the weights in it: they would be tokens. Looked at once a text."""
+        texts = call.memory[read]
+        if call.memory.get("plain") is texts:
+            return
+        for text in (one for row in texts.values() for one in row):
+            literal = next((weight for weight in self.written if text.places(weight)), None)
+            if literal is not None:
+                raise ReattendError(
+                    f"{self.slug}: the pipeline was given {literal!r} as text, which its text encoders read as words: give it "
+                    "reattend.recipes.plain_prompt(prompt), and this recipe the prompt itself as words"
+                )
+        call.memory["plain"] = texts
 
     def acts(self, clock: Clock) -> bool:
         """Whether a step lies in the part of the schedule that is changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -23,6 +24,9 @@ Kind = Literal["llm", "lvlm", "diffusion", "vision", "speech"]
 # no count of tokens, layers or heads is larger, and sums of two of them still fit into the integers of a tensor
 LARGEST = 2**31 - 1
 DEEPEST, MOST_NAMED = 10, 6
+# how pydantic names the types of a parameter that takes several, where a value is none of them; and what stands for such errors together
+TYPE = re.compile(r"(str|int|float|bool|none|dict|list|tuple|literal)(\[|$)")
+UNION = "none of several types"
 # what a user comes with, in the order in which the README and `reattend list` answer
 Problem = Literal[
     "my instruction is overlooked",
@@ -210,14 +214,35 @@ def _unusable(value: Any, depth: int = 0) -> str:
     return next(filter(None, (_unusable(item, depth + 1) for item in items)), "")
 
 
+def _one_of_each_union(errors: Sequence[Any]) -> list[Any]:
+    """The errors, those of a parameter that takes values of several types as one: each type says why the value is none of its own."""
+    types: dict[Any, set[Any]] = {}
+    for item in errors:
+        types.setdefault(item["loc"][:1], set()).update(item["loc"][1:2])
+    found: dict[Any, Any] = {}
+    for number, item in enumerate(errors):
+        several = {own for own in types[item["loc"][:1]] if isinstance(own, str) and TYPE.match(own)}
+        if len(several) > 1:
+            # of an error of a type itself, the whole value
+            whole = next((e["input"] for e in errors if e["loc"][:1] == item["loc"][:1] and len(e["loc"]) == 2), item["input"])
+            found.setdefault(item["loc"][:1], {"loc": item["loc"][:1], "type": UNION, "input": whole})
+        else:
+            found[number] = item
+    return list(found.values())
+
+
 def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:
     """What is wrong with parameters, in one line that names them and what would be right."""
     parts = []
-    for item in error.errors():
+    for item in _one_of_each_union(error.errors()):
         name = ".".join(str(p) for p in item["loc"]) or slug
         if item["type"] == "extra_forbidden":
             known = ", ".join(fields) or "none"
             parts.append(f"{name} is not a parameter of {slug!r}; its parameters are: {known}")
+        elif item["type"] == UNION:
+            parts.append(
+                f"{name}: a value of another type is meant, got {shown(item['input'])}; {name}: {fields.get(name, '')}"
+            )
         elif item["type"] == "missing" and len(item["loc"]) == 1:
             parts.append(f"{name} is required: {fields.get(name, '')}")
         elif item["type"] == "missing":

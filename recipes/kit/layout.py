@@ -55,7 +55,7 @@ def _held(value: Any) -> Tensor:
             image = value.convert("L")
             found = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
         else:
-            found = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+            found = value.detach().to_dense().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{BOX}, or {MASK}, not {shown(value)}") from None
     if found.dim() != 2 or not found.numel() or not bool((found == found).all()):

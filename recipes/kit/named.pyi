@@ -100,12 +100,12 @@ class AttendAndExciteParameters(TypedDict, total=False):
     """places along the shorter side of the maps that are read; default: a quarter of the latents (16 for 512 pixels), for
     small pictures, where that is fewer than 8, half of them or all"""
     words: Sequence[str] | Sequence[Sequence[str]] | None
-    """the words that must show: those of every prompt, or a list of them per prompt"""
+    """the words that must show: a list of those of every prompt, or a list of such lists, one per prompt"""
     columns: Sequence[Sequence[int]] | None
-    """instead of words, the tokens that must show, each by itself: their columns in the text that the denoiser gets (0 is
-    the start token), a list per prompt or one for all"""
+    """instead of words, the tokens that must show, each by itself: their columns in the text that the denoiser gets, a
+    list per prompt or one for all. Neither 0, the start token, nor the last one: they are compared with no word"""
     occurrence: int | Literal["all"]
-    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last, or 'all' of them"""
     each: bool
     """every token of a word must show by itself, instead of their mean"""
     thresholds: Mapping[int, float]
@@ -207,7 +207,7 @@ class CSGParameters(TypedDict, total=False):
     """where each of these words stands in the text that the denoiser gets, as columns from 0, for prompts that were
     encoded elsewhere; default: they are looked for in the prompt"""
     occurrence: int | Literal["all"]
-    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last, or 'all' of them"""
     tries: int
     """how many moves there are before each of these steps"""
     strength: float
@@ -490,7 +490,7 @@ class PromptReweightParameters(TypedDict, total=False):
     factor: float
     """factor on the weights of words that have none of their own; 1 = no change"""
     occurrence: int | Literal["all"]
-    """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
+    """which occurrence of a word that occurs more than once, from 0, -1 = the last, or 'all' of them"""
     start: float
     """first part of the schedule that is changed, as a fraction of the steps"""
     stop: float

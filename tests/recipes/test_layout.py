@@ -26,6 +26,7 @@ def test_boxes_and_masks_are_plain_data():
         HALF,
         torch.tensor(HALF),
         torch.tensor(HALF) * 0.5,
+        torch.tensor(HALF).to_sparse(),
         HALF.astype(int).tolist(),
         picture,
         picture.convert("RGB"),

@@ -40,6 +40,13 @@ def draw(pipe: Any, prompts: Any, given: dict[str, Any], **more: Any) -> Tensor:
         ("a (round) circle", "a (round) circle", []),
         (r"\(3:2\) and a (red: 3 ) \\ circle", "(3:2) and a red \\ circle", [(("red", 0), 3.0)]),
         ("reddish (red:2)", "reddish red", [(("red", 0), 2.0)]),
+        (r"a (circle \(big\):2)", "a circle (big)", [(("circle (big)", 0), 2.0)]),
+        ("a (circle (big):2), ((red:3))", "a circle (big), (red)", [(("circle (big)", 0), 2.0), (("red", 0), 3.0)]),
+        ("at 3:20 the ratio is 2:1 :)", "at 3:20 the ratio is 2:1 :)", []),
+        # counted as the words of a prompt are: passages that overlap, other blanks, scripts without blanks
+        ("red (red red:2)", "red red red", [(("red red", 1), 2.0)]),
+        ("red fox, (red  fox:2)", "red fox, red  fox", [(("red  fox", 1), 2.0)]),
+        ("大红(红:2)", "大红红", [(("红", 1), 2.0)]),
     ],
 )
 def test_a_prompt_with_weights(prompt, plain, found):
@@ -52,6 +59,14 @@ def test_a_prompt_with_weights(prompt, plain, found):
     [
         ("a (red:1,4) circle", "a weight in a prompt is a number"),
         ("a (red:) circle", "a weight in a prompt is a number"),
+        ("a (red:nan) circle", "a weight in a prompt is a number"),
+        ("a (red:1e9) circle", "a weight in a prompt is a number"),
+        ("a (red:1.4 circle", "no closing bracket after '.red:1.4 circle'"),
+        (r"a (red:1.4\) circle", "no closing bracket after"),
+        ("a red:1.4) circle", "no opening bracket before 'a red:1.4.'"),
+        ("re(d:2) circle", "belongs to whole words or passages; '.d:2.' stands inside a word"),
+        (3, "prompt must be a text or a list of texts, got 3"),
+        (["a", None], "prompt must be a text or a list of texts"),
         ("a (:2) circle", "belongs to a word or passage before its colon"),
         ("a ((red:2) circle:1.2)", "cannot stand in one another"),
     ],
@@ -72,6 +87,16 @@ def test_a_weighted_prompt_is_its_words_with_factors(name):
             drawn.append(draw(pipe, plain, given))
     torch.testing.assert_close(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], draw(pipe, plain, given))
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3"])
+def test_a_pipeline_that_is_given_the_weights_as_text(name):
+    pipe, given = FAMILIES[name]()
+    prompt = "a (red:1.4) circle"
+    with reattend.apply(pipe, "prompt-reweight", words=prompt, stop=1.0):
+        with pytest.raises(ReattendError, match=r"prompt-reweight: the pipeline was given '.red:1.4.' as text.*plain_prompt"):
+            draw(pipe, prompt, given)
+        draw(pipe, plain_prompt(prompt), given)
 
 
 @pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux"])

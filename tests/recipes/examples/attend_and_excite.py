@@ -41,12 +41,23 @@ EXAMPLES = {
 BAD = [
     ({}, "give words that must show, or columns"),
     ({"words": ["red"], "columns": [[1]]}, "give words that must show, or columns"),
+    (
+        {"words": "red"},
+        "^recipe 'attend-and-excite': words: a value of another type is meant, got 'red'; words: the words that must show",
+    ),
+    ({"words": ["red", ["sky"]]}, r"^[^;]* words: a value of another type is meant, got \['sky'\]; [^;]*$"),
+    ({"words": ["red", " "]}, "words must not hold an empty word"),
     ({"words": [[]]}, "at least one entry per prompt"),
     ({"words": ["red"], "length": 5}, "length, which goes with these alone"),
     ({"columns": [[]]}, "at least one entry per prompt"),
     ({"columns": [[1]], "thresholds": {0: 2}}, "number from 0 to 1"),
     ({"columns": [[1]], "normalize_eot": True}, "columns with normalize_eot need length"),
     ({"words": ["red"], "resolution": 1}, "resolution.*greater than or equal to 2"),
+    ({"columns": [[0]]}, "columns count from 1"),
+    (
+        {"columns": [[4]], "normalize_eot": True, "length": 5},
+        "columns count from 1.*to 3, the last one before the end token; got 4",
+    ),
     ({"columns": [[1]], "scale": 51}, "scale.*less than or equal to 50"),
 ]
 

@@ -70,6 +70,7 @@ BAD = [
     ({"boxes": TWO, "background": [{}] * 3}, "boxes are for 2 prompts, background for 3"),
     ({"boxes": TWO, "columns": {"a": [1], "fox": [2]}}, "columns must say where 'map' stands"),
     ({"boxes": TWO, "columns": [{"a": [1], "fox": [2]}] * 3}, "one mapping for each of the 2 prompts"),
+    ({"boxes": {"a": [0, 0, 1, 1]}, "columns": {"a": [1], "fox": [2]}}, "columns say where 'fox' stands, which has no box"),
     ({"boxes": {"a": [0, 0, 1, 1]}, "columns": {"a": [-1]}}, "columns count from 0"),
     ({"boxes": {"a": [0, 0, 1, 1]}, "scale": 51}, "scale.*less than or equal to 50"),
     ({"boxes": {"a": [0, 0, 1, 1]}, "dropout": 0}, "dropout.*greater than 0"),

@@ -21,6 +21,7 @@ from reattend.interventions import (
     Edit,
     Extrapolate,
     Gain,
+    Grouped,
     HeadGain,
     HeadMix,
     Instead,
@@ -52,6 +53,11 @@ HEADS, KEY_HEADS, DIM, BLOCK = 8, 2, 64, 128
 
 def mean_value(x: Operands, scale: float) -> torch.Tensor:
     return x.value.mean(dim=2, keepdim=True).repeat_interleave(HEADS // KEY_HEADS, dim=1).expand_as(x.query)
+
+
+def halves(count: int) -> torch.Tensor:
+    """[count, 2]: 1 where a place lies in the first half, or the second."""
+    return torch.nn.functional.one_hot(torch.arange(count) * 2 // max(2, count), 2).float()
 
 
 def examples(call: Call) -> dict[str, Edit]:
@@ -87,6 +93,7 @@ def examples(call: Call) -> dict[str, Edit]:
         "Extrapolate from a given output": Extrapolate(other=own, factor=3.0),
         "TakeOutput": TakeOutput(source=torch.arange(rows).flip(0)),
         "Instead, a mean of values": Instead(compute=mean_value),
+        "Grouped, two halves": Grouped(shares=halves(rows), columns=halves(keys) > 0),
     }  # fmt: skip
     if rows > 1:
         found["Keep, 20 % of the blocks"] = Keep(pattern=Blocks(blocks, BLOCK))

@@ -19,6 +19,7 @@ from reattend.interventions import (
     Chosen,
     Extrapolate,
     Gain,
+    Grouped,
     Instead,
     Keep,
     LowRankBias,
@@ -88,6 +89,13 @@ def others(n: int) -> dict[str, list]:
     half = torch.arange(n) < n // 2
     found = {
         "LowRankBias of rank 4": [LowRankBias(U=-1024 * one_hot, V=1 - one_hot)],
+        "Grouped, the same four regions": [Grouped(shares=one_hot, columns=one_hot > 0)],
+        "Grouped, with a share of 0.3 of all": [
+            Grouped(
+                shares=torch.cat([0.7 * one_hot, torch.full((n, 1), 0.3)], dim=1),
+                columns=torch.cat([one_hot > 0, torch.ones(n, 1, dtype=torch.bool)], dim=1),
+            )
+        ],
         "LowRankBias and Gain below 0": [
             LowRankBias(U=-1024 * one_hot, V=1 - one_hot),
             Gain(columns=list(range(16)), factor=-2.0, renormalise=None),

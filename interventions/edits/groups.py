@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +65,8 @@ class Grouped(OutputEdit):
         """Whether another edit changes scores or weights of rows that this one names, or their output before it."""
         if other is self or other.level == "operands" or isinstance(other, Grouped):
             return False
+        if self.heads is not None and other.heads is not None and set(self.heads).isdisjoint(other.heads):
+            return False
         if self.rows is None or (other.rows is None and not isinstance(other, KeyBias)):
             return True
         # a bias that is 0 there changes nothing
@@ -81,7 +83,8 @@ class Grouped(OutputEdit):
 
     def as_weights(self) -> GroupedWeights:
         """The same as an edit of weights."""
-        return self.remember("as weights", lambda: GroupedWeights(rows=self.rows, shares=self.shares, columns=self.columns))
+        given = {"heads": self.heads, "rows": self.rows, "shares": self.shares, "columns": self.columns}
+        return self.remember("as weights", lambda: GroupedWeights(**given))
 
     def parts(self, batch: int) -> list[_Part]:
         """The attentions that it is made of; batch rows with the same groups go together."""
@@ -142,12 +145,15 @@ class GroupedWeights(WeightEdit):
         return found
 
 
+def grouped_as_weights(edits: Sequence[Edit], chosen: Callable[[Grouped], bool] = lambda edit: True) -> list[Edit]:
+    """The edits of one call, `Grouped` as an edit of weights and first of these: whoever reads weights sees them so."""
+    first = [edit for edit in edits if isinstance(edit, Grouped) and chosen(edit)]
+    return [*(edit.as_weights() for edit in first), *(edit for edit in edits if edit not in first)] if first else list(edits)
+
+
 def grouped_beside_others(edits: Sequence[Edit]) -> list[Edit]:
-    """The edits of one call, `Grouped` as an edit of weights and first of these where others act on its rows."""
-    first = [edit for edit in edits if isinstance(edit, Grouped) and any(map(edit.meets, _before(edit, edits)))]
-    if not first:
-        return list(edits)
-    return [*(edit.as_weights() for edit in first), *(edit for edit in edits if edit not in first)]
+    """The same where others act on its rows, and as it is where none do."""
+    return grouped_as_weights(edits, lambda edit: any(map(edit.meets, _before(edit, edits))))
 
 
 def _before(edit: Edit, edits: Sequence[Edit]) -> list[Edit]:

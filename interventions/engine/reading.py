@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..edits import Edit, Operands, Rows
+from ..edits.groups import grouped_as_weights
 from .all_heads import rows_of_all_heads
 from .kernels import grouped_values, statistics_dtype
 from .materialised import edited_weights
@@ -33,7 +34,7 @@ def untouched_heads(call: Call, heads: Sequence[int]) -> tuple[Operands, Tensor]
 
 def row_weights(call: Call, edits: Sequence[Edit], index: Tensor) -> Tensor:
     """Weights [B, H, R, Tk] of the query rows `index` [R], after the edits: the maps that observers and pictures need, row by row."""
-    edits = check_edits(call, list(edits))
+    edits = grouped_as_weights(check_edits(call, list(edits)))
     apart = rows_apart(edits)
     if apart is not None:
         new, old = as_wide([row_weights(call, others, index) for others in apart[1]])

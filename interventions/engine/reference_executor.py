@@ -28,7 +28,7 @@ from ..edits import (
     WeightEdit,
 )
 from ..edits.base import repeat_heads
-from ..edits.groups import grouped_beside_others
+from ..edits.groups import grouped_as_weights, grouped_beside_others
 from ..errors import ReattendError
 from .kernels import score_rows, softmax_rows
 
@@ -86,7 +86,7 @@ def reference(call: Call, edits: list[Edit]) -> Tensor:
 
 def reference_with_weights(call: Call, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """(output [B, H, Tq, Dv], edited weights [B, H, Tq, Tk] in statistics dtype)."""
-    edits = check_edits(call, edits)
+    edits = grouped_as_weights(check_edits(call, edits))
     apart = rows_apart(edits)
     if apart is not None:
         # each row takes what it is in attention with the edit, or without

@@ -6,7 +6,18 @@ from collections import Counter
 
 import pytest
 import torch
-from reattend.interventions import Call, Gain, Grouped, HeadGain, KeyBias, ReattendError, fused, reference
+from reattend.interventions import (
+    Call,
+    Gain,
+    Grouped,
+    HeadGain,
+    KeyBias,
+    ReattendError,
+    fused,
+    reference,
+    reference_with_weights,
+    row_weights,
+)
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 
@@ -131,3 +142,15 @@ def test_a_bias_of_other_batch_rows_leaves_it_an_attention_for_each_group():
     assert not grouped.meets(KeyBias(bias=torch.randn(24) * ~rows)) and grouped.meets(KeyBias(bias=torch.randn(24)))
     assert "materialised" not in given.ways
     torch.testing.assert_close(found[:1], fused(given, [grouped])[:1])
+
+
+def test_weights_that_are_read_are_those_of_the_groups():
+    given = call(kv_heads=4)
+    shares, columns = torch.rand(2, 1, 20, 3), kinds(2, 20, 24)[1]
+    edit = Grouped(shares=shares, columns=columns)
+    index = torch.arange(5, 15)
+    output = fused(given, [edit])[:, :, index]
+    torch.testing.assert_close(row_weights(given, [edit], index) @ given.value, output, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        reference_with_weights(given, [edit])[1][:, :, index] @ given.value, output, atol=1e-6, rtol=1e-5
+    )

@@ -69,8 +69,9 @@ class Report(Outcome):
     def words(self, words: str | Sequence[str] | None = None, *, picture: int = 0) -> Any:
         """A PIL picture of where a drawn picture looks for the words of its prompt, before and after.
 
-        words: some of the prompt, default its content words. picture: which of the pictures that the report shows. Draws both variants once
-        more, with the same seed, and needs the pipeline for it: see `word_maps`, which gives the numbers. Raises ReattendError where the
+        words: some of the prompt, default its content words, up to where its text encoders stop reading. picture: which of the pictures that
+        the report shows. Draws both variants once more, with the same seed, and needs the pipeline for it: see `word_maps`, which gives the
+        numbers. Raises ReattendError where the
         outputs are no pictures, the pipeline is gone, or a word is not in the prompt.
         """
         from .word_maps import sheet

@@ -31,7 +31,8 @@ class WordMaps:
     def read(self, words: str | Sequence[str] | None, picture: int) -> Maps:
         """The maps of one picture, [height, width] each: the weight of all steps, layers and heads on a word's columns, mean over heads.
 
-        words: default the content words of its prompt. Raises ReattendError where the model is gone, or a word or the picture is not there.
+        words: default the content words of its prompt, up to where its text encoders stop reading. Raises ReattendError where the
+        model is gone, or a word or the picture is not there.
         """
         model = self.model()
         if model is None:
@@ -47,7 +48,7 @@ class WordMaps:
         table = text_sites(sites(model)).where(lambda s: s.supported)
         found: Maps = {}
         for side in SIDES:
-            heat = Heat(table, Words("word maps", named, occurrence="all"))
+            heat = Heat(table, Words("word maps", named, occurrence="all", needed=words is not None))
             session = apply(model, *self.chosen) if side == "after" else None
             try:
                 with attach(model, [Plan("word maps", heat.steps)]):
@@ -56,7 +57,11 @@ class WordMaps:
                 if session is not None:
                     session.remove()
             found[side] = {word: heat.map(f"word maps.{place}")[picture].cpu() for place, word in enumerate(wanted)}
-        return found
+        # of a word that was not read there is no weight, of any other there is
+        read = [word for word in wanted if bool(found["before"][word].any())]
+        if not read:
+            raise ReattendError("words must be given for this prompt: of those with content its text encoders read none")
+        return {side: {word: maps[word] for word in read} for side, maps in found.items()}
 
     def _prompts(self) -> tuple[list[str], int]:
         """(the prompts, pictures of each)."""
@@ -73,6 +78,8 @@ def _wanted(words: str | Sequence[str] | None, prompt: str) -> list[str]:
     chosen = [words] if isinstance(words, str) else words
     if chosen is None:
         chosen = list(dict.fromkeys(prompt[start:stop] for start, stop in content_words(prompt)))
+        if not chosen:
+            raise ReattendError("words must be given for this prompt, which has no words with content")
     if (
         not isinstance(chosen, (list, tuple))
         or not chosen

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..hooks import Context, SecondText, SiteTable
 from ..hooks.plan import Step
-from ..interventions import Call, Edit, Grouped, TokenGrid
+from ..interventions import Call, Edit, Grouped, ReattendError, TokenGrid
 from .kit.base import Info
 from .kit.denoisers import grids_of, reads_prompt
 from .kit.layout import Regions, of_picture, per_prompt, pictures_of, places_in
@@ -130,6 +130,10 @@ class Regional(TextsAside):
             return []
         interval = self.single_interval if call.site.stack.endswith(".single") else self.double_interval
         apart = call.site.kind == "cross" or call.site.layer % interval == 0
+        if any(isinstance(edit, Grouped) for edit in call.edits):
+            raise ReattendError(
+                f"{self.slug}: regions are given twice, and the last would hide the first: give all of them in one"
+            )
         size, kept = (call.site.kind, call.num_queries, call.num_keys, apart), call.memory.setdefault("edits", {})
         if kept.get(size, (None,))[0] is not call.clock:
             kept[size] = call.clock, self.edit(call, text.each, text.stretch, rows, ratio, apart)

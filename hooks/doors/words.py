@@ -51,7 +51,8 @@ class Words(Step):
     words: for every prompt a list of words or passages (one inner list = the same for every prompt), each a text or (text, occurrence);
     whole words, in any case of letters. columns: or for every prompt a list of column lists, one for each word, counted from 0 in the
     text that the denoiser gets. Neither: "start", "words" and "end" alone. occurrence: which one when a word occurs more than once
-    (from 0, -1 = the last, "all"; None: that is an error). Whoever reads or edits in the same plan finds what the encoders wrote in
+    (from 0, -1 = the last, "all"; None: that is an error). needed: whether a word that is not in its prompt, or after what its encoders
+    read of it, is an error; else its role has no columns. Whoever reads or edits in the same plan finds what the encoders wrote in
     `call.memory[step]`: {conditional row of the denoiser's batch: a `Text` per encoder}, with the ids of its tokens and their columns.
     Raises ReattendError for the name of a role that there is, an empty word, lists that name nothing, both words and columns, or a negative
     column.
@@ -61,6 +62,7 @@ class Words(Step):
     words: list[list[Word]] | None = None
     columns: list[list[list[int]]] | None = None
     occurrence: Occurrence = None
+    needed: bool = True
 
     def __post_init__(self) -> None:
         if not self.name or self.name in TAKEN:
@@ -180,7 +182,7 @@ class _Reader:
                 try:
                     others = list(dict.fromkeys(str(_ids(streams[row])) for row in own[: number + 1]))
                     prompt = others.index(str(_ids(streams[own[number]])))
-                    each = [columns_of(word, step.occurrence, texts, prompt) for word in named or ()]
+                    each = [columns_of(word, step.occurrence, texts, prompt, step.needed) for word in named or ()]
                 except ReattendError as error:
                     if copy:
                         continue

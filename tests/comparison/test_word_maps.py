@@ -55,6 +55,29 @@ def test_the_picture_has_a_column_for_each_word():
     assert list(report.word_maps()["after"]) == ["red", "sky"]
 
 
+def test_words_after_what_the_text_encoders_read_are_left_out_unless_asked_for():
+    report = compared(tiny_pipelines.stable_diffusion(), "a red sky and " * 20 + "one map")
+    maps = report.word_maps()
+    assert list(maps["before"]) == list(maps["after"]) == ["red", "sky"]
+    with pytest.raises(ReattendError, match="'map' is not in prompt 0"):
+        report.word_maps("map")
+
+
+def test_a_prompt_without_content():
+    report = reattend.compare(tiny_pipelines.stable_diffusion(), ("pag", {"scale": 3.0}), prompt="of the", **CALL)
+    with pytest.raises(ReattendError, match="words must be given for this prompt, which has no words with content"):
+        report.words()
+    assert list(report.word_maps("the")["after"]) == ["the"]
+
+
+def test_maps_beside_regions_are_those_of_the_regions():
+    """At base_ratio 0 places of a region give the prompt nothing."""
+    regional = ("regional", {"regions": {"a dog": [0, 0, 0.5, 1]}, "base_ratio": 0.0})
+    report = reattend.compare(tiny_pipelines.stable_diffusion(), regional, prompt=PROMPT, **CALL)
+    found = report.word_maps("sky")["after"]["sky"]
+    assert not found[:, :3].any() and found[:, 5:].all()
+
+
 def test_each_picture_of_each_prompt_has_its_own():
     pipe = tiny_pipelines.stable_diffusion()
     report = compared(pipe, [PROMPT, "sky and sea"], num_images_per_prompt=2)

@@ -262,3 +262,13 @@ def test_beside_others_both_act_whichever_is_named_first(make, other):
             found.append(draw(pipe, call))
     torch.testing.assert_close(found[2], found[3], **NEAR)
     assert all((found[2] - alone).abs().max() > 1e-3 for alone in found[:2])
+
+
+@pipelines
+def test_regions_that_are_given_twice(make):
+    pipe, call, *_ = make()
+    with (
+        reattend.apply(pipe, ("regional", {"regions": HALVES}), ("regional", {"regions": {"a fox": [0, 0, 1, 0.5]}})),
+        pytest.raises(ReattendError, match="regional: regions are given twice.*give all of them in one"),
+    ):
+        draw(pipe, call)

@@ -226,7 +226,8 @@ class AttenCraft(Recipe):
         at.look(x, timestep=time, text="conditional")
         del at.memory["looked"]
         at.memory["read"] = True
-        self.found[:] = self.composed(looked, len(x), tuple(x.shape[-2:]))
+        height, width = x.shape[-2:]
+        self.found[:] = self.composed(looked, len(x), (height, width))
 
     def composed(self, looked: Looked, pictures: int, latents: tuple[int, int]) -> list[Found]:
         """The maps of every picture, from what the pass has shown."""

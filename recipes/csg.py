@@ -217,6 +217,7 @@ class CSG(Descent):
                 most = (cross[taken][:, others] * words[word][taken, None]).mean(dim=0).amax()
                 inter = inter + (torch.minimum(inside.mean() - self.margin, most) - most) ** 2
         for _, word in layout.tokens if own is not None else ():
+            assert own is not None
             inside, outside, _ = selected(own[:, word], words[word], self.topk, self.dropout, draw)
             among = among + share_outside(inside, outside) ** 2
         return LOSS * (intra + AGAINST_OTHERS * inter), LOSS * among

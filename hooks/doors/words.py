@@ -59,7 +59,7 @@ class Words(Step):
     """
 
     name: str
-    words: list[list[Word]] | None = None
+    words: Sequence[Sequence[Word]] | None = None
     columns: list[list[list[int]]] | None = None
     occurrence: Occurrence = None
     needed: bool = True

@@ -145,8 +145,9 @@ class SourcePrompt:
                 theirs = self._source_of(row, read, sources)
                 if row not in read or theirs is None:
                     raise ReattendError(f"{self.slug}: what row {row} of the batch reads, or its source, is not known")
-                sides = ([(text.stream.encoder, Tokens.of(text)) for text in texts] for texts in (theirs, read[row]))
-                transfer[row], own[row] = mapping(self.kind, *sides, width, self.aligned, f"prompt {read[row][0].shown()!r}")
+                source, target = ([(text.stream.encoder, Tokens.of(text)) for text in texts] for texts in (theirs, read[row]))
+                whose = f"prompt {read[row][0].shown()!r}"
+                transfer[row], own[row] = mapping(self.kind, source, target, width, self.aligned, whose)
             call.memory[key] = (transfer.to(call.query.device), own.to(call.query.device))
         return call.memory[key]
 

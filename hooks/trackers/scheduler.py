@@ -233,6 +233,7 @@ def at_timestep(scheduler: Any, timestep: Any) -> Any:
         raise ReattendError(f"timestep must be one of the scheduler's {scheduler.timesteps.tolist()}, got {timestep}")
     other = copy.copy(scheduler)
     if hasattr(other, "scale_model_input") and getattr(other, "step_index", None) is not None:
-        other._step_index = None
+        # where a pipeline has it begin is of no account
+        other._step_index = other._begin_index = None
         other.scale_model_input(torch.ones(1), scheduler.timesteps.new_tensor(timestep))
     return other

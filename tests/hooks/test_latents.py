@@ -343,6 +343,29 @@ def test_predict_is_a_pass_with_the_arguments_of_the_call():
         assert torch.allclose(found["other"], predicted(texts, 3), atol=1e-5)
 
 
+def test_other_timesteps_are_scaled_for_themselves_where_a_run_begins_midway():
+    """Image to image tells the scheduler where it begins, which is of no account to passes at other timesteps."""
+    pipe, found = tiny_pipelines.stable_diffusion(), {}
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+
+    def look(at: AtStep) -> None:
+        if at.clock.step == 0:
+            place = len(at.scheduler.timesteps) - 2
+            found["t"], found["sigma"] = at.scheduler.timesteps[place], at.scheduler.sigmas[place]
+            found["x"] = at.latents
+            found["other"] = at.predict(at.latents, timestep=float(found["t"]), text="conditional")
+
+    with attach(pipe, [Plan("look", [Latents(look)])]):
+        pipe("a b", image=torch.rand(1, 3, 16, 16), num_inference_steps=6, strength=0.8, output_type="latent")
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt("a b", "cpu", 1, False)
+        x = found["x"] / (found["sigma"] ** 2 + 1) ** 0.5
+        wanted = pipe.unet(x, found["t"], encoder_hidden_states=text).sample
+    assert torch.allclose(found["other"], wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["Flux", "Lumina 2"])
 def test_other_timesteps_are_given_in_the_denoisers_own_units(name):
     torch.manual_seed(2)

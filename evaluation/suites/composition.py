@@ -19,7 +19,7 @@ from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
 from .binding import OWN, drawn, drawn_as_meant
-from .given_pictures import apart, mask_picture, pipeline_of, side_of, touched
+from .given_pictures import Things, apart, mask_picture, pipeline_of, side_of, touched
 from .removal import ALIKE
 
 # the thing in its own picture
@@ -43,9 +43,7 @@ class Composition(Suite):
         description="the pipeline: text to image, which is told of no picture, for recipes that begin with the pictures' own noise; "
         "inpainting, which is told of the background and the box; or none, the thing pasted into the background as it is",
     )
-    things: tuple[int, int] = Field(
-        (2, 3), description="fewest and most things of the composed picture, one of which is put in"
-    )
+    things: Things = Field((2, 3), description="fewest and most things of the composed picture, one of which is put in")
     light: float = Field(0.6, gt=0, le=1, description="how bright the thing's own picture is; 1 = as the background")
     steps: int = Field(20, ge=1, description="steps of the sampler" + OWN)
     guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline" + OWN)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator
 
 from ...interventions import ReattendError
 from ..subject import Subject
 
 Box = tuple[float, float, float, float]
+# of a picture, so that scenes of that many are found soon
+MOST_THINGS = 5
+
+
+def _things(value: tuple[int, int]) -> tuple[int, int]:
+    if not 1 <= value[0] <= value[1] <= MOST_THINGS:
+        raise ValueError(f"must be [fewest, most], 1 <= fewest <= most <= {MOST_THINGS}")
+    return value
+
+
+# fewest and most things of a scene
+Things = Annotated[tuple[int, int], AfterValidator(_things)]
+
+
+def check_steps(steps: int, strength: float) -> None:
+    """Raises ValueError where image to image and inpainting would do no step at all: they do the share `strength`, rounded down."""
+    if int(steps * strength) < 1:
+        raise ValueError(f"strength {strength} of {steps} steps is less than one step: raise strength or steps")
 
 
 def pipeline_of(subject: Subject, by: Literal["image", "inpaint", "text"], suite: str) -> Any:

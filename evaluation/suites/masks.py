@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...hooks import Plan, Words, attach, sites
 from ...recipes.kit.denoisers import text_sites
@@ -22,7 +22,7 @@ from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
 from .binding import OWN, drawn, drawn_as_meant
-from .given_pictures import pipeline_of, side_of
+from .given_pictures import Things, check_steps, pipeline_of, side_of
 from .layout import SAME
 
 
@@ -37,7 +37,7 @@ class Masks(Suite):
     marks: ClassVar[Sequence[str]] = ("words", "picture")
     batch: ClassVar[int] = 16
 
-    things: tuple[int, int] = Field((2, 3), description="fewest and most things of a picture")
+    things: Things = Field((2, 3), description="fewest and most things of a picture")
     naming: Literal["things", "shapes"] = Field(
         "shapes", description='how the things are named: by their shapes alone, or "red circle"'
     )
@@ -53,6 +53,11 @@ class Masks(Suite):
     )
     steps: int = Field(20, ge=1, description="steps of the sampler, of which the share `strength` is made" + OWN)
     guidance: float = Field(2.0, ge=0, description="guidance scale of the pipeline" + OWN)
+
+    @model_validator(mode="after")
+    def _some(self) -> Masks:
+        check_steps(self.steps, self.strength)
+        return self
 
     def asked_of(self, subject: Subject) -> Suite:
         return drawn_as_meant(self, subject)

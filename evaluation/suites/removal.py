@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...zoo.worlds.drawing import picture
 from ...zoo.worlds.language import listing
@@ -19,7 +19,7 @@ from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
 from .binding import OWN, drawn, drawn_as_meant
-from .given_pictures import Box, apart, mask_picture, pipeline_of, side_of, touched
+from .given_pictures import Box, Things, apart, check_steps, mask_picture, pipeline_of, side_of, touched
 
 # of pictures that do not differ at all, in dB
 ALIKE = 100.0
@@ -42,13 +42,19 @@ class Removal(Suite):
         "picture either, for recipes that begin with the picture's own noise",
     )
     prompt: Literal["empty", "rest"] = Field("empty", description='what the pipeline is told: "", or the things that stay')
-    things: tuple[int, int] = Field((2, 3), description="fewest and most things of a picture, one of which is to go")
+    things: Things = Field((2, 3), description="fewest and most things of a picture, one of which is to go")
     margin: float = Field(
         0.02, ge=0, le=0.1, description="how far the box reaches beyond the thing, in shares of the picture's side"
     )
     strength: float = Field(0.8, gt=0, le=1, description="where image to image and inpainting begin: 1 = from noise alone")
     steps: int = Field(20, ge=1, description="steps of the sampler, of which the share `strength` is made" + OWN)
     guidance: float = Field(1.0, ge=0, description="guidance scale of the pipeline" + OWN)
+
+    @model_validator(mode="after")
+    def _some(self) -> Removal:
+        if self.by != "text":
+            check_steps(self.steps, self.strength)
+        return self
 
     def asked_of(self, subject: Subject) -> Suite:
         return drawn_as_meant(self, subject)

@@ -13,6 +13,7 @@ from reattend.evaluation.suites.composition import Composition, pasted
 from reattend.evaluation.suites.given_pictures import touched
 from reattend.evaluation.suites.masks import Masks, cut_out
 from reattend.evaluation.suites.removal import Removal
+from reattend.interventions import ReattendError
 from reattend.zoo.worlds.drawing import mask, picture
 from reattend.zoo.worlds.shapes import CLEAR, Scene, Thing
 
@@ -48,6 +49,21 @@ def test_removal_is_scored_by_what_is_in_the_box_and_around_it():
     ruined = one.record((scene, star, rest), before, held, picture(Scene(()), 64, CLEAR))
     assert (ruined["empty"], ruined["right"]) == (1, 0)
     assert one.score([perfect, replaced])["right"] == 0.5
+
+
+@pytest.mark.parametrize("suite", [Removal, Composition, Masks])
+def test_counts_of_things_that_no_scene_has_are_refused(suite):
+    for things in ((3, 2), (0, 0), (0, 2), (-1, 2), (2, 9)):
+        with pytest.raises(ReattendError, match=r"things: must be \[fewest, most\], 1 <= fewest <= most <= 5"):
+            suite(things=things)
+    assert {len(item.data["things"]) for item in suite(things=(5, 5)).items(3, 1)} == {5}
+
+
+def test_a_strength_that_makes_no_step_is_refused():
+    for suite in (Removal, Masks):
+        with pytest.raises(ReattendError, match="strength 0.3 of 3 steps is less than one step"):
+            suite(strength=0.3, steps=3)
+    assert Removal(by="text", strength=0.3, steps=3) and Masks(strength=0.34, steps=3)
 
 
 @pytest.mark.parametrize("by", ["image", "inpaint", "text"])

@@ -37,8 +37,9 @@ from ..hooks import AtStep, Capture, Latents, SiteTable, Words
 from ..hooks.plan import Step
 from ..interventions import Call, Edit, ReattendError, column_weights, row_weights
 from ..interventions.engine.kernels import rows_per_chunk
+from .kit import checks
 from .kit.base import Info, Recipe
-from .kit.checks import as_path, writing
+from .kit.checks import check_output, shown, whole_number, writing
 from .kit.denoisers import grids_of, image_grid, reads_prompt
 from .kit.descent import UNET, Looked, read_sides
 from .kit.layout import of_picture
@@ -47,6 +48,8 @@ from .kit.samplers import encoded, levels, place
 
 # places along the shorter side that maps of what belongs together have at least, where the latents have them
 LEAST_KIN = 16
+# of a picture that masks are made as large as
+MOST_PIXELS = 2**28
 NOT_TOLD = "choose a lower threshold, or another timestep"
 
 
@@ -61,24 +64,36 @@ class Found:
     def masks(
         self, size: tuple[int, int] | None = None, threshold: float | None = None, *, may_be_empty: bool = False
     ) -> Tensor:
-        """Bool [things + 1, height, width], disjoint, the background last. size: maps are made that large first (bilinear; ours).
+        """Bool [things + 1, height, width], disjoint, the background last. size: (height, width) that maps are brought to first (bilinear;
+        ours); threshold: from 0 to 1, by default the recipe's.
 
-        Raises ReattendError where a thing, or the background, has no place at all, unless that may be.
+        Raises ReattendError for another size or threshold, and where a thing, or the background, has no place at all, unless that may be.
         """
-        maps = self.maps if size is None else interpolate(self.maps[None], size=size, mode="bilinear")[0]
-        found = leading(maps, self.threshold if threshold is None else threshold)
+        least = self.threshold if threshold is None else checks.number(threshold, "threshold")
+        if not 0 <= least <= 1:
+            raise ReattendError(f"threshold must lie from 0 to 1, got {least}")
+        found = leading(self.maps if size is None else self._resized(size), least)
         empty = [name for name, mask in zip((*self.names, "the background"), found, strict=True) if not bool(mask.any())]
         if empty and not may_be_empty:
             raise ReattendError(f"attencraft: no place is told to be {empty[0]!r}, apart from the others: {NOT_TOLD}")
         return found
 
+    def _resized(self, size: Any) -> Tensor:
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
+            raise ReattendError(f"size must be (height, width), got {shown(size)}")
+        height, width = (whole_number(side, "height and width of size", least=1) for side in size)
+        if height * width > MOST_PIXELS:
+            raise ReattendError(f"size must hold at most {MOST_PIXELS} pixels, got {height} x {width}")
+        return interpolate(self.maps[None], size=(height, width), mode="bilinear")[0]
+
     def save(self, path: str | Path) -> Path:
         """Writes masks (uint8) and maps as safetensors, with the names. Raises ReattendError as `masks`, or where it cannot be written."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        where, tensors = as_path(path, "the file of masks"), {"masks": self.masks().to(torch.uint8), "maps": self.maps}
-        with writing(where, "masks"):
-            save_file({name: one.contiguous() for name, one in tensors.items()}, str(where), {"names": "\n".join(self.names)})
+        where, tensors = check_output(path, "the file of masks"), {"masks": self.masks().to(torch.uint8), "maps": self.maps}
+        held = save({name: one.contiguous() for name, one in tensors.items()}, {"names": "\n".join(self.names)})
+        with writing(where, "the file of masks"):
+            where.write_bytes(held)
         return where
 
 
@@ -215,7 +230,7 @@ class AttenCraft(Recipe):
         if self.image is not None:
             index = min(range(here, len(known)), key=lambda one: abs(known[one] - wanted))
             count = len(x)
-            pictures = [opened(of_picture(listed(self.image), number, count), "image") for number in range(count)]
+            pictures = [opened(of_picture(listed(self.image), number, count, "image"), "image") for number in range(count)]
             clean = encoded(at.pipeline, pictures, x)
             # every picture has the same noise, so that it is read as it is alone
             noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(clean)
@@ -239,7 +254,7 @@ class AttenCraft(Recipe):
         start, things, sides = (looked.text[name] for name in ("start", "things", "sides"))
         found = []
         for number in range(pictures):
-            names = of_picture(self.named, number, pictures)
+            names = of_picture(self.named, number, pictures, "words")
             marked = [*(columns[number] for columns in things[: len(names)]), start[number]]
             maps = torch.stack([words[number][:, :, columns].amax(dim=-1) for columns in marked])
             both = refined(maps.float(), affinity[number].float(), sides, self.sharpen, self.spread)

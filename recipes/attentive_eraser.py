@@ -19,10 +19,11 @@ official scripts blur the mask and cut it at 0.1. FreeU, which the SD 2.1 script
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from numbers import Real
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from ..hooks import AtStep, Latents, SiteTable
@@ -31,11 +32,32 @@ from ..interventions import Call, Clock, Edit, Keep, ReattendError, ScaleQuery, 
 from .kit.base import Info
 from .kit.denoisers import grids_of, image_layers
 from .kit.guidance import PerturbedGuidance
-from .kit.layout import Box, Mask, of_picture, read_region
+from .kit.layout import Box, Mask, of_picture, read_box
 from .kit.pictures import Masks, Pictures, listed, mask_of, opened, picture_numbers, touched
 from .kit.samplers import encoded, inverted, levels, place, reached
 
+# the raster at which boxes must leave something: the latents of pictures of 2048 pixels
+FINEST = 256
 WHOLE = "it covers the whole picture, so there is nothing left to fill it from: make it smaller"
+
+
+def _boxes(value: Any) -> Any:
+    """A box, a list of boxes, or a list of these for each prompt, as one of the latter two."""
+    value = value.tolist() if getattr(value, "ndim", 0) else value
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(one, (list, tuple)) or hasattr(one, "tolist") for one in value
+    ):
+        return None if value is None else [read_box(value)]
+    nested = [isinstance(one, (list, tuple)) and (not one or not isinstance(one[0], Real)) for one in value]
+    if not value or any(isinstance(one, (list, tuple)) and not one for one in value):
+        raise ValueError("must not be empty: name at least one for each picture")
+    if any(nested) and not all(nested):
+        raise ValueError("must be a list of boxes for all pictures, or a list of such lists, one for each prompt")
+    return [[read_box(box) for box in one] for one in value] if nested[0] else [read_box(one) for one in value]
+
+
+def _covers(region: Mask | list[Box], height: int, width: int, grow: float, whose: str) -> bool:
+    return bool(touched(region, height, width, grow, whose).all())
 
 
 class AttentiveEraser(PerturbedGuidance):
@@ -60,13 +82,13 @@ class AttentiveEraser(PerturbedGuidance):
 
     mask: Masks | None = Field(
         None,
-        description="what is to go: the path of a picture that is not black there, a PIL picture, or rows of numbers; one for all pictures, "
-        "or a list of one for each prompt",
+        description="what is to go: the path of a picture that is not black there (a tenth of its brightest pixel and less counts as black), a "
+        "PIL picture, or rows of numbers; one for all pictures, or a list of one for each prompt",
     )
-    boxes: list[Box] | list[list[Box]] | None = Field(
+    boxes: Annotated[list[Box] | list[list[Box]] | None, BeforeValidator(_boxes)] = Field(
         None,
-        description="instead of a mask: boxes [left, top, right, bottom] in shares of the picture's sides; of all pictures, or a list for "
-        "each prompt",
+        description="instead of a mask: a box [left, top, right, bottom] in shares of the picture's sides, or several; of all pictures, or a "
+        "list for each prompt",
     )
     image: Pictures | None = Field(
         None,
@@ -109,22 +131,17 @@ class AttentiveEraser(PerturbedGuidance):
             raise ValueError("give a mask of what is to go, or boxes")
         if self.invert and self.image is None:
             raise ValueError("invert needs image, the picture whose noise is to be found")
-        if self.boxes is not None:
-            lists = [one if isinstance(one, list) else [one] for one in self.boxes]
-            if not lists or not all(lists):
-                raise ValueError("boxes must not be empty: name at least one for each picture")
-            for box in (box for boxes in lists for box in boxes):
-                if read_region(box) == (0, 0, 1, 1):
-                    raise ValueError(f"boxes: {WHOLE}")
+        if self.boxes is not None and any(_covers(boxes, FINEST, FINEST, self.grow, "boxes") for boxes in self.regions):
+            raise ValueError(f"boxes: {WHOLE}")
         return self
 
     @cached_property
     def regions(self) -> list[Mask | list[Box]]:
-        """What is to go, for each prompt or once for all. Raises ReattendError for a file that is no mask, and one that covers everything."""
+        """What is to go, for each prompt or once for all. Raises ReattendError for a file that is no mask, and one that grows over all."""
         if self.boxes is not None:
             return self.boxes if isinstance(self.boxes[0], list) else [self.boxes]  # type: ignore[return-value]
         masks = [mask_of(one, "mask") for one in listed(self.mask)]
-        if any("0" not in "".join(mask) for mask in masks):
+        if any(_covers(mask, len(mask), len(mask[0]), self.grow, "mask") for mask in masks):
             raise ReattendError(f"mask: {WHOLE}")
         return masks  # type: ignore[return-value]
 
@@ -184,7 +201,7 @@ class AttentiveEraser(PerturbedGuidance):
 
     def places(self, number: int, count: int, height: int, width: int) -> Tensor:
         """Bool [height, width]: the places of one of the run's pictures that its mask touches."""
-        region = of_picture(self.regions, number, count)
+        region = of_picture(self.regions, number, count, self.called)
         return touched(region, height, width, self.grow, self.called)
 
     # -- the background ------------------------------------------------------------------------------------------------
@@ -195,7 +212,7 @@ class AttentiveEraser(PerturbedGuidance):
             return None
         clean = encoded(at.pipeline, self.pictures, at.latents)
         count = len(at.latents)
-        clean = torch.stack([of_picture(list(clean), number, count) for number in range(count)])
+        clean = torch.stack([of_picture(list(clean), number, count, "image") for number in range(count)])
         inside = torch.stack([self.places(number, count, *clean.shape[-2:]) for number in range(count)])[:, None]
         if bool(inside.flatten(1).all(dim=1).any()):
             raise ReattendError(f"{self.called}: {WHOLE}")

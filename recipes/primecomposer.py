@@ -35,18 +35,16 @@ from ..interventions.families.composition import Correlate
 from .kit.base import Info, Recipe
 from .kit.denoisers import image_grid, reads_prompt
 from .kit.descent import UNET
-from .kit.layout import BOX, Box, Mask, of_picture, read_region
+from .kit.layout import Box, Mask, of_picture, read_box
 from .kit.pasting import Placed, extent, pasted, reduced
 from .kit.pictures import Masks, Pictures, listed, mask_of, opened, picture_numbers
 from .kit.samplers import encoded, inverted, levels, place, reached
 
 
 def _boxes(value: Any) -> Any:
-    several = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, (list, tuple)) for one in value)
-    found = [read_region(one) for one in (value if several else [value])]
-    if any(isinstance(box[0], str) for box in found):
-        raise ValueError(f"{BOX}; a mask goes by the name of mask")
-    return found if several else found[0]
+    value = value.tolist() if getattr(value, "ndim", 0) else value
+    several = isinstance(value, (list, tuple)) and bool(value) and all(hasattr(one, "__len__") for one in value)
+    return [read_box(one) for one in value] if several else read_box(value)
 
 
 class PrimeComposer(Recipe):
@@ -182,10 +180,10 @@ class PrimeComposer(Recipe):
         count, (height, width) = len(at.latents), at.latents.shape[-2:]
         pictures, references, placed = [], [], []
         for number in range(count):
-            background = opened(of_picture(listed(self.background), number, count), "background")
-            reference = opened(of_picture(listed(self.reference), number, count), "reference")
-            mask = of_picture(self.masks, number, count) or ("1" * reference.width,) * reference.height
-            box: Any = of_picture(self.box if isinstance(self.box, list) else [self.box], number, count)
+            background = opened(of_picture(listed(self.background), number, count, "background"), "background")
+            reference = opened(of_picture(listed(self.reference), number, count, "reference"), "reference")
+            mask = of_picture(self.masks, number, count, "mask") or ("1" * reference.width,) * reference.height
+            box: Any = of_picture(self.box if isinstance(self.box, list) else [self.box], number, count, "box")
             composite, own, where = pasted(background, reference, mask, box, self.centred)
             pictures.append(composite if self.same_domain else background)
             references.append(own)

@@ -145,6 +145,13 @@ class Recipe(BaseModel):
             raise ValueError(reason)
         return value
 
+    # copies may get other parameters (`model_copy`), so they keep nothing of what the original has worked out of its own
+    def __copy__(self) -> Recipe:
+        return _fields_alone(super().__copy__())
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
+        return _fields_alone(super().__deepcopy__(memo))
+
     @functools.cached_property
     def serial(self) -> int:
         """A number that no other recipe object has; token roles of its own carry it."""
@@ -229,6 +236,12 @@ def _one_of_each_union(errors: Sequence[Any]) -> list[Any]:
         else:
             found[number] = item
     return list(found.values())
+
+
+def _fields_alone(recipe: Recipe) -> Recipe:
+    for name in set(vars(recipe)) - set(type(recipe).model_fields):
+        del vars(recipe)[name]
+    return recipe
 
 
 def one_line(slug: str, fields: dict[str, str], error: ValidationError, what: str = "recipe") -> str:

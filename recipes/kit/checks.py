@@ -115,14 +115,15 @@ def read_text(value: Any, what: str) -> str:
         raise ReattendError(f"{what}: {str(path)!r} is not UTF-8 text; {hint}") from None
 
 
-def read_picture(value: Any, what: str) -> Any:
-    """The picture of a file, as RGB and the right way up. what: what it is, as in "no picture at 'x'"."""
+def read_picture(value: Any, what: str, mode: str | None = "RGB") -> Any:
+    """The picture of a file, the right way up and of this mode (None: its own). what: what it is, as in "no picture at 'x'"."""
     from PIL import Image, ImageOps
 
     path = existing_file(value, what)
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.exif_transpose(opened)
+            return picture if mode is None else picture.convert(mode)
     except Exception as error:  # Pillow's readers raise nearly everything for broken files
         raise ReattendError(f"{what}: {str(path)!r} cannot be read as a picture: {' '.join(str(error).split()):.200}") from None
 

@@ -1,7 +1,9 @@
 """What recipes share that are told where things go: boxes and masks by the words they belong to, and the places of a picture that these hold.
 
 A box is (left, top, right, bottom) in shares of the picture's width and height. A mask has one value for each pixel or place, not 0 where
-it holds; it is kept as rows of "0" and "1", so that a recipe stays plain data.
+it holds; it is kept as rows of "0" and "1", so that a recipe stays plain data. A picture is a mask where it is neither black nor
+transparent: brighter than a tenth of its brightest pixel, as lossy files are not quite black beside edges (the authors of Attentive Eraser
+cut blurred masks there too).
 """
 
 from __future__ import annotations
@@ -29,38 +31,71 @@ def read_region(value: Any) -> Box | Mask:
 
     Raises ValueError for a box outside the picture or without area, a mask of another form and one that holds nothing.
     """
-    if getattr(value, "ndim", 0) == 1:
-        value = value.tolist()
-    listed = isinstance(value, (list, tuple))
-    if listed and len(value) == 4 and all(isinstance(number, Real) and not isinstance(number, bool) for number in value):
-        left, top, right, bottom = box = tuple(map(float, value))
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError(f"{BOX} (divide pixels by these), not {list(value)}")
-        return box
-    if listed and value and all(isinstance(row, str) for row in value):
+    value = _listed(value)
+    return read_box(value) if _four(value) else read_mask(value, f"{BOX}, or {MASK}")
+
+
+def read_box(value: Any) -> Box:
+    """A box of four numbers. Raises ValueError for one outside the picture or without area, and for anything else."""
+    value = _listed(value)
+    if not _four(value):
+        raise ValueError(f"{BOX}, not {shown(value)}")
+    left, top, right, bottom = box = tuple(map(float, value))
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"{BOX} (divide pixels by these), not {list(value)}")
+    return box
+
+
+def read_mask(value: Any, wanted: str = MASK) -> Mask:
+    """A mask in any of its forms. Raises ValueError for anything else, and for one that holds nothing; wanted: what would be right."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(row, str) for row in value):
         rows = tuple(value)
         if not rows[0] or any(len(row) != len(rows[0]) or set(row) - {"0", "1"} for row in rows):
             raise ValueError(f'{MASK}: rows of "0" and "1" must be of one length')
     else:
-        rows = tuple("".join("1" if inside else "0" for inside in row) for row in _held(value).tolist())
+        rows = tuple("".join("1" if inside else "0" for inside in row) for row in _held(value, wanted).tolist())
     if not any("1" in row for row in rows):
         raise ValueError("the mask is empty: it is 0 everywhere")
     return rows
 
 
-def _held(value: Any) -> Tensor:
+def _listed(value: Any) -> Any:
+    """A vector as a list of its numbers, which may be a box."""
+    return value.tolist() if getattr(value, "ndim", 0) == 1 else value
+
+
+def _four(value: Any) -> bool:
+    numbers = isinstance(value, (list, tuple)) and len(value) == 4
+    return numbers and all(isinstance(number, Real) and not isinstance(number, bool) for number in value)
+
+
+def _held(value: Any, wanted: str) -> Tensor:
     """Bool [height, width]: where a mask holds."""
     try:
         if hasattr(value, "convert"):  # a PIL image
-            image = value.convert("L")
-            found = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+            found = _bright(value)
         else:
-            found = value.detach().to_dense().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{BOX}, or {MASK}, not {shown(value)}") from None
-    if found.dim() != 2 or not found.numel() or not bool((found == found).all()):
-        raise ValueError(f"{BOX}, or {MASK}, not {shown(value)}")
+            found = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+            found = found.to_dense() if found.layout != torch.strided else found
+        usable = found.dim() == 2 and found.numel() and bool((found == found).all())
+    except Exception as error:  # readers of pictures and of arrays raise nearly everything
+        reason = f" ({' '.join(str(error).split()):.100})" if hasattr(value, "convert") else ""
+        raise ValueError(f"{wanted}, not {shown(value)}{reason}") from None
+    if not usable:
+        raise ValueError(f"{wanted}, not {shown(value)}")
     return found != 0
+
+
+def _bright(image: Any) -> Tensor:
+    """Bool [height, width]: where a picture (PIL) is neither black nor transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits
+        light = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32).view(image.height, image.width)
+    else:
+        clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+        pixels = torch.frombuffer(bytearray(image.convert("RGBA" if clear else "RGB").tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(image.height, image.width, -1).float()
+        light = pixels[..., :3].amax(dim=2) * (pixels[..., 3] if clear else 1)
+    return light > light.max() / 10
 
 
 def read_regions(value: Any) -> dict[str, Box | Mask] | list[dict[str, Box | Mask]] | None:
@@ -91,14 +126,26 @@ def per_prompt(given: Mapping[str, T] | Sequence[Mapping[str, T]] | None) -> lis
     return [] if given is None else [given] if isinstance(given, Mapping) else list(given)
 
 
-def of_picture(given: Sequence[T], number: int, pictures: int) -> T:
-    """What belongs to a picture: prompts come as often as there are pictures of each. Raises ReattendError where they do not."""
+def of_picture(given: Sequence[T], number: int, pictures: int, whose: str = "regions") -> T:
+    """What belongs to a picture: prompts come as often as there are pictures of each. whose: what messages call it.
+
+    Raises ReattendError where there are more of them, or another number.
+    """
     times, rest = divmod(pictures, len(given))
     if rest:
         raise ReattendError(
-            f"regions for {len(given)} prompts, and {pictures} pictures: give them for every prompt, or once for all"
+            f"{whose} for {len(given)} prompts, and {pictures} pictures: give them for every prompt, or once for all"
         )
     return given[number // times]
+
+
+def alike(sides: tuple[int, int], places: tuple[int, int]) -> bool:
+    """Whether a picture or mask (height, width) has the proportions of a raster of places, but for less than one of these.
+
+    An odd side is halved upwards, so that inner layers see other proportions by less than a place.
+    """
+    (down, across), (height, width) = sides, places
+    return abs(down * width - across * height) < min(down, across)
 
 
 def places_in(region: Box | Mask, height: int, width: int, whose: str) -> Tensor:
@@ -109,8 +156,7 @@ def places_in(region: Box | Mask, height: int, width: int, whose: str) -> Tensor
     if isinstance(region[0], str):
         mask = torch.tensor([[mark == "1" for mark in row] for row in region])
         down, across = mask.shape
-        # an odd side is halved upwards, so that inner layers see other proportions by less than a place
-        if abs(down * width - across * height) >= min(down, across):
+        if not alike((down, across), (height, width)):
             raise ReattendError(
                 f"{whose}: a mask of {across} x {down} has other proportions than the picture, which is {width} x {height} places"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import io
 import math
@@ -16,8 +15,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ...interventions import Call, ReattendError
-from .checks import as_path, existing_file, read_picture, shown
-from .layout import Box, Mask, read_region
+from .checks import as_path, read_picture, shown
+from .layout import Box, Mask, alike, read_mask
 
 INLINE = "data:image/png;base64,"
 PICTURE = "a picture must be the path of a file, or a PIL picture"
@@ -29,7 +28,10 @@ def read_one(value: Any) -> str:
     """The path of a picture's file, or a PIL picture as a text that holds it. Raises ValueError for anything else."""
     if hasattr(value, "convert") and hasattr(value, "save"):
         held = io.BytesIO()
-        value.convert("RGB").save(held, "PNG")
+        try:
+            value.convert("RGB").save(held, "PNG")
+        except Exception as error:  # of a file that is read only now: Pillow's readers raise nearly everything
+            raise ValueError(f"the picture cannot be read: {' '.join(str(error).split()):.200}") from None
         return INLINE + base64.b64encode(held.getvalue()).decode()
     if isinstance(value, (str, os.PathLike)):
         if str(value).startswith(INLINE):
@@ -61,7 +63,7 @@ def opened(given: str, what: str) -> Any:
 
     try:
         return Image.open(io.BytesIO(base64.b64decode(given.removeprefix(INLINE), validate=True))).convert("RGB")
-    except (binascii.Error, OSError, ValueError) as error:
+    except Exception as error:  # as for files
         raise ReattendError(f"{what}: the picture in the recipe cannot be read: {' '.join(str(error).split()):.200}") from None
 
 
@@ -92,10 +94,7 @@ def _several(value: Any) -> bool:
 def _mask(value: Any) -> str | Mask:
     if isinstance(value, (str, os.PathLike)):
         return read_one(value)
-    region = read_region(value)
-    if not isinstance(region[0], str):
-        raise ValueError("a mask must be [height, width]; name boxes by boxes=[[left, top, right, bottom], ...]")
-    return region  # type: ignore[return-value]
+    return read_mask(value, "a mask must be a picture, its path, or [height, width]; boxes go by a name of their own")
 
 
 Masks = Annotated[Any, BeforeValidator(read_masks)]
@@ -105,10 +104,10 @@ def mask_of(given: str | Mask, what: str) -> Mask:
     """The mask itself: a file is read. Raises ReattendError, which names `what`, for a file that is none or holds nothing."""
     if not isinstance(given, str):
         return given
-    if not given.startswith(INLINE):
-        existing_file(given, f"picture for {what}")
+    whose = f"picture for {what}"
+    picture = opened(given, whose) if given.startswith(INLINE) else read_picture(given, whose, None)
     try:
-        return read_region(opened(given, f"picture for {what}"))  # type: ignore[return-value]
+        return read_mask(picture)
     except ValueError as error:
         raise ReattendError(f"{what}: {error}") from None
 
@@ -135,8 +134,7 @@ def _touched(region: Mask | tuple[Box, ...], height: int, width: int, grow: floa
         return found
     mask = _grown(region, grow)  # type: ignore[arg-type]
     down, across = mask.shape[-2:]
-    # an odd side is halved upwards, so that inner layers see other proportions by less than a place
-    if abs(down * width - across * height) >= min(down, across):
+    if not alike((down, across), (height, width)):
         raise ReattendError(
             f"{whose} of {across} x {down} has other proportions than the picture, which is {width} x {height} places: make it the "
             "picture's size"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...hooks import AtStep
 from ...interventions import Clock, ReattendError
+from .layout import alike
 
 
 class Level(NamedTuple):
@@ -43,7 +44,10 @@ def levels(scheduler: Any) -> list[Level]:
     """
     name, config, times = type(scheduler).__name__, scheduler.config, scheduler.timesteps.tolist()
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
-    if getattr(config, "skip_prk_steps", True) and getattr(config, "sigma_data", None) is None:
+    plain = getattr(config, "skip_prk_steps", True) and getattr(config, "sigma_data", None) is None
+    if plain and not getattr(config, "invert_sigmas", False) and (flows(scheduler) or isinstance(alphas, Tensor)):
+        if _halves(scheduler):
+            return [*(_of_sigma(scheduler, sigma) for sigma in _halved(scheduler)), CLEAN]
         if isinstance(sigmas, Tensor) and len(sigmas) == len(times) + 1:
             return [_of_sigma(scheduler, sigma) for sigma in sigmas.tolist()]
         if isinstance(alphas, Tensor):
@@ -56,6 +60,22 @@ def levels(scheduler: Any) -> list[Level]:
     )
 
 
+def _halves(scheduler: Any) -> bool:
+    """Whether every other evaluation is made halfway to the next step (KDPM2, the SDE solver): at odd places of the timesteps."""
+    return hasattr(scheduler, "sigmas_interpol") or "noise_sampler_seed" in scheduler.config
+
+
+def _halved(scheduler: Any) -> list[float]:
+    """The sigma at each timestep of a scheduler that halves its steps."""
+    sigmas, count = scheduler.sigmas.tolist(), len(scheduler.timesteps)
+    if hasattr(scheduler, "sigmas_interpol"):
+        # the ancestral one keeps them where the step begins, the other where it ends
+        between, back = scheduler.sigmas_interpol.tolist(), int(hasattr(scheduler, "sigmas_up"))
+        return [between[index - back] if index % 2 else sigmas[index] for index in range(count)]
+    # the SDE solver's are even in the logarithm
+    return [(sigmas[index - 1] * sigmas[index]) ** 0.5 if index % 2 else sigmas[index] for index in range(count)]
+
+
 def flows(scheduler: Any) -> bool:
     """Whether latents lie on straight lines from the picture to noise (flow matching), and velocities are predicted."""
     return "FlowMatch" in type(scheduler).__name__ or bool(getattr(scheduler.config, "use_flow_sigmas", False))
@@ -64,8 +84,8 @@ def flows(scheduler: Any) -> bool:
 def _of_sigma(scheduler: Any, sigma: float) -> Level:
     if flows(scheduler):
         return Level(1 - sigma, sigma)
-    # Euler and its kin hold the picture at full size, and scale the denoiser's input
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1:
+    # Euler and its kin hold the picture at full size and scale the denoiser's input, so that they begin with noise of the largest sigma
+    if isinstance(getattr(type(scheduler), "init_noise_sigma", None), property):
         return Level(1.0, sigma)
     size = (1 + sigma**2) ** 0.5
     return Level(1 / size, sigma / size)
@@ -78,6 +98,10 @@ def place(scheduler: Any, clock: Clock) -> int:
         raise ReattendError(
             f"the step at timestep {clock.scheduled} is none of the schedule of {type(scheduler).__name__}: run the pipeline as a whole"
         )
+    # a timestep may stand there twice, at levels that are nearly alike
+    index = getattr(scheduler, "step_index", None)
+    if isinstance(index, int) and index < len(times) and times[index] == clock.scheduled:
+        return index
     return times.index(clock.scheduled)
 
 
@@ -104,13 +128,15 @@ def inverted(at: AtStep, picture: Tensor, text: str | Mapping[str, Any] = "condi
             f"a picture cannot be turned back to noise where a denoiser predicts {kind!r}: noise or a velocity is needed"
         )
     known, times, begin = levels(scheduler), scheduler.timesteps.tolist(), place(scheduler, at.clock)
-    x, level, found, before = picture, known[-1], {}, None
+    x, level, found, before, parts = picture, known[-1], {}, None, (picture, picture)
     for index in range(len(times) - 1, begin - 1, -1):
-        if times[index] != before:  # schedulers that evaluate twice name a timestep twice
-            predicted = at.predict(x, timestep=times[index], text=text)[:, : picture.shape[1]].to(x)
-            clean, noise = _parts(x, predicted, level, "flow" if flows(scheduler) else kind)
-            x, level, before = known[index].mixed(clean, noise), known[index], times[index]
-        found[index] = x
+        # halfway latents lie on the way to the step's own timestep
+        to = index - 1 if _halves(scheduler) and index % 2 else index
+        if (times[to], known[to]) != before:  # schedulers that evaluate twice name a timestep twice
+            predicted = at.predict(x, timestep=times[to], text=text)[:, : picture.shape[1]].to(x)
+            parts, before = _parts(x, predicted, level, "flow" if flows(scheduler) else kind), (times[to], known[to])
+        level = known[index]
+        found[index] = x = level.mixed(*parts)
     return found
 
 
@@ -129,7 +155,8 @@ def _parts(x: Tensor, predicted: Tensor, level: Level, kind: str) -> tuple[Tenso
 def encoded(pipeline: Any, pictures: Sequence[Any], like: Tensor) -> Tensor:
     """Clean latents [n, ...] of pictures (PIL) of a run whose latents are `like` [B, channels, height, width]: the mean of what the VAE gives.
 
-    Raises ReattendError for a pipeline without a VAE of its own, packed latents, and a picture of other proportions than the run's.
+    Raises ReattendError for a pipeline without a VAE of its own, packed latents, and a picture of other proportions than the run's: pipelines
+    bring the sides of a picture to whole places too, so that these may differ by less than one.
     """
     vae, processor, name = getattr(pipeline, "vae", None), getattr(pipeline, "image_processor", None), type(pipeline).__name__
     if vae is None or processor is None or like.dim() != 4:
@@ -137,7 +164,7 @@ def encoded(pipeline: Any, pictures: Sequence[Any], like: Tensor) -> Tensor:
         raise ReattendError(f"{name} cannot take up a picture: {why}")
     height, width = like.shape[-2:]
     for picture in pictures:
-        if picture.height * width != picture.width * height:
+        if not alike((picture.height, picture.width), (height, width)):
             raise ReattendError(
                 f"a picture of {picture.width} x {picture.height} pixels has other proportions than the run's latents of {width} x {height}"
             )
@@ -145,13 +172,22 @@ def encoded(pipeline: Any, pictures: Sequence[Any], like: Tensor) -> Tensor:
     pixels = torch.cat([processor.preprocess(picture, height=height * factor, width=width * factor) for picture in pictures])
     weights = next(vae.parameters())
     narrow = weights.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
-    if narrow:  # SDXL's overflows in float16
-        vae.to(torch.float32)
     dtype = torch.float32 if narrow else weights.dtype
-    with torch.no_grad():
-        given = vae.encode(pixels.to(like.device, dtype))
-    if narrow:
-        vae.to(torch.float16)
-    latents = given.latent_dist.mode() if hasattr(given, "latent_dist") else given.latent
-    shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    return ((latents - shift) * factor).to(like)
+    try:
+        if narrow:  # SDXL's overflows in float16
+            vae.to(torch.float32)
+        with torch.no_grad():
+            given = vae.encode(pixels.to(like.device, dtype))
+    finally:
+        if narrow:
+            vae.to(torch.float16)
+    if hasattr(given, "latent_dist"):
+        latents = given.latent_dist.mode()
+    else:
+        latents = given.latents if hasattr(given, "latents") else given.latent
+    mean, deviation = (getattr(vae.config, f"latents_{one}", None) for one in ("mean", "std"))
+    if mean and deviation:
+        mean, deviation = (torch.tensor(one).view(1, -1, 1, 1).to(latents) for one in (mean, deviation))
+    else:
+        mean, deviation = getattr(vae.config, "shift_factor", None) or 0.0, 1.0
+    return ((latents - mean) * vae.config.scaling_factor / deviation).to(like)

@@ -197,6 +197,49 @@ def test_schedulers_and_pictures_that_are_not_square(scheduler):
     assert recipe.found[0].maps.shape == (3, 8, 16) and recipe.found[0].maps.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"size": 32}, r"size must be \(height, width\), got 32"),
+        ({"size": (8, 8, 8)}, r"size must be \(height, width\)"),
+        ({"size": (0, 8)}, "size must be a whole number of at least 1, got 0"),
+        ({"size": (8.5, 8)}, "size must be a whole number of at least 1, got 8.5"),
+        ({"size": (10**9, 10**9)}, "size must hold at most"),
+        ({"threshold": float("nan")}, "threshold must be a number, got NaN"),
+        ({"threshold": 1.5}, "threshold must lie from 0 to 1, got 1.5"),
+        ({"threshold": "high"}, "threshold must be a number"),
+    ],
+)
+def test_masks_that_cannot_be_made(given, said):
+    with pytest.raises(reattend.ReattendError, match=said):
+        Found(("a",), maps_of()[0][:2]).masks(**given)
+
+
+def test_masks_that_cannot_be_written(tmp_path):
+    maps = torch.zeros(2, 4, 4)
+    maps[0, :, :2] = maps[1, :, 2:] = 1
+    found = Found(("a",), maps)
+    (tmp_path / "file").write_text("no folder")
+    for where, said in {
+        tmp_path: "is a folder; name a file",
+        tmp_path / "file" / "masks": "is a file",
+        "/proc/masks": "/proc",
+    }.items():
+        with pytest.raises(reattend.ReattendError, match=f"the file of masks: .*{said}"):
+            found.save(where)
+    assert found.save(tmp_path / "new" / "masks.safetensors").is_file()
+
+
+def test_a_copy_has_found_nothing():
+    pipe, recipe = tiny_pipelines.stable_diffusion(), craft(image=photo())
+    with reattend.apply(pipe, recipe):
+        draw(pipe)
+    copied = recipe.model_copy(update={"threshold": 0.2})
+    with reattend.apply(pipe, copied):
+        draw(pipe, prompt=["a b", "b a"])
+    assert len(copied.found) == 2 and len(recipe.found) == 1
+
+
 def test_a_recipe_that_has_read_is_the_same_recipe(tmp_path):
     pipe, recipe = tiny_pipelines.stable_diffusion(), craft(image=photo())
     with reattend.apply(pipe, recipe):
@@ -215,7 +258,7 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
         ({}, embeds, "no text encoder"),
         ({"words": ["z"]}, {"prompt": " ".join(["a"] * 80 + ["z"])}, "z"),
         ({"image": photo(5, 16, 12)}, {}, "picture of 16 x 12 pixels has other proportions"),
-        ({"image": [photo()] * 2}, {}, "for 2 prompts, and 1 pictures"),
+        ({"image": [photo()] * 2}, {}, "image for 2 prompts, and 1 pictures"),
         ({"image": photo(), "cross_resolution": 5}, {}, "no cross-attention sees 5 places along the shorter side"),
         ({"image": photo(), "self_resolution": 5}, {}, "no self-attention sees 5 places.*another self_resolution"),
     ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import diffusers
+import numpy as np
 import pytest
 import reattend
 import tiny_pipelines
@@ -211,6 +214,29 @@ def test_a_mask_is_the_same_in_every_form(tmp_path):
     assert torch.equal(several.places(1, 2, 16, 32), ~held) and torch.equal(several.places(1, 4, 16, 32), held)
 
 
+def test_boxes_in_every_form():
+    box, other = (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.5, 0.5)
+    for form in (list(box), [box], torch.tensor([box]), np.array(box), [np.array(box)], [list(box)], [[box]]):
+        assert eraser(boxes=form).regions == [[box]]
+    assert eraser(boxes=[[box, other], [box]]).regions == [[box, other], [box]]
+    assert eraser(boxes=torch.tensor([[box], [other]])).regions == [[box], [other]]
+
+
+def test_masks_of_files_are_read_as_they_are(tmp_path):
+    held = torch.zeros(16, 16, dtype=torch.bool)
+    held[4:12, 4:12] = True
+    white = Image.fromarray((held.numpy() * 255).astype("uint8"))
+    clear = Image.new("RGBA", (16, 16), (255, 255, 255, 255))
+    clear.putalpha(white)
+    for name, picture in {
+        "alpha.png": clear,
+        "lossy.jpg": white,
+        "16.png": Image.fromarray(held.numpy() * np.uint16(300)),
+    }.items():
+        picture.save(tmp_path / name)
+        assert torch.equal(reattend.recipe("attentive-eraser", mask=tmp_path / name).places(0, 1, 16, 16), held), name
+
+
 def test_boxes_hold_every_place_that_they_touch():
     recipe = eraser(boxes=[[0.25, 0, 0.5, 0.5], [0.9, 0.9, 1, 1]])
     wanted = torch.zeros(4, 4, dtype=torch.bool)
@@ -240,6 +266,15 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(reattend.ReattendError, match=said):
             reattend.apply(pipe, "attentive-eraser", mask=tmp_path / given)
+    with pytest.raises(reattend.ReattendError, match="mask: it covers the whole picture"):
+        reattend.apply(pipe, "attentive-eraser", mask=torch.ones(8, 8).fill_diagonal_(0), grow=0.25)
+    held = io.BytesIO()
+    photo(64, 64).save(held, "PNG")
+    for name in ("image", "mask"):  # opened, and not read yet
+        broken = Image.open(io.BytesIO(held.getvalue()[:3000]))
+        with pytest.raises(reattend.ReattendError, match=f"{name}: .*truncated"):
+            eraser(**({"image": broken} if name == "image" else {"mask": broken, "boxes": None}))
+    (tmp_path / "held.png").write_bytes(held.getvalue()[:3000])
     for given, said in {
         tmp_path / "text.png": "image: .*cannot be read",
         "data:image/png;base64,AAAA": "image: .*in the recipe",
@@ -250,8 +285,10 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
         ({"mask": tmp_path / "low.png"}, "mask of 16 x 12 has other proportions than the picture"),
         ({"mask": tmp_path / "low.png", "image": photo()}, "mask of 16 x 12 has other proportions than the picture"),
         ({"boxes": BOX, "image": photo(16, 12)}, "picture of 16 x 12 pixels has other proportions"),
-        ({"boxes": [BOX, BOX]}, "regions for 2 prompts, and 1 pictures"),
-        ({"boxes": [[0, 0, 1, 0.97], [0, 0.9, 1, 1]], "image": photo()}, "boxes: it covers the whole picture"),
+        ({"boxes": BOX, "image": [photo()] * 2}, "image for 2 prompts, and 1 pictures"),
+        ({"mask": [torch.eye(16)] * 3}, "mask for 3 prompts, and 1 pictures"),
+        ({"boxes": [BOX, BOX]}, "boxes for 2 prompts, and 1 pictures"),
+        ({"boxes": [[0, 0, 1, 0.97], [0, 0.98, 1, 1]], "image": photo()}, "boxes: it covers the whole picture"),
     ]
     for parameters, said in runs:
         with pytest.raises(reattend.ReattendError, match=said), reattend.apply(pipe, "attentive-eraser", **parameters):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from reattend.hooks import Capture, Plan, attach, sites
 from reattend.interventions import Call, Clock, ReattendError
 from reattend.recipes.kit.descent import read_sides
@@ -24,6 +25,7 @@ def test_boxes_and_masks_are_plain_data():
     picture = Image.fromarray(HALF.astype(np.uint8) * 255)
     masks = (
         HALF,
+        torch.tensor(HALF).to_sparse(),
         torch.tensor(HALF),
         torch.tensor(HALF) * 0.5,
         torch.tensor(HALF).to_sparse(),
@@ -33,6 +35,50 @@ def test_boxes_and_masks_are_plain_data():
         ROWS,
     )
     assert {read_region(mask) for mask in masks} == {ROWS} == {read_region(list(ROWS))}
+
+
+def _saved(picture: Image.Image, kind: str, **more: Any) -> Image.Image:
+    held = io.BytesIO()
+    picture.save(held, kind, **more)
+    return Image.open(io.BytesIO(held.getvalue()))
+
+
+def test_a_picture_is_a_mask_where_it_is_neither_black_nor_transparent():
+    held = np.zeros((16, 32), dtype=bool)
+    held[4:12, 8:20] = True
+    rows = read_region(held)
+    white = Image.fromarray(held.astype(np.uint8) * 255)
+    clear = Image.new("RGBA", white.size, (255, 255, 255, 255))
+    clear.putalpha(white)
+    palette = Image.fromarray(held.astype(np.uint8))
+    palette.putpalette([0, 0, 0, 0, 0, 9] + [0] * 762)
+    pictures = {
+        "jpeg": _saved(white, "JPEG", quality=60),
+        "1 of 255": Image.fromarray(held.astype(np.uint8)),
+        "bits": white.convert("1"),
+        "CMYK": white.convert("CMYK"),
+        "colour": palette,
+        "alpha": clear,
+        "grey with alpha": clear.convert("LA"),
+        "16 bit": Image.fromarray(held.astype(np.uint16) * 300),
+        "integers": Image.fromarray(held.astype(np.int32)),
+        "numbers": Image.fromarray(held.astype(np.float32) / 2),
+    }
+    for name, picture in pictures.items():
+        assert read_region(picture) == rows, name
+    soft = np.asarray(white.filter(ImageFilter.GaussianBlur(2)))
+    assert read_region(Image.fromarray(soft)) == read_region(soft > soft.max() / 10) != read_region(soft)
+    for black in (Image.new("L", (8, 8)), Image.new("F", (8, 8)), Image.new("RGBA", (8, 8), (255, 255, 255, 0))):
+        with pytest.raises(ValueError, match="the mask is empty"):
+            read_region(black)
+
+
+def test_a_picture_that_cannot_be_read_is_no_mask():
+    held = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(held, "PNG")
+    broken = Image.open(io.BytesIO(held.getvalue()[:3000]))
+    with pytest.raises(ValueError, match="a mask must be.*truncated"):
+        read_region(broken)
 
 
 @pytest.mark.parametrize(

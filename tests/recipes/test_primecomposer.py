@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+import numpy as np
 import pytest
 import reattend
 import tiny_pipelines
@@ -254,7 +255,10 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
     runs = [
         ({"background": photo(1, 16, 12)}, {}, "picture of 16 x 12 pixels has other proportions"),
         ({"box": [0.0, 0.0, 0.1, 0.1]}, {}, "covers none of the 8 x 8 places of the latents"),
-        ({"background": [photo(1), photo(1)]}, {}, "for 2 prompts, and 1 pictures"),
+        ({"background": [photo(1), photo(1)]}, {}, "background for 2 prompts, and 1 pictures"),
+        ({"reference": [photo(2), photo(2)]}, {}, "reference for 2 prompts, and 1 pictures"),
+        ({"mask": [MASK, MASK]}, {}, "mask for 2 prompts, and 1 pictures"),
+        ({"box": np.array([GIVEN["box"]] * 2)}, {}, "box for 2 prompts, and 1 pictures"),
         ({"words": ["zebra"]}, {}, "zebra"),
         ({"words": ["b"]}, {"prompt": None, "prompt_embeds": states, "negative_prompt_embeds": states}, "prompt_embeds|no text encoder"),
         ({"words": ["z"]}, {"prompt": " ".join(["a"] * 80 + ["z"])}, "z"),

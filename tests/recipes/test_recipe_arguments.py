@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -176,3 +177,12 @@ def test_no_heads_are_no_request(heads):
         recipe("emphasise", text="x", heads=heads)
     # whose card calls an empty list the identity
     assert recipe("retrieval-heads", heads=heads).heads == ()
+
+
+def test_a_copy_with_other_parameters_keeps_nothing_that_was_worked_out_from_the_old_ones():
+    first = recipe("attentive-eraser", boxes=[[0.1, 0.1, 0.4, 0.4]])
+    assert first.regions == [[(0.1, 0.1, 0.4, 0.4)]] and first.serial
+    other = [(0.5, 0.5, 0.9, 0.9)]
+    for copied in (first.model_copy(update={"boxes": other}), first.model_copy(update={"boxes": other}, deep=True)):
+        assert copied.regions == [other] and copied.serial != first.serial
+    assert copy.deepcopy(first) == copy.copy(first) == first

@@ -52,7 +52,7 @@ BAD = [
     ({**GIVEN, "mask": [[0, 0], [0, 0]]}, "mask is empty"),
     ({**GIVEN, "box": [0.5, 0.5, 1.5, 1.0]}, "0 <= left < right <= 1"),
     ({**GIVEN, "box": [0.5, 0.5, 0.5, 1.0]}, "0 <= left < right <= 1"),
-    ({**GIVEN, "box": torch.ones(3, 3)}, "box: a box must be .*a mask goes by the name of mask"),
+    ({**GIVEN, "box": torch.ones(3, 3)}, "box: a box must be"),
     ({**GIVEN, "box": []}, "box: a box must be"),
     ({**GIVEN, "words": ["a"], "columns": [[1]]}, "words of the thing or columns, not both"),
     ({**GIVEN, "words": []}, "words must hold at least one entry"),

@@ -89,7 +89,7 @@ class ImageJob(Job):
     def _call(self, steps: int | None, tick: Tick | None) -> list[Any]:
         options = _drawn_alike(self.options)
         if steps is not None and "num_inference_steps" in self.accepted:
-            options["num_inference_steps"] = min(steps, self.ticks)
+            options["num_inference_steps"] = min(self._asking(steps), self.ticks)
         if "generator" in self.accepted:
             options.setdefault("generator", torch.Generator("cpu").manual_seed(self.seed))
         if "output_type" in self.accepted:
@@ -110,6 +110,14 @@ class ImageJob(Job):
             )
         pictures = list(pictures)
         return list(pictures[0]) if pictures and isinstance(pictures[0], (list, tuple)) else pictures
+
+    def _asking(self, steps: int) -> int:
+        """How many steps to ask for, where image to image does only the share `strength` of them, rounded down, for so many to be done."""
+        strength = self.options.get("strength", getattr(self.accepted.get("strength"), "default", None))
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < 1:
+            return steps
+        asked = math.ceil(steps / strength)
+        return asked if int(asked * strength) >= steps else asked + 1
 
     def request(self) -> dict[str, Any]:
         shown = {k: v for k, v in self.options.items() if isinstance(v, (str, int, float, bool, list, tuple)) and k != "prompt"}

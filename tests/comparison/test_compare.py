@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import diffusers
 import pytest
 import reattend
+import tiny_pipelines
 import torch
 from PIL import Image
 from reattend.comparison import Report
@@ -167,6 +169,21 @@ def test_image_and_text(look_pipe):
     assert report.before.mass["image"] > report.after.mass["image"], "the picture leaves the window"
     again = reattend.compare(look_pipe, WINDOW, text=messages, **options)
     assert again.outputs == report.outputs and again.inputs == [picture]
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.3, 0.8, 1.0])
+def test_image_to_image_that_does_a_part_of_its_steps(strength):
+    """The runs that warm up and look at attention do the one step, or two, that they are for."""
+    pipe = diffusers.AutoPipelineForImage2Image.from_pipe(tiny_pipelines.stable_diffusion())
+    pipe.set_progress_bar_config(disable=True)
+    counts = []
+    hook = pipe.unet.register_forward_hook(lambda *_: counts.append(1))
+    call = {"image": Image.new("RGB", (16, 16), (90, 20, 200)), "strength": strength, "num_inference_steps": 40}
+    report = reattend.compare(pipe, "pag", prompt="a dog", attention=False, **call)
+    hook.remove()
+    done = int(40 * strength)
+    assert report.before.cost.passes == report.after.cost.passes == done and len(counts) == 2 * (done + 1)
+    assert reattend.compare(pipe, "pag", prompt="a dog", **call).metrics == report.metrics
 
 
 def test_diffusion(image_pipe):

@@ -32,8 +32,8 @@ from ..interventions import Call, Clock, Edit, Keep, ReattendError, ScaleQuery, 
 from .kit.base import Info
 from .kit.denoisers import grids_of, image_layers
 from .kit.guidance import PerturbedGuidance
-from .kit.layout import Box, Mask, of_picture, read_box
-from .kit.pictures import Masks, Pictures, listed, mask_of, opened, picture_numbers, touched
+from .kit.layout import Box, Mask, of_picture, pictures_of, read_box
+from .kit.pictures import Masks, Pictures, listed, mask_of, opened, touched
 from .kit.samplers import encoded, inverted, levels, place, reached
 
 # the raster at which boxes must leave something: the latents of pictures of 2048 pixels
@@ -191,7 +191,7 @@ class AttentiveEraser(PerturbedGuidance):
 
     def masked(self, call: Call, tokens: TokenMap | None, length: int) -> Tensor:
         """Bool [B, length], on the CPU: places of the mask among these tokens; none in rows where it would leave no place."""
-        numbers, count = ([0] * call.batch, 1) if len(self.regions) == 1 else picture_numbers(call)
+        numbers, _, count = ([0] * call.batch, [], 1) if len(self.regions) == 1 else pictures_of(call)
         found = torch.zeros(call.batch, length, dtype=torch.bool)
         for grid in grids_of(tokens, call.site, self.slug):
             inside = self.places(numbers[grid.row], count, grid.height, grid.width)

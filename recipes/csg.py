@@ -242,7 +242,7 @@ class CSG(Descent):
             for column, word in layout.tokens:
                 columns[number, column] = True
                 belongs[number, index, column] |= layout.words[word]
-        whose, device = torch.tensor(pictures_of(call)[0]), call.query.device
+        whose, device = torch.tensor(pictures_of(call).numbers), call.query.device
         rows = call.columns(name).any(dim=1)
         unconditional = None if self.conditional_only else call.clock.rows("unconditional", call.batch)
         if unconditional is not None:

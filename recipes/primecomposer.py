@@ -35,9 +35,9 @@ from ..interventions.families.composition import Correlate
 from .kit.base import Info, Recipe
 from .kit.denoisers import image_grid, reads_prompt
 from .kit.descent import UNET
-from .kit.layout import Box, Mask, of_picture, read_box
+from .kit.layout import Box, Mask, of_picture, pictures_of, read_box
 from .kit.pasting import Placed, extent, pasted, reduced
-from .kit.pictures import Masks, Pictures, listed, mask_of, opened, picture_numbers
+from .kit.pictures import Masks, Pictures, listed, mask_of, opened
 from .kit.samplers import encoded, inverted, levels, place, reached
 
 
@@ -259,7 +259,7 @@ class PrimeComposer(Recipe):
         rows = call.clock.rows("conditional", call.batch)
         if seen is None or rows is None:
             return []
-        numbers, tokens = torch.tensor(picture_numbers(call)[0]), self.tokens(call)
+        numbers, tokens = torch.tensor(pictures_of(call).numbers), self.tokens(call)
         edits: list[Edit] = []
         for number in numbers[rows.cpu()].unique().tolist():
             own, columns = rows.cpu() & (numbers == number), tokens[number][1].to(call.query.device)
@@ -272,7 +272,7 @@ class PrimeComposer(Recipe):
         rows = call.clock.rows("conditional", call.batch)
         if rows is None or not reads_prompt(call) or "placed" not in call.memory:
             return None
-        numbers, _ = picture_numbers(call)
+        numbers = pictures_of(call).numbers
         grid = image_grid(call, self.slug)
         inside = torch.ones(call.batch, call.num_queries, dtype=torch.bool)
         for row in rows.nonzero()[:, 0].tolist():

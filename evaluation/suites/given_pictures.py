@@ -35,13 +35,13 @@ def check_steps(steps: int, strength: float) -> None:
 
 def pipeline_of(subject: Subject, by: Literal["image", "inpaint", "text"], suite: str) -> Any:
     """The pipeline of the wanted kind, of the subject's own parts. Raises ReattendError where diffusers has none."""
-    import diffusers
+    from diffusers.pipelines.auto_pipeline import (
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+    )
 
-    kinds = {
-        "image": diffusers.AutoPipelineForImage2Image,
-        "inpaint": diffusers.AutoPipelineForInpainting,
-        "text": diffusers.AutoPipelineForText2Image,
-    }
+    kinds = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting, "text": AutoPipelineForText2Image}
     try:
         return kinds[by].from_pipe(subject.source)
     except ValueError as error:

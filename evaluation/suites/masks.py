@@ -92,7 +92,7 @@ class Masks(Suite):
                     subject, prompts, items, self.steps, self.guidance, pipe=pipe, image=given, strength=self.strength,
                     output_type="latent",
                 )  # fmt: skip
-            found = next((recipe.found for recipe in recipes if hasattr(recipe, "found")), None)
+            found = next((one for one in (getattr(recipe, "found", None) for recipe in recipes) if one is not None), None)
         records = []
         for number, (scene, own) in enumerate(zip(scenes, words, strict=True)):
             if found is not None:

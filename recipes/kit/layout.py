@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import PlainValidator
@@ -40,10 +40,10 @@ def read_box(value: Any) -> Box:
     value = _listed(value)
     if not _four(value):
         raise ValueError(f"{BOX}, not {shown(value)}")
-    left, top, right, bottom = box = tuple(map(float, value))
+    left, top, right, bottom = map(float, value)
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise ValueError(f"{BOX} (divide pixels by these), not {list(value)}")
-    return box
+    return left, top, right, bottom
 
 
 def read_mask(value: Any, wanted: str = MASK) -> Mask:
@@ -154,7 +154,7 @@ def places_in(region: Box | Mask, height: int, width: int, whose: str) -> Tensor
     Raises ReattendError where these are none, and for a mask of other proportions. whose: what messages call the region.
     """
     if isinstance(region[0], str):
-        mask = torch.tensor([[mark == "1" for mark in row] for row in region])
+        mask = torch.tensor([[mark == "1" for mark in str(row)] for row in region])
         down, across = mask.shape
         if not alike((down, across), (height, width)):
             raise ReattendError(
@@ -172,19 +172,35 @@ def places_in(region: Box | Mask, height: int, width: int, whose: str) -> Tensor
     return found
 
 
-def pictures_of(call: Call) -> tuple[list[int], list[int | None], int]:
-    """(number of each row's picture, the conditional row of each picture in this call, how many pictures).
+class PicturesOf(NamedTuple):
+    """Of a call. numbers: of the picture that each row is of; conditional: the row of each picture's conditional half in the denoiser's batch,
+    None where this call has the unconditional half alone; count: of pictures."""
 
-    Conditional and unconditional rows of a picture, and the rows that guides have copied from them, have one number. Pictures of a call
-    that holds the unconditional half alone have no conditional row.
+    numbers: list[int]
+    conditional: list[int | None]
+    count: int
+
+
+def pictures_of(call: Call) -> PicturesOf:
+    """Whose picture a row is. Rows of both halves of guidance, and those that guides have copied from them, have their picture's number; so
+    have its frames, where a call holds them as rows.
+
+    Raises ReattendError for a denoiser that attends for each sample alone (Mochi), which tells of one row.
     """
-    clock, batch = call.clock, call.batch
-    source = list(range(batch)) if clock.source is None else clock.source.tolist()
-    numbers: dict[int, int] = {}
-    first: list[int | None] = []
+    clock = call.clock
+    rows = len(next(iter(clock.branches.values()), torch.zeros(call.batch)))
+    source = list(range(rows)) if clock.source is None else clock.source.tolist()
+    if max(source) >= rows:
+        where = "this denoiser" if call.site is None else call.site.name
+        raise ReattendError(
+            f"{where} attends for each sample alone, so pictures with masks of their own cannot be told apart: give one"
+        )
+    number, first = [0] * rows, []
     for half in ("conditional", "unconditional"):
-        rows = clock.rows(half, batch)
-        own = [] if rows is None else [row for row in rows.nonzero()[:, 0].tolist() if source[row] == row]
-        numbers |= {row: number for number, row in enumerate(own)}
+        marked = clock.branches.get(half)
+        own = [] if marked is None else [row for row in marked.nonzero()[:, 0].tolist() if source[row] == row]
+        for place, row in enumerate(own):
+            number[row] = place
         first = first or ([*own] if half == "conditional" else [None] * len(own))
-    return [numbers[row] for row in source], first, len(first)
+    numbers = [number[source[row]] for row in range(rows) for _ in range(call.batch // rows)]
+    return PicturesOf(numbers, first, len(first) or 1)

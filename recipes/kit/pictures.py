@@ -14,7 +14,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from ...interventions import Call, ReattendError
+from ...interventions import ReattendError
 from .checks import as_path, read_picture, shown
 from .layout import Box, Mask, alike, read_mask
 
@@ -126,7 +126,8 @@ def _touched(region: Mask | tuple[Box, ...], height: int, width: int, grow: floa
     found = torch.zeros(height, width, dtype=torch.bool)
     if not isinstance(region[0], str):
         reach = grow * min(height, width)
-        for left, top, right, bottom in region:  # type: ignore[misc]
+        boxes: Sequence[Box] = region  # type: ignore[assignment]
+        for left, top, right, bottom in boxes:
             rows = (top * height - reach + HAIR, bottom * height + reach - HAIR)
             columns = (left * width - reach + HAIR, right * width + reach - HAIR)
             (first, last), (begin, end) = ((max(math.floor(low), 0), math.ceil(high)) for low, high in (rows, columns))
@@ -149,30 +150,3 @@ def _grown(rows: Mask, grow: float) -> Tensor:
     mask = marks.view(1, len(rows), -1).float()
     reach = round(grow * min(mask.shape[-2:]))
     return torch.nn.functional.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach) if reach else mask
-
-
-# -- whose picture a row is ------------------------------------------------------------------------------------------------
-
-
-def picture_numbers(call: Call) -> tuple[list[int], int]:
-    """(the number of the picture that each row of a call is of, how many pictures there are).
-
-    Rows of both halves of guidance, and those that guides have copied from them, have their picture's number; so have its frames, where a
-    call holds them as rows. Raises ReattendError for a denoiser that attends for each sample alone (Mochi), which tells of one row.
-    """
-    clock = call.clock
-    rows = len(next(iter(clock.branches.values()), torch.zeros(call.batch)))
-    source = list(range(rows)) if clock.source is None else clock.source.tolist()
-    if max(source) >= rows:
-        where = "this denoiser" if call.site is None else call.site.name
-        raise ReattendError(
-            f"{where} attends for each sample alone, so pictures with masks of their own cannot be told apart: give one"
-        )
-    number, count = [0] * rows, 1
-    for half in ("conditional", "unconditional"):
-        marked = clock.branches.get(half)
-        own = [] if marked is None else [row for row in marked.nonzero()[:, 0].tolist() if source[row] == row]
-        count = len(own) or count
-        for place, row in enumerate(own):
-            number[row] = place
-    return [number[source[row]] for row in range(rows) for _ in range(call.batch // rows)], count

@@ -169,7 +169,7 @@ def removal() -> Section:
         tried("removal"), 32, 200, best=2, defaults=False,
         baselines={
             "an inpainting pipeline": Baseline("by=inpaint"),
-            "that, told what stays": Baseline("by=inpaint:prompt=rest"),
+            "an inpainting pipeline, told what stays": Baseline("by=inpaint:prompt=rest"),
         },
         paper=paper("removal"),
     )  # fmt: skip

@@ -139,15 +139,15 @@ class AttentiveEraserParameters(TypedDict, total=False):
     heads: Sequence[tuple[int, int] | Sequence[Any]] | None
     """single heads as [layer, head] pairs, instead of whole layers; for example found by a head search"""
     mask: Any
-    """what is to go: the path of a picture that is not black there, a PIL picture, or rows of numbers; one for all
-    pictures, or a list of one for each prompt"""
+    """what is to go: the path of a picture that is not black there (a tenth of its brightest pixel and less counts as
+    black), a PIL picture, or rows of numbers; one for all pictures, or a list of one for each prompt"""
     boxes: (
         Sequence[tuple[float, float, float, float] | Sequence[Any]]
         | Sequence[Sequence[tuple[float, float, float, float] | Sequence[Any]]]
         | None
     )
-    """instead of a mask: boxes [left, top, right, bottom] in shares of the picture's sides; of all pictures, or a list for
-    each prompt"""
+    """instead of a mask: a box [left, top, right, bottom] in shares of the picture's sides, or several; of all pictures,
+    or a list for each prompt"""
     image: Any
     """the picture that the thing is taken out of, a path or a PIL picture (or a list of one for each prompt): all outside
     the mask is kept as it is there. Without it that is left to the pipeline, which inpainting ones do"""

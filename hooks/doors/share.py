@@ -33,6 +33,7 @@ from ..plan import Facts, Plan, Step, edits_of, sites_misfit
 from ..sites.families import family_of
 from ..sites.table import SiteTable
 from ..trackers.parts import parts_of
+from .context import Context
 
 NAMES = ("query", "key", "value", "output")
 UNKNOWN = "which rows of this batch are conditional is not known: say it around the call: with reattend.rows(...)"
@@ -146,6 +147,19 @@ class Share(Step):
         """How many bytes are kept just now."""
         kept = self._kept()
         return 0 if kept is None else kept.bytes
+
+    def beside(self, plan: Plan, others: Sequence[tuple[Plan, Step]]) -> str:
+        """Queries and keys are kept for the weights that they make, over a text that others must not have made longer."""
+        own = {id(module) for _, module in self.where} if {"query", "key"} <= set(self.keep) else set()
+        for other, step in others if own else ():
+            if isinstance(step, Context) and step.place == "after":
+                hit = next((site.name for site, module in step.where if id(module) in own), None)
+                if hit is not None:
+                    return (
+                        f"recipe {plan.recipe!r} takes weights over the whole text at {hit}, where recipe {other.recipe!r} has a text of its "
+                        "own after the prompt: use one of the two"
+                    )
+        return ""
 
     def check(self, facts: Facts) -> str:
         if not facts.denoisers:

@@ -40,14 +40,17 @@ class SourcePrompt:
 
     def step(self, sites: SiteTable) -> Share:
         """Hands the source's queries and keys to the edited rows at these sites."""
-        rows = self._of_prompt if self.of == "batch" else None
-        return Share(sites, self.take, of=self.of, keep=("query", "key"), rows=rows, at=self.acts, label=self.slug)
+        rows, part = (self._of_prompt, "") if self.of == "batch" else (None, "conditional")
+        return Share(sites, self.take, of=self.of, keep=("query", "key"), rows=rows, part=part, at=self.acts, label=self.slug)
 
     def acts(self, call: Call) -> bool:
         """Whether anything is taken at a call."""
         if not (self._text(call) or self._image(call)):
             return False
         if self.of == "run":
+            rows = call.clock.rows("conditional", call.batch)
+            if rows is None or not bool(rows.any()):
+                return False  # the unconditional half, in a call of its own
             self._note(call)
             return True
         return self.edited(call) is not None
@@ -76,6 +79,11 @@ class SourcePrompt:
         chosen = self.edited(call)
         if chosen is None:
             return None
+        if (shared.query.shape[2], shared.key.shape[2]) != (call.num_queries, call.num_keys):
+            raise ReattendError(
+                f"{self.slug}: the source run had pictures or a text of another size than this one: give both runs the same height, width and "
+                "length of text"
+            )
         rows = chosen.to(call.query.device)[:, None]
         if call.site is not None and call.site.kind == "joint":
             rows = rows & call.query_rows("image")

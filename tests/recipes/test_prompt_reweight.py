@@ -358,6 +358,30 @@ def test_a_source_run_needs_as_many_steps_and_a_text_without_hidden_padding():
             draw(pipe, LONGER, given)
 
 
+@pytest.mark.parametrize("name", ["SD", "SD3"])
+def test_a_source_run_of_another_size_and_without_guidance(name):
+    pipe, given = FAMILIES[name]()
+    with reattend.apply(pipe, "prompt-reweight", edit="replace", source="run", **WHOLE):
+        draw(pipe, SOURCE, given, guidance_scale=1.0)
+        edited = draw(pipe, EDITED, given, guidance_scale=4.0)
+        with pytest.raises(ReattendError, match="prompt-reweight: the source run had pictures or a text of another size"):
+            draw(pipe, EDITED, {**given, "height": 16, "width": 32})
+    assert not torch.equal(edited, draw(pipe, EDITED, given, guidance_scale=4.0))
+
+
+@pytest.mark.parametrize("other", [("vsf", {"negative": "the sky"}), ("regional", {"regions": {"the sky": [0, 0, 1, 0.5]}})])
+def test_an_edit_takes_no_weights_of_a_text_that_others_made_longer(other):
+    pipe, _ = FAMILIES["SD"]()
+    edit = ("prompt-reweight", {"edit": "replace"})
+    for recipes in ((edit, other), (other, edit)):
+        with pytest.raises(
+            ReattendError, match=f"'prompt-reweight' takes weights over the whole text at .*{other[0]}.*use one of the two"
+        ):
+            reattend.apply(pipe, *recipes)
+    with reattend.apply(pipe, edit), pytest.raises(ReattendError, match="use one of the two"):
+        reattend.apply(pipe, other)
+
+
 def test_videos_and_bare_denoisers_are_not_edited():
     from tiny_denoisers import build
 

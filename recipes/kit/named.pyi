@@ -531,7 +531,7 @@ class RegionalParameters(TypedDict, total=False):
     regions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
     """the text of each region and its box, [left, top, right, bottom] in shares of the picture, or its mask: {'a red
     circle': [0, 0, 0.5, 1]}; several prompts may have one such mapping each. What no region holds is drawn by the
-    prompt"""
+    prompt. Regions may overlap; a text is cut where the pipeline cuts its prompt"""
     base_ratio: float | None
     """how much the whole prompt is read beside a region's text; 0 = not, 1 = the prompt alone. Default: 0 for models with
     cross-attention, 0.3 for others"""

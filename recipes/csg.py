@@ -149,9 +149,9 @@ class CSG(Descent):
         name = f"{self.slug}-{self.serial}"
         if known:
             columns = [[known[number % len(known)][word] for word in layout] for number, layout in enumerate(layouts)]
-            words = Words(name, columns=columns)
+            words = Words(name, columns=columns, called="mappings of boxes")
         else:
-            words = Words(name, [[*layout] for layout in layouts], occurrence=self.occurrence)
+            words = Words(name, [[*layout] for layout in layouts], occurrence=self.occurrence, called="mappings of boxes")
         steps: list[Step] = [words]
         if self.scale and self.steps:
             table = self.read_at(sites)

@@ -114,7 +114,8 @@ class Regional(TextsAside):
         def use(call: Call, text: SecondText) -> list[Edit]:
             return self.split(call, text, ratio)
 
-        return [Context("regional", chosen, use, place="after", each=most, packed=not self.padding, **self.given(texts, stop))]
+        given = {"each": most, "packed": not self.padding, "called": "mappings of regions", **self.given(texts, stop)}
+        return [Context("regional", chosen, use, place="after", **given)]
 
     # -- at a call -----------------------------------------------------------------------------------------------------
 

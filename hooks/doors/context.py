@@ -87,8 +87,8 @@ class Context(Step):
     copies of it, each of as many tokens as the longest text has; an empty text has none there.
     each: how many texts every prompt has after it, one after the other: the first `each` texts are those of the first prompt, and so on.
     packed: whether texts after the prompt are without what pads them; else they have what the pipeline's own prompts have.
-    start, stop: the part of the schedule it acts in, start <= step / steps < stop. Raises ReattendError for both or neither, for tensors that
-    are no texts, and for a part that is empty.
+    start, stop: the part of the schedule it acts in, start <= step / steps < stop. called: what users have given one of, or one per prompt.
+    Raises ReattendError for both or neither, for tensors that are no texts, and for a part that is empty.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Context(Step):
     packed: bool = True
     start: float = 0.0
     stop: float = 1.0
+    called: str = "second texts"
     _held: list[Step] = field(default_factory=list, init=False, repr=False)
     _given: Encoded | None = field(default=None, init=False, repr=False)
 
@@ -251,7 +252,7 @@ class Context(Step):
         text, count, store["rows"] = store["text"], int(rows.sum()), len(rows)
         if count % text.count:
             raise ReattendError(
-                f"{text.count} second texts cannot be shared out to {count} rows of the prompt: give one, or one per prompt"
+                f"{text.count} {self.called} cannot be shared out to {count} rows of the prompt: give one, or one per prompt"
             )
         if self.place == "after":
             number = shared_out(call.clock, len(rows), text.count, alone=True)

@@ -52,8 +52,9 @@ class Words(Step):
     whole words, in any case of letters. columns: or for every prompt a list of column lists, one for each word, counted from 0 in the
     text that the denoiser gets. Neither: "start", "words" and "end" alone. occurrence: which one when a word occurs more than once
     (from 0, -1 = the last, "all"; None: that is an error). needed: whether a word that is not in its prompt, or after what its encoders
-    read of it, is an error; else its role has no columns. Whoever reads or edits in the same plan finds what the encoders wrote in
-    `call.memory[step]`: {conditional row of the denoiser's batch: a `Text` per encoder}, with the ids of its tokens and their columns.
+    read of it, is an error; else its role has no columns. called: what users have given one of, or one per prompt. Whoever reads or edits
+    in the same plan finds what the encoders wrote in `call.memory[step]`: {conditional row of the denoiser's batch: a `Text` per encoder},
+    with the ids of its tokens and their columns.
     Raises ReattendError for the name of a role that there is, an empty word, lists that name nothing, both words and columns, or a negative
     column.
     """
@@ -63,6 +64,7 @@ class Words(Step):
     columns: list[list[list[int]]] | None = None
     occurrence: Occurrence = None
     needed: bool = True
+    called: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or self.name in TAKEN:
@@ -165,7 +167,9 @@ class _Reader:
                     f"the text of prompt {number} came from no text encoder while this session looked: {ENCODE_WITHIN}"
                 )
             named, first = (
-                _of_prompt(given, number, len(own), "columns" if step.columns else "words") if given else ((), number)
+                _of_prompt(given, number, len(own), step.called or f"lists of {'columns' if step.columns else 'words'}")
+                if given
+                else ((), number)
             )
             found: dict[str, Sequence[int]] = {}
             each: list[set[int]] = []
@@ -202,9 +206,7 @@ def _of_prompt(given: Sequence[Any], number: int, count: int, what: str) -> tupl
     """(what belongs to the `number`th of `count` rows, the first row of the same prompt): prompts come as often as there are pictures."""
     times, rest = divmod(count, len(given))
     if rest:
-        raise ReattendError(
-            f"{len(given)} lists of {what} for {count} conditional rows: give one list per prompt, or one list for all"
-        )
+        raise ReattendError(f"{len(given)} {what} for {count} conditional rows: give one per prompt, or one for all")
     index = number // times
     return given[index], number if len(given) == 1 else index * times
 

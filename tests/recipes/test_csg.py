@@ -222,7 +222,7 @@ def test_the_negative_prompts_rows_are_changed_or_not():
     ("given", "said"),
     [
         ({"boxes": {"wolf": LEFT}}, "'wolf' is not in prompt 0"),
-        ({"boxes": [*BOXES, BOXES[0]]}, "3 lists of words for 2"),
+        ({"boxes": [*BOXES, BOXES[0]]}, "3 mappings of boxes for 2"),
         ({"boxes": {"a": LEFT}, "columns": {"a": [700]}}, "700.* of a text that has"),
         ({"boxes": [{"a": [0, 0, 0.05, 1]}, BOXES[1]]}, "csg: 'a': it holds none of the 8 x 8 places"),
         ({"boxes": [{"a": torch.ones(8, 16)}, BOXES[1]]}, "csg: 'a': a mask of 16 x 8 has other proportions"),

@@ -502,7 +502,7 @@ class PromptReweightParameters(TypedDict, total=False):
     edit: Literal["replace", "refine"] | None
     """draw the prompts after the first with the attention of the first one: 'replace', words swapped one for one (a cat /
     a dog), or 'refine', words added (a cat / a fluffy cat); give the pipeline both prompts, the same noise, and words
-    only to reweight too"""
+    only to reweight too, of each prompt its own: [{}, {'dog': 2.0}]"""
     source: Literal["batch", "run"]
     """with edit: the attention is that of the first prompt of the batch, or of the session's first run"""
     pictures: int

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from ..interventions import ReattendError
+from ..recipes.kit.checks import abridged
 from .forms import png
 from .looks import Cell
 from .outcome import Outcome, Side
@@ -227,6 +228,7 @@ def _parameters(recipe: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _short(value: Any) -> str:
+    value = abridged(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 160 else text[:150] + " …"
 

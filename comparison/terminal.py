@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..recipes.kit.checks import abridged
 from .outcome import Check, Outcome, Side
 from .shares import of_all, on_prompt
 from .words import attention_summary, computed_by, count, number, percent, role_words, summary
@@ -19,7 +20,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 def renderable(report: Outcome) -> Any:
     parts: list[Any] = [Text(report.title, style="bold")]
     for recipe in report.recipes:
-        chosen = ", ".join(f"{name}={recipe['parameters'][name]!r}" for name in recipe["chosen"])
+        chosen = ", ".join(f"{name}={abridged(recipe['parameters'][name])!r}" for name in recipe["chosen"])
         line = Text(f"{recipe['name']}({chosen})", style="cyan")
         parts.append(line.append(f"  {recipe['does']}  arXiv {recipe['arxiv']}", style="dim"))
     if report.intro:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from ..recipes.kit.checks import abridged
 from .outcome import Outcome
 from .shares import marked, of_all, on_prompt
 
@@ -77,6 +78,7 @@ def size(count: int) -> str:
 
 def short(value: Any) -> str:
     """A parameter's value on one line."""
+    value = abridged(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 1] + "…"
 

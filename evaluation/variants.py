@@ -12,13 +12,14 @@ from typing import Any
 from ..comparison.variants import NONE, choices_of, is_one, read_spec, slug, split_composed, split_list
 from ..interventions import ReattendError
 from ..recipes.kit.apply import Choice
-from ..recipes.kit.checks import shown
+from ..recipes.kit.checks import abridged, shown
 from ..recipes.kit.registry import made, read_choice
 from .suites import Suite, suite
 
 __all__ = ["NONE", "Variant", "read_spec", "slug", "split_composed", "split_list", "suites_of", "variants_of"]
 
 WIDEST_VALUE = 24
+LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,31 @@ class Variant:
         """What tells this variant's answers from any other's: recipes, versions, all parameters, content of the files they name."""
         keys = []
         for fact in self.facts:
-            held = {name: _digest(value) for name, value in fact["parameters"].items() if name.endswith("_path") and value}
+            held = {name: found for name, value in fact["parameters"].items() if (found := _held(name, value))}
             keys.append({name: fact[name] for name in ("name", "version", "parameters")} | {"files": held})
         return keys
 
 
 def _short(item: tuple[str, Any]) -> str:
     value = Path(item[1]).name if item[0].endswith("_path") and isinstance(item[1], str) else item[1]
-    text = json.dumps(value)
+    text = json.dumps(abridged(value))
     return f"{item[0]}={text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 3] + '...'}"
+
+
+def _held(name: str, value: Any) -> str | list[str]:
+    """What tells the content of the files that a parameter names (a profile, a picture, pictures per prompt); "" where it names none."""
+    if isinstance(value, list):
+        found = [_held(name, one) for one in value if isinstance(one, str)]
+        return [str(one) for one in found] if any(found) else ""
+    return _digest(value) if isinstance(value, str) and value and len(value) < LONGEST_PATH else ""
 
 
 def _digest(path: Any) -> str:
     file = Path(str(path))
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+    except (OSError, ValueError):  # a text that is no path
+        return ""
 
 
 def variants_of(wanted: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from ...hooks import SiteTable, Support
 from ...hooks.plan import Plan, Step
 from ...interventions import ReattendError
-from .checks import shown
+from .checks import abridged, shown
 from .contents import Contents
 from .profile import Profile
 
@@ -144,6 +144,9 @@ class Recipe(BaseModel):
         if reason:
             raise ValueError(reason)
         return value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        return ((name, abridged(value)) for name, value in super().__repr_args__())
 
     # copies may get other parameters (`model_copy`), so they keep nothing of what the original has worked out of its own
     def __copy__(self) -> Recipe:

@@ -5,6 +5,7 @@ It says what would be right. What is written is checked before any work is done.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,10 @@ from ...interventions import ReattendError
 LARGEST = 64 * 2**20
 MOST_VALUES = 100_000
 DEEPEST = 40
+# a picture as a text, as recipes keep it
+INLINE = "data:image/png;base64,"
+# of a mask that is written out for people
+MOST_PLACES = 64
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 100
 _repr.maxlong = 40
@@ -30,6 +35,27 @@ _repr.maxlong = 40
 def shown(value: Any) -> str:
     """A value as it was given, cut short where it is long."""
     return _repr.repr(value)
+
+
+def abridged(value: Any) -> Any:
+    """A parameter's value for people: what would fill pages, pictures and masks that it holds, by their kind and what tells them apart."""
+    if isinstance(value, str) and value.startswith(INLINE):
+        return f"picture {_print(value)}"
+    if isinstance(value, (list, tuple)):
+        if is_mask(value) and len(value) * len(value[0]) > MOST_PLACES:
+            return f"mask {_print(''.join(value))} of {len(value[0])} x {len(value)}"
+        return type(value)(map(abridged, value)) if type(value) in (list, tuple) else value
+    return {key: abridged(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def is_mask(value: Any) -> bool:
+    """Whether a list is a mask as recipes keep it: rows of "0" and "1", all of one length."""
+    rows = bool(value) and all(isinstance(row, str) for row in value)
+    return rows and bool(value[0]) and all(len(row) == len(value[0]) and not set(row) - {"0", "1"} for row in value)
+
+
+def _print(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def whole_number(value: Any, what: str, least: int | None = None) -> int:

@@ -17,7 +17,7 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from ...interventions import Call, ReattendError
-from .checks import shown
+from .checks import is_mask, shown
 
 T = TypeVar("T")
 Box = tuple[float, float, float, float]
@@ -50,7 +50,7 @@ def read_mask(value: Any, wanted: str = MASK) -> Mask:
     """A mask in any of its forms. Raises ValueError for anything else, and for one that holds nothing; wanted: what would be right."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(row, str) for row in value):
         rows = tuple(value)
-        if not rows[0] or any(len(row) != len(rows[0]) or set(row) - {"0", "1"} for row in rows):
+        if not is_mask(rows):
             raise ValueError(f'{MASK}: rows of "0" and "1" must be of one length')
     else:
         rows = tuple("".join("1" if inside else "0" for inside in row) for row in _held(value, wanted).tolist())

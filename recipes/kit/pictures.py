@@ -15,10 +15,9 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ...interventions import ReattendError
-from .checks import as_path, read_picture, shown
+from .checks import INLINE, as_path, read_picture, shown
 from .layout import Box, Mask, alike, read_mask
 
-INLINE = "data:image/png;base64,"
 PICTURE = "a picture must be the path of a file, or a PIL picture"
 # further than this from its edge a box does not hold a place: rounding
 HAIR = 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import diffusers
 import pytest
@@ -184,6 +185,17 @@ def test_image_to_image_that_does_a_part_of_its_steps(strength):
     done = int(40 * strength)
     assert report.before.cost.passes == report.after.cost.passes == done and len(counts) == 2 * (done + 1)
     assert reattend.compare(pipe, "pag", prompt="a dog", **call).metrics == report.metrics
+
+
+def test_pictures_in_a_recipe_do_not_fill_the_report(capsys, tmp_path):
+    scene = Image.fromarray(torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8).numpy())
+    report = reattend.compare(
+        tiny_pipelines.stable_diffusion(), ("attencraft", {"words": ["a"], "image": scene}), prompt="a", num_inference_steps=2
+    )  # fmt: skip
+    report.print()
+    report.html(tmp_path / "report.html")
+    for text in (capsys.readouterr().out, re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())):
+        assert "picture " in text and "base64" not in text
 
 
 def test_diffusion(image_pipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 from reattend import ReattendError, recipe
 from reattend.evaluation.variants import read_spec, split_composed, split_list, suites_of, variants_of
 
@@ -100,3 +101,19 @@ def test_one_thing_alone_is_a_list_of_one():
     ):
         assert [variant.label for variant in variants_of(one)] == ["streaming(window=8)"]
     assert [variant.label for variant in variants_of(None)] == ["none"]
+
+
+def test_a_changed_picture_is_another_variant_and_pictures_are_told_apart_in_labels(tmp_path):
+    given = {"boxes": [[0, 0, 0.5, 0.5]], "image": str(tmp_path / "scene.png")}
+    keys = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "scene.png")
+        keys += [
+            variants_of([("attentive-eraser", {**given, "image": one})])[0].key() for one in (given["image"], [given["image"]])
+        ]
+    assert all(one != other for place, one in enumerate(keys) for other in keys[:place])
+    labels = [
+        variants_of([("attentive-eraser", {"boxes": [[0, 0, 0.5, 0.5]], "image": Image.new("RGB", (8, 8), colour)})])[0].label
+        for colour in ("red", "blue")
+    ]
+    assert labels[0] != labels[1] and all("base64" not in label and 'image="picture ' in label for label in labels)

@@ -10,8 +10,10 @@ import pytest
 import reattend
 import torch
 from example import modules
+from PIL import Image
 from reattend.interventions import ReattendError
 from reattend.recipes import load_recipe, recipe, save_recipe
+from reattend.recipes.kit.checks import abridged
 from reattend.recipes.kit.registry import registry
 from tiny_language import language_model, tokenizer
 
@@ -186,3 +188,13 @@ def test_a_copy_with_other_parameters_keeps_nothing_that_was_worked_out_from_the
     for copied in (first.model_copy(update={"boxes": other}), first.model_copy(update={"boxes": other}, deep=True)):
         assert copied.regions == [other] and copied.serial != first.serial
     assert copy.deepcopy(first) == copy.copy(first) == first
+
+
+def test_pictures_and_masks_are_shown_by_what_tells_them_apart():
+    scene, mask = Image.new("RGB", (64, 64), "red"), torch.eye(64)
+    shown = repr(recipe("attentive-eraser", mask=[mask, mask.T.flip(0)], image=scene, scale=3))
+    assert len(shown) < 500 and "image='picture " in shown and "scale=3.0" in shown and shown.count("of 64 x 64'") == 2
+    assert len({part.split()[1] for part in shown.split("'") if part.startswith("mask ")}) == 2
+    assert "mask=('10', '01')" in repr(recipe("attentive-eraser", mask=torch.eye(2))), "a small one is written out"
+    words = {"words": [["a", "10"], ["b"]], "columns": None}
+    assert abridged(words) == words and abridged([]) == [] and abridged("data") == "data"

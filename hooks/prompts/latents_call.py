@@ -98,6 +98,11 @@ class LatentsCall:
         if reason:
             raise ReattendError(f"{self.who}: {reason}")
         rows, texts = self._rows(text)
+        if rows is not None and getattr(call.pipeline, "do_perturbed_attention_guidance", False):
+            raise ReattendError(
+                f"{self.who}: the pipeline puts a perturbed part of its own into the batch and counts rows to find it, so a part of these "
+                "cannot run by itself: call it with pag_scale=0, or use the pipeline without PAG"
+            )
         scheduler, other = self.followed.scheduler, None
         if timestep is not None:
             timestep = float(timestep)

@@ -366,6 +366,19 @@ def test_other_timesteps_are_scaled_for_themselves_where_a_run_begins_midway():
     assert torch.allclose(found["other"], wanted, atol=1e-5)
 
 
+def test_a_part_of_the_rows_cannot_run_where_a_pipeline_perturbs_a_part_of_its_own():
+    kind, own = diffusers.StableDiffusionPAGPipeline, parts(tiny_pipelines.stable_diffusion())
+    pipe = made(kind, **own, pag_applied_layers="mid")
+    with attach(pipe, [Plan("look", [Latents(lambda at: at.look(at.latents))])]):
+        draw(pipe, pag_scale=2.0)
+    with attach(pipe, [Plan("look", [Latents(lambda at: at.look(at.latents, text="conditional"))])]):
+        draw(pipe, pag_scale=0.0)
+        with pytest.raises(
+            ReattendError, match="look on StableDiffusionPAGPipeline: .*pag_scale=0, or use the pipeline without PAG"
+        ):
+            draw(pipe, pag_scale=2.0)
+
+
 @pytest.mark.parametrize("name", ["Flux", "Lumina 2"])
 def test_other_timesteps_are_given_in_the_denoisers_own_units(name):
     torch.manual_seed(2)

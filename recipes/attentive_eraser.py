@@ -12,8 +12,9 @@ of a layer's raster is masked where the mask touches it at all (max-pooling).
 Ours: beside classifier-free guidance the shift is added as PAG's is. Any raster, also of pictures that are not square; a layer in which the
 mask touches every place is left alone (the official code reads evenly there). In a joint stream image tokens alone are redirected, which
 nobody published. The noise on the background is what the start of the run holds beside the picture, and follows the scheduler's own
-levels; `invert` is DDIM inversion under the prompt of the run, for every scheduler whose levels are known. `grow` is a square, where the
-official scripts blur the mask and cut it at 0.1. FreeU, which the SD 2.1 scripts add, stays with diffusers (`pipe.enable_freeu`).
+levels; `invert` is DDIM inversion under the prompt of the run, for every scheduler whose levels are known (with one that draws noise at its
+steps, an ancestral or SDE one, DDPM or LCM, the run does not lead back into the mask). `grow` is a square, where the official scripts blur
+the mask and cut it at 0.1. FreeU, which the SD 2.1 scripts add, stays with diffusers (`pipe.enable_freeu`).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class AttentiveEraser(PerturbedGuidance):
         description="what is to go: the path of a picture that is not black there (a tenth of its brightest pixel and less counts as black), a "
         "PIL picture, or rows of numbers; one for all pictures, or a list of one for each prompt",
     )
-    boxes: Annotated[list[Box] | list[list[Box]] | None, BeforeValidator(_boxes)] = Field(
+    boxes: Annotated[Box | list[Box] | list[list[Box]] | None, BeforeValidator(_boxes)] = Field(
         None,
         description="instead of a mask: a box [left, top, right, bottom] in shares of the picture's sides, or several; of all pictures, or a "
         "list for each prompt",

@@ -72,8 +72,8 @@ class PrimeComposer(Recipe):
     reference: Pictures = Field(description="a picture that shows the thing, likewise")
     mask: Masks | None = Field(
         None,
-        description="where the thing is in `reference`: the path of a picture that is not black there, a PIL picture, or rows of numbers, or a "
-        "list of one for each prompt; default: the whole picture is the thing",
+        description="where the thing is in `reference`: the path of a picture that is not black there (a tenth of its brightest pixel and less "
+        "counts as black), a PIL picture, or rows of numbers, or a list of one for each prompt; default: the whole picture is the thing",
     )
     box: Annotated[Box | list[Box], BeforeValidator(_boxes)] = Field(
         description="where it goes: [left, top, right, bottom] in shares of the background's sides, or a list of one for each prompt; it is "

@@ -142,7 +142,9 @@ class AttentiveEraserParameters(TypedDict, total=False):
     """what is to go: the path of a picture that is not black there (a tenth of its brightest pixel and less counts as
     black), a PIL picture, or rows of numbers; one for all pictures, or a list of one for each prompt"""
     boxes: (
-        Sequence[tuple[float, float, float, float] | Sequence[Any]]
+        tuple[float, float, float, float]
+        | Sequence[Any]
+        | Sequence[tuple[float, float, float, float] | Sequence[Any]]
         | Sequence[Sequence[tuple[float, float, float, float] | Sequence[Any]]]
         | None
     )
@@ -453,8 +455,9 @@ class PrimeComposerParameters(TypedDict, total=False):
     reference: Any
     """a picture that shows the thing, likewise"""
     mask: Any
-    """where the thing is in `reference`: the path of a picture that is not black there, a PIL picture, or rows of numbers,
-    or a list of one for each prompt; default: the whole picture is the thing"""
+    """where the thing is in `reference`: the path of a picture that is not black there (a tenth of its brightest pixel and
+    less counts as black), a PIL picture, or rows of numbers, or a list of one for each prompt; default: the whole
+    picture is the thing"""
     box: tuple[float, float, float, float] | Sequence[Any] | Sequence[tuple[float, float, float, float] | Sequence[Any]]
     """where it goes: [left, top, right, bottom] in shares of the background's sides, or a list of one for each prompt; it
     is scaled to fill the box as far as its proportions allow"""

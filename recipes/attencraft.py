@@ -155,7 +155,7 @@ class AttenCraft(Recipe):
     image: Pictures | None = Field(
         None,
         description="the picture that is looked at, a path or a PIL picture (or a list of one for each prompt); the prompt says what it shows. "
-        "Default: the picture that the run draws, at its first step with as little noise as `timestep` says",
+        "Default: the picture that the run draws, at its first step with as little noise as `timestep` says, or its last one",
     )
     timestep: int = Field(150, ge=0, lt=1000, description="how much noise the picture has, from 0 (none) to 999 (noise alone)")
     seed: int = Field(0, ge=0, description="of the noise that is put on `image`")
@@ -235,7 +235,7 @@ class AttenCraft(Recipe):
             # every picture has the same noise, so that it is read as it is alone
             noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(clean)
             x, time = levels(at.scheduler)[index].mixed(clean, noise), known[index]
-        elif known[here] > wanted and here < len(known) - 1:
+        elif known[here] > wanted and here < len(known) - 1 and at.clock.step + 1 != at.clock.steps:
             return
         looked = at.memory["looked"] = Looked()
         at.look(x, timestep=time, text="conditional")

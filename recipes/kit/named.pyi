@@ -73,7 +73,8 @@ class AttenCraftParameters(TypedDict, total=False):
     """which occurrence of a word that occurs more than once, from 0, -1 = the last"""
     image: Any
     """the picture that is looked at, a path or a PIL picture (or a list of one for each prompt); the prompt says what it
-    shows. Default: the picture that the run draws, at its first step with as little noise as `timestep` says"""
+    shows. Default: the picture that the run draws, at its first step with as little noise as `timestep` says, or its
+    last one"""
     timestep: int
     """how much noise the picture has, from 0 (none) to 999 (noise alone)"""
     seed: int

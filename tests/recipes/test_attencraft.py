@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import reattend
 import tiny_pipelines
+import tiny_prompts
 import torch
 from PIL import Image
 from reattend.hooks import AtStep, Capture, Latents, Plan, attach
@@ -228,6 +229,17 @@ def test_masks_that_cannot_be_written(tmp_path):
         with pytest.raises(reattend.ReattendError, match=f"the file of masks: .*{said}"):
             found.save(where)
     assert found.save(tmp_path / "new" / "masks.safetensors").is_file()
+
+
+def test_a_run_that_ends_before_the_noise_is_as_little_is_read_at_its_last_step():
+    pipe, call = tiny_prompts.sdxl()
+    recipe, read = craft(words=["a"]), []
+    with reattend.apply(pipe, recipe):
+        draw(
+            pipe, prompt="a b", num_inference_steps=6, denoising_end=0.5, **call,
+            callback_on_step_end=lambda pipe, step, *rest: read.append(len(recipe.found)) or rest[-1],
+        )  # fmt: skip
+    assert len(read) > 1 and read == [0] * (len(read) - 1) + [1]
 
 
 def test_a_copy_has_found_nothing():

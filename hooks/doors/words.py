@@ -78,8 +78,10 @@ class Words(Step):
                 )
         for word in (w for row in self.words or () for w in row):
             text = word[0] if isinstance(word, tuple) else word
-            if not isinstance(text, str) or not text.strip():
-                raise ReattendError(f"a word to find in the prompt must be a text that is not empty, got {word!r:.80}")
+            if not isinstance(text, str) or not text.strip() or any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ReattendError(
+                    f"a word to find in the prompt must be a text that is not empty, of whole letters (UTF-8), got {word!r:.80}"
+                )
         for columns in (c for row in self.columns or () for c in row):
             if not _listed(columns) or not columns or not all(isinstance(column, int) and column >= 0 for column in columns):
                 raise ReattendError(f"columns of a word must be numbers from 0 on, one or more, got {columns!r:.80}")

@@ -27,6 +27,7 @@ DEEPEST, MOST_NAMED = 10, 6
 # how pydantic names the types of a parameter that takes several, where a value is none of them; and what stands for such errors together
 TYPE = re.compile(r"(str|int|float|bool|none|dict|list|tuple|literal)(\[|$)")
 UNION = "none of several types"
+HALF = "holds half of a letter (a lone surrogate), which no tokenizer reads: decode it as UTF-8"
 # what a user comes with, in the order in which the README and `reattend list` answer
 Problem = Literal[
     "my instruction is overlooked",
@@ -209,11 +210,13 @@ def _takes(annotation: Any, kind: type) -> bool:
 
 
 def _unusable(value: Any, depth: int = 0) -> str:
-    """Why no parameter takes a value: too large, too deep, no number, or bytes; "" where it, and what is in it, is none of these."""
+    """Why no parameter takes a value: too large, too deep, no number, bytes, half a letter; "" where it, and all in it, is none of these."""
     if isinstance(value, float):
         return "must be a finite number" if math.isnan(value) else ""
     if isinstance(value, (bytes, bytearray)):
         return "must be no bytes; give a text as str"
+    if isinstance(value, str):
+        return HALF if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
     if isinstance(value, int):
         return "" if -LARGEST <= value <= LARGEST else f"a whole number must lie between {-LARGEST} and {LARGEST}"
     if not isinstance(value, (Mapping, list, tuple, set, frozenset)):

@@ -62,6 +62,12 @@ def test_broken_recipe_files(data, words, tmp_path):
         ("prompt-reweight", {"columns": [([2], float("nan"))]}, "columns: must be a finite number"),
         ("nag", {"negative": b"x"}, "negative: must be no bytes; give a text as str, got b'x'"),
         ("vsf", {"negative": ["a", b"x"]}, "negative: must be no bytes"),
+        (
+            "prompt-reweight",
+            {"words": {"r\ud800d": 2.0}},
+            "words: holds half of a letter .a lone surrogate., which no tokenizer reads",
+        ),
+        ("regional", {"regions": {"r\ud800d": [0, 0, 1, 1]}}, "regions: holds half of a letter"),
     ],
 )
 def test_values_of_which_the_message_says_what_would_be_right(name, parameters, words):

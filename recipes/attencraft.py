@@ -50,6 +50,8 @@ from .kit.samplers import encoded, levels, place
 LEAST_KIN = 16
 # of a picture that masks are made as large as
 MOST_PIXELS = 2**28
+# how far from the timestep that it is to be read at a picture is still read, in shares of all timesteps
+NEAR = 0.15
 NOT_TOLD = "choose a lower threshold, or another timestep"
 
 
@@ -157,7 +159,12 @@ class AttenCraft(Recipe):
         description="the picture that is looked at, a path or a PIL picture (or a list of one for each prompt); the prompt says what it shows. "
         "Default: the picture that the run draws, at its first step with as little noise as `timestep` says, or its last one",
     )
-    timestep: int = Field(150, ge=0, lt=1000, description="how much noise the picture has, from 0 (none) to 999 (noise alone)")
+    timestep: int = Field(
+        150,
+        ge=0,
+        lt=1000,
+        description="how much noise the picture has, from 0 (none) to 999 (noise alone); with `image` a step of the run must be near it, so let the run have twenty steps",
+    )
     seed: int = Field(0, ge=0, description="of the noise that is put on `image`")
     threshold: float = Field(
         0.1, ge=0, le=1, description="by how much a place's map must lead all others, for the place to be in the mask"
@@ -225,10 +232,16 @@ class AttenCraft(Recipe):
         if "read" in at.memory:
             return
         known, here = at.scheduler.timesteps.tolist(), place(at.scheduler, at.clock)
-        wanted = self.timestep * getattr(at.scheduler.config, "num_train_timesteps", 1000) / 1000
+        trained = getattr(at.scheduler.config, "num_train_timesteps", 1000)
+        wanted = self.timestep * trained / 1000
         x, time = at.latents, None
         if self.image is not None:
             index = min(range(here, len(known)), key=lambda one: abs(known[one] - wanted))
+            if abs(known[index] - wanted) > NEAR * trained:
+                raise ReattendError(
+                    f"{self.slug}: timestep {self.timestep} is what image is read at, and no step of this run is near it: the nearest of "
+                    f"{len(known) - here} has {1000 * known[index] / trained:.0f}; draw with more steps, or name another timestep"
+                )
             count = len(x)
             pictures = [opened(of_picture(listed(self.image), number, count, "image"), "image") for number in range(count)]
             clean = encoded(at.pipeline, pictures, x)

@@ -231,6 +231,18 @@ def test_masks_that_cannot_be_written(tmp_path):
     assert found.save(tmp_path / "new" / "masks.safetensors").is_file()
 
 
+def test_a_run_without_a_step_near_the_timestep_is_refused():
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    recipe = craft(words=["a"], image=photo())
+    said = "timestep 150 .* no step of this run is near it: the nearest of 1 has 999; draw with more steps"
+    with pytest.raises(reattend.ReattendError, match=said), reattend.apply(pipe, recipe):
+        draw(pipe, prompt="a b", num_inference_steps=1)
+    with reattend.apply(pipe, recipe):
+        draw(pipe, prompt="a b", num_inference_steps=4)
+    assert recipe.found
+
+
 def test_a_run_that_ends_before_the_noise_is_as_little_is_read_at_its_last_step():
     pipe, call = tiny_prompts.sdxl()
     recipe, read = craft(words=["a"]), []

@@ -163,7 +163,8 @@ class AttenCraft(Recipe):
         150,
         ge=0,
         lt=1000,
-        description="how much noise the picture has, from 0 (none) to 999 (noise alone); with `image` a step of the run must be near it, so let the run have twenty steps",
+        description="how much noise the picture has, from 0 (none) to 999 (noise alone); with `image` a step of the run must be near it: let "
+        "the run have twenty steps",
     )
     seed: int = Field(0, ge=0, description="of the noise that is put on `image`")
     threshold: float = Field(

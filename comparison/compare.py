@@ -89,7 +89,7 @@ def compare(
 
     options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. Beside prompt or
     inputs, text is the passage for every recipe that marks one and was not given its own; otherwise that is given as a pair:
-    ("emphasise", {"text": "in French"}).
+    ("emphasise", {"text": "in French"}). So is a picture that is a recipe's own: image is the model's.
 
     Each variant runs once, and once more for the look at its attention: there both read the same text, the prompt and the beginning of
     the untouched model's answer. Raises ReattendError for bad input before anything runs.

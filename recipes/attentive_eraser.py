@@ -203,7 +203,15 @@ class AttentiveEraser(PerturbedGuidance):
     def places(self, number: int, count: int, height: int, width: int) -> Tensor:
         """Bool [height, width]: the places of one of the run's pictures that its mask touches."""
         region = of_picture(self.regions, number, count, self.called)
-        return touched(region, height, width, self.grow, self.called)
+        key = id(region), height, width
+        if key not in self.rasters:
+            self.rasters[key] = touched(region, height, width, self.grow, self.called)
+        return self.rasters[key]
+
+    @cached_property
+    def rasters(self) -> dict[tuple[int, int, int], Tensor]:
+        """What `places` has found, of each of `regions` at each raster, for all layers and steps."""
+        return {}
 
     # -- the background ------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import math
 import os
@@ -117,11 +116,6 @@ def touched(region: Mask | Sequence[Box], height: int, width: int, grow: float, 
     grow: by how much each is made larger to every side, as a share of the picture's shorter side. whose: what messages call it. Raises
     ReattendError for a mask of other proportions than the raster's.
     """
-    return _touched(tuple(region), height, width, grow, whose)  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=256)
-def _touched(region: Mask | tuple[Box, ...], height: int, width: int, grow: float, whose: str) -> Tensor:
     found = torch.zeros(height, width, dtype=torch.bool)
     if not isinstance(region[0], str):
         reach = grow * min(height, width)
@@ -132,7 +126,7 @@ def _touched(region: Mask | tuple[Box, ...], height: int, width: int, grow: floa
             (first, last), (begin, end) = ((max(math.floor(low), 0), math.ceil(high)) for low, high in (rows, columns))
             found[first:last, begin:end] = True
         return found
-    mask = _grown(region, grow)  # type: ignore[arg-type]
+    mask = _grown(tuple(region), grow)  # type: ignore[arg-type]
     down, across = mask.shape[-2:]
     if not alike((down, across), (height, width)):
         raise ReattendError(
@@ -142,7 +136,6 @@ def _touched(region: Mask | tuple[Box, ...], height: int, width: int, grow: floa
     return torch.nn.functional.adaptive_max_pool2d(mask, (height, width))[0] > 0
 
 
-@functools.lru_cache(maxsize=16)
 def _grown(rows: Mask, grow: float) -> Tensor:
     """[1, height, width]: a mask, made larger."""
     marks = torch.frombuffer(bytearray("".join(rows).encode()), dtype=torch.uint8) == ord("1")

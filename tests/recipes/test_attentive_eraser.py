@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 
 import diffusers
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from reattend.hooks import Edits, Plan, attach
 from reattend.interventions import Call, Clock, Keep, Site, TokenGrid, TokenMap, fused, reference
+from reattend.recipes import attentive_eraser
 from reattend.recipes.kit.denoisers import image_layers
 from reattend.recipes.kit.registry import load_recipe, save_recipe
 from reattend.recipes.kit.samplers import encoded, levels
@@ -212,6 +215,20 @@ def test_a_mask_is_the_same_in_every_form(tmp_path):
         assert torch.equal(load_recipe(tmp_path / "recipe.yaml").places(0, 1, 16, 32), held)
     several = reattend.recipe("attentive-eraser", mask=[forms[4], ~held])
     assert torch.equal(several.places(1, 2, 16, 32), ~held) and torch.equal(several.places(1, 4, 16, 32), held)
+
+
+def test_a_mask_is_read_once_for_every_raster_and_goes_with_its_recipe(monkeypatch):
+    pipe, recipe, read = image_to_image(), eraser(image=photo()), []
+    real = attentive_eraser.touched
+    monkeypatch.setattr(attentive_eraser, "touched", lambda region, *more: read.append(more[:2]) or real(region, *more))
+    with reattend.apply(pipe, recipe):
+        draw(pipe, image=photo(), strength=0.8)
+        draw(pipe, image=photo(), strength=0.8)
+    assert len(read) == len(set(read)) > 0, "once, however many layers and steps there are"
+    gone = weakref.ref(next(iter(recipe.rasters.values())))
+    del recipe
+    gc.collect()
+    assert gone() is None
 
 
 def test_boxes_in_every_form():

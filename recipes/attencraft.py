@@ -245,7 +245,7 @@ class AttenCraft(Recipe):
                 )
             count = len(x)
             pictures = [opened(of_picture(listed(self.image), number, count, "image"), "image") for number in range(count)]
-            clean = encoded(at.pipeline, pictures, x)
+            clean = encoded(at.pipeline, pictures, x, "image")
             # every picture has the same noise, so that it is read as it is alone
             noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(clean)
             x, time = levels(at.scheduler)[index].mixed(clean, noise), known[index]

@@ -219,7 +219,7 @@ class AttentiveEraser(PerturbedGuidance):
         """Before the first step: what outside the mask is to be at every step."""
         if at.clock.step:
             return None
-        clean = encoded(at.pipeline, self.pictures, at.latents)
+        clean = encoded(at.pipeline, self.pictures, at.latents, "image")
         count = len(at.latents)
         clean = torch.stack([of_picture(list(clean), number, count, "image") for number in range(count)])
         inside = torch.stack([self.places(number, count, *clean.shape[-2:]) for number in range(count)])[:, None]

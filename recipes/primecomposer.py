@@ -189,8 +189,8 @@ class PrimeComposer(Recipe):
             references.append(own)
             placed.append(reduced(where, height, width))
         text = "unconditional" if "unconditional" in at.clock.branches else "conditional"
-        clean = encoded(at.pipeline, pictures, at.latents)
-        theirs = encoded(at.pipeline, references, at.latents)
+        clean = encoded(at.pipeline, pictures, at.latents, "background")
+        theirs = encoded(at.pipeline, references, at.latents, "reference")
         memory, here = at.memory, place(at.scheduler, at.clock)
         memory["placed"], memory["background"] = placed, inverted(at, clean, text)
         memory["reference"] = inverted(at, theirs, text)

@@ -152,21 +152,22 @@ def _parts(x: Tensor, predicted: Tensor, level: Level, kind: str) -> tuple[Tenso
     return signal * x - noise * predicted, signal * predicted + noise * x
 
 
-def encoded(pipeline: Any, pictures: Sequence[Any], like: Tensor) -> Tensor:
+def encoded(pipeline: Any, pictures: Sequence[Any], like: Tensor, whose: str = "picture") -> Tensor:
     """Clean latents [n, ...] of pictures (PIL) of a run whose latents are `like` [B, channels, height, width]: the mean of what the VAE gives.
 
-    Raises ReattendError for a pipeline without a VAE of its own, packed latents, and a picture of other proportions than the run's: pipelines
-    bring the sides of a picture to whole places too, so that these may differ by less than one.
+    whose: what messages call them. Raises ReattendError for a pipeline without a VAE of its own, packed latents, and a picture of other
+    proportions than the run's: pipelines bring the sides of a picture to whole places too, so that these may differ by less than one.
     """
     vae, processor, name = getattr(pipeline, "vae", None), getattr(pipeline, "image_processor", None), type(pipeline).__name__
     if vae is None or processor is None or like.dim() != 4:
         why = "its latents are packed or a video's" if like.dim() != 4 else "it has no vae and image_processor"
-        raise ReattendError(f"{name} cannot take up a picture: {why}")
+        raise ReattendError(f"{whose}: {name} cannot take up a picture: {why}")
     height, width = like.shape[-2:]
     for picture in pictures:
         if not alike((picture.height, picture.width), (height, width)):
             raise ReattendError(
-                f"a picture of {picture.width} x {picture.height} pixels has other proportions than the run's latents of {width} x {height}"
+                f"{whose}: a picture of {picture.width} x {picture.height} pixels has other proportions than the run's latents of "
+                f"{width} x {height}"
             )
     factor = int(getattr(pipeline, "vae_scale_factor", 8))
     pixels = torch.cat([processor.preprocess(picture, height=height * factor, width=width * factor) for picture in pictures])

@@ -281,7 +281,7 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
         ({"words": ["zebra"]}, {}, "zebra"),
         ({}, embeds, "no text encoder"),
         ({"words": ["z"]}, {"prompt": " ".join(["a"] * 80 + ["z"])}, "z"),
-        ({"image": photo(5, 16, 12)}, {}, "picture of 16 x 12 pixels has other proportions"),
+        ({"image": photo(5, 16, 12)}, {}, "image: a picture of 16 x 12 pixels has other proportions"),
         ({"image": [photo()] * 2}, {}, "image for 2 prompts, and 1 pictures"),
         ({"image": photo(), "cross_resolution": 5}, {}, "no cross-attention sees 5 places along the shorter side"),
         ({"image": photo(), "self_resolution": 5}, {}, "no self-attention sees 5 places.*another self_resolution"),

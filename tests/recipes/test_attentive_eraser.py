@@ -301,7 +301,7 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
     runs = [
         ({"mask": tmp_path / "low.png"}, "mask of 16 x 12 has other proportions than the picture"),
         ({"mask": tmp_path / "low.png", "image": photo()}, "mask of 16 x 12 has other proportions than the picture"),
-        ({"boxes": BOX, "image": photo(16, 12)}, "picture of 16 x 12 pixels has other proportions"),
+        ({"boxes": BOX, "image": photo(16, 12)}, "image: a picture of 16 x 12 pixels has other proportions"),
         ({"boxes": BOX, "image": [photo()] * 2}, "image for 2 prompts, and 1 pictures"),
         ({"mask": [torch.eye(16)] * 3}, "mask for 3 prompts, and 1 pictures"),
         ({"boxes": [BOX, BOX]}, "boxes for 2 prompts, and 1 pictures"),
@@ -316,6 +316,6 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
     call = {"prompt_embeds": torch.zeros(1, 5, 8), "pooled_prompt_embeds": torch.zeros(1, 8), "height": 16, "width": 16}
     with (
         reattend.apply(flux, "attentive-eraser", boxes=BOX, image=photo()),
-        pytest.raises(reattend.ReattendError, match="packed"),
+        pytest.raises(reattend.ReattendError, match="image: .*packed"),
     ):
         flux(**call)

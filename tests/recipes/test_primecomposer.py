@@ -253,7 +253,7 @@ def test_bad_input_is_an_error_before_the_first_step(tmp_path):
             reattend.apply(pipe, composer(**said))
     states = torch.randn(1, 64, 16)
     runs = [
-        ({"background": photo(1, 16, 12)}, {}, "picture of 16 x 12 pixels has other proportions"),
+        ({"background": photo(1, 16, 12)}, {}, "background: a picture of 16 x 12 pixels has other proportions"),
         ({"box": [0.0, 0.0, 0.1, 0.1]}, {}, "covers none of the 8 x 8 places of the latents"),
         ({"background": [photo(1), photo(1)]}, {}, "background for 2 prompts, and 1 pictures"),
         ({"reference": [photo(2), photo(2)]}, {}, "reference for 2 prompts, and 1 pictures"),

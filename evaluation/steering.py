@@ -35,7 +35,7 @@ class Steering:
         trial = []
         for choice in choices:
             cls, given = read_choice(choice)
-            awaited = {kind: field for kind, field in cls.awaited().items() if kind in marks and given.get(field[0]) is None}
+            awaited = {kind: field for kind, field in cls.lacking(given).items() if kind in marks}
             lacking = {kind: name for kind, (name, _) in awaited.items()}
             if lacking and not isinstance(choice, Recipe):
                 self.waiting.append((cls, given, lacking))

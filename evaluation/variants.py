@@ -39,8 +39,7 @@ class Variant:
         for choice in choices:
             kind, given = read_choice(choice)
             # passages and boxes that only the suite knows are filled in by it; until then any will do for checking the rest
-            awaited = [kind.awaited()[what] for what in (*kind.marks, *kind.beside, *kind.placed, *kind.areas)]
-            waiting = {name: value for name, value in awaited if given.get(name) is None}
+            waiting = dict(kind.lacking(given).values())
             checked = made(kind, {**waiting, **given}).model_dump(mode="json")
             settings = {name: checked[name] for name in given}
             labels.append(kind.slug + (f"({', '.join(map(_short, settings.items()))})" if settings else ""))

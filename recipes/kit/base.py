@@ -175,6 +175,24 @@ class Recipe(BaseModel):
         return {kind: (name, of_kind.get(kind, value)) for kinds, value in stands_in for kind, name in kinds.items()}
 
     @classmethod
+    def lacking(cls, given: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+        """Of `awaited`, what these parameters leave open: neither given, nor refused beside one that says it otherwise (columns of words)."""
+        found = {kind: one for kind, one in cls.awaited().items() if given.get(one[0]) is None}
+        for kind, one in list(found.items()):
+            rest = {**dict(other for other in found.values() if other is not one), **given}
+            if cls._made_of(rest) and not cls._made_of({**rest, one[0]: one[1]}):
+                del found[kind]
+        return found
+
+    @classmethod
+    def _made_of(cls, parameters: dict[str, Any]) -> bool:
+        try:
+            cls(**parameters)
+        except ReattendError:
+            return False
+        return True
+
+    @classmethod
     def field_help(cls) -> dict[str, str]:
         return {name: f.description or "" for name, f in cls.model_fields.items()}
 

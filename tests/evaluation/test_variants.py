@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from reattend import ReattendError, recipe
 from reattend.evaluation.variants import read_spec, split_composed, split_list, suites_of, variants_of
+from reattend.recipes.kit.registry import registry
 
 
 def test_words_are_split_outside_brackets():
@@ -117,3 +118,22 @@ def test_a_changed_picture_is_another_variant_and_pictures_are_told_apart_in_lab
         for colour in ("red", "blue")
     ]
     assert labels[0] != labels[1] and all("base64" not in label and 'image="picture ' in label for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("attencraft", {"columns": [[1]]}),
+        ("attend-and-excite", {"columns": [[1], [2]]}),
+        ("attentive-eraser", {"mask": ("10", "00")}),
+    ],
+)
+def test_what_is_said_otherwise_is_not_awaited(name, given):
+    for choice in ((name, given), recipe(name, **given)):
+        (variant,) = variants_of([choice])
+        assert {field: variant.facts[0]["given"][field] for field in given} == {
+            field: recipe(name, **given).model_dump(mode="json")[field] for field in given
+        }
+    assert {"words", "boxes"} & set(dict(registry()[name].lacking({}).values())), "and is, where it is not said"
+    with pytest.raises(ReattendError, match="strangely"):
+        variants_of([(name, {**given, "strangely": 1})])

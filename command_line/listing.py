@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # kinds of models that there are recipes or suites for, and families of recipes: written out, so that help and completion import no torch;
 # a test compares them
 KINDS = ("diffusion", "llm", "lvlm", "vision")
-FAMILIES = ("calibration", "decoding", "guidance", "heads", "reweighting", "sinks", "sparsity")
+FAMILIES = ("calibration", "decoding", "guidance", "heads", "reading", "reweighting", "sinks", "sparsity")
 
 
 def _one_of(known: tuple[str, ...], name: str, help: str) -> typer.models.OptionInfo:

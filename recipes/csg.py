@@ -63,7 +63,7 @@ class CSG(Descent):
         cost="forward",
         problems=("things are in the wrong place of the picture", "the picture ignores a word"),
         try_first={"steps": 10, "tries": 2},
-        sweep={"scale": (0.1, 0.5, 2.0), "strength": (0.5, 1.0)},
+        sweep={"scale": (0.1, 0.5, 2.0), "strength": (0.5, 1.0), "steps": (10, 25), "tries": (1, 2, 5)},
         code="Papple-F/csg",
     )
     placed = {"boxes": "boxes"}

@@ -23,13 +23,15 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Condition:
-    """make: a pipeline for the method and what draws with it, perhaps with another pipeline. passes: of the denoiser, by step.
+    """make: a pipeline for the method and what draws with it, perhaps with another pipeline. passes: of the denoiser, by step. steps: of all
+    its runs together.
 
     like: what must give the same picture under the same method. case: of `tiny_runs`; a method that refuses it is not asked.
     """
 
     make: Callable[[], tuple[Any, Run]]
     passes: tuple[int, ...] = (1,) * STEPS
+    steps: int = STEPS
     like: Callable[[], tuple[Any, Run]] | None = None
     case: str = "SD"
 
@@ -251,6 +253,6 @@ CONDITIONS = {
     "IP-Adapter without weight": Condition(lambda: ip_adapter(0.0), like=stable_diffusion),
     "model offload": Condition(lambda: offloaded("model"), like=stable_diffusion),
     "sequential offload": Condition(lambda: offloaded("layer"), like=stable_diffusion),
-    "interrupted": Condition(interrupted, (2, 2, 1, 1), like=stable_diffusion),
+    "interrupted": Condition(interrupted, (2, 2, 1, 1), steps=STEPS + 2, like=stable_diffusion),
     "guidance switched off": Condition(unguided_end),
 }

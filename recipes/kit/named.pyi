@@ -76,7 +76,8 @@ class AttenCraftParameters(TypedDict, total=False):
     shows. Default: the picture that the run draws, at its first step with as little noise as `timestep` says, or its
     last one"""
     timestep: int
-    """how much noise the picture has, from 0 (none) to 999 (noise alone)"""
+    """how much noise the picture has, from 0 (none) to 999 (noise alone); with `image` a step of the run must be near it:
+    let the run have twenty steps"""
     seed: int
     """of the noise that is put on `image`"""
     threshold: float

@@ -64,7 +64,7 @@ def test_a_pipeline_as_it_is_used(name: str, place: str) -> None:
     times = 2 if example.unconditional and "two calls" in condition.case else 1
     # what moves the latents does so once a step
     (acted,) = session.stats.values()
-    least = {site: STEPS if site == "latents" else times * sum(condition.passes) for site in acted}
+    least = {site: condition.steps if site == "latents" else times * sum(condition.passes) for site in acted}
     assert len(acted) == sites
     assert acted == least or example.further and all(acted[site] >= count for site, count in least.items())
     assert not torch.equal(got, base) and got.isfinite().all()

@@ -22,7 +22,7 @@ def needle_recall(model, tokenizer, samples):
 
 def test_masking_retrieval_heads_destroys_recall_and_masking_random_ones_does_not(smollm2, tmp_path):
     model, tokenizer = smollm2
-    options = {"lengths": (150, 300, 600), "depths": (0.1, 0.5, 0.9), "needles": 3}
+    options = {"lengths": (100, 200, 300), "depths": (0.1, 0.5, 0.9), "needles": 3}
     profile = recipe_class("retrieval-heads").profile(model, tokenizer, **options)
     plain = profile.facts["recall"]
     best = [head for head, _ in ranked(head_scores(profile))[:6]]

@@ -1,6 +1,6 @@
 # make demo   sets up .venv, runs the offline demo (one to three minutes after the install) and says where its report lies
 # make test   sets up .venv and runs every test (make test ARGS="-k streaming" for some)
-# make matrix runs every method under every condition, of which make test runs a third that changes every day
+# make matrix runs every method under every condition, of which make test runs a quarter that changes every day
 # make style  formats and checks the code
 # make newest runs a subset of the tests on the newest of everything, beyond the caps of pyproject.toml (TORCH=torch==2.13.0 keeps torch)
 # make floors makes one environment at every floor of pyproject.toml and one per Python, runs the subset, and writes docs/support.md

@@ -21,27 +21,28 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-# Every method under every condition is more than a test run should take: a third of it each day, or REATTEND_MATRIX=1/3, 2/3, 3/3 or all.
+# Every method under every condition is more than a test run should take: a part of it each day, or REATTEND_MATRIX=1/4, ..., 4/4 or all.
 # Chosen once, before xdist starts its workers, so that all of them collect the same tests.
-THIRD = os.environ.setdefault("REATTEND_MATRIX", f"{date.today().toordinal() % 3 + 1}/3")
+PARTS = 4
+TODAY = os.environ.setdefault("REATTEND_MATRIX", f"{date.today().toordinal() % PARTS + 1}/{PARTS}")
 
 
 def pytest_report_header():
-    return f"matrix of methods: REATTEND_MATRIX={THIRD} (make matrix runs all of it)"
+    return f"matrix of methods: REATTEND_MATRIX={TODAY} (make matrix runs all of it)"
 
 
 def pytest_configure():
-    if THIRD not in ("1/3", "2/3", "3/3", "all"):
-        raise pytest.UsageError(f"REATTEND_MATRIX must be 1/3, 2/3, 3/3 or all, got {THIRD!r}")
+    if TODAY not in ("all", *(f"{part}/{PARTS}" for part in range(1, PARTS + 1))):
+        raise pytest.UsageError(f"REATTEND_MATRIX must be 1/{PARTS} to {PARTS}/{PARTS}, or all, got {TODAY!r}")
 
 
-def in_third(test: str) -> bool:
+def in_part(test: str) -> bool:
     """Whether a test of the matrix runs today: by its name, so that a further method moves no other one."""
-    return THIRD == "all" or zlib.crc32(test.encode()) % 3 + 1 == int(THIRD[0])
+    return TODAY == "all" or zlib.crc32(test.encode()) % PARTS + 1 == int(TODAY[0])
 
 
 def pytest_collection_modifyitems(config, items):
-    left = [item for item in items if item.get_closest_marker("matrix") and not in_third(item.nodeid)]
+    left = [item for item in items if item.get_closest_marker("matrix") and not in_part(item.nodeid)]
     config.hook.pytest_deselected(items=left)
     kept = set(items) - set(left)
     items[:] = [item for item in items if item in kept]

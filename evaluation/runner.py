@@ -16,7 +16,7 @@ import torch
 from ..comparison.facts import environment
 from ..hooks import sites
 from ..hooks.sites.discovery import components
-from ..interventions import ReattendError
+from ..interventions import ReattendError, UnsupportedError
 from ..recipes.kit.checks import text, whole_number
 from ..recipes.kit.checks import tokenizer as usable_tokenizer
 from ..version import __version__
@@ -95,7 +95,13 @@ def evaluate(
         if subject.kind not in FITS[suite.kind]:
             raise ReattendError(f"suite {suite.name!r} needs {NEEDS[suite.kind]}; this is {subject.kind!r}")
         for variant in variants:
-            Steering(subject, variant.choices, suite.marks)  # a recipe that does not fit says so before anything runs
+            try:
+                Steering(subject, variant.choices, suite.marks)  # a recipe that does not fit says so before anything runs
+            except UnsupportedError:
+                raise
+            except ReattendError as error:
+                told = ", ".join(suite.marks) or "nothing"
+                raise ReattendError(f"suite {suite.name!r} tells recipes of: {told}; {error}") from None
     asked = suites_of([suite.asked_of(subject) for suite in asked])
     model_facts = model_key(subject)
     plans: list[list[_Work]] = []

@@ -40,7 +40,7 @@ from ..interventions.engine.kernels import rows_per_chunk
 from .kit import checks
 from .kit.base import Info, Recipe
 from .kit.checks import check_output, shown, whole_number, writing
-from .kit.denoisers import grids_of, image_grid, reads_prompt
+from .kit.denoisers import NamedWords, grids_of, image_grid, reads_prompt
 from .kit.descent import UNET, Looked, read_sides
 from .kit.layout import of_picture
 from .kit.pictures import Pictures, listed, opened
@@ -52,7 +52,7 @@ LEAST_KIN = 16
 MOST_PIXELS = 2**28
 # how far from the timestep that it is to be read at a picture is still read, in shares of all timesteps
 NEAR = 0.15
-NOT_TOLD = "choose a lower threshold, or another timestep"
+NOT_TOLD = "choose a lower threshold, less spread, a finer cross_resolution, or another timestep"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class AttenCraft(Recipe):
     marks = {"words": "words"}
     beside = {"picture": "image"}
 
-    words: list[str] | list[list[str]] | None = Field(
+    words: NamedWords = Field(
         None,
         description="the things, as words or passages of every prompt, or a list of them per prompt; of a passage the token that shows most "
         "at a place counts there",

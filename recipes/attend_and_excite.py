@@ -28,7 +28,7 @@ from ..hooks import AtStep, Capture, Latents, SiteTable, Words
 from ..hooks.plan import Step
 from ..interventions import Call, ReattendError, column_weights
 from .kit.base import Info
-from .kit.denoisers import reads_prompt
+from .kit.denoisers import NamedWords, reads_prompt
 from .kit.descent import Descent, Looked
 
 SHARPEN = 100
@@ -53,7 +53,7 @@ class AttendAndExcite(Descent):
 
     marks = {"words": "words"}
 
-    words: list[str] | list[list[str]] | None = Field(
+    words: NamedWords = Field(
         None, description="the words that must show: a list of those of every prompt, or a list of such lists, one per prompt"
     )
     columns: list[list[int]] | None = Field(

@@ -33,7 +33,7 @@ from ..hooks.trackers.part_of_schedule import lies_in
 from ..interventions import Call, Edit, Keep
 from ..interventions.families.composition import Correlate
 from .kit.base import Info, Recipe
-from .kit.denoisers import image_grid, reads_prompt
+from .kit.denoisers import NamedWords, image_grid, reads_prompt
 from .kit.descent import UNET
 from .kit.layout import Box, Mask, of_picture, pictures_of, read_box
 from .kit.pasting import Placed, extent, pasted, reduced
@@ -79,7 +79,7 @@ class PrimeComposer(Recipe):
         description="where it goes: [left, top, right, bottom] in shares of the background's sides, or a list of one for each prompt; it is "
         "scaled to fill the box as far as its proportions allow",
     )
-    words: list[str] | list[list[str]] | None = Field(
+    words: NamedWords = Field(
         None,
         description="the words of the prompt that mean the thing, of every prompt or a list of them per prompt: only the thing attends to them",
     )

@@ -44,7 +44,7 @@ class PromptReweight(Recipe):
         arxiv="2208.01626",
         families=("reweighting",),
         kinds=("diffusion",),
-        cost="free",
+        cost="decode",
         problems=("the picture ignores a word",),
         try_first={"factor": 2.0},
         sweep={"factor": (0.0, 2.0, 4.0)},
@@ -156,6 +156,15 @@ class PromptReweight(Recipe):
         texts = [item for item in given or () if isinstance(item, str)] if isinstance(given, list) else []
         return [weight for text in texts for weight in written_weights(text)]
 
+    @property
+    def hint(self) -> str:
+        """What may be wrong where a word is not in its prompt."""
+        if self.written:
+            return "a prompt with weights in it is for this recipe, the pipeline takes reattend.recipes.plain_prompt(prompt)"
+        if self.edit is not None and len(self.prompts) == 1:
+            return "words hold for all prompts, the source too: give a mapping for each prompt, as [{}, {word: factor}]"
+        return ""
+
     def misfit(self, sites: SiteTable) -> str:
         layers, name = text_layers(sites), sites.model_name
         missing = [layer for layer in self.layers or () if layer not in layers]
@@ -182,7 +191,7 @@ class PromptReweight(Recipe):
             # words with one factor are one set of columns
             factors = list(dict.fromkeys(factor for prompt in self.prompts for _, factor in prompt))
             same = [[[word for word, own in prompt if own == factor] for prompt in self.prompts] for factor in factors]
-            steps = [Words(self._role(n), words, occurrence=self.occurrence) for n, words in enumerate(same)]
+            steps = [Words(self._role(n), words, occurrence=self.occurrence, hint=self.hint) for n, words in enumerate(same)]
         changing = {step.name: factor for step, factor in zip(steps, factors, strict=True) if factor != 1}
         given: list[Step] = [*steps]
         editing = None

@@ -52,7 +52,8 @@ class Words(Step):
     whole words, in any case of letters. columns: or for every prompt a list of column lists, one for each word, counted from 0 in the
     text that the denoiser gets. Neither: "start", "words" and "end" alone. occurrence: which one when a word occurs more than once
     (from 0, -1 = the last, "all"; None: that is an error). needed: whether a word that is not in its prompt, or after what its encoders
-    read of it, is an error; else its role has no columns. called: what users have given one of, or one per prompt. Whoever reads or edits
+    read of it, is an error; else its role has no columns. called: what users have given one of, or one per prompt. hint: said beside
+    a word that is not there. Whoever reads or edits
     in the same plan finds what the encoders wrote in `call.memory[step]`: {conditional row of the denoiser's batch: a `Text` per encoder},
     with the ids of its tokens and their columns.
     Raises ReattendError for the name of a role that there is, an empty word, lists that name nothing, both words and columns, or a negative
@@ -65,6 +66,7 @@ class Words(Step):
     occurrence: Occurrence = None
     needed: bool = True
     called: str = ""
+    hint: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or self.name in TAKEN:
@@ -188,7 +190,7 @@ class _Reader:
                 try:
                     others = list(dict.fromkeys(str(_ids(streams[row])) for row in own[: number + 1]))
                     prompt = others.index(str(_ids(streams[own[number]])))
-                    each = [columns_of(word, step.occurrence, texts, prompt, step.needed) for word in named or ()]
+                    each = [columns_of(word, step.occurrence, texts, prompt, step.needed, step.hint) for word in named or ()]
                 except ReattendError as error:
                     if copy:
                         continue

@@ -81,9 +81,11 @@ def texts_read(streams: Sequence[Stream], tokenizers: Mapping[str, Any]) -> list
     return [Text.of(stream, tokenizers[stream.encoder]) for stream in streams]
 
 
-def columns_of(word: Word, occurrence: Occurrence, texts: Sequence[Text], prompt: int, needed: bool = True) -> set[int]:
-    """The columns of a word in all encoders' texts; none where it is missing and not needed. Raises ReattendError where it is missing or
-    ambiguous, or where two encoders that share columns have it at different ones."""
+def columns_of(
+    word: Word, occurrence: Occurrence, texts: Sequence[Text], prompt: int, needed: bool = True, hint: str = ""
+) -> set[int]:
+    """The columns of a word in all encoders' texts; none where it is missing and not needed. Raises ReattendError where it is missing (with
+    the hint) or ambiguous, or where two encoders that share columns have it at different ones."""
     name, which = (word, occurrence) if isinstance(word, str) else word
     places = [text.places(name) for text in texts]
     counts = {len(each) for each in places if each}
@@ -92,7 +94,9 @@ def columns_of(word: Word, occurrence: Occurrence, texts: Sequence[Text], prompt
         return set()
     if not most:
         texts_shown = " and ".join(dict.fromkeys(repr(text.shown()) for text in texts))
-        raise ReattendError(f"{name!r} is not in prompt {prompt}, which its text encoders read as {texts_shown}")
+        raise ReattendError(
+            f"{name!r} is not in prompt {prompt}, which its text encoders read as {texts_shown}{hint and f': {hint}'}"
+        )
     if which is None and most > 1:
         raise ReattendError(
             f'{name!r} occurs {most} times in prompt {prompt}: give occurrence="all", 0 for the first, 1 for the second, or a longer passage'

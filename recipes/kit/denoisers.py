@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from math import ceil, log2
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from ...hooks import SiteTable
@@ -12,6 +14,14 @@ from ...interventions import Call, ReattendError, Site, TokenGrid, TokenMap
 
 # SD 1.5's mid block sees 8 x 8 places of its pictures, SDXL's 32 x 32
 LEAST_SIDE = 8
+
+
+def _one_word(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# the words of every prompt, or a list of them per prompt; a text is one word
+NamedWords = Annotated[list[str] | list[list[str]] | None, BeforeValidator(_one_word)]
 
 
 def image_layers(sites: SiteTable) -> dict[int, SiteTable]:

@@ -8,6 +8,7 @@ cut blurred masks there too).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from ...interventions import Call, ReattendError
-from .checks import is_mask, shown
+from .checks import is_mask, read_picture, shown
 
 T = TypeVar("T")
 Box = tuple[float, float, float, float]
@@ -107,11 +108,12 @@ def read_regions(value: Any) -> dict[str, Box | Mask] | list[dict[str, Box | Mas
 
 def _of_prompt(value: Any) -> dict[str, Box | Mask]:
     if not isinstance(value, Mapping) or not all(isinstance(words, str) and words.strip() for words in value):
-        raise ValueError("must be {words of the prompt: box or mask}, or a list of these, one for each prompt")
+        raise ValueError("must be {text: box or mask}, none of the texts empty, or a list of these, one for each prompt")
     found = {}
     for words, region in value.items():
         try:
-            found[words] = read_region(region)
+            is_file = isinstance(region, (str, os.PathLike))
+            found[words] = read_region(read_picture(region, f"mask of {words!r}", None) if is_file else region)
         except ValueError as error:
             raise ValueError(f"{words!r}: {error}") from None
     return found
@@ -158,7 +160,8 @@ def places_in(region: Box | Mask, height: int, width: int, whose: str) -> Tensor
         down, across = mask.shape
         if not alike((down, across), (height, width)):
             raise ReattendError(
-                f"{whose}: a mask of {across} x {down} has other proportions than the picture, which is {width} x {height} places"
+                f"{whose}: a mask of {across} x {down} has other proportions than the picture, which is {width} x {height} places: make it the "
+                "picture's size"
             )
         found = torch.nn.functional.interpolate(mask[None, None].float(), size=(height, width), mode="nearest-exact")[0, 0] > 0
     else:

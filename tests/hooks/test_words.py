@@ -117,7 +117,7 @@ def test_every_prompt_of_a_batch_has_its_own_words_in_each_of_its_pictures() -> 
     assert not any(row["objects"] for row in rows[:4])
     with pytest.raises(ReattendError, match="3 lists of words for 4 conditional rows"):
         run(pipe, both, Words("objects", [["red"], ["sky"], ["sky"]]))
-    with pytest.raises(ReattendError, match="'red' is not in prompt 1, which its text encoders read as 'the sky'"):
+    with pytest.raises(ReattendError, match="'red' is not in prompt 1, which its text encoders read as 'the sky'$"):
         run(pipe, both, Words("objects", [["red"]]))
     rows = run(pipe, both, Words("objects", [[], ["sky"]])).rows
     assert [row["objects"] for row in rows[4:]] == [[]] * 2 + [[4, 5, 6]] * 2, "a prompt may have none"

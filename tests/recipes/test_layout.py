@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reattend
 import torch
 from PIL import Image, ImageFilter
 from reattend.hooks import Capture, Plan, attach, sites
@@ -103,6 +104,14 @@ def test_a_picture_that_cannot_be_read_is_no_mask():
 def test_what_is_no_region(given, said):
     with pytest.raises(ValueError, match=said):
         read_region(given)
+
+
+def test_a_region_is_the_mask_of_a_file_too(tmp_path):
+    Image.fromarray(np.array([[0, 255], [0, 0]], dtype=np.uint8)).save(tmp_path / "mask.png")
+    for given in (tmp_path / "mask.png", str(tmp_path / "mask.png")):
+        assert reattend.recipe("regional", regions={"a fox": given}).layouts == [{"a fox": ("01", "00")}]
+    with pytest.raises(ReattendError, match="no mask of 'a fox' at .*nowhere.png"):
+        reattend.recipe("regional", regions={"a fox": tmp_path / "nowhere.png"})
 
 
 def test_places_of_boxes_and_masks():

@@ -382,6 +382,32 @@ def test_an_edit_takes_no_weights_of_a_text_that_others_made_longer(other):
         reattend.apply(pipe, other)
 
 
+@pytest.mark.parametrize(
+    ("given", "prompt", "said"),
+    [
+        (
+            {"words": "a (red:1.4) sky"},
+            "a sky",
+            r"'red' is not in prompt 0, .*: a prompt with weights .*plain_prompt\(prompt\)",
+        ),
+        (
+            {"words": {"square": 2.0}, "edit": "replace"},
+            ["a red sky", "a red square"],
+            r"'square' is not in prompt 0, .*\[{}, {word: factor}\]",
+        ),
+    ],
+)
+def test_what_may_be_wrong_where_a_word_is_not_in_its_prompt(given, prompt, said):
+    pipe, call = FAMILIES["SD"]()
+    with reattend.apply(pipe, "prompt-reweight", **given), pytest.raises(ReattendError, match=said):
+        pipe(prompt, num_inference_steps=1, output_type="latent", **call)
+
+
+def test_one_word_by_itself_is_named_as_in_a_list():
+    for slug in ("attend-and-excite", "attencraft"):
+        assert reattend.recipe(slug, words="red").words == reattend.recipe(slug, words=["red"]).words == ["red"]
+
+
 def test_videos_and_bare_denoisers_are_not_edited():
     from tiny_denoisers import build
 

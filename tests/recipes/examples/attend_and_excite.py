@@ -42,8 +42,8 @@ BAD = [
     ({}, "give words that must show, or columns"),
     ({"words": ["red"], "columns": [[1]]}, "give words that must show, or columns"),
     (
-        {"words": "red"},
-        "^recipe 'attend-and-excite': words: a value of another type is meant, got 'red'; words: the words that must show",
+        {"words": 3},
+        "^recipe 'attend-and-excite': words: a value of another type is meant, got 3; words: the words that must show",
     ),
     ({"words": ["red", ["sky"]]}, r"^[^;]* words: a value of another type is meant, got \['sky'\]; [^;]*$"),
     ({"words": ["red", " "]}, "words must not hold an empty word"),

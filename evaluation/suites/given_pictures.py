@@ -35,11 +35,18 @@ def check_steps(steps: int, strength: float) -> None:
 
 def pipeline_of(subject: Subject, by: Literal["image", "inpaint", "text"], suite: str) -> Any:
     """The pipeline of the wanted kind, of the subject's own parts. Raises ReattendError where diffusers has none."""
-    from diffusers.pipelines.auto_pipeline import (
-        AutoPipelineForImage2Image,
-        AutoPipelineForInpainting,
-        AutoPipelineForText2Image,
-    )
+    try:
+        from diffusers.pipelines.auto_pipeline import (
+            AutoPipelineForImage2Image,
+            AutoPipelineForInpainting,
+            AutoPipelineForText2Image,
+        )
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # diffusers 0.36 beside transformers 5 has no tokenizer for one of its pipelines
+        reason = " ".join(str(error).split())[-200:]
+        raise ReattendError(f"suite {suite!r} needs diffusers' AutoPipeline, which cannot be imported here: {reason}") from None
 
     kinds = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting, "text": AutoPipelineForText2Image}
     try:

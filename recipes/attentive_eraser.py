@@ -29,9 +29,9 @@ from torch import Tensor
 
 from ..hooks import AtStep, Latents, SiteTable
 from ..hooks.plan import Step
-from ..interventions import Call, Clock, Edit, Keep, ReattendError, ScaleQuery, TokenMap
+from ..interventions import Call, Clock, Edit, ReattendError, ScaleQuery, TokenMap
 from .kit.base import Info
-from .kit.denoisers import grids_of, image_layers
+from .kit.denoisers import grids_of, hidden, image_layers
 from .kit.guidance import PerturbedGuidance
 from .kit.layout import Box, Mask, of_picture, pictures_of, read_box
 from .kit.pictures import Masks, Pictures, listed, mask_of, opened, touched
@@ -188,7 +188,7 @@ class AttentiveEraser(PerturbedGuidance):
             own = call.query_tokens
             inside = columns if own is None else self.masked(call, own, call.num_queries)
             edits.append(ScaleQuery(factor=self.factor, heads=heads, rows=rows & inside.to(rows.device)))
-        return [*edits, Keep(pattern=~columns[:, None, None].to(rows.device), heads=heads, rows=rows)]
+        return [*edits, hidden(columns.to(rows.device), heads=heads, rows=rows)]
 
     def masked(self, call: Call, tokens: TokenMap | None, length: int) -> Tensor:
         """Bool [B, length], on the CPU: places of the mask among these tokens; none in rows where it would leave no place."""

@@ -33,7 +33,7 @@ from ..hooks.trackers.part_of_schedule import lies_in
 from ..interventions import Call, Edit, Keep
 from ..interventions.families.composition import Correlate
 from .kit.base import Info, Recipe
-from .kit.denoisers import NamedWords, image_grid, reads_prompt
+from .kit.denoisers import NamedWords, hidden, image_grid, reads_prompt
 from .kit.descent import UNET
 from .kit.layout import Box, Mask, of_picture, pictures_of, read_box
 from .kit.pasting import Placed, extent, pasted, reduced
@@ -235,11 +235,11 @@ class PrimeComposer(Recipe):
         """In the pass of the reference: every token sees the thing's alone."""
         if "looking" not in call.memory:
             return []
-        seen = torch.zeros(call.batch, call.num_keys, dtype=torch.bool)
+        unseen = torch.ones(call.batch, call.num_keys, dtype=torch.bool)
         for row, (theirs, _) in enumerate(self.tokens(call)):
             # a layer that sees too few places to hold the thing is left alone
-            seen[row, theirs if len(theirs) else slice(None)] = True
-        return [] if bool(seen.all()) else [Keep(pattern=seen[:, None, None].to(call.query.device))]
+            unseen[row, theirs if len(theirs) else slice(None)] = False
+        return [hidden(unseen.to(call.query.device))] if bool(unseen.any()) else []
 
     def note(self, call: Call, edits: Any) -> None:
         """In the pass of the reference: keeps its queries, and its keys of the thing."""

@@ -98,13 +98,20 @@ def _everywhere(edit: Edit) -> Edit:
 
 
 def _cut(edit: Edit, acting: Tensor) -> Edit:
-    """The edit for these rows of the batch; layers that share the edit share it too."""
+    """The edit for these rows of the batch; layers that share the edit share it too. One that names all of them names none: more ways fit."""
+    rows = edit.rows
+    names_all = rows is not None and rows.shape[0] > 1 and bool(values_of(rows)[values_of(acting)].all())
+
+    def at_acting() -> Edit:
+        new = edit.at_batch(acting)
+        return new._copy(rows=None) if names_all else new
+
     if edit._needs_gradient():
-        return edit.at_batch(acting)  # a cut that is kept would belong to one backward pass
+        return at_acting()  # a cut that is kept would belong to one backward pass
 
     def cut() -> Edit:
         with torch.inference_mode(False):  # kept longer than the pass that makes it, and its rows can be looked up
-            return edit.at_batch(acting)
+            return at_acting()
 
     return edit.remember_size("batch rows", (acting.device, *values_of(acting).tolist()), cut)
 

@@ -10,7 +10,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ...hooks import SiteTable
-from ...interventions import Call, ReattendError, Site, TokenGrid, TokenMap
+from ...interventions import Call, KeyBias, ReattendError, Site, TokenGrid, TokenMap
+from ...interventions.edits.scores import LARGEST_BIAS
 
 # SD 1.5's mid block sees 8 x 8 places of its pictures, SDXL's 32 x 32
 LEAST_SIDE = 8
@@ -40,6 +41,11 @@ def text_sites(sites: SiteTable) -> SiteTable:
     """Cross and joint attention of a denoiser, where image tokens read the text."""
     chosen = sites.stack("denoiser").kind("cross", "joint")
     return chosen.where(lambda s: not s.stack.endswith(("_refiner", ".pool")))
+
+
+def hidden(columns: Tensor, **who: Any) -> KeyBias:
+    """Columns [B, K] of which no weight is left, in every row that sees another one. `Keep` says it of any pairs, and has no kernel for it."""
+    return KeyBias(bias=columns[:, None] * -LARGEST_BIAS, **who)
 
 
 def text_layers(sites: SiteTable) -> dict[int, SiteTable]:

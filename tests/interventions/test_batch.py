@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from reattend.interventions import Call, Gain, HeadGain, Keep, KeyBias, Mix, MixValue, ScaleQuery, Transfer, fused, reference
@@ -66,3 +68,12 @@ def test_the_models_own_function_runs_once() -> None:
     call.original = lambda: calls.append(1) or torch.zeros(B, H, T, D)
     output = fused(call, [MixValue(strength=1.0, rows=torch.tensor([[True], [False], [False], [False]]))])
     assert calls == [1] and torch.equal(output[1:], torch.zeros(3, H, T, D)) and torch.equal(output[0], call.value[0])
+
+
+def test_edits_that_name_all_rows_of_some_pictures_take_the_ways_of_those_that_name_none() -> None:
+    """What is added to columns of some batch rows is added by the kernel."""
+    call, rows = a_call(2, False), torch.tensor([[False], [True], [True], [False]])
+    call.ways = Counter()
+    edit = KeyBias(bias=torch.linspace(-3, 0, call.num_keys), rows=rows)
+    torch.testing.assert_close(fused(call, [edit]), reference(call, [edit]), atol=2e-6, rtol=1e-5)
+    assert set(call.ways) == {"key biases"}

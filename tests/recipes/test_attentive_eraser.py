@@ -14,7 +14,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 from reattend.hooks import Edits, Plan, attach
-from reattend.interventions import Call, Clock, Keep, Site, TokenGrid, TokenMap, fused, reference
+from reattend.interventions import Call, Clock, Keep, KeyBias, Site, TokenGrid, TokenMap, fused, reference
 from reattend.recipes import attentive_eraser
 from reattend.recipes.kit.denoisers import image_layers
 from reattend.recipes.kit.registry import load_recipe, save_recipe
@@ -60,8 +60,8 @@ def test_no_row_reads_the_mask_and_rows_in_it_read_evenly_at_factor_0(run):
 
 def test_after_its_steps_the_factor_is_not_there():
     early, late = (eraser(factor=0.1, steps=3).weaken(None, call_of(step)) for step in (2, 3))
-    assert len(early) == 2 and len(late) == 1 and isinstance(late[0], Keep)
-    assert [type(edit) for edit in eraser(factor=1).weaken(None, call_of())] == [Keep]
+    assert len(early) == 2 and len(late) == 1 and isinstance(late[0], KeyBias)
+    assert [type(edit) for edit in eraser(factor=1).weaken(None, call_of())] == [KeyBias]
 
 
 def test_a_layer_that_the_mask_fills_is_left_alone():

@@ -147,7 +147,7 @@ def prepare(
     text = _text(text)
     picture = read_picture(image, "picture") if image else None
     if not text and not image:
-        raise ReattendError("give an input with --text (or --prompt), --image or both")
+        raise ReattendError('give an input with --text (or --prompt; of a picture " " is the empty one), --image or both')
     pipe = loading.load(model, device=device or None, dtype=dtype or None)
     asked: Any = text or None
     options: dict[str, Any] = {}

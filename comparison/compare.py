@@ -17,7 +17,7 @@ from .cost import Meter
 from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes
 from .images import ImageJob
 from .inputs import job_for
-from .job import Job, Tick, generators_kept
+from .job import Job, Tick, generators_kept, noise_of
 from .looks import add_side
 from .report import Report
 from .shares import FIRST, named
@@ -110,7 +110,9 @@ def compare(
             )
         return sweep(model, variants, text, prompt, image, inputs, seed, tokenizer, attention, title, progress, options)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
+    one_noise = noise_of(chosen)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
+    job.one_noise = one_noise
     table = sites(model)
     around = session_notes(model)  # before a session of our own starts
     session = apply(model, *chosen, tokenizer=job.tokenizer)  # a recipe that does not fit says so before anything runs

@@ -45,6 +45,10 @@ class ImageJob(Job):
         unknown = [k for k in self.options if k not in self.accepted]
         if unknown and not takes_any:
             raise ReattendError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
+        if "prompt" in self.accepted and not any(
+            self.options.get(name) is not None for name in ("prompt", "prompt_embeds", "inputs")
+        ):
+            raise ReattendError(f"{type(pipe).__name__} draws what a prompt says: give prompt (or prompt_embeds)")
 
     @property
     def module(self) -> nn.Module:
@@ -91,7 +95,13 @@ class ImageJob(Job):
         if steps is not None and "num_inference_steps" in self.accepted:
             options["num_inference_steps"] = min(self._asking(steps), self.ticks)
         if "generator" in self.accepted:
-            options.setdefault("generator", torch.Generator("cpu").manual_seed(self.seed))
+            noise: Any = torch.Generator("cpu").manual_seed(self.seed)
+            prompts = options.get("prompt")
+            if self.one_noise and isinstance(prompts, (list, tuple)):
+                # edits begin with the noise of what they are edits of
+                each = [self.seed + place for place in range(int(options.get("num_images_per_prompt") or 1))]
+                noise = [torch.Generator("cpu").manual_seed(seed) for _ in prompts for seed in each]
+            options.setdefault("generator", noise)
         if "output_type" in self.accepted:
             options["output_type"] = "pil"
         if tick is not None and "callback_on_step_end" in self.accepted and "callback_on_step_end" not in options:

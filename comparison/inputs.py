@@ -23,7 +23,8 @@ def job_for(
     if text is not None and prompt is not None:
         raise ReattendError("text and prompt both name the input: give one of them")
     asked = text if text is not None else prompt
-    if isinstance(asked, str) and not asked.strip():
+    # an empty prompt is one of a picture
+    if isinstance(asked, str) and not asked.strip() and not _draws(model):
         raise ReattendError("the prompt is empty: give the text that both runs shall start from")
     if isinstance(asked, str):
         checks.text(asked, "the prompt")

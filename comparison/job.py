@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ..hooks import SiteTable
+from ..interventions import ReattendError
+from ..recipes import Recipe
 from .outcome import Outcome
 
 Tick = Callable[[], None]
@@ -24,10 +26,23 @@ def generators_kept() -> Iterator[None]:
         yield
 
 
+def noise_of(recipes: Sequence[Recipe]) -> bool:
+    """Whether prompts are a picture's and those of its edits. Raises ReattendError for recipes that need two runs for a picture."""
+    for recipe in recipes:
+        if recipe.follows == "run":
+            raise ReattendError(
+                f"recipe {recipe.slug!r} edits the picture of an earlier run, and a comparison draws every run from the start: give both "
+                'prompts at once, prompt=[source, edited], without source="run"'
+            )
+    return any(recipe.follows == "batch" for recipe in recipes)
+
+
 class Job(ABC):
     """model: what recipes attach to. tokenizer: what finds tokens by text, or None. seed: set before every run."""
 
     kind = ""
+    # whether all prompts of a run begin with the same noise, as a picture and its edits do
+    one_noise = False
 
     def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed

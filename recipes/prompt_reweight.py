@@ -157,6 +157,10 @@ class PromptReweight(Recipe):
         return [weight for text in texts for weight in written_weights(text)]
 
     @property
+    def follows(self) -> Literal["", "batch", "run"]:
+        return "" if self.edit is None else self.source
+
+    @property
     def hint(self) -> str:
         """What may be wrong where a word is not in its prompt."""
         if self.written:

@@ -156,6 +156,11 @@ class Recipe(BaseModel):
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
         return _fields_alone(super().__deepcopy__(memo))
 
+    @property
+    def follows(self) -> Literal["", "batch", "run"]:
+        """Whose picture its own is an edit of, from the same noise: "batch", that of the batch's first prompt; "run", the session's first."""
+        return ""
+
     @functools.cached_property
     def serial(self) -> int:
         """A number that no other recipe object has; token roles of its own carry it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import reattend
 
@@ -73,3 +74,32 @@ def test_a_missing_passage_says_how_to_give_it(text_pipe):
     for given in (["emphasise"], [EMPHASIS], ["emphasise", "instaboost"]):
         with pytest.raises(reattend.ReattendError, match="text is required.* as text=, and then the input as prompt="):
             reattend.compare(text_pipe, *given, text=PROMPT, **OPTIONS)
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompts_of_a_picture_and_its_edits_begin_with_one_noise():
+    from tiny_prompts import FAMILIES
+
+    pipe, call = FAMILIES["SD"]()
+    options = {**call, "num_inference_steps": 2, "attention": False}
+    for edit, alike in (({"edit": "refine"}, True), ({"words": ["red"]}, False)):
+        report = reattend.compare(pipe, ("prompt-reweight", edit), prompt=["a red sky", "a red sky"], **options)
+        one, other = (np.asarray(picture) for picture in report.before.pictures)
+        assert np.array_equal(one, other) == alike
+    with pytest.raises(
+        reattend.ReattendError, match=r"draws every run from the start: give both prompts at once, prompt=\[source, edited\]"
+    ):
+        reattend.compare(pipe, ("prompt-reweight", {"edit": "replace", "source": "run"}), prompt="a red sky", **options)
+
+
+def test_an_empty_prompt_is_one_of_a_picture_and_none_is_an_error():
+    from tiny_prompts import FAMILIES
+
+    pipe, call = FAMILIES["SD"]()
+    boxes = ("attentive-eraser", {"boxes": [[0.1, 0.1, 0.6, 0.6]]})
+    report = reattend.compare(pipe, boxes, prompt="", num_inference_steps=2, attention=False, **call)
+    assert len(report.after.pictures) == 1
+    with pytest.raises(reattend.ReattendError, match="draws what a prompt says: give prompt"):
+        reattend.compare(pipe, boxes, num_inference_steps=2, **call)

@@ -137,6 +137,11 @@ def compare(
     for label, counts in report.stats.items():
         if not counts:
             report.notes.append(f"Recipe {label!r} never acted in this run, so nothing was changed: {session.idle(label)}.")
+    for one in chosen:
+        if one.info.reads:
+            report.notes.append(
+                f"Recipe {one.slug!r} reads and changes nothing; in Python, what it found is on the recipe: recipe.found."
+            )
     return report
 
 

@@ -94,6 +94,15 @@ def test_the_prompts_of_a_picture_and_its_edits_begin_with_one_noise():
         reattend.compare(pipe, ("prompt-reweight", {"edit": "replace", "source": "run"}), prompt="a red sky", **options)
 
 
+def test_a_recipe_that_only_reads_says_where_its_result_is():
+    import tiny_pipelines
+
+    recipe = reattend.recipe("attencraft", words="a", timestep=999)
+    options = {"prompt": "a fox", "num_inference_steps": 2, "attention": False}
+    report = reattend.compare(tiny_pipelines.stable_diffusion(), recipe, **options)
+    assert any("reads and changes nothing" in note for note in report.notes) and len(recipe.found) == 1
+
+
 def test_an_empty_prompt_is_one_of_a_picture_and_none_is_an_error():
     from tiny_prompts import FAMILIES
 

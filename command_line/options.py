@@ -40,7 +40,12 @@ Sweep = Annotated[
     list[str],
     typer.Option("--sweep", help="one variant per value, as alpha=0.55,0.3,0.09, beside one --recipe", show_default=False),
 ]
-Text = Annotated[str, typer.Option("--text", "--prompt", "-t", help="the input text, or @file", show_default=False)]
+Text = Annotated[
+    list[str],
+    typer.Option(
+        "--text", "--prompt", "-t", help="the input text, or @file; repeat for several pictures at once", show_default=False
+    ),
+]
 Image = Annotated[str, typer.Option("--image", "-i", help="an input picture", show_default=False)]
 Raw = Annotated[bool, typer.Option("--raw", help="give the text as it is, without the model's chat template")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**20, help="how much text at most")]

@@ -37,7 +37,7 @@ def run(
     model: Model,
     recipe: Recipes = [],  # noqa: B006
     set_: Settings = [],  # noqa: B006
-    text: Text = "",
+    text: Text = [],  # noqa: B006
     image: Image = "",
     max_new_tokens: Tokens = 64,
     steps: Steps = 0,
@@ -98,7 +98,7 @@ def compare(
     recipe: Variants = [],  # noqa: B006
     set_: Settings = [],  # noqa: B006
     sweep: Sweep = [],  # noqa: B006
-    text: Text = "",
+    text: Text = [],  # noqa: B006
     image: Image = "",
     max_new_tokens: Tokens = 64,
     steps: Steps = 0,

@@ -14,10 +14,13 @@ from ..recipes.kit.checks import read_picture, read_text, read_yaml, shown
 from ..recipes.kit.registry import is_file_name
 from ..zoo.loading import meant
 from . import loading
+from .inputs import draws
 from .variants import NONE, read_spec, slug, split_composed, split_list
 
 # options of the command line, and what they are called by pipelines
 DRAWING = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
+
+NO_INPUT = "give an input with --text (or --prompt), --image or both"
 
 
 def picture_of(image: Any) -> Any:
@@ -130,7 +133,7 @@ def _text(given: str) -> str:
 
 def prepare(
     model: str,
-    text: str,
+    texts: list[str],
     image: str,
     raw: bool,
     tokens: int,
@@ -140,15 +143,23 @@ def prepare(
     dtype: str,
 ) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments for a job): text as a chat message where the model has a template; a model of the zoo is drawn as it is meant
-    to be, but for what `drawing` names (steps, guidance, height, width; 0 or, of guidance, None = not named)."""
+    to be, but for what `drawing` names (steps, guidance, height, width; 0 or, of guidance, None = not named).
+
+    texts: the input; several, or an empty one, only for a pipeline that draws."""
     named = {name: value for name, value in drawing.items() if value is not None and (value or name == "guidance")}
     if not 0 <= (guidance := named.get("guidance", 0)) < math.inf:
         raise ReattendError(f"--guidance must be a number of at least 0, got {guidance:g}")
-    text = _text(text)
+    read = [_text(text) for text in texts]
     picture = read_picture(image, "picture") if image else None
-    if not text and not image:
-        raise ReattendError('give an input with --text (or --prompt; of a picture " " is the empty one), --image or both')
+    if not read and not image:
+        raise ReattendError(NO_INPUT)
     pipe = loading.load(model, device=device or None, dtype=dtype or None)
+    drawn = draws(pipe)
+    if not drawn and len(read) > 1:
+        raise ReattendError(f"--text (or --prompt) stands once: {model} reads one text at a time, got {len(read)}")
+    if not drawn and not any(read) and not image:
+        raise ReattendError(NO_INPUT)
+    text = read[0] if read else ""
     asked: Any = text or None
     options: dict[str, Any] = {}
     task = getattr(pipe, "task", None)
@@ -157,7 +168,8 @@ def prepare(
         processor = getattr(pipe, "processor", None) or pipe.tokenizer
         if task == "text-generation" and not raw and getattr(processor, "chat_template", None):
             asked = [{"role": "user", "content": text}]
-    if isinstance(getattr(pipe, "components", None), dict):
+    if drawn:
+        asked = read if len(read) > 1 else text if read else None
         options = {DRAWING[name]: value for name, value in {**meant(pipe), **named}.items()}
     elif named:
         raise ReattendError(f"--{next(iter(named))} is for models that draw pictures, and {model} draws none; leave it out")

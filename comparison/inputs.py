@@ -23,20 +23,20 @@ def job_for(
     if text is not None and prompt is not None:
         raise ReattendError("text and prompt both name the input: give one of them")
     asked = text if text is not None else prompt
-    # an empty prompt is one of a picture
-    if isinstance(asked, str) and not asked.strip() and not _draws(model):
+    # to a pipeline that draws, an empty prompt is one: Attentive Eraser asks for it
+    if isinstance(asked, str) and not asked.strip() and not draws(model):
         raise ReattendError("the prompt is empty: give the text that both runs shall start from")
     if isinstance(asked, str):
         checks.text(asked, "the prompt")
     name, first = ("text", text) if text is not None else ("prompt", prompt) if prompt is not None else ("inputs", inputs)
-    if isinstance(first, (list, tuple)) and first and all(isinstance(item, str) for item in first) and not _draws(model):
+    if isinstance(first, (list, tuple)) and first and all(isinstance(item, str) for item in first) and not draws(model):
         raise ReattendError(
             f"{name}: a comparison takes one prompt at a time, as a string or a list of chat messages, got {len(first)} in a "
             f"{type(first).__name__}: call it once per prompt"
         )
     if isinstance(model, nn.Module):
         return _bare(model, asked, image, inputs, tokenizer, options, seed)
-    if _draws(model):
+    if draws(model):
         from .images import ImageJob
 
         given = {"prompt": asked, "image": image}
@@ -48,7 +48,7 @@ def job_for(
     return _pipeline(model, asked if asked is not None else inputs, image, options, seed)
 
 
-def _draws(model: Any) -> bool:
+def draws(model: Any) -> bool:
     """Whether this is a diffusers pipeline, which takes several prompts and gives a picture for each."""
     return not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), dict)
 

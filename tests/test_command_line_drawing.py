@@ -88,3 +88,37 @@ def test_other_pipelines_are_left_as_they_are():
     for name, card in CARDS.items():
         model = MODELS[name]
         assert (model.steps, model.guidance) in ((None, None), (card.steps, card.guidance)), name
+
+
+def test_an_empty_prompt_is_one_and_none_is_an_error(call, tiny, tmp_path):
+    eraser = ["-r", "attentive-eraser:boxes=[0, 0, .5, .5]", "--steps", "2"]
+    result = call("run", "pipe", *eraser, "--prompt", "", "-o", str(tmp_path / "x.png"))
+    assert result.exit_code == 0 and (tmp_path / "x.png").is_file(), result.output
+    result = call("compare", "pipe", *eraser, "--prompt", "", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["request"]["prompt"] == "", result.output
+    for command in ("run", "compare"):
+        result = call(command, "pipe", *eraser)
+        assert result.exit_code == 2 and "give an input with --text (or --prompt)" in result.stderr
+
+
+def test_an_empty_text_is_none_to_a_language_model(call, text_pipe, monkeypatch):  # noqa: F811
+    from reattend.comparison import loading
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: text_pipe)
+    result = call("run", "model", "-r", "streaming", "-t", "")
+    assert result.exit_code == 2 and "give an input with --text (or --prompt)" in result.stderr
+
+
+def test_a_prompt_for_each_picture(call, tiny, text_pipe, tmp_path, monkeypatch):  # noqa: F811
+    drawn = ["-r", "softpag:layers=[0]", "--steps", "1", "-t", "a dog", "-t", "a fox"]
+    result = call("run", "pipe", *drawn, "-o", str(tmp_path / "x.png"))
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["x-0.png", "x-1.png"]
+    result = call("compare", "pipe", *drawn, "--json")
+    assert json.loads(result.stdout)["before"]["pictures"] == 2
+
+    from reattend.comparison import loading
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: text_pipe)
+    result = call("run", "model", "-r", "streaming", "-t", "a dog", "-t", "a fox")
+    assert result.exit_code == 2 and "--text (or --prompt) stands once: model reads one text" in result.stderr

@@ -68,7 +68,7 @@ def run(
     chosen = recipes_of(recipe, set_)
     drawing = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     pipe, given = prepare(model, text, image, raw, max_new_tokens, drawing, sample, device, dtype)
-    job = job_for(pipe, seed=whole_number(seed, "--seed"), **given)
+    job = job_for(pipe, seed=whole_number(seed, "--seed"), recipes=chosen, **given)
     if job.kind == "image":
         place = check_output(out, "--out", overwrite=force, remedy="--force", folders=False)
         if place.suffix.lower() not in Pictures.registered_extensions():

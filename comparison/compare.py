@@ -17,7 +17,7 @@ from .cost import Meter
 from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes
 from .images import ImageJob
 from .inputs import job_for
-from .job import Job, Tick, generators_kept, noise_of
+from .job import Job, Tick, generators_kept
 from .looks import add_side
 from .report import Report
 from .shares import FIRST, named
@@ -91,6 +91,9 @@ def compare(
     inputs, text is the passage for every recipe that marks one and was not given its own; otherwise that is given as a pair:
     ("emphasise", {"text": "in French"}). So is a picture that is a recipe's own: image is the model's.
 
+    Where a recipe takes the prompts of a batch for a source and its edits (prompt-reweight with edit), the pictures of all of them begin with
+    the same noise, in all runs, unless generator is given as a list.
+
     Each variant runs once, and once more for the look at its attention: there both read the same text, the prompt and the beginning of
     the untouched model's answer. Raises ReattendError for bad input before anything runs.
     """
@@ -110,9 +113,7 @@ def compare(
             )
         return sweep(model, variants, text, prompt, image, inputs, seed, tokenizer, attention, title, progress, options)
     chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
-    one_noise = noise_of(chosen)
-    job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
-    job.one_noise = one_noise
+    job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed, chosen)
     table = sites(model)
     around = session_notes(model)  # before a session of our own starts
     session = apply(model, *chosen, tokenizer=job.tokenizer)  # a recipe that does not fit says so before anything runs

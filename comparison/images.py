@@ -21,12 +21,13 @@ SHOWN_FRAMES = 4
 
 
 class ImageJob(Job):
-    """A diffusers pipeline with the arguments of its call."""
+    """A diffusers pipeline with the arguments of its call. one_noise: whether all prompts begin with the same noise."""
 
     kind = "image"
 
-    def __init__(self, pipe: Any, options: dict[str, Any], seed: int) -> None:
+    def __init__(self, pipe: Any, options: dict[str, Any], seed: int, one_noise: bool = False) -> None:
         super().__init__(pipe, getattr(pipe, "tokenizer", None), seed)
+        self.one_noise = one_noise
         self.options = _drawn_alike(dict(options))
         # parameters by name, each with a default
         self.accepted: dict[str, Any]
@@ -95,13 +96,9 @@ class ImageJob(Job):
         if steps is not None and "num_inference_steps" in self.accepted:
             options["num_inference_steps"] = min(self._asking(steps), self.ticks)
         if "generator" in self.accepted:
-            noise: Any = torch.Generator("cpu").manual_seed(self.seed)
-            prompts = options.get("prompt")
-            if self.one_noise and isinstance(prompts, (list, tuple)):
-                # edits begin with the noise of what they are edits of
-                each = [self.seed + place for place in range(int(options.get("num_images_per_prompt") or 1))]
-                noise = [torch.Generator("cpu").manual_seed(seed) for _ in prompts for seed in each]
-            options.setdefault("generator", noise)
+            options.setdefault("generator", torch.Generator("cpu").manual_seed(self.seed))
+            if self.one_noise and isinstance(options["generator"], torch.Generator):
+                options["generator"] = _of_one_noise(options["generator"], *self._asked(options))
         if "output_type" in self.accepted:
             options["output_type"] = "pil"
         if tick is not None and "callback_on_step_end" in self.accepted and "callback_on_step_end" not in options:
@@ -120,6 +117,12 @@ class ImageJob(Job):
             )
         pictures = list(pictures)
         return list(pictures[0]) if pictures and isinstance(pictures[0], (list, tuple)) else pictures
+
+    @staticmethod
+    def _asked(options: dict[str, Any]) -> tuple[int, int]:
+        """(prompts, pictures of each)."""
+        given = next((value for name in ("prompt", "prompt_embeds") if (value := options.get(name)) is not None), "")
+        return 1 if isinstance(given, str) else len(given), int(options.get("num_images_per_prompt") or 1)
 
     def _asking(self, steps: int) -> int:
         """How many steps to ask for, where image to image does only the share `strength` of them, rounded down, for so many to be done."""
@@ -176,6 +179,13 @@ def _drawn_alike(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(given, (list, tuple)) and all(isinstance(one, torch.Generator) for one in given):
         return {**options, "generator": [_twin(one) for one in given]}
     return dict(options)
+
+
+def _of_one_noise(generator: torch.Generator, prompts: int, pictures: int) -> list[torch.Generator]:
+    """A generator for every picture, those of a prompt after each other: what one prompt's begin with, all prompts' do."""
+    further = [(generator.initial_seed() + number) % 2**63 for number in range(1, pictures)]
+    first = [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in further)]
+    return [_twin(one) for _ in range(prompts) for one in first]
 
 
 def _twin(generator: torch.Generator) -> torch.Generator:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..interventions import ReattendError, UnsupportedError
+from ..recipes import Recipe
 from ..recipes.kit import checks
-from .job import Job
+from .job import Job, noise_of
 from .predictions import PredictionJob
 from .text import TextJob
 
@@ -17,9 +18,21 @@ TASKS = ("text-generation", "image-text-to-text", "fill-mask", "text-classificat
 
 
 def job_for(
-    model: Any, text: Any, prompt: Any, image: Any, inputs: Any, tokenizer: Any, options: dict[str, Any], seed: int
+    model: Any,
+    text: Any,
+    prompt: Any,
+    image: Any,
+    inputs: Any,
+    tokenizer: Any,
+    options: dict[str, Any],
+    seed: int,
+    recipes: Sequence[Recipe],
 ) -> Job:
-    """The job for this model and input. Raises ReattendError where they do not go together."""
+    """The job for this model and input, whose runs stand alone, under these recipes or none of them.
+
+    Raises ReattendError where they do not go together.
+    """
+    one_noise = noise_of(recipes)
     if text is not None and prompt is not None:
         raise ReattendError("text and prompt both name the input: give one of them")
     asked = text if text is not None else prompt
@@ -40,7 +53,7 @@ def job_for(
         from .images import ImageJob
 
         given = {"prompt": asked, "image": image}
-        return ImageJob(model, {**{k: v for k, v in given.items() if v is not None}, **options}, seed)
+        return ImageJob(model, {**{k: v for k, v in given.items() if v is not None}, **options}, seed, one_noise)
     if not isinstance(getattr(model, "model", None), nn.Module):
         raise ReattendError(
             f"expected a transformers model or pipeline, a diffusers pipeline, or an nn.Module, got {type(model).__name__}"

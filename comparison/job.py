@@ -31,7 +31,7 @@ def noise_of(recipes: Sequence[Recipe]) -> bool:
     for recipe in recipes:
         if recipe.follows == "run":
             raise ReattendError(
-                f"recipe {recipe.slug!r} edits the picture of an earlier run, and a comparison draws every run from the start: give both "
+                f"recipe {recipe.slug!r} edits the picture of an earlier run, and a command or comparison draws every run from the start: give both "
                 'prompts at once, prompt=[source, edited], without source="run"'
             )
     return any(recipe.follows == "batch" for recipe in recipes)
@@ -41,8 +41,6 @@ class Job(ABC):
     """model: what recipes attach to. tokenizer: what finds tokens by text, or None. seed: set before every run."""
 
     kind = ""
-    # whether all prompts of a run begin with the same noise, as a picture and its edits do
-    one_noise = False
 
     def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed

@@ -8,7 +8,7 @@ from ..hooks import sites
 from ..recipes import apply
 from .facts import environment, model_facts, progress_bar, session_notes
 from .inputs import job_for
-from .job import generators_kept, noise_of
+from .job import generators_kept
 from .report import Report
 from .sweep import Sweep
 from .sweep_chart import chart_of
@@ -37,9 +37,8 @@ def sweep(
     reads the beginning of the untouched text (or a short look at a joint attention), and is taken off before the next one.
     """
     variants, text, options = variants_asked(wanted, text, prompt, inputs, options)
-    one_noise = noise_of([recipe for variant in variants for recipe in variant.recipes])
-    job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed)
-    job.one_noise = one_noise
+    applied = [item for variant in variants for item in variant.recipes]
+    job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed, applied)
     table = sites(model)
     around, sessions = session_notes(model), []  # the former before sessions of our own start
     for place, variant in enumerate(variants, start=1):

@@ -27,6 +27,7 @@ class WordMaps:
 
     def __init__(self, job: ImageJob, chosen: Sequence[Recipe]) -> None:
         self.model, self.options, self.seed, self.chosen = weakref.ref(job.model), job.options, job.seed, list(chosen)
+        self.one_noise = job.one_noise
 
     def read(self, words: str | Sequence[str] | None, picture: int) -> Maps:
         """The maps of one picture, [height, width] each: the weight of all steps, layers and heads on a word's columns, mean over heads.
@@ -52,7 +53,7 @@ class WordMaps:
             session = apply(model, *self.chosen) if side == "after" else None
             try:
                 with attach(model, [Plan("word maps", heat.steps)]):
-                    ImageJob(model, self.options, self.seed).run(lambda: None)
+                    ImageJob(model, self.options, self.seed, self.one_noise).run(lambda: None)
             finally:
                 if session is not None:
                     session.remove()

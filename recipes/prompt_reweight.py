@@ -13,8 +13,8 @@ Ours: reweighting one picture by itself, where the paper takes the weights of th
 with the same prompt twice). `stop` 0.8 is what the authors' examples take. In joint attention the image's own columns are taken as
 self-attention's, of any size: such models have one size of maps. The source may be the session's first run instead of the batch's first
 prompt, whose queries and keys are then kept. The local blend of latents is left out. Pictures to be edited have to begin with the same
-noise: give the pipeline `latents`, or a list of generators with the same seed. An edit goes with no recipe that puts a text of its own
-after the prompt (vsf, regional): whose weights its columns would take is not defined.
+noise: give the pipeline `latents`, or a list of generators with the same seed (`compare` does so by itself). An edit goes with no recipe
+that puts a text of its own after the prompt (vsf, regional): whose weights its columns would take is not defined.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import reattend
 import tiny_pipelines
+import torch
 
 SHORT = dict(num_inference_steps=2, attention=False)
 ERASER = dict(boxes=[0.0, 0.0, 0.5, 0.5], scale=5.0)
@@ -21,3 +22,46 @@ def test_an_empty_prompt_that_was_given_is_a_prompt(pipe, several):
     report = reattend.compare(pipe, *given, prompt="", num_inference_steps=2)
     assert report.request["prompt"] == ""
     assert not (report.columns[0].same if several else report.metrics["identical"])
+
+
+EDIT = dict(edit="replace", stop=1.0, self_stop=1.0)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("given", [False, True], ids=["seed", "generator"])
+def test_a_source_and_its_edits_begin_with_the_same_noise(pipe, several, given):
+    told = {"generator": torch.Generator().manual_seed(5)} if given else {"seed": 5}
+    asked = dict(prompt=["a fox", "a map", "a fox"], num_images_per_prompt=2, **told, **SHORT)
+    recipe = ("prompt-reweight", {**EDIT, "pictures": 2})
+    if several:
+        drawn = reattend.compare(pipe, [recipe, "softpag"], **asked).untouched.pictures
+    else:
+        drawn = reattend.compare(pipe, recipe, **asked).before.pictures
+    # shown are four of the six: 0, 2, 3 and 5
+    first, _, second, again = (bytes(picture.tobytes()) for picture in drawn)
+    pixels = [picture.tobytes() for picture in alone(pipe, [5, 6], 2)]
+    assert [first, again] == pixels, "those of the source prompt, each drawn by itself from its own seed"
+    assert second not in pixels
+
+
+def alone(pipe, seeds, steps):
+    draw = torch.Generator
+    return [pipe("a fox", num_inference_steps=steps, generator=draw().manual_seed(seed)).images[0] for seed in seeds]
+
+
+def test_maps_of_words_are_read_from_pictures_of_the_same_noise(pipe):
+    report = reattend.compare(pipe, ("prompt-reweight", EDIT), prompt=["a fox", "a fox"], **SHORT)
+    first, second = (report.maps.read("fox", picture) for picture in (0, 1))
+    assert torch.allclose(first["before"]["fox"], second["before"]["fox"], atol=1e-5)
+
+
+def test_without_an_edit_prompts_have_noises_of_their_own(pipe):
+    first, second = reattend.compare(pipe, "softpag", prompt=["a fox", "a fox"], **SHORT).before.pictures
+    assert first.tobytes() != second.tobytes()
+
+
+def test_an_edit_across_runs_is_refused_before_anything_runs(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("ran"))
+    for given in (["prompt-reweight"], [["prompt-reweight"]]):
+        with pytest.raises(reattend.ReattendError, match="draws every run from the start: give both prompts at once"):
+            reattend.compare(pipe, *given, prompt="a fox", edit="replace", source="run")

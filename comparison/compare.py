@@ -23,7 +23,7 @@ from .report import Report
 from .shares import FIRST, named
 from .sweep import Sweep
 from .sweep_run import sweep
-from .sweep_variants import filled, passage_of
+from .sweep_variants import filled, passage_of, picture_for
 from .word_maps import WordMaps
 
 # The role of the first token where passages have roles of their own, which go before "bos".
@@ -89,7 +89,8 @@ def compare(
 
     options go to `generate` or to the pipeline's call; those that are parameters of a single named recipe go to the recipe. Beside prompt or
     inputs, text is the passage for every recipe that marks one and was not given its own; otherwise that is given as a pair:
-    ("emphasise", {"text": "in French"}). So is a picture that is a recipe's own: image is the model's.
+    ("emphasise", {"text": "in French"}). image is the model's; where a pipeline that draws takes none, it is every recipe's that has such a
+    parameter and was not given one (attencraft), and where it takes one, also that of those named without parameters of their own.
 
     Where a recipe takes the prompts of a batch for a source and its edits (prompt-reweight with edit), the pictures of all of them begin with
     the same noise, in all runs, unless generator is given as a list.
@@ -112,7 +113,7 @@ def compare(
                 "list inside the list composes within a variant"
             )
         return sweep(model, variants, text, prompt, image, inputs, seed, tokenizer, attention, title, progress, options)
-    chosen, text, options = _recipes(recipes, text, prompt, inputs, options)
+    chosen, text, image, options = _recipes(model, recipes, text, prompt, image, inputs, options)
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed, chosen)
     table = sites(model)
     around = session_notes(model)  # before a session of our own starts
@@ -192,16 +193,17 @@ def _mass(mass: dict[str, float]) -> dict[str, float]:
 
 
 def _recipes(
-    recipes: Sequence[Choice], text: Any, prompt: Any, inputs: Any, options: dict[str, Any]
-) -> tuple[list[Recipe], Any, dict[str, Any]]:
-    """(recipes with their parameters, the input text, options of the run)."""
+    model: Any, recipes: Sequence[Choice], text: Any, prompt: Any, image: Any, inputs: Any, options: dict[str, Any]
+) -> tuple[list[Recipe], Any, Any, dict[str, Any]]:
+    """(recipes with their parameters, the input text, the model's picture, options of the run)."""
     if not recipes:
         resolve(recipes, {})  # says what to give
     read = [choice if isinstance(choice, Recipe) else read_choice(choice) for choice in recipes]
+    image = picture_for(model, read, image)
     first = read[0]
     if len(recipes) == 1 and isinstance(recipes[0], str) and not is_file_name(recipes[0]) and not isinstance(first, Recipe):
         fields = first[0].model_fields
         first[1].update({name: options[name] for name in options if name in fields})
         options = {name: value for name, value in options.items() if name not in fields}
     shared, text = passage_of(read, text, prompt, inputs)
-    return [item if isinstance(item, Recipe) else filled(item[0], item[1], shared) for item in read], text, options
+    return [item if isinstance(item, Recipe) else filled(item[0], item[1], shared) for item in read], text, image, options

@@ -29,23 +29,13 @@ class ImageJob(Job):
         super().__init__(pipe, getattr(pipe, "tokenizer", None), seed)
         self.one_noise = one_noise
         self.options = _drawn_alike(dict(options))
-        # parameters by name, each with a default
-        self.accepted: dict[str, Any]
+        self.accepted, takes_any = taken_by(pipe)
         # what a modular pipeline is asked for; "" of others, which return it with all the rest
-        self.output = ""
-        takes_any = False
-        if _modular(pipe):
-            self.accepted = {one.name: one for one in pipe.blocks.inputs if one.name}
-            self.output = _drawn(pipe)
-        else:
-            _, *parameters = inspect.signature(type(pipe).__call__).parameters.values()
-            self.accepted = {one.name: one for one in parameters}
-            # diffusers' own pipelines swallow what they do not know; a pipeline of somebody else's may use it
-            any_more = any(one.kind is one.VAR_KEYWORD for one in parameters)
-            takes_any = any_more and not type(pipe).__module__.startswith("diffusers.")
+        self.output = _drawn(pipe) if _modular(pipe) else ""
         unknown = [k for k in self.options if k not in self.accepted]
         if unknown and not takes_any:
-            raise ReattendError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes: {', '.join(self.accepted)}")
+            own = " (a picture for a recipe is a parameter of the recipe's own)" if unknown[0] == "image" else ""
+            raise ReattendError(f"{type(pipe).__name__} takes no {unknown[0]!r}{own}; it takes: {', '.join(self.accepted)}")
         if "prompt" in self.accepted and not any(
             self.options.get(name) is not None for name in ("prompt", "prompt_embeds", "inputs")
         ):
@@ -152,6 +142,16 @@ class ImageJob(Job):
         report.metrics["largest_difference"] = largest
         given = self.options.get("image")
         report.inputs = [given] if given is not None and hasattr(given, "save") else []
+
+
+def taken_by(pipe: Any) -> tuple[dict[str, Any], bool]:
+    """(parameters of a pipeline's call by name, each with a default; whether it takes any others too)."""
+    if _modular(pipe):
+        return {one.name: one for one in pipe.blocks.inputs if one.name}, False
+    _, *parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    # diffusers' own pipelines swallow what they do not know; a pipeline of somebody else's may use it
+    any_more = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    return {one.name: one for one in parameters}, any_more and not type(pipe).__module__.startswith("diffusers.")
 
 
 def _modular(pipe: Any) -> bool:

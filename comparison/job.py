@@ -31,8 +31,8 @@ def noise_of(recipes: Sequence[Recipe]) -> bool:
     for recipe in recipes:
         if recipe.follows == "run":
             raise ReattendError(
-                f"recipe {recipe.slug!r} edits the picture of an earlier run, and a command or comparison draws every run from the start: give both "
-                'prompts at once, prompt=[source, edited], without source="run"'
+                f"recipe {recipe.slug!r} edits the picture of an earlier run, and a command or comparison draws every run from the start: "
+                'give both prompts at once, prompt=[source, edited], without source="run"'
             )
     return any(recipe.follows == "batch" for recipe in recipes)
 

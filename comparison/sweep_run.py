@@ -36,7 +36,7 @@ def sweep(
     All variants are read, and tried against the model's sites, before anything runs. Each of them then runs once, after a short run that
     reads the beginning of the untouched text (or a short look at a joint attention), and is taken off before the next one.
     """
-    variants, text, options = variants_asked(wanted, text, prompt, inputs, options)
+    variants, text, image, options = variants_asked(model, wanted, text, prompt, image, inputs, options)
     applied = [item for variant in variants for item in variant.recipes]
     job = job_for(model, text, prompt, image, inputs, tokenizer, options, seed, applied)
     table = sites(model)

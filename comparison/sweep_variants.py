@@ -13,6 +13,8 @@ from ..recipes import Recipe
 from ..recipes.kit.checks import shown
 from ..recipes.kit.registry import made, read_choice
 from .facts import recipe_facts
+from .images import taken_by
+from .inputs import draws
 from .variants import choices_of
 from .words import short
 
@@ -40,9 +42,9 @@ class Variant:
 
 
 def variants_asked(
-    wanted: Sequence[Any], text: Any, prompt: Any, inputs: Any, options: dict[str, Any]
-) -> tuple[list[Variant], Any, dict[str, Any]]:
-    """(variants, the input text, options of the run).
+    model: Any, wanted: Sequence[Any], text: Any, prompt: Any, image: Any, inputs: Any, options: dict[str, Any]
+) -> tuple[list[Variant], Any, Any, dict[str, Any]]:
+    """(variants, the input text, the model's picture, options of the run).
 
     Options that are parameters of recipes go to every recipe that has them and does not say them itself; so does text, where prompt or
     inputs give the input. Raises ReattendError that names the variant: for an empty list, the plain model, or the same one twice.
@@ -58,6 +60,8 @@ def variants_asked(
             if not choices:
                 raise ReattendError(f"{shown(item)} is the untouched model, which every report shows: leave it out of the list")
             read.append([choice if isinstance(choice, Recipe) else read_choice(choice) for choice in choices])
+    handed = {"image"} if image is not None else set()
+    image = picture_for(model, [choice for choices in read for choice in choices], image)
     fields = {name for choices in read for c in choices if not isinstance(c, Recipe) for name in c[0].model_fields}
     shared = {name: options[name] for name in options if name in fields}
     options = {name: value for name, value in options.items() if name not in fields}
@@ -69,9 +73,9 @@ def variants_asked(
             variants.append(Variant([c if isinstance(c, Recipe) else filled(c[0], c[1], shared) for c in choices]))
     for variant in variants:
         variant.facts = [recipe_facts(item) for item in variant.recipes]
-    _name(variants, set(shared))
+    _name(variants, {*shared, *handed})
     _refuse_doubles(variants)
-    return variants, text, options
+    return variants, text, image, options
 
 
 def passage_of(read: Sequence[Recipe | Read], text: Any, prompt: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
@@ -85,6 +89,23 @@ def passage_of(read: Sequence[Recipe | Read], text: Any, prompt: Any, inputs: An
     if text is None or not lacking or (prompt is None and inputs is None):
         return {}, text
     return {"text": text}, None
+
+
+def picture_for(model: Any, read: Sequence[Recipe | Read], image: Any) -> Any:
+    """The picture that the model itself is given; of a pipeline that draws, recipes get it here as a parameter of theirs.
+
+    Where the pipeline takes no picture it is that of all recipes that have such a parameter and were not given one; where it takes one, only
+    of those that were given no parameters of their own: of the others, what they were given is all that they shall have.
+    """
+    if image is None or not draws(model):
+        return image
+    accepted, takes_any = taken_by(model)
+    its_own = takes_any or "image" in accepted
+    having = [choice for choice in read if not isinstance(choice, Recipe) and "image" in choice[0].model_fields]
+    lacking = [given for _, given in having if given.get("image") is None and not (its_own and given)]
+    for given in lacking:
+        given["image"] = image
+    return image if its_own or not lacking else None
 
 
 def _has_passage(given: dict[str, Any]) -> bool:

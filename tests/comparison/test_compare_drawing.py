@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import reattend
 import tiny_pipelines
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
 
 SHORT = dict(num_inference_steps=2, attention=False)
 ERASER = dict(boxes=[0.0, 0.0, 0.5, 0.5], scale=5.0)
@@ -65,3 +68,72 @@ def test_an_edit_across_runs_is_refused_before_anything_runs(pipe, monkeypatch):
     for given in (["prompt-reweight"], [["prompt-reweight"]]):
         with pytest.raises(reattend.ReattendError, match="draws every run from the start: give both prompts at once"):
             reattend.compare(pipe, *given, prompt="a fox", edit="replace", source="run")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(numpy.arange(16 * 16 * 3, dtype=numpy.uint8).reshape(16, 16, 3))
+
+
+@pytest.fixture(scope="module")
+def over_a_picture(pipe):
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    made = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def given_to(report):
+    """Whether a recipe, and the pipeline, got the picture."""
+    return [item["parameters"]["image"] is not None for item in report.recipes], bool(report.inputs)
+
+
+@pytest.mark.parametrize("as_pair", [False, True])
+def test_a_picture_that_the_pipeline_does_not_take_is_the_recipes(pipe, picture, tmp_path, as_pair):
+    own = dict(words=["fox", "map"], timestep=100, cross_resolution=4, self_resolution=8)
+    asked = dict(prompt="a fox and a map", **SHORT)
+    if as_pair:
+        report = reattend.compare(pipe, ("attencraft", own), image=picture, **asked)
+    else:
+        picture.save(tmp_path / "pic.png")
+        report = reattend.compare(pipe, "attencraft", image=tmp_path / "pic.png", **own, **asked)
+    assert given_to(report) == ([True], False)
+    (found,) = report.maps.chosen[0].found
+    recipe = reattend.recipe("attencraft", image=picture, **own)
+    with reattend.apply(pipe, recipe):
+        pipe("a fox and a map", num_inference_steps=2)
+    assert torch.equal(recipe.found[0].maps, found.maps)
+
+
+def test_a_picture_to_begin_with_is_an_erasers(pipe, picture):
+    report = reattend.compare(pipe, "attentive-eraser", image=picture, invert=True, prompt="", **ERASER, **SHORT)
+    assert given_to(report) == ([True], False) and not report.metrics["identical"]
+    variants = [("attentive-eraser", {"scale": 3.0}), ("attentive-eraser", {"scale": 9.0}), "softpag"]
+    report = reattend.compare(pipe, variants, image=picture, invert=True, boxes=ERASER["boxes"], prompt="", **SHORT)
+    assert [column.label for column in report.columns] == [
+        "attentive-eraser(scale=3.0)",
+        "attentive-eraser(scale=9.0)",
+        "softpag",
+    ]
+
+
+@pytest.mark.parametrize(
+    "recipe, told, both",
+    [
+        ("attentive-eraser", ERASER, True),
+        (("attentive-eraser", ERASER), {}, False),
+        (reattend.recipe("attentive-eraser", **ERASER), {}, False),
+    ],
+    ids=["named", "pair", "object"],
+)
+def test_a_picture_that_both_take(over_a_picture, picture, recipe, told, both):
+    report = reattend.compare(over_a_picture, recipe, image=picture, prompt="", **told, num_inference_steps=4, attention=False)
+    assert given_to(report) == ([both], True)
+
+
+def test_a_picture_that_nobody_takes_is_refused(pipe, picture):
+    for recipe in ("softpag", reattend.recipe("attentive-eraser", **ERASER)):
+        with pytest.raises(
+            reattend.ReattendError, match="takes no 'image' .a picture for a recipe is a parameter of the recipe's"
+        ):
+            reattend.compare(pipe, recipe, image=picture, prompt="", **SHORT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ def variants_of(names: list[str], pairs: list[str], sweep: list[str] | None = No
     if any(name == NONE for name, _ in specs):
         raise ReattendError(f"--recipe {NONE}: the untouched model always runs too; leave it out")
     for key, value in settings_of(pairs).items():
+        _refuse_parts(key, value, specs)
         for place in _owners(key, specs):
             specs[place][1].setdefault(key.rpartition(".")[2], value)
     if not sweep:
@@ -95,6 +97,18 @@ def _owners(key: str, specs: list[tuple[str, dict[str, Any]]], option: str = "--
     return found
 
 
+def _refuse_parts(key: str, value: Any, specs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Raises ReattendError for a key that names something inside a parameter, as boxes.circle or regional.boxes.circle."""
+    names = [name for name, _ in specs if not is_file_name(name)]
+    first, *rest = key.split(".")
+    owner = ""
+    if slug(first) in map(slug, names):
+        owner, (first, *rest) = f"{first}.", rest or [""]
+    if rest and any(first in recipe_class(name).model_fields for name in names):
+        whole = json.dumps({".".join(rest): value}, ensure_ascii=False)
+        raise ReattendError(f"--set {key}: {first} is one parameter, which is written whole, as --set '{owner}{first}={whole}'")
+
+
 def _swept(sweep: list[str], names: list[str]) -> tuple[str, list[Any]]:
     """(key, values) of --sweep key=value,value,..."""
     if len(sweep) > 1 or len(names) > 1:
@@ -109,7 +123,21 @@ def _swept(sweep: list[str], names: list[str]) -> tuple[str, list[Any]]:
 
 
 def _made(name: str, given: dict[str, Any]) -> Any:
-    return load_recipe(name) if is_file_name(name) else recipe(name, **given)
+    if is_file_name(name):
+        return load_recipe(name)
+    try:
+        return recipe(name, **given)
+    except ReattendError as error:
+        raise ReattendError(f"{error}{_hint(name, given, str(error))}") from None
+
+
+def _hint(name: str, given: dict[str, Any], error: str) -> str:
+    """How a list is written, where an error is about a parameter that takes one and was given a text."""
+    fields = recipe_class(name).model_fields
+    for key, value in given.items():
+        if isinstance(value, str) and f" {key}: " in error and key in fields and "list[" in str(fields[key].annotation):
+            return f"; a list is written in brackets, as '{key}=[{', '.join(split_list(value))}]'"
+    return ""
 
 
 def texts_of(texts: list[str], file: str) -> list[str]:

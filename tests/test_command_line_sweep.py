@@ -86,6 +86,12 @@ def test_pictures_as_png(call, tmp_path, monkeypatch):
         (["-r", "streaming", "-r", "streaming:windw=3"], "windw is not a parameter of 'streaming'"),
         (["-r", "streaming", "-r", "act", "--set", "window=3"], "write name.key=value, the name one of: streaming, act"),
         (["-r", "streaming", "--set", "act.heads=all"], "write name.key=value"),
+        (
+            ["-r", "csg", "--set", "boxes.circle=[0, 0, .5, 1]"],
+            "boxes is one parameter, which is written whole, as --set 'boxes={\"circle\": [0, 0, 0.5, 1]}'",
+        ),
+        (["-r", "csg", "-r", "softpag", "--set", "csg.boxes.a.b=1"], "as --set 'csg.boxes={\"a.b\": 1}'"),
+        (["-r", "softpag", "--set", "layers=1,2"], "in brackets, as 'layers=[1, 2]'"),
         (["-r", "streaming", "-r", "act", "--sweep", "window=3,4"], "--sweep stands once, beside one --recipe"),
         (["-r", "streaming", "--sweep", "window=3", "--sweep", "sinks=1"], "--sweep stands once"),
         (["-r", "streaming", "--sweep", "window"], "--sweep takes key=value,value,..."),

@@ -60,7 +60,7 @@ def run(
     from PIL import Image as Pictures
 
     from ..comparison.arguments import prepare, recipes_of
-    from ..comparison.facts import progress_bar
+    from ..comparison.facts import progress_bar, reading_notes
     from ..comparison.inputs import job_for
     from ..recipes import apply
     from ..recipes.kit.checks import check_output, whole_number, writing
@@ -76,6 +76,8 @@ def run(
     with apply(pipe, *chosen, tokenizer=job.tokenizer) as session, progress_bar(None, job.ticks, "running") as tick:
         result = job.run(tick)
         stats = session.stats
+    for note in reading_notes(chosen):
+        typer.echo(f"note: {note}", err=True)
     output = job.show(result)
     if job.kind == "image":
         files = []

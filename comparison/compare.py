@@ -14,7 +14,7 @@ from ..recipes.kit.apply import Choice, resolve
 from ..recipes.kit.registry import is_file_name, read_choice
 from .arguments import picture_of
 from .cost import Meter
-from .facts import environment, model_facts, progress_bar, recipe_facts, session_notes
+from .facts import environment, model_facts, progress_bar, reading_notes, recipe_facts, session_notes
 from .images import ImageJob
 from .inputs import job_for
 from .job import Job, Tick, generators_kept
@@ -139,11 +139,7 @@ def compare(
     for label, counts in report.stats.items():
         if not counts:
             report.notes.append(f"Recipe {label!r} never acted in this run, so nothing was changed: {session.idle(label)}.")
-    for one in chosen:
-        if one.info.reads:
-            report.notes.append(
-                f"Recipe {one.slug!r} reads and changes nothing; in Python, what it found is on the recipe: recipe.found."
-            )
+    report.notes += reading_notes(chosen)
     return report
 
 

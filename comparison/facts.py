@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ def session_notes(model: Any) -> list[str]:
     if not names:
         return []
     return [f"This ran inside a session of {' and '.join(names)}: 'untouched' and 'before' mean the model under it."]
+
+
+def reading_notes(recipes: Sequence[Recipe]) -> list[str]:
+    """What a reader must know of recipes that change nothing: that this is so, and where their result is."""
+    slugs = list(dict.fromkeys(item.slug for item in recipes if item.info.reads))
+    return [
+        f"Recipe {slug!r} reads and changes nothing; in Python, what it found is on the recipe: recipe.found." for slug in slugs
+    ]
 
 
 def model_facts(model: Any, job: Job, num_sites: int) -> dict[str, Any]:

@@ -36,10 +36,6 @@ class ImageJob(Job):
         if unknown and not takes_any:
             own = " (a picture for a recipe is a parameter of the recipe's own)" if unknown[0] == "image" else ""
             raise ReattendError(f"{type(pipe).__name__} takes no {unknown[0]!r}{own}; it takes: {', '.join(self.accepted)}")
-        if "prompt" in self.accepted and not any(
-            self.options.get(name) is not None for name in ("prompt", "prompt_embeds", "inputs")
-        ):
-            raise ReattendError(f"{type(pipe).__name__} draws what a prompt says: give prompt (or prompt_embeds)")
 
     @property
     def module(self) -> nn.Module:
@@ -95,9 +91,17 @@ class ImageJob(Job):
             options["callback_on_step_end"] = lambda pipe, step, time, values: (tick(), values)[1]
         self.reseed()
         if self.output:
-            pictures = self.model(**options, output=self.output)
-        else:
+            options["output"] = self.output
+        try:
             output = self.model(**options)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, ReattendError) or not self._lacks_prompt or "prompt" not in str(error):
+                raise
+            raise ReattendError(
+                f"{type(self.model).__name__} draws what a prompt says: give prompt (or prompt_embeds); it says: {error}"
+            ) from error
+        pictures = output
+        if not self.output:
             pictures = getattr(output, "images", None)
             if pictures is None:
                 pictures = getattr(output, "frames", None)
@@ -107,6 +111,11 @@ class ImageJob(Job):
             )
         pictures = list(pictures)
         return list(pictures[0]) if pictures and isinstance(pictures[0], (list, tuple)) else pictures
+
+    @property
+    def _lacks_prompt(self) -> bool:
+        """Whether the pipeline takes a prompt and was given none; some draw without, and say themselves that they do not."""
+        return "prompt" in self.accepted and self.options.get("prompt") is None
 
     @staticmethod
     def _asked(options: dict[str, Any]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..hooks import sites
 from ..recipes import apply
-from .facts import environment, model_facts, progress_bar, session_notes
+from .facts import environment, model_facts, progress_bar, reading_notes, session_notes
 from .inputs import job_for
 from .job import generators_kept
 from .report import Report
@@ -66,6 +66,7 @@ def sweep(
             job.fill(pair, plain, result)
             column.side, column.same = pair.after, bool(pair.metrics["identical"])
             column.first_difference = pair.first_difference
+            column.notes += reading_notes(variant.recipes)
             silent = [repr(label) for label, counts in column.stats.items() if not counts]
             if silent:
                 column.notes.append(f"{' and '.join(silent)} never acted in this run: nothing was changed.")

@@ -122,3 +122,36 @@ def test_a_prompt_for_each_picture(call, tiny, text_pipe, tmp_path, monkeypatch)
     monkeypatch.setattr(loading, "load", lambda *_, **__: text_pipe)
     result = call("run", "model", "-r", "streaming", "-t", "a dog", "-t", "a fox")
     assert result.exit_code == 2 and "--text (or --prompt) stands once: model reads one text" in result.stderr
+
+
+def test_a_method_that_reads_says_where_its_result_is(call, tiny, tmp_path):
+    words = [
+        "--set",
+        'words=["dog"]',
+        "--set",
+        "cross_resolution=4",
+        "--set",
+        "self_resolution=8",
+        "--steps",
+        "2",
+        "-t",
+        "a dog",
+    ]
+    result = call("run", "pipe", "-r", "attencraft", *words, "-o", str(tmp_path / "x.png"))
+    assert result.exit_code == 0 and result.stderr.count("what it found is on the recipe: recipe.found") == 1, result.output
+    result = call("compare", "pipe", "-r", "attencraft", *words)
+    assert result.exit_code == 0 and "recipe.found" in result.stdout, result.output
+
+
+def test_a_source_and_its_edit_from_the_command_line(call, tmp_path, monkeypatch):
+    from reattend.comparison import loading
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: tiny_pipelines.stable_diffusion())
+    drawn = ["-r", "prompt-reweight:edit=replace", "--steps", "2", "-t", "a dog", "-t", "a dog"]
+    result = call("run", "pipe", *drawn, "-o", str(tmp_path / "x.png"))
+    assert result.exit_code == 0, result.output
+    source, edited = (Image.open(tmp_path / f"x-{number}.png") for number in (0, 1))
+    assert source.tobytes() == edited.tobytes()
+    for command in ("run", "compare"):
+        result = call(command, "pipe", *drawn[2:], "-r", "prompt-reweight:edit=replace:source=run")
+        assert result.exit_code == 2 and "draws every run from the start" in result.stderr

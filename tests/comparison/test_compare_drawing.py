@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy
 import pytest
 import reattend
@@ -9,6 +11,7 @@ import tiny_pipelines
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
+from rich.console import Console
 
 SHORT = dict(num_inference_steps=2, attention=False)
 ERASER = dict(boxes=[0.0, 0.0, 0.5, 0.5], scale=5.0)
@@ -137,3 +140,33 @@ def test_a_picture_that_nobody_takes_is_refused(pipe, picture):
             reattend.ReattendError, match="takes no 'image' .a picture for a recipe is a parameter of the recipe's"
         ):
             reattend.compare(pipe, recipe, image=picture, prompt="", **SHORT)
+
+
+def test_a_page_and_a_terminal_say_that_a_recipe_only_reads(pipe, tmp_path):
+    own = dict(words=["fox"], cross_resolution=4, self_resolution=8)
+    report = reattend.compare(pipe, ("attencraft", own), prompt="a fox", **SHORT)
+    several = reattend.compare(pipe, [("attencraft", own), "softpag"], prompt="a fox", **SHORT)
+    for each in (report, several):
+        assert "reads and changes nothing" in Path(each.html(tmp_path / "page.html")).read_text()
+        console = Console(width=400)
+        with console.capture() as said:
+            console.print(each)
+        assert said.get().count("reads and changes nothing") == 1 and "never acted" not in said.get()
+    assert len(several.columns[0].notes) == 1 and several.columns[1].notes == []
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_3"])
+def test_a_missing_prompt_is_named(kind, several):
+    pipe = getattr(tiny_pipelines, kind)()
+    given = [["softpag"]] if several else ["softpag"]
+    with pytest.raises(reattend.ReattendError, match=f"^{type(pipe).__name__} draws what a prompt says: give prompt"):
+        reattend.compare(pipe, *given, **SHORT)
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs") as error:
+        reattend.compare(pipe, *given, prompt="a fox", callback_on_step_end_tensor_inputs=["x"], **SHORT)
+    assert not isinstance(error.value, reattend.ReattendError), "what else a pipeline refuses it says itself"
+
+
+def test_without_a_prompt_embeddings_are_one(pipe):
+    report = reattend.compare(pipe, "softpag", prompt_embeds=torch.zeros(1, 64, 16), guidance_scale=1.0, **SHORT)
+    assert report.request["prompt"] is None

@@ -93,6 +93,9 @@ def columns_of(
     if not most and not needed:
         return set()
     if not most:
+        parts = [part.strip() for part in name.split(",")]
+        if not hint and len(parts) > 1 and all(part and any(text.places(part) for text in texts) for part in parts):
+            hint = f"several words are a list of them, [{', '.join(parts)}]"
         texts_shown = " and ".join(dict.fromkeys(repr(text.shown()) for text in texts))
         raise ReattendError(
             f"{name!r} is not in prompt {prompt}, which its text encoders read as {texts_shown}{hint and f': {hint}'}"

@@ -170,3 +170,12 @@ def test_a_missing_prompt_is_named(kind, several):
 def test_without_a_prompt_embeddings_are_one(pipe):
     report = reattend.compare(pipe, "softpag", prompt_embeds=torch.zeros(1, 64, 16), guidance_scale=1.0, **SHORT)
     assert report.request["prompt"] is None
+
+
+def test_several_words_in_one_text_are_told_to_be_a_list(pipe):
+    for words, said in (
+        ("circle, square", r": several words are a list of them, \[circle, square\]$"),
+        ("circle, map", "square'$"),
+    ):
+        with pytest.raises(reattend.ReattendError, match=f"'{words}' is not in prompt 0, .*{said}"):
+            reattend.compare(pipe, "attencraft", words=words, prompt="a circle and a square", **SHORT)

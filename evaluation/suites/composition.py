@@ -19,7 +19,7 @@ from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
 from .binding import OWN, drawn, drawn_as_meant
-from .given_pictures import Things, apart, mask_picture, pipeline_of, side_of, touched
+from .given_pictures import Things, alone, mask_picture, pipeline_of, side_of, touched
 from .removal import ALIKE
 
 # the thing in its own picture
@@ -57,14 +57,10 @@ class Composition(Suite):
         items: list[Item] = []
         while len(items) < count:
             scene = sample_scene(rng, replace(CLEAR, things=self.things), habits="absent")
-            alone = [
-                i
-                for i, thing in enumerate(scene.things)
-                if all(apart(thing.box, o.box) for o in scene.things if o is not thing)
-            ]
-            if self.things[0] <= len(scene.things) and alone:
+            free = alone(scene, lambda thing: thing.box)
+            if self.things[0] <= len(scene.things) and free:
                 things = [[t.shape, t.colour, t.x, t.y, t.size] for t in scene.things]
-                data = {"things": things, "put": alone[int(rng.integers(len(alone)))], "noise": int(rng.integers(2**31))}
+                data = {"things": things, "put": free[int(rng.integers(len(free)))], "noise": int(rng.integers(2**31))}
                 items.append(Item(f"{seed}-{len(items)}", data))
         return items
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from ...interventions import ReattendError
+from ...zoo.worlds.shapes import Scene, Thing
 from ..subject import Subject
 
 Box = tuple[float, float, float, float]
@@ -73,6 +75,12 @@ def touched(box: Box, side: int) -> np.ndarray:
 def apart(box: Box, other: Box) -> bool:
     """Whether two boxes have nothing in common."""
     return other[0] >= box[2] or other[2] <= box[0] or other[1] >= box[3] or other[3] <= box[1]
+
+
+def alone(scene: Scene, box: Callable[[Thing], Box]) -> list[int]:
+    """The places of the things whose box touches no other thing."""
+    things = list(enumerate(scene.things))
+    return [i for i, thing in things if all(apart(box(thing), other.box) for n, other in things if n != i)]
 
 
 def mask_picture(mask: np.ndarray) -> Image.Image:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ...zoo.worlds.language import listing
 from ...zoo.worlds.reading import Seen, judge, read
 from ...zoo.worlds.shapes import CLEAR, Thing, sample_scene
+from ..metrics.images import box_iou
 from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
@@ -126,7 +127,7 @@ def located(asked: Iterable[tuple[Thing, Box]], seen: Sequence[Seen], size: tupl
     overlaps, inside = [], []
     for one, box in asked:
         alike = [tuple(side / size[i % 2] for i, side in enumerate(s.box)) for s in seen if s.name == one.name]
-        overlaps.append(max((overlap(box, other) for other in alike), default=0.0))
+        overlaps.append(max((box_iou(box, other) for other in alike), default=0.0))
         middles = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in alike]
         inside.append(any(box[0] <= x <= box[2] and box[1] <= y <= box[3] for x, y in middles))
     return {
@@ -134,11 +135,3 @@ def located(asked: Iterable[tuple[Thing, Box]], seen: Sequence[Seen], size: tupl
         "iou": float(np.mean(overlaps)),
         "inside": float(np.mean(inside)),
     }
-
-
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom)."""
-    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(across, 0.0) * max(down, 0.0)
-    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (a, b)]
-    return both / (sum(areas) - both) if both else 0.0

@@ -19,7 +19,7 @@ from ..metrics.sums import Sums, ratio
 from ..subject import Subject
 from .base import Item, Suite
 from .binding import OWN, drawn, drawn_as_meant
-from .given_pictures import Box, Things, apart, check_steps, mask_picture, pipeline_of, side_of, touched
+from .given_pictures import Box, Things, alone, check_steps, mask_picture, pipeline_of, side_of, touched
 
 # of pictures that do not differ at all, in dB
 ALIKE = 100.0
@@ -65,16 +65,13 @@ class Removal(Suite):
         items: list[Item] = []
         while len(items) < count:
             scene = sample_scene(rng, replace(CLEAR, things=self.things), habits="absent")
-            alone = [i for i, thing in enumerate(scene.things) if self._alone(thing, scene)]
-            if self.things[0] <= len(scene.things) and alone:
+            free = alone(scene, self.box)
+            if self.things[0] <= len(scene.things) and free:
                 things = [[t.shape, t.colour, t.x, t.y, t.size] for t in scene.things]
-                unwanted = alone[int(rng.integers(len(alone)))]
+                unwanted = free[int(rng.integers(len(free)))]
                 data = {"things": things, "unwanted": unwanted, "noise": int(rng.integers(2**31))}
                 items.append(Item(f"{seed}-{len(items)}", data))
         return items
-
-    def _alone(self, thing: Thing, scene: Scene) -> bool:
-        return all(apart(self.box(thing), other.box) for other in scene.things if other is not thing)
 
     def box(self, thing: Thing) -> Box:
         """What is masked of a thing, in shares of the picture's side."""

@@ -12,7 +12,7 @@ import reattend
 import torch
 from reattend.evaluation import evaluate, suite
 from reattend.evaluation.suites.chair import VOCABULARY, Chair
-from reattend.evaluation.suites.layout import Layout, located, overlap
+from reattend.evaluation.suites.layout import Layout, located
 from reattend.evaluation.suites.negatives import Negatives
 from reattend.evaluation.suites.pope import SPLITS, Pope
 from reattend.evaluation.suites.questions import Questions, given
@@ -256,11 +256,6 @@ def test_layouts_have_a_box_for_each_thing_in_an_order_that_says_nothing():
     assert {len(item.data["asked"]) for item in Layout(least=1, most=1).items(5, 0)} == {1}
     with pytest.raises(reattend.ReattendError, match="least 3 .* most 2"):
         Layout(least=3, most=2)
-
-
-def test_boxes_overlap_by_their_union():
-    assert overlap((0, 0, 1, 1), (0, 0, 1, 1)) == 1 and overlap((0, 0, 0.5, 1), (0.5, 0, 1, 1)) == 0
-    assert overlap((0, 0, 0.5, 1), (0.25, 0, 0.75, 1)) == pytest.approx(1 / 3)
 
 
 def test_layouts_are_scored_by_where_the_right_things_are():

@@ -13,7 +13,6 @@ import torch
 from golden_files import golden_file
 from reattend.interventions import ReattendError
 from reattend.recipes.attend_and_excite import AttendAndExcite
-from reattend.recipes.kit.descent import read_sides
 from torch import Tensor
 
 PROMPTS, WORDS = ["a b c", "d e f"], [["b"], ["e", "f"]]
@@ -193,21 +192,6 @@ def test_nothing_moves_where_every_word_shows_or_after_the_first_steps():
     with reattend.apply(pipe, "attend-and-excite", words=WORDS, steps=2, **STRONG) as session:
         draw(pipe, PROMPTS, [0, 1])
     assert session.stats == {"attend-and-excite": {"latents": 2}}
-
-
-@pytest.mark.parametrize(
-    ("latents", "read"),
-    [
-        ((64, 64), [16, 16]),
-        ((96, 64), [24, 16]),
-        ((61, 64), [16, 16]),
-        ((16, 16), [8, 8]),
-        ((8, 8), [8, 8]),
-        ((6, 10), [6, 10]),
-    ],
-)
-def test_the_maps_that_are_read_by_default_tell_places_apart(latents, read):
-    assert read_sides(*latents) == read
 
 
 def test_by_default_it_reads_what_a_small_unet_has():

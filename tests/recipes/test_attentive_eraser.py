@@ -20,6 +20,7 @@ from reattend.recipes.kit.denoisers import image_layers
 from reattend.recipes.kit.registry import load_recipe, save_recipe
 from reattend.recipes.kit.samplers import encoded, levels
 from tiny_denoisers import build
+from tiny_steps import draw_steps, scheduled
 from torch import Tensor
 
 BOX = [[0.25, 0.25, 0.75, 0.75]]
@@ -108,22 +109,14 @@ def photo(width: int = 16, height: int = 16) -> Image.Image:
 
 def image_to_image(scheduler: str | None = None):
     pipe = tiny_pipelines.stable_diffusion_3() if scheduler == "flow" else tiny_pipelines.stable_diffusion()
-    if scheduler not in (None, "flow"):
-        more = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **more)
+    scheduled(pipe, None if scheduler == "flow" else scheduler)
     pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def draw(pipe, **more) -> tuple[Tensor, list[Tensor]]:
-    """The last latents, and those after every step."""
-    steps: list[Tensor] = []
-    images = pipe(**{
-        "prompt": "", "num_inference_steps": 5, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(1),
-        "output_type": "latent", "callback_on_step_end": lambda _, step, t, given: steps.append(given["latents"]) or given, **more,
-    }).images  # fmt: skip
-    return images, steps
+    return draw_steps(pipe, **{"prompt": "", "guidance_scale": 1.0, **more})
 
 
 @pytest.mark.parametrize("scheduler", [None, "EulerDiscreteScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "flow"])

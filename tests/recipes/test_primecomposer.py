@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import numpy as np
 import pytest
 import reattend
@@ -15,6 +14,7 @@ from reattend.interventions import Call, Clock, Memory, TokenMap, fused, referen
 from reattend.recipes.kit.pasting import Placed, extent, pasted, reduced
 from reattend.recipes.kit.registry import load_recipe, save_recipe
 from reattend.recipes.kit.samplers import encoded, inverted
+from tiny_steps import draw_steps, scheduled
 from torch import Tensor
 
 WHOLE = Placed((0.5, 0.5), (0.5, 0.5), (1.0, 1.0), torch.ones(4, 4, dtype=torch.bool))
@@ -131,21 +131,11 @@ def test_words_of_the_thing_are_seen_by_the_thing_alone():
 
 
 def pipeline(scheduler: str | None = None):
-    pipe = tiny_pipelines.stable_diffusion()
-    if scheduler is not None:
-        more = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **more)
-    return pipe
+    return scheduled(tiny_pipelines.stable_diffusion(), scheduler)
 
 
 def draw(pipe, **more) -> tuple[Tensor, list[Tensor]]:
-    """The last latents, and those after every step."""
-    steps: list[Tensor] = []
-    images = pipe(**{
-        "prompt": "a b", "num_inference_steps": 5, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(1),
-        "output_type": "latent", "callback_on_step_end": lambda _, step, t, given: steps.append(given["latents"]) or given, **more,
-    }).images  # fmt: skip
-    return images, steps
+    return draw_steps(pipe, **{"prompt": "a b", "guidance_scale": 2.0, **more})
 
 
 @pytest.mark.parametrize("same", [True, False])
